@@ -1,0 +1,87 @@
+"""`python -m ops_backend server|db`: each one process in the foreground, ready when it says so."""
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import uvicorn
+from sqlalchemy.exc import DBAPIError
+
+from ops_backend import postgres
+from ops_backend.app import create_app
+from ops_backend.database import migrate
+from ops_backend.postgres_place import PostgresError
+from ops_backend.settings import Settings, SettingsError
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        if arguments.verb == "db":
+            return postgres.run(arguments.data_dir, json=arguments.json, exit_on_eof=arguments.exit_on_eof)
+        return serve(Settings.from_env(), as_json=arguments.json, exit_on_eof=arguments.exit_on_eof)
+    except (SettingsError, PostgresError) as error:
+        print(f"ops {arguments.verb}: {error}", file=sys.stderr)
+        return 2
+
+
+def serve(settings: Settings, *, as_json: bool, exit_on_eof: bool) -> int:
+    """Migrate, bind, say so, serve until SIGTERM, ctrl-C or (with `exit_on_eof`) the end of stdin."""
+    try:
+        asyncio.run(migrate(settings.database_url))
+    except (OSError, DBAPIError) as error:
+        print(f"ops server: cannot use the database of OPS_DATABASE_URL: {error}", file=sys.stderr)
+        return 1
+    try:
+        listener = socket.create_server((settings.host, settings.port), backlog=2048)
+    except OSError as error:
+        print(f"ops server: cannot listen on {settings.host}:{settings.port}: {error}", file=sys.stderr)
+        return 1
+    config = uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=5)
+    server = _AnnouncingServer(config, f"http://{settings.host}:{listener.getsockname()[1]}", as_json)
+    if exit_on_eof:
+        threading.Thread(target=_stop_at_eof, daemon=True).start()
+    server.run(sockets=[listener])
+    return 0
+
+
+class _AnnouncingServer(uvicorn.Server):
+    """Says that it is ready when requests are answered, not before."""
+
+    def __init__(self, config: uvicorn.Config, url: str, as_json: bool) -> None:
+        super().__init__(config)
+        self._line = json.dumps({"event": "ready", "url": url}) if as_json else f"API ready at {url}"
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(self._line, flush=True)
+
+
+def _stop_at_eof() -> None:
+    """The supervisor holds the other end of stdin: its death, however sudden, ends this process in order."""
+    sys.stdin.buffer.read()
+    signal.raise_signal(signal.SIGTERM)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ops_backend")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="say ready as one line of JSON on stdout")
+    common.add_argument("--exit-on-eof", action="store_true", help="stop when stdin ends")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("server", parents=[common], help="the API, set up by OPS_* variables")
+    database = verbs.add_parser("db", parents=[common], help="the embedded Postgres")
+    database.add_argument("--data-dir", type=Path, required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""The FastAPI app and the two loops that run beside it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import httpx
+from fastapi import FastAPI
+
+from ops_backend.database import make_engine, make_sessions
+from ops_backend.dispatcher import Dispatcher
+from ops_backend.reaper import Reaper
+from ops_backend.routes import agents, catalog, errors, health, operations
+from ops_backend.settings import Settings
+from ops_contract.wire import API_PREFIX
+
+# Long enough for a worker that checks a manifest on a slow disk; a worker that takes longer is left to the lease.
+WORKER_TIMEOUT_S = 10.0
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Needs a migrated database. One a process; several processes may share a database."""
+    app = FastAPI(title="Relight", version="0.1", lifespan=_lifespan)
+    app.state.settings = settings
+    errors.install(app)
+    app.include_router(health.router)
+    for module in (operations, agents, catalog):
+        app.include_router(module.router, prefix=API_PREFIX)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    engine = make_engine(settings.database_url, settings.db_pool_size)
+    app.state.sessions = sessions = make_sessions(engine)
+    async with httpx.AsyncClient(timeout=WORKER_TIMEOUT_S, trust_env=False) as http:
+        app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings)
+        reaper = Reaper(sessions, settings.lease_s, settings.tick_s, dispatcher.wake)
+        loops = [asyncio.create_task(dispatcher.run()), asyncio.create_task(reaper.run())]
+        yield
+        for loop in loops:
+            loop.cancel()
+            with suppress(asyncio.CancelledError):
+                await loop
+    await engine.dispose()

@@ -1,0 +1,47 @@
+"""What routes ask for: a session, the caller, the settings."""
+
+import hmac
+from collections.abc import AsyncIterator
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ops_backend.database import Sessions
+from ops_backend.dispatcher import Dispatcher
+from ops_backend.settings import Settings
+from ops_contract.errors import ErrorCode, OpsError
+
+
+def settings_of(request: Request) -> Settings:
+    return cast(Settings, request.app.state.settings)
+
+
+def dispatcher_of(request: Request) -> Dispatcher:
+    return cast(Dispatcher, request.app.state.dispatcher)
+
+
+def sessions_of(request: Request) -> Sessions:
+    return cast(Sessions, request.app.state.sessions)
+
+
+async def session_of(request: Request) -> AsyncIterator[AsyncSession]:
+    """One transaction a request, committed before the answer is sent; an error rolls it back."""
+    async with sessions_of(request).begin() as session:
+        yield session
+
+
+async def caller(request: Request, settings: Annotated[Settings, Depends(settings_of)]) -> str:
+    """The submitter that the bearer token names. Raises 401."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), settings.api_token.encode()):
+        raise OpsError(
+            ErrorCode.UNAUTHENTICATED, "send `Authorization: Bearer <token>`; `ops up` keeps it in DIR/token"
+        )
+    return "operator"
+
+
+SettingsDep = Annotated[Settings, Depends(settings_of)]
+DispatcherDep = Annotated[Dispatcher, Depends(dispatcher_of)]
+SessionDep = Annotated[AsyncSession, Depends(session_of, scope="function")]
+CallerDep = Annotated[str, Depends(caller)]

@@ -1,0 +1,132 @@
+"""Gives due operations to free slots: claim in a transaction, deliver outside of it, then say how it went.
+
+A delivery that may have arrived is left to the lease; only a definite refusal takes the claim back.
+"""
+
+import asyncio
+import logging
+from typing import Any
+from uuid import UUID
+
+import httpx
+
+from ops_backend.database import Sessions
+from ops_backend.settings import Settings
+from ops_backend.store.claims import Claim, claim_next, refuse_if_held
+from ops_backend.store.transitions import CancelPush, finish_if_held
+from ops_contract.agents import CancelTraining, StartTraining
+from ops_contract.errors import ErrorCode
+from ops_contract.lifecycle import Outcome
+from ops_contract.reports import Fault, Finish
+from ops_contract.wire import Wire
+
+log = logging.getLogger(__name__)
+
+# No request was sent, or the worker said no: nothing runs there.
+_UNDELIVERED = (httpx.ConnectError, httpx.ConnectTimeout)
+_BAD_CHECKPOINT = (ErrorCode.NO_CHECKPOINT, ErrorCode.CHECKPOINT_CORRUPT)
+
+
+class Dispatcher:
+    """One a backend; several backends share the work through the claim's lock."""
+
+    def __init__(self, sessions: Sessions, http: httpx.AsyncClient, settings: Settings) -> None:
+        self._sessions = sessions
+        self._http = http
+        self._settings = settings
+        self._due = asyncio.Event()
+        self._deliveries: set[asyncio.Task[None]] = set()
+
+    def wake(self) -> None:
+        """Something may be due. Only a hint: the poll finds it anyway."""
+        self._due.set()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                await self._claim_all()
+            except Exception:
+                log.exception("dispatcher: cannot claim; trying again")
+            try:
+                await asyncio.wait_for(self._due.wait(), self._settings.poll_s)
+            except TimeoutError:
+                continue
+            self._due.clear()
+
+    async def push_cancel(self, operation_id: UUID, push: CancelPush, reason: str, force: bool) -> None:
+        """Tell the worker now what its next heartbeat would tell it."""
+        order = CancelTraining(incarnation=push.incarnation, attempt=push.attempt, reason=reason, force=force)
+        try:
+            await self._post(push.url, f"/operations/{operation_id}/cancel", push.secret, order)
+        except httpx.HTTPError as error:
+            log.info("cancel not pushed, the heartbeat will tell: %s", error, extra={"operation_id": operation_id})
+
+    async def _claim_all(self) -> None:
+        while True:
+            async with self._sessions.begin() as session:
+                claim = await claim_next(session, self._settings.lease_s)
+            if claim is None:
+                return
+            delivery = asyncio.create_task(self._deliver(claim))
+            self._deliveries.add(delivery)
+            delivery.add_done_callback(self._deliveries.discard)
+
+    async def _deliver(self, claim: Claim) -> None:
+        extra = {"operation_id": claim.operation_id, "attempt": claim.attempt}
+        try:
+            refusal = await self._offer(claim)
+            if refusal is not None:
+                log.info("worker %s refused: %s", claim.url, refusal.message, extra=extra)
+                await self._take_back(claim, refusal)
+        except httpx.HTTPError as error:
+            log.warning("dispatch to %s is ambiguous, left to the lease: %r", claim.url, error, extra=extra)
+        except Exception:
+            log.exception("dispatch to %s failed, left to the lease", claim.url, extra=extra)
+
+    async def _offer(self, claim: Claim) -> Fault | None:
+        """None when taken; why not, when definitely not. Raises httpx.HTTPError when nobody can know."""
+        start = StartTraining(
+            incarnation=claim.incarnation,
+            operation_id=claim.operation_id,
+            attempt=claim.attempt,
+            slot=claim.slot,
+            deadline_s=self._settings.lease_s,
+            job=claim.job,
+            checkpoint=claim.checkpoint,
+        )
+        verb = "resume" if claim.checkpoint else "start"
+        try:
+            answer = await self._post(claim.url, f"/training/{verb}", claim.secret, start)
+        except _UNDELIVERED as error:
+            return Fault(code="unreachable", message=f"the worker at {claim.url} does not answer: {error}")
+        if answer.is_success:
+            return None
+        if answer.is_server_error:
+            answer.raise_for_status()
+        return _fault(answer)
+
+    async def _take_back(self, claim: Claim, refusal: Fault) -> None:
+        async with self._sessions.begin() as session:
+            if refusal.code in _BAD_CHECKPOINT:
+                finish = Finish(outcome=Outcome.CHECKPOINT_CORRUPT, error=refusal)
+                backoff_s = self._settings.retry_backoff_s
+                await finish_if_held(
+                    session, claim.operation_id, claim.attempt, claim.incarnation, 1, finish, backoff_s
+                )
+            else:
+                error = refusal.model_dump(mode="json")
+                await refuse_if_held(session, claim, error=error, rest_s=self._settings.slot_rest_s)
+        self.wake()
+
+    async def _post(self, url: str, path: str, secret: str, message: Wire) -> httpx.Response:
+        headers: dict[str, Any] = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
+        return await self._http.post(f"{url}{path}", content=message.model_dump_json(), headers=headers)
+
+
+def _fault(answer: httpx.Response) -> Fault:
+    try:
+        error = answer.json()["error"]
+        return Fault(code=error["code"], message=error["message"])
+    except (ValueError, KeyError, TypeError):
+        return Fault(code="refused", message=f"the worker answered {answer.status_code}")

@@ -1,0 +1,42 @@
+"""Ends attempts whose lease ran out, unless nobody could renew."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from ops_backend.database import Sessions
+from ops_backend.store.leases import expired, tick
+from ops_backend.store.transitions import lose_if_expired
+
+log = logging.getLogger(__name__)
+
+
+class Reaper:
+    """One a backend; the statements guard themselves, so several do no harm."""
+
+    def __init__(self, sessions: Sessions, lease_s: float, tick_s: float, wake: Callable[[], None]) -> None:
+        self._sessions = sessions
+        self._lease_s = lease_s
+        self._tick_s = tick_s
+        self._wake = wake
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                await self.reap()
+            except Exception:
+                log.exception("reaper: tick failed; trying again")
+            await asyncio.sleep(self._tick_s)
+
+    async def reap(self) -> None:
+        async with self._sessions.begin() as session:
+            grace = await tick(session, self._lease_s)
+            overdue = [] if grace else await expired(session)
+        for operation_id, attempt in overdue:
+            async with self._sessions.begin() as session:
+                status = await lose_if_expired(session, operation_id, attempt)
+            if status is not None:
+                extra = {"operation_id": operation_id, "attempt": attempt}
+                log.warning("lease ran out: operation is %s", status, extra=extra)
+                self._wake()

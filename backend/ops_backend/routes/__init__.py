@@ -1,0 +1,1 @@
+"""The routes: each reads as one sentence."""

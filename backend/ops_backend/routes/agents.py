@@ -1,0 +1,58 @@
+"""The agents' three calls."""
+
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Path
+
+from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep, SettingsDep
+from ops_backend.routes.errors import refusals
+from ops_backend.store import workers
+from ops_backend.store.reports import accept
+from ops_contract.agents import (
+    Heartbeat,
+    HeartbeatAnswer,
+    ReportBatch,
+    ReportsAccepted,
+    WorkerRegistered,
+    WorkerRegistration,
+)
+from ops_contract.reports import Finish
+
+router = APIRouter(tags=["agents"])
+
+
+@router.post("/workers", status_code=201, responses=refusals(401, 409, 422))
+async def register(
+    worker: WorkerRegistration, session: SessionDep, _: CallerDep, settings: SettingsDep
+) -> WorkerRegistered:
+    secret = await workers.register(session, worker, settings.lease_s)
+    return WorkerRegistered(
+        secret=secret,
+        lease_s=settings.lease_s,
+        heartbeat_s=settings.heartbeat_s,
+        cancel_grace_s=settings.cancel_grace_s,
+    )
+
+
+@router.post("/workers/{incarnation}/heartbeat", responses=refusals(401, 404, 422))
+async def heartbeat(
+    incarnation: UUID, beat: Heartbeat, session: SessionDep, _: CallerDep, settings: SettingsDep
+) -> HeartbeatAnswer:
+    return await workers.heartbeat(session, incarnation, beat, settings.lease_s)
+
+
+@router.post("/operations/{id}/attempts/{attempt}/reports", responses=refusals(401, 404, 409, 422))
+async def report(
+    id: UUID,
+    attempt: Annotated[int, Path(ge=1)],
+    batch: ReportBatch,
+    session: SessionDep,
+    _: CallerDep,
+    dispatcher: DispatcherDep,
+    settings: SettingsDep,
+) -> ReportsAccepted:
+    last_seq = await accept(session, id, attempt, batch, settings.retry_backoff_s)
+    if isinstance(batch.reports[-1], Finish):
+        dispatcher.wake()
+    return ReportsAccepted(last_seq=last_seq)

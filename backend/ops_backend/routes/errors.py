@@ -1,0 +1,75 @@
+"""One shape for every error, whoever raised it."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from starlette.exceptions import HTTPException
+
+from ops_contract.errors import HTTP_STATUS, ErrorBody, ErrorCode, OpsError
+
+log = logging.getLogger(__name__)
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For a route's documentation."""
+    return {status: {"model": ErrorBody} for status in statuses}
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(OpsError, _answer)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(ValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _plain)
+    app.add_exception_handler(DBAPIError, _database)
+    app.add_exception_handler(PoolTimeoutError, _away)
+    app.add_exception_handler(OSError, _away)  # asyncpg's own word for a database that cannot be reached
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _answer(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, OpsError)
+    headers = {"Retry-After": "1"} if error.http_status == 503 else None
+    headers = {"WWW-Authenticate": "Bearer"} if error.http_status == 401 else headers
+    return JSONResponse(error.body().model_dump(mode="json"), error.http_status, headers)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError | ValidationError)
+    problems = [{"field": _path(e["loc"]), "problem": e["msg"]} for e in error.errors()]
+    first = problems[0]
+    return await _answer(request, OpsError(ErrorCode.INVALID, f"{first['field']}: {first['problem']}", errors=problems))
+
+
+async def _plain(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    codes = {status: code for code, status in HTTP_STATUS.items() if code not in (ErrorCode.NO_CHECKPOINT,)}
+    code = ErrorCode.NOT_FOUND if error.status_code == 404 else codes.get(error.status_code, ErrorCode.INVALID)
+    message = f"no such path: {request.url.path}" if error.status_code == 404 else str(error.detail)
+    return await _answer(request, OpsError(code, message))
+
+
+async def _database(request: Request, error: Exception) -> JSONResponse:
+    """A value the database refuses is the sender's; any other failure of its is that it is away."""
+    if isinstance(error, DataError | IntegrityError):
+        log.warning("refused by the database: %s", error.orig)
+        return await _answer(request, OpsError(ErrorCode.INVALID, f"the database refused a value: {error.orig}"))
+    return await _away(request, error)
+
+
+async def _away(request: Request, error: Exception) -> JSONResponse:
+    log.warning("database away: %r", error)
+    return await _answer(request, OpsError(ErrorCode.UNAVAILABLE, "the database is away; try again in a moment"))
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    return await _answer(request, OpsError(ErrorCode.INTERNAL, "an error of ours; the server's log has it"))
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in loc if part not in ("body", "query", "path", "header")) or "body"

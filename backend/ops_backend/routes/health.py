@@ -1,0 +1,22 @@
+"""Whether this process lives, and whether it can serve."""
+
+from fastapi import APIRouter
+
+from ops_backend.dependencies import SessionDep
+from ops_backend.routes.errors import refusals
+from ops_backend.store.leases import ping
+from ops_contract.operations import Health
+
+router = APIRouter(prefix="/health", tags=["health"])
+
+
+@router.get("/live")
+async def live() -> Health:
+    return Health(status="ok")
+
+
+@router.get("/ready", responses=refusals(503))
+async def ready(session: SessionDep) -> Health:
+    """The database answers and has our tables."""
+    await ping(session)
+    return Health(status="ok")

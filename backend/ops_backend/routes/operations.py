@@ -1,0 +1,159 @@
+"""What users do with operations."""
+
+import hashlib
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
+
+from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep
+from ops_backend.routes.errors import refusals
+from ops_backend.store import queries
+from ops_backend.store.submit import replay, submit_if_new
+from ops_backend.store.transitions import cancel_if_live, explain_cancel, explain_resume, resume_if_ended
+from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.jobs import JobSpec
+from ops_contract.lifecycle import Kind
+from ops_contract.operations import (
+    Attempts,
+    CancelRequest,
+    Checkpoints,
+    Events,
+    MetricNames,
+    MetricPoints,
+    Operation,
+    OperationPage,
+    ResumeAccepted,
+    ResumeRequest,
+)
+from ops_contract.wire import Wire
+
+router = APIRouter(prefix="/operations", tags=["operations"])
+
+IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=200)]
+
+
+@router.post("", status_code=201, responses={200: {"model": Operation}, **refusals(401, 409, 422)})
+async def submit(
+    request: Request,
+    response: Response,
+    session: SessionDep,
+    submitted_by: CallerDep,
+    dispatcher: DispatcherDep,
+    after: BackgroundTasks,
+    idempotency_key: IdempotencyKey = None,
+) -> Operation:
+    """Submit an operation; the same `Idempotency-Key` and body again give the same operation (200)."""
+    body = await request.body()
+    found = await replay(session, submitted_by, idempotency_key, body)
+    if found is None:
+        found_or_lost = await submit_if_new(session, _spec(body), submitted_by, idempotency_key, body)
+        if found_or_lost is not None:
+            after.add_task(dispatcher.wake)
+            return await queries.get(session, found_or_lost)
+        found = await replay(session, submitted_by, idempotency_key, body)
+    if found is None:
+        raise OpsError(ErrorCode.UNAVAILABLE, "a concurrent request with this key has just gone; try again")
+    response.status_code = 200
+    return await queries.get(session, found)
+
+
+@router.get("", responses=refusals(401, 422))
+async def list_operations(
+    session: SessionDep,
+    submitted_by: CallerDep,
+    status: Annotated[str | None, Query(description="one or several, joined by commas")] = None,
+    kind: Kind | None = None,
+    workload: str | None = None,
+    label: Annotated[str | None, Query(description="key or key=value")] = None,
+    q: Annotated[str | None, Query(description="part of the name, or the beginning of the id")] = None,
+    mine: bool = False,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+    cursor: str | None = None,
+) -> OperationPage:
+    wanted = queries.Filter(status, kind, workload, label, q, submitted_by if mine else None)
+    return await queries.list_page(session, wanted, limit, cursor)
+
+
+@router.get("/{id}", response_model=Operation, responses={304: {"description": "unchanged"}, **refusals(401, 404)})
+async def get_operation(
+    id: UUID, session: SessionDep, _: CallerDep, if_none_match: Annotated[str | None, Header()] = None
+) -> Response:
+    return tagged(await queries.get(session, id), if_none_match)
+
+
+@router.post("/{id}/cancel", status_code=202, responses=refusals(401, 404, 409))
+async def cancel_operation(
+    id: UUID,
+    session: SessionDep,
+    _: CallerDep,
+    dispatcher: DispatcherDep,
+    after: BackgroundTasks,
+    wish: CancelRequest | None = None,
+) -> Operation:
+    wish = wish or CancelRequest()
+    cancelled = await cancel_if_live(session, id, wish.reason, wish.force)
+    if cancelled is None:
+        raise await explain_cancel(session, id)
+    for push in cancelled.pushes:
+        after.add_task(dispatcher.push_cancel, id, push, wish.reason, wish.force)
+    return await queries.get(session, id)
+
+
+@router.post("/{id}/resume", status_code=202, responses=refusals(401, 404, 409))
+async def resume_operation(
+    id: UUID,
+    session: SessionDep,
+    _: CallerDep,
+    dispatcher: DispatcherDep,
+    after: BackgroundTasks,
+    wish: ResumeRequest | None = None,
+) -> ResumeAccepted:
+    from_checkpoint = wish.from_checkpoint if wish else None
+    resumed = await resume_if_ended(session, id, from_checkpoint)
+    if resumed is None:
+        raise await explain_resume(session, id, from_checkpoint)
+    after.add_task(dispatcher.wake)
+    return resumed
+
+
+@router.get("/{id}/attempts", responses=refusals(401, 404))
+async def get_attempts(id: UUID, session: SessionDep, _: CallerDep) -> Attempts:
+    return await queries.attempts(session, id)
+
+
+@router.get("/{id}/metrics", responses=refusals(401, 404))
+async def get_metrics(
+    id: UUID,
+    session: SessionDep,
+    _: CallerDep,
+    name: str | None = None,
+    after_step: Annotated[int, Query(ge=-1)] = -1,
+) -> MetricPoints | MetricNames:
+    """Every point that counts, every bit kept; without `name` the names that there are."""
+    if name is None:
+        return await queries.metric_names(session, id)
+    return await queries.metric(session, id, name, after_step)
+
+
+@router.get("/{id}/checkpoints", responses=refusals(401, 404))
+async def get_checkpoints(id: UUID, session: SessionDep, _: CallerDep) -> Checkpoints:
+    return await queries.checkpoints(session, id)
+
+
+@router.get("/{id}/events", responses=refusals(401, 404))
+async def get_events(id: UUID, session: SessionDep, _: CallerDep, after_seq: Annotated[int, Query(ge=0)] = 0) -> Events:
+    return await queries.events(session, id, after_seq)
+
+
+def tagged(body: Wire, if_none_match: str | None) -> Response:
+    """The body under a tag that is its hash; 304 without a body when the reader has it already."""
+    content = body.model_dump_json().encode()
+    tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    if if_none_match == tag:
+        return Response(status_code=304, headers={"ETag": tag})
+    return Response(content, media_type="application/json", headers={"ETag": tag, "Cache-Control": "no-cache"})
+
+
+def _spec(body: bytes) -> JobSpec:
+    return JobSpec.model_validate_json(body)

@@ -1,0 +1,51 @@
+"""The backend's settings: `OPS_*` variables, read once at start and passed on."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, Field, ValidationError
+
+
+class SettingsError(Exception):
+    """A setting is missing or wrong; the message names the variable."""
+
+
+class Settings(BaseModel):
+    """Lease, grace and intervals are the backend's; workers learn them when they register."""
+
+    database_url: str = Field(description="postgresql+asyncpg://user:password@host/database, Postgres 15 or newer")
+    api_token: str = Field(min_length=16, description="the bearer token of users and workers")
+    storage_root: Path = Field(description="where workers publish checkpoints")
+    host: str = "127.0.0.1"
+    port: int = Field(8470, ge=0, le=65535)
+    lease_s: float = Field(15.0, gt=0, description="a worker silent for this long has lost its operations")
+    cancel_grace_s: float = Field(30.0, gt=0, description="from asking a trainer to stop to killing it")
+    poll_s: float = Field(0.5, gt=0, description="how often the dispatcher looks for work unprompted")
+    slot_rest_s: float = Field(5.0, ge=0, description="how long a slot that refused is left alone")
+    retry_backoff_s: float = Field(2.0, ge=0, description="before the first retry; doubles up to five minutes")
+    db_pool_size: int = Field(10, ge=1)
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Three chances within a lease, so that one lost beat costs nothing."""
+        return self.lease_s / 3
+
+    @property
+    def tick_s(self) -> float:
+        return min(1.0, self.lease_s / 5)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Self:
+        """Raises SettingsError naming every variable that is missing or wrong."""
+        given = {name: env[f"OPS_{name.upper()}"] for name in cls.model_fields if env.get(f"OPS_{name.upper()}")}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            raise SettingsError("; ".join(cls._complaint(e["loc"], e["msg"]) for e in error.errors())) from None
+
+    @classmethod
+    def _complaint(cls, loc: tuple[int | str, ...], message: str) -> str:
+        name = str(loc[0])
+        return f"OPS_{name.upper()}: {message} ({cls.model_fields[name].description or 'see the documentation'})"

@@ -1,0 +1,166 @@
+"""claim: pending → running, one claimer at a time; refuse: running → pending, when the worker did not take it."""
+
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, in_lineage, record, statement
+from ops_contract.agents import CheckpointRef
+from ops_contract.jobs import Job
+
+# Any number that no other user of the database takes; it spells "claim" in base 36.
+CLAIM_LOCK = 20_808_214
+
+# Its own statement, before the claim's: a snapshot from before the lock would not see the last claimer's holds.
+TRY_CLAIM_LOCK = statement(f"SELECT pg_try_advisory_xact_lock({CLAIM_LOCK})")
+
+# A slot is free while the hold it was last given to is not alive. `auto` wants a GPU slot and takes a CPU slot only
+# where no live worker offers this workload a GPU at all. A frozen number of threads prefers a slot of that many cores.
+CLAIM = statement(f"""
+    WITH offered AS MATERIALIZED (
+        SELECT s.incarnation, s.index, s.device, s.cores, w.url, w.secret, w.workloads,
+               coalesce(s.rests_until <= now(), true)
+               AND NOT EXISTS (SELECT FROM holds h
+                                WHERE h.operation_id = s.operation_id AND h.attempt = s.attempt
+                                  AND h.incarnation = s.incarnation AND h.ended_at IS NULL) AS free
+          FROM slots s JOIN workers w USING (incarnation)
+         WHERE NOT w.draining AND w.last_seen_at > now() - make_interval(secs => :lease_s)
+    ), chosen AS MATERIALIZED (
+        SELECT o.id, o.resume_checkpoint_id, slot.*
+          FROM operations o
+          CROSS JOIN LATERAL (
+            SELECT f.incarnation, f.index, f.device, f.cores, f.url, f.secret
+              FROM offered f
+             WHERE f.free AND o.workload = ANY (f.workloads)
+               AND CASE o.job->'execution'->>'accelerator'
+                     WHEN 'auto' THEN f.device = 'cuda' OR NOT EXISTS (
+                          SELECT FROM offered g WHERE g.device = 'cuda' AND o.workload = ANY (g.workloads))
+                     ELSE f.device = o.job->'execution'->>'accelerator' END
+             ORDER BY f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index
+             LIMIT 1
+          ) slot
+         WHERE o.status = 'pending' AND coalesce(o.not_before <= now(), true)
+         ORDER BY o.priority DESC, o.created_at, o.id
+         LIMIT 1
+           FOR NO KEY UPDATE OF o SKIP LOCKED
+    ), checkpoint AS MATERIALIZED (
+        SELECT c.id
+          FROM checkpoints c JOIN chosen ON c.operation_id = chosen.id
+         WHERE c.status = 'committed' AND {in_lineage("c")}
+         ORDER BY coalesce(c.id = chosen.resume_checkpoint_id, false) DESC, {NEWEST_FIRST}
+         LIMIT 1
+    ), pinned AS (
+        UPDATE checkpoints c SET pinned_at = now()
+          FROM checkpoint WHERE c.id = checkpoint.id AND c.status = 'committed'
+        RETURNING c.id, c.path, c.step, c.epoch, c.phase, c.size_bytes, c.manifest_sha256
+    ), moved AS (
+        UPDATE operations o
+           SET status = 'running', attempt = o.attempt + 1, event_seq = o.event_seq + 1, not_before = NULL,
+               started_at = coalesce(o.started_at, now()),
+               job = CASE WHEN o.job->'execution'->>'threads' IS NULL
+                          THEN jsonb_set(o.job, '{{execution,threads}}', to_jsonb(chosen.cores)) ELSE o.job END
+          FROM chosen
+         WHERE o.id = chosen.id AND o.status = 'pending'
+           AND (NOT EXISTS (SELECT FROM checkpoint) OR EXISTS (SELECT FROM pinned))
+        RETURNING o.id, o.event_seq, o.attempt, 'pending' AS from_status, o.status, o.job,
+                  chosen.incarnation, chosen.index, chosen.url, chosen.secret
+    ), attempted AS (
+        INSERT INTO attempts (operation_id, number, incarnation, checkpoint_id, start_step)
+        SELECT moved.id, moved.attempt, moved.incarnation, pinned.id, coalesce(pinned.step, 0)
+          FROM moved LEFT JOIN pinned ON true
+    ), held AS (
+        INSERT INTO holds (operation_id, attempt, incarnation, lease_expires_at)
+        SELECT id, attempt, incarnation, now() + make_interval(secs => :lease_s) FROM moved
+    ), taken AS (
+        UPDATE slots s SET operation_id = moved.id, attempt = moved.attempt
+          FROM moved WHERE s.incarnation = moved.incarnation AND s.index = moved.index
+    ), told AS (
+        {record("'claim'", "jsonb_build_object('worker', incarnation)")}
+    )
+    SELECT moved.id AS operation_id, moved.attempt, moved.job, moved.incarnation, moved.index, moved.url, moved.secret,
+           pinned.id AS checkpoint_id, pinned.path, pinned.step, pinned.epoch, pinned.phase, pinned.size_bytes,
+           pinned.manifest_sha256
+      FROM moved LEFT JOIN pinned ON true
+""")
+
+REFUSE = statement(f"""
+    WITH {LOCK_HOLDS}, target AS MATERIALIZED (
+        SELECT id, status FROM operations
+         WHERE id = :id AND attempt = :attempt AND status IN ('running', 'cancelling')
+           AND (SELECT bool_or(incarnation = :incarnation AND last_seq = 0) FROM locked)
+           FOR NO KEY UPDATE
+    ), moved AS (
+        UPDATE operations o
+           SET status = CASE t.status WHEN 'running' THEN 'pending' ELSE 'cancelled' END,
+               ended_at = CASE t.status WHEN 'running' THEN NULL ELSE now() END,
+               event_seq = o.event_seq + 1
+          FROM target t WHERE o.id = t.id
+        RETURNING o.id, o.event_seq, o.attempt, t.status AS from_status, o.status
+    ), ended AS (
+        UPDATE holds h SET ended_at = now()
+          FROM moved, locked
+         WHERE h.operation_id = moved.id AND h.attempt = moved.attempt AND h.incarnation = locked.incarnation
+    ), closed AS (
+        UPDATE attempts a SET ended_at = now(), outcome = 'refused', error = :error
+          FROM moved WHERE a.operation_id = moved.id AND a.number = moved.attempt
+    ), rested AS (
+        UPDATE slots s SET rests_until = now() + make_interval(secs => :rest_s)
+          FROM moved WHERE s.incarnation = :incarnation AND s.operation_id = moved.id AND s.attempt = moved.attempt
+    )
+    {record("CASE from_status WHEN 'running' THEN 'refuse' ELSE 'stop' END")}
+    RETURNING to_status
+""")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An attempt that was claimed and has to be delivered."""
+
+    operation_id: UUID
+    attempt: int
+    incarnation: UUID
+    slot: int
+    url: str
+    secret: str
+    job: Job
+    checkpoint: CheckpointRef | None
+
+
+async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
+    """Move the first due operation that fits a free slot pending → running. None: nothing fits, or another claims."""
+    if not await session.scalar(TRY_CLAIM_LOCK):
+        return None
+    row = (await session.execute(CLAIM, {"lease_s": lease_s})).mappings().one_or_none()
+    if row is None:
+        return None
+    checkpoint = None
+    if row["checkpoint_id"] is not None:
+        checkpoint = CheckpointRef.model_validate({name: row[name] for name in CheckpointRef.model_fields})
+    return Claim(
+        operation_id=row["operation_id"],
+        attempt=row["attempt"],
+        incarnation=row["incarnation"],
+        slot=row["index"],
+        url=row["url"],
+        secret=row["secret"],
+        job=Job.model_validate(row["job"]),
+        checkpoint=checkpoint,
+    )
+
+
+async def refuse_if_held(session: AsyncSession, claim: Claim, *, error: dict[str, Any], rest_s: float) -> str | None:
+    """Move running → pending (cancelling → cancelled) uncharged, and let the slot rest."""
+    status: str | None = await session.scalar(
+        REFUSE,
+        {
+            "id": claim.operation_id,
+            "attempt": claim.attempt,
+            "incarnation": claim.incarnation,
+            "error": error,
+            "detail": {"error": error},
+            "rest_s": rest_s,
+        },
+    )
+    return status

@@ -1,0 +1,310 @@
+"""Reads. Bounded in rows and in queries, whatever the operation has lived through."""
+
+import base64
+import binascii
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ops_backend.store.sql import in_lineage, statement
+from ops_backend.store.transitions import not_found
+from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.operations import (
+    Attempts,
+    AttemptView,
+    Checkpoints,
+    CheckpointView,
+    EnergyView,
+    Events,
+    EventView,
+    LineageEntry,
+    MetricNames,
+    MetricPoints,
+    Operation,
+    OperationPage,
+    OperationSummary,
+    ProgressView,
+    ResumedFrom,
+    SlotView,
+    Workers,
+    WorkerView,
+    Workloads,
+    WorkloadView,
+)
+
+NOT_MEASURED = "not_measured"
+
+# The newest hold that told anything; a claimed attempt that has not spoken yet shows where it starts instead.
+_PROGRESS = """
+    LEFT JOIN attempts a ON a.operation_id = o.id AND a.number = o.attempt
+    LEFT JOIN LATERAL (
+        SELECT h.attempt, h.progress FROM holds h
+         WHERE h.operation_id = o.id AND h.progress IS NOT NULL ORDER BY h.attempt DESC LIMIT 1
+    ) told ON true"""
+
+GET = statement(f"""
+    SELECT o.*, a.start_step, told.attempt AS told_attempt, told.progress,
+           (SELECT x.exactness FROM attempts x
+             WHERE x.operation_id = o.id AND x.exactness IS NOT NULL ORDER BY x.number DESC LIMIT 1) AS exactness,
+           c.id AS checkpoint_id, c.checkpoint_type, c.created_at AS checkpoint_created_at,
+           c.epoch AS checkpoint_epoch, c.step AS checkpoint_step,
+           (SELECT array_agg(x.start_step ORDER BY x.number) FROM attempts x WHERE x.operation_id = o.id) AS starts
+      FROM operations o {_PROGRESS}
+      LEFT JOIN checkpoints c ON c.id = coalesce(o.resume_checkpoint_id, a.checkpoint_id)
+     WHERE o.id = :id
+""")
+
+LIST = statement(f"""
+    SELECT o.id, o.name, o.status, o.kind, o.workload, o.labels, o.submitted_by, o.priority, o.attempt, o.error,
+           o.created_at, o.started_at, o.ended_at, a.start_step, told.attempt AS told_attempt, told.progress
+      FROM operations o {_PROGRESS}
+     WHERE (CAST(:status AS text) IS NULL OR o.status = ANY (string_to_array(:status, ',')))
+       AND (CAST(:kind AS text) IS NULL OR o.kind = :kind)
+       AND (CAST(:workload AS text) IS NULL OR o.workload = :workload)
+       AND (CAST(:label_key AS text) IS NULL OR
+            CASE WHEN CAST(:label_value AS text) IS NULL THEN o.labels ? :label_key
+                 ELSE o.labels->>:label_key = :label_value END)
+       AND (CAST(:q AS text) IS NULL OR strpos(lower(o.name), lower(:q)) > 0 OR starts_with(o.id::text, lower(:q)))
+       AND (CAST(:submitted_by AS text) IS NULL OR o.submitted_by = :submitted_by)
+       AND (CAST(:cursor_at AS text) IS NULL OR (o.created_at, o.id) < (CAST(:cursor_at AS timestamptz), :cursor_id))
+     ORDER BY o.created_at DESC, o.id DESC
+     LIMIT :limit
+""")
+
+STARTS = statement("""
+    SELECT (SELECT array_agg(a.start_step ORDER BY a.number) FROM attempts a WHERE a.operation_id = o.id) AS starts
+      FROM operations o WHERE o.id = :id
+""")
+
+ATTEMPTS = statement("""
+    SELECT a.*, w.name AS worker, w.host, h.first_step, h.last_step
+      FROM attempts a
+      JOIN workers w USING (incarnation)
+      LEFT JOIN holds h ON h.operation_id = a.operation_id AND h.attempt = a.number AND h.incarnation = a.incarnation
+     WHERE a.operation_id = :id ORDER BY a.number
+""")
+
+METRIC_NAMES = statement("SELECT DISTINCT name FROM metrics WHERE operation_id = :id ORDER BY name")
+
+METRIC = statement("""
+    SELECT attempt, steps, values FROM metrics
+     WHERE operation_id = :id AND name = :name ORDER BY attempt, first_step
+""")
+
+CHECKPOINTS = statement(f"""
+    SELECT c.*, c.status = 'committed' AND {in_lineage("c")} AS in_lineage
+      FROM checkpoints c WHERE c.operation_id = :id ORDER BY c.created_at, c.step
+""")
+
+EVENTS = statement("SELECT * FROM events WHERE operation_id = :id AND seq > :after ORDER BY seq LIMIT 1000")
+
+WORKERS = statement("""
+    SELECT w.*, w.last_seen_at > now() - make_interval(secs => :lease_s) AS live,
+           s.index, s.device, s.device_uuid, s.cores, h.operation_id, h.attempt
+      FROM workers w
+      JOIN slots s USING (incarnation)
+      LEFT JOIN holds h ON h.operation_id = s.operation_id AND h.attempt = s.attempt
+                       AND h.incarnation = s.incarnation AND h.ended_at IS NULL
+     WHERE w.last_seen_at > now() - interval '1 day'
+     ORDER BY live DESC, w.name, w.registered_at DESC, s.index
+     LIMIT 5000
+""")
+
+WORKLOADS = statement("SELECT name, title, config_schema, reports FROM workloads ORDER BY name")
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What a list is narrowed to; `status` may be several, joined by commas."""
+
+    status: str | None = None
+    kind: str | None = None
+    workload: str | None = None
+    label: str | None = None
+    q: str | None = None
+    submitted_by: str | None = None
+
+
+async def get(session: AsyncSession, id: UUID) -> Operation:
+    """Raises 404."""
+    row = (await session.execute(GET, {"id": id})).one_or_none()
+    if row is None:
+        raise not_found(id)
+    return Operation(
+        **_summary(row),
+        job=row.job,
+        max_retries=row.max_retries,
+        failures=row.failures,
+        cancel_reason=row.cancel_reason,
+        exit_unconfirmed=row.exit_unconfirmed,
+        not_before=row.not_before,
+        exactness=row.exactness,
+        energy=EnergyView(reason=NOT_MEASURED),
+        resumed_from=_resumed_from(row),
+        lineage=lineage(row.starts or []),
+    )
+
+
+async def list_page(session: AsyncSession, wanted: Filter, limit: int, cursor: str | None) -> OperationPage:
+    """Newest first. Raises 422 for a cursor that is not one of ours."""
+    at, id = _read_cursor(cursor)
+    key, _, value = (wanted.label or "").partition("=")
+    values: dict[str, Any] = {
+        "status": wanted.status,
+        "kind": wanted.kind,
+        "workload": wanted.workload,
+        "label_key": key or None,
+        "label_value": value or None,
+        "q": wanted.q,
+        "submitted_by": wanted.submitted_by,
+        "cursor_at": at,
+        "cursor_id": id,
+        "limit": limit + 1,
+    }
+    rows = (await session.execute(LIST, values)).all()
+    items = [OperationSummary(**_summary(row)) for row in rows[:limit]]
+    return OperationPage(items=items, next_cursor=_cursor(rows[limit - 1]) if len(rows) > limit else None)
+
+
+async def attempts(session: AsyncSession, id: UUID) -> Attempts:
+    await _starts(session, id)
+    rows = (await session.execute(ATTEMPTS, {"id": id})).all()
+    return Attempts(
+        items=[
+            AttemptView(
+                number=r.number,
+                worker_id=r.incarnation,
+                worker=r.worker,
+                host=r.host,
+                trainer_pid=r.trainer_pid,
+                claimed_at=r.claimed_at,
+                started_at=r.started_at,
+                ended_at=r.ended_at,
+                outcome=r.outcome,
+                error=r.error,
+                start_step=r.start_step,
+                first_step=r.first_step,
+                last_step=r.last_step,
+                energy_j=None,
+                lost_j=None,
+                energy_reason=NOT_MEASURED,
+                environment=r.environment,
+            )
+            for r in rows
+        ]
+    )
+
+
+async def metric_names(session: AsyncSession, id: UUID) -> MetricNames:
+    await _starts(session, id)
+    return MetricNames(names=list(await session.scalars(METRIC_NAMES, {"id": id})))
+
+
+async def metric(session: AsyncSession, id: UUID, name: str, after_step: int) -> MetricPoints:
+    """The points after a step that count: each attempt's from its start until a later one starts."""
+    counts = {entry.attempt: entry for entry in lineage(await _starts(session, id))}
+    rows = (await session.execute(METRIC, {"id": id, "name": name})).all()
+    points: list[tuple[int, float]] = []
+    for row in rows:
+        end = counts[row.attempt].end_step
+        points += [
+            (step, value)
+            for step, value in zip(row.steps, row.values, strict=True)
+            if step > after_step and (end is None or step < end)
+        ]
+    starts = [(e.start_step, e.attempt) for e in counts.values() if e.end_step is None or e.start_step < e.end_step]
+    return MetricPoints(name=name, points=points, attempt_starts=starts)
+
+
+async def checkpoints(session: AsyncSession, id: UUID) -> Checkpoints:
+    await _starts(session, id)
+    rows = (await session.execute(CHECKPOINTS, {"id": id})).mappings()
+    return Checkpoints(items=[CheckpointView(**{f: row[f] for f in CheckpointView.model_fields}) for row in rows])
+
+
+async def events(session: AsyncSession, id: UUID, after: int) -> Events:
+    await _starts(session, id)
+    rows = (await session.execute(EVENTS, {"id": id, "after": after})).mappings()
+    return Events(items=[EventView(**{f: row[f] for f in EventView.model_fields}) for row in rows])
+
+
+async def workers(session: AsyncSession, lease_s: float) -> Workers:
+    """Those seen within a day; the attempts of older ones keep their names."""
+    views: dict[UUID, WorkerView] = {}
+    for row in (await session.execute(WORKERS, {"lease_s": lease_s})).mappings():
+        slot = SlotView(**{f: row[f] for f in SlotView.model_fields})
+        seen = views.get(row["incarnation"])
+        values = {f: row[f] for f in WorkerView.model_fields if f not in ("id", "slots")}
+        views[row["incarnation"]] = WorkerView(
+            id=row["incarnation"], slots=[*(seen.slots if seen else []), slot], **values
+        )
+    return Workers(items=list(views.values()))
+
+
+async def workloads(session: AsyncSession) -> Workloads:
+    rows = (await session.execute(WORKLOADS)).mappings()
+    return Workloads(items=[WorkloadView(**row) for row in rows])
+
+
+def lineage(starts: list[int]) -> list[LineageEntry]:
+    """Attempt a counts from its start to the lowest start of any later attempt."""
+    entries: list[LineageEntry] = []
+    end: int | None = None
+    for number in range(len(starts), 0, -1):
+        start = starts[number - 1]
+        entries.insert(0, LineageEntry(attempt=number, start_step=start, end_step=end))
+        end = start if end is None else min(end, start)
+    return entries
+
+
+async def _starts(session: AsyncSession, id: UUID) -> list[int]:
+    row = (await session.execute(STARTS, {"id": id})).one_or_none()
+    if row is None:
+        raise not_found(id)
+    return list(row.starts or [])
+
+
+def _summary(row: Row[Any]) -> dict[str, Any]:
+    plain = ("id", "name", "status", "kind", "workload", "labels", "submitted_by", "priority", "attempt", "error")
+    times = ("created_at", "started_at", "ended_at")
+    return {name: getattr(row, name) for name in (*plain, *times)} | {"progress": _progress(row)}
+
+
+def _progress(row: Row[Any]) -> ProgressView | None:
+    if row.start_step is None:
+        return None
+    told = dict(row.progress or {})
+    if row.told_attempt != row.attempt:
+        told = {"step": row.start_step, "steps_total": told.get("steps_total")}
+    total = told.get("steps_total")
+    return ProgressView(**told, percent=100 * told["step"] / total if total else None)
+
+
+def _resumed_from(row: Row[Any]) -> ResumedFrom | None:
+    if row.checkpoint_id is None:
+        return None
+    return ResumedFrom(
+        checkpoint_id=row.checkpoint_id,
+        checkpoint_type=row.checkpoint_type,
+        created_at=row.checkpoint_created_at,
+        epoch=row.checkpoint_epoch,
+        step=row.checkpoint_step,
+    )
+
+
+def _cursor(row: Row[Any]) -> str:
+    return base64.urlsafe_b64encode(f"{row.created_at.isoformat()}|{row.id}".encode()).decode()
+
+
+def _read_cursor(cursor: str | None) -> tuple[str | None, UUID | None]:
+    if cursor is None:
+        return None, None
+    try:
+        at, id = base64.urlsafe_b64decode(cursor).decode().split("|")
+        return datetime.fromisoformat(at).isoformat(), UUID(id)
+    except (ValueError, binascii.Error):
+        raise OpsError(ErrorCode.INVALID, "cursor: not one that this service gave; start without it") from None

@@ -1,0 +1,162 @@
+"""What holds may write: a report counts only when it moves the sequence of a hold that has not ended."""
+
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ops_backend.store.sql import record, statement
+from ops_backend.store.transitions import finish_if_held
+from ops_contract.agents import ReportBatch
+from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.lifecycle import Phase
+from ops_contract.reports import CheckpointSaved, Finish, Metrics, Note, Report, Series, Started
+
+# The update locks the row, so what follows in the transaction is fenced: a reaper that wants to end the hold waits.
+# (An INSERT … SELECT … WHERE status = 'running' locks nothing, and a fenced row slips in.)
+ADVANCE = statement("""
+    WITH before AS MATERIALIZED (
+        SELECT last_seq FROM holds
+         WHERE operation_id = :id AND attempt = :attempt AND incarnation = :incarnation
+           AND ended_at IS NULL AND last_seq BETWEEN :next_seq - 1 AND :last_seq - 1
+           FOR NO KEY UPDATE
+    )
+    UPDATE holds h
+       SET last_seq = :last_seq, progress = coalesce(:progress, h.progress),
+           first_step = least(h.first_step, :first_step), last_step = greatest(h.last_step, :last_step)
+      FROM before
+     WHERE h.operation_id = :id AND h.attempt = :attempt AND h.incarnation = :incarnation
+    RETURNING before.last_seq
+""")
+
+EXPLAIN = statement("""
+    SELECT last_seq, ended_at IS NOT NULL AS ended FROM holds
+     WHERE operation_id = :id AND attempt = :attempt AND incarnation = :incarnation
+""")
+
+INSERT_METRICS = statement("""
+    INSERT INTO metrics (operation_id, name, attempt, first_step, steps, values)
+    VALUES (:id, :name, :attempt, :first_step, :steps, :values)
+""")
+
+START = statement("""
+    UPDATE attempts SET started_at = now(), trainer_pid = :trainer_pid, environment = :environment,
+                        exactness = :exactness
+     WHERE operation_id = :id AND number = :attempt
+""")
+
+INSERT_CHECKPOINT = statement("""
+    INSERT INTO checkpoints (id, operation_id, attempt, checkpoint_type, status, step, epoch, phase, path, size_bytes,
+                             manifest_sha256)
+    VALUES (:checkpoint_id, :id, :attempt, :checkpoint_type, 'committed', :step, :epoch, :phase, :path, :size_bytes,
+            :manifest_sha256)
+""")
+
+# The resumed attempt has a checkpoint of its own now: from here on the lineage decides.
+FORGET_RESUME_CHOICE = statement("""
+    UPDATE operations SET resume_checkpoint_id = NULL, resume_explicit = false
+     WHERE id = :id AND attempt = :attempt AND resume_checkpoint_id IS NOT NULL
+""")
+
+NOTE = statement(f"""
+    WITH moved AS (
+        UPDATE operations SET event_seq = event_seq + 1 WHERE id = :id AND attempt = :attempt
+        RETURNING id, event_seq, attempt, status AS from_status, status
+    )
+    {record("'note'")}
+""")
+
+
+async def accept(session: AsyncSession, id: UUID, attempt: int, batch: ReportBatch, backoff_s: float) -> int:
+    """Write what is new in the batch and return the hold's last sequence number; what it already had is skipped.
+
+    Raises 404 without such a hold, 409 `fenced` when it has ended, 409 `out_of_order` when a number is missing,
+    422 for a finish that is not the last, or a checkpoint outside its place.
+    """
+    _check(id, attempt, batch)
+    last_seq = batch.first_seq + len(batch.reports) - 1
+    finish = batch.reports[-1] if isinstance(batch.reports[-1], Finish) else None
+    body = batch.reports[:-1] if finish else batch.reports
+    key = {"id": id, "attempt": attempt, "incarnation": batch.incarnation}
+    had = await _advance(session, key, batch, body) if body else batch.first_seq - 1
+    for report in body[had - batch.first_seq + 1 :]:
+        await _write(session, id, attempt, report)
+    if finish and had < last_seq:
+        status = await finish_if_held(session, id, attempt, batch.incarnation, last_seq, finish, backoff_s)
+        if status is None:
+            await _explain(session, key, last_seq)
+    return last_seq
+
+
+async def _advance(session: AsyncSession, key: dict[str, Any], batch: ReportBatch, body: list[Report]) -> int:
+    """Take the numbers of `body`; the last number that the hold had before."""
+    steps = [step for r in body if isinstance(r, Metrics) for series in r.series for step in series.steps]
+    last_seq = batch.first_seq + len(body) - 1
+    values = {
+        "next_seq": batch.first_seq,
+        "last_seq": last_seq,
+        "progress": batch.progress.model_dump(mode="json") if batch.progress else None,
+        "first_step": min(steps, default=None),
+        "last_step": max(steps, default=None),
+    }
+    had: int | None = await session.scalar(ADVANCE, key | values)
+    return had if had is not None else await _explain(session, key, last_seq)
+
+
+async def _explain(session: AsyncSession, key: dict[str, Any], last_seq: int) -> int:
+    """Why the guard failed: the hold's last number when it has all of this already, else the refusal raised."""
+    row = (await session.execute(EXPLAIN, key)).one_or_none()
+    if row is None:
+        raise OpsError(ErrorCode.NOT_FOUND, "this worker has never held this attempt")
+    if last_seq <= row.last_seq:
+        return int(row.last_seq)
+    if row.ended:
+        raise OpsError(ErrorCode.FENCED, "this attempt has ended; stop its trainer", last_seq=row.last_seq)
+    message = f"report {row.last_seq + 1} is missing: send again from there"
+    raise OpsError(ErrorCode.OUT_OF_ORDER, message, last_seq=row.last_seq)
+
+
+async def _write(session: AsyncSession, id: UUID, attempt: int, report: Report) -> None:
+    match report:
+        case Started():
+            values = {
+                "trainer_pid": report.trainer_pid,
+                "environment": report.environment,
+                "exactness": report.exactness.model_dump(mode="json"),
+            }
+            await session.execute(START, {"id": id, "attempt": attempt} | values)
+        case Metrics():
+            await session.execute(INSERT_METRICS, [_metric_row(id, attempt, s) for s in report.series])
+        case CheckpointSaved():
+            row = report.model_dump(exclude={"kind"}) | {"id": id, "attempt": attempt}
+            await session.execute(INSERT_CHECKPOINT, row)
+            await session.execute(FORGET_RESUME_CHOICE, {"id": id, "attempt": attempt})
+        case Note():
+            await session.execute(NOTE, {"id": id, "attempt": attempt, "detail": {"message": report.message}})
+        case Finish():
+            raise AssertionError("a finish ends its batch and is not written here")
+
+
+def _metric_row(id: UUID, attempt: int, series: Series) -> dict[str, Any]:
+    return {
+        "id": id,
+        "attempt": attempt,
+        "name": series.name,
+        "first_step": series.steps[0],
+        "steps": series.steps,
+        "values": series.floats(),
+    }
+
+
+def _check(id: UUID, attempt: int, batch: ReportBatch) -> None:
+    if any(isinstance(r, Finish) for r in batch.reports[:-1]):
+        raise OpsError(ErrorCode.INVALID, "reports: a finish must be the last of its batch")
+    for report in batch.reports:
+        if isinstance(report, CheckpointSaved) and report.path != _place(id, attempt, report):
+            raise OpsError(ErrorCode.INVALID, f"path: this checkpoint belongs at {_place(id, attempt, report)}")
+
+
+def _place(id: UUID, attempt: int, report: CheckpointSaved) -> str:
+    """No text of a client's becomes a path: it is derived, and compared."""
+    suffix = "-evaluate" if report.phase is Phase.EVALUATE else ""
+    return f"{id}/{attempt}-{report.step}{suffix}"

@@ -1,0 +1,90 @@
+"""Fragments that several statements share. Lineage is decided here and nowhere else."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import TextClause, bindparam, text
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.types import BigInteger, Boolean, Double, Integer, Text, TypeEngine, Uuid
+
+# asyncpg sends every parameter with a type; these are the ones whose Python value does not tell it.
+_TYPES: Mapping[str, TypeEngine[Any]] = {
+    "attempt": Integer(),
+    "attempts": ARRAY(Integer),
+    "cancel_reason": Text(),
+    "checkpoint_id": Uuid(),
+    "config_schema": JSONB(),
+    "cursor_at": Text(),
+    "cursor_id": Uuid(),
+    "detail": JSONB(),
+    "device_uuid": Text(),
+    "device_uuids": ARRAY(Text),
+    "environment": JSONB(),
+    "error": JSONB(),
+    "exactness": JSONB(),
+    "first_step": BigInteger(),
+    "force": Boolean(),
+    "idempotency_key": Text(),
+    "ids": ARRAY(Uuid()),
+    "job": JSONB(),
+    "kind": Text(),
+    "label_key": Text(),
+    "label_value": Text(),
+    "labels": JSONB(),
+    "lease_s": Double(),
+    "last_seq": BigInteger(),
+    "last_step": BigInteger(),
+    "next_seq": BigInteger(),
+    "outcome": Text(),
+    "permanent": Boolean(),
+    "progress": JSONB(none_as_null=True),
+    "q": Text(),
+    "reports": JSONB(),
+    "seq": BigInteger(),
+    "size_bytes": BigInteger(),
+    "status": Text(),
+    "step": BigInteger(),
+    "epoch": BigInteger(),
+    "steps": ARRAY(BigInteger),
+    "values": ARRAY(Double),
+    "versions": JSONB(),
+    "workload": Text(),
+    "workloads": ARRAY(Text),
+}
+
+
+def statement(sql: str) -> TextClause:
+    """A text statement whose parameters carry their types."""
+    clause = text(sql)
+    typed = [bindparam(name, type_=_TYPES[name]) for name in clause.compile().params if name in _TYPES]
+    return clause.bindparams(*typed)
+
+
+def in_lineage(checkpoint: str) -> str:
+    """True for a checkpoint row on the operation's lineage: no later attempt started before it."""
+    return f"""
+        NOT EXISTS (SELECT FROM attempts later
+                     WHERE later.operation_id = {checkpoint}.operation_id
+                       AND later.number > {checkpoint}.attempt AND later.start_step < {checkpoint}.step)"""
+
+
+# What evaluates a step comes after what updates it; of equals the newest is taken.
+NEWEST_FIRST = "c.step DESC, c.phase = 'evaluate' DESC, c.attempt DESC, c.created_at DESC"
+
+# Locks every live hold of an attempt in one order, so that two members that finish together do not deadlock.
+# The statements count on `bool_or` to read all of it before the operation is locked: holds, then operations.
+LOCK_HOLDS = """
+    locked AS MATERIALIZED (
+        SELECT incarnation, last_seq, lease_expires_at
+          FROM holds
+         WHERE operation_id = :id AND attempt = :attempt AND ended_at IS NULL
+         ORDER BY incarnation
+           FOR UPDATE
+    )"""
+
+
+def record(event: str, detail: str = "CAST(:detail AS jsonb)") -> str:
+    """The event row of a move; `moved` yields id, event_seq, attempt, from_status and status."""
+    return f"""
+        INSERT INTO events (operation_id, seq, attempt, name, from_status, to_status, detail)
+        SELECT id, event_seq, attempt, {event}, from_status, status, {detail} FROM moved"""

@@ -1,0 +1,117 @@
+"""submit: – → pending, once per idempotency key."""
+
+import hashlib
+import json
+from contextlib import suppress
+from typing import Any
+from uuid import UUID, uuid4
+
+import jsonschema
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ops_backend.store.sql import record, statement
+from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.jobs import Job, JobSpec
+
+FIND_REPLAY = statement("""
+    SELECT id, body_sha256 FROM operations WHERE submitted_by = :submitted_by AND idempotency_key = :idempotency_key
+""")
+
+FIND_WORKLOAD = statement("SELECT config_schema FROM workloads WHERE name = :name")
+KNOWN_WORKLOADS = statement("SELECT name FROM workloads ORDER BY name")
+
+# A key that another transaction has just taken yields no row here; the caller then reads that one.
+SUBMIT = statement(f"""
+    WITH moved AS (
+        INSERT INTO operations (id, name, kind, workload, job, labels, priority, max_retries, submitted_by,
+                                idempotency_key, body_sha256, status, event_seq)
+        VALUES (:id, :name, :kind, :workload, :job, :labels, :priority, :max_retries, :submitted_by,
+                :idempotency_key, :body_sha256, 'pending', 1)
+        ON CONFLICT (submitted_by, idempotency_key) DO NOTHING
+        RETURNING id, event_seq, attempt, NULL::text AS from_status, status
+    )
+    {record("'submit'", "'{}'")}
+    RETURNING operation_id
+""")
+
+
+async def replay(session: AsyncSession, submitted_by: str, key: str | None, body: bytes) -> UUID | None:
+    """The operation that this key made before. Raises 409 when its body was another one.
+
+    It comes before validation: what was accepted once is accepted again, whatever the schema says by now.
+    """
+    if key is None:
+        return None
+    row = (await session.execute(FIND_REPLAY, {"submitted_by": submitted_by, "idempotency_key": key})).one_or_none()
+    if row is None:
+        return None
+    if row.body_sha256 != body_sha256(body):
+        raise OpsError(
+            ErrorCode.IDEMPOTENCY_CONFLICT,
+            "this Idempotency-Key was used with another body; use a new key for a new operation",
+            operation_id=str(row.id),
+        )
+    found: UUID = row.id
+    return found
+
+
+async def submit_if_new(
+    session: AsyncSession, spec: JobSpec, submitted_by: str, key: str | None, body: bytes
+) -> UUID | None:
+    """Insert the operation; None when a concurrent request with the same key was first.
+
+    Raises 422 for an unknown workload or a config that its schema refuses.
+    """
+    job = Job(
+        kind=spec.kind,
+        workload=spec.workload,
+        config=await _resolved_config(session, spec),
+        execution=spec.execution,
+    )
+    operation_id = uuid4()
+    submitted: UUID | None = await session.scalar(
+        SUBMIT,
+        {
+            "id": operation_id,
+            "name": spec.name or f"{spec.workload}-{str(operation_id)[:8]}",
+            "kind": spec.kind,
+            "workload": spec.workload,
+            "job": job.model_dump(mode="json"),
+            "labels": spec.labels,
+            "priority": spec.priority,
+            "max_retries": spec.max_retries,
+            "submitted_by": submitted_by,
+            "idempotency_key": key,
+            "body_sha256": body_sha256(body),
+        },
+    )
+    return submitted
+
+
+def body_sha256(body: bytes) -> str:
+    """Of the parsed body, so that white space and the order of keys do not make it another one."""
+    with suppress(ValueError):  # not JSON: then its own bytes tell it apart
+        body = json.dumps(json.loads(body), sort_keys=True).encode()
+    return hashlib.sha256(body).hexdigest()
+
+
+async def _resolved_config(session: AsyncSession, spec: JobSpec) -> dict[str, Any]:
+    schema = await session.scalar(FIND_WORKLOAD, {"name": spec.workload})
+    if schema is None:
+        known = list(await session.scalars(KNOWN_WORKLOADS))
+        offer = f"known are: {', '.join(known)}" if known else "none is known yet: start a worker first (`ops worker`)"
+        raise OpsError(
+            ErrorCode.UNKNOWN_WORKLOAD, f"no worker has offered the workload {spec.workload!r}; {offer}", known=known
+        )
+    defaults = {k: p["default"] for k, p in schema.get("properties", {}).items() if "default" in p}
+    config = {**defaults, **spec.config}
+    errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(config), key=lambda e: list(e.absolute_path))
+    if errors:
+        problems = [{"field": _path(e), "problem": e.message} for e in errors]
+        first = problems[0]
+        raise OpsError(ErrorCode.INVALID, f"{first['field']}: {first['problem']}", errors=problems)
+    return config
+
+
+def _path(error: jsonschema.ValidationError) -> str:
+    return ".".join(["config", *(str(part) for part in error.absolute_path)])

@@ -1,0 +1,119 @@
+"""Registration, heartbeats, and what workers offer."""
+
+import secrets
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ops_backend.store.sql import statement
+from ops_contract.agents import CancelOrder, Heartbeat, HeartbeatAnswer, WorkerRegistration
+from ops_contract.errors import ErrorCode, OpsError
+
+# The same incarnation again keeps its secret: its first answer may have been lost.
+REGISTER = statement("""
+    INSERT INTO workers (incarnation, name, host, url, secret, workloads, versions)
+    VALUES (:incarnation, :name, :host, :url, :secret, :workloads, :versions)
+    ON CONFLICT (incarnation) DO UPDATE
+       SET url = EXCLUDED.url, workloads = EXCLUDED.workloads, versions = EXCLUDED.versions, last_seen_at = now()
+    RETURNING secret
+""")
+
+OFFER_SLOT = statement("""
+    INSERT INTO slots (incarnation, index, device, device_uuid, cores)
+    VALUES (:incarnation, :index, :device, :device_uuid, :cores)
+    ON CONFLICT (incarnation, index) DO NOTHING
+""")
+
+OFFER_WORKLOAD = statement("""
+    INSERT INTO workloads (name, title, config_schema, reports)
+    VALUES (:name, :title, :config_schema, :reports)
+    ON CONFLICT (name) DO UPDATE
+       SET title = EXCLUDED.title, config_schema = EXCLUDED.config_schema, reports = EXCLUDED.reports,
+           updated_at = now()
+""")
+
+DEVICE_OWNER = statement("""
+    SELECT w.name FROM slots s JOIN workers w USING (incarnation)
+     WHERE w.host = :host AND s.device_uuid = ANY (:device_uuids) AND w.incarnation <> :incarnation
+       AND w.last_seen_at > now() - make_interval(secs => :lease_s)
+     LIMIT 1
+""")
+
+SEEN = statement("""
+    UPDATE workers SET last_seen_at = now(), draining = :draining WHERE incarnation = :incarnation
+    RETURNING incarnation
+""")
+
+# Locked in the order in which every statement locks holds; the status is what this snapshot sees, the next beat's
+# at the latest.
+RENEW = statement("""
+    WITH locked AS MATERIALIZED (
+        SELECT h.operation_id, h.attempt
+          FROM holds h JOIN unnest(:ids, :attempts) AS listed (operation_id, attempt) USING (operation_id, attempt)
+         WHERE h.incarnation = :incarnation AND h.ended_at IS NULL
+         ORDER BY h.operation_id, h.attempt
+           FOR NO KEY UPDATE OF h
+    ), renewed AS (
+        UPDATE holds h SET lease_expires_at = now() + make_interval(secs => :lease_s)
+          FROM locked
+         WHERE h.operation_id = locked.operation_id AND h.attempt = locked.attempt AND h.incarnation = :incarnation
+        RETURNING h.operation_id, h.attempt
+    )
+    SELECT r.operation_id, r.attempt, o.status, o.cancel_force, o.cancel_reason
+      FROM renewed r JOIN operations o ON o.id = r.operation_id
+""")
+
+
+async def register(session: AsyncSession, worker: WorkerRegistration, lease_s: float) -> str:
+    """Write the worker, its slots and workloads; the secret that authenticates the backend's calls to it.
+
+    Raises 409 `device_taken` when a live incarnation on the same host holds one of its devices.
+    """
+    await _refuse_taken_devices(session, worker, lease_s)
+    row = worker.model_dump(include={"incarnation", "name", "host", "url", "versions"})
+    row |= {"workloads": [w.name for w in worker.workloads], "secret": secrets.token_hex(32)}
+    secret: str = (await session.execute(REGISTER, row)).scalar_one()
+    await session.execute(OFFER_SLOT, [{"incarnation": worker.incarnation} | s.model_dump() for s in worker.slots])
+    # In one order, so that two workers that register at once do not deadlock.
+    for offer in sorted(worker.workloads, key=lambda w: w.name):
+        await session.execute(OFFER_WORKLOAD, offer.model_dump())
+    return secret
+
+
+async def heartbeat(session: AsyncSession, incarnation: UUID, beat: Heartbeat, lease_s: float) -> HeartbeatAnswer:
+    """Renew what it lists; say what of that has ended and what has to stop. Raises 404 for an unknown worker."""
+    if await session.scalar(SEEN, {"incarnation": incarnation, "draining": beat.draining}) is None:
+        raise OpsError(ErrorCode.NOT_FOUND, "this worker is not registered: register again")
+    rows = (await session.execute(RENEW, _listed(beat) | {"incarnation": incarnation, "lease_s": lease_s})).all()
+    alive = {(row.operation_id, row.attempt) for row in rows}
+    return HeartbeatAnswer(
+        ended=[hold for hold in beat.holds if (hold.operation_id, hold.attempt) not in alive],
+        cancelling=[
+            CancelOrder(
+                operation_id=row.operation_id,
+                attempt=row.attempt,
+                reason=row.cancel_reason or "",
+                force=row.cancel_force,
+            )
+            for row in rows
+            if row.status == "cancelling"
+        ],
+    )
+
+
+def _listed(beat: Heartbeat) -> dict[str, Any]:
+    return {"ids": [h.operation_id for h in beat.holds], "attempts": [h.attempt for h in beat.holds]}
+
+
+async def _refuse_taken_devices(session: AsyncSession, worker: WorkerRegistration, lease_s: float) -> None:
+    uuids = [slot.device_uuid for slot in worker.slots if slot.device_uuid]
+    if not uuids:
+        return
+    values = {"host": worker.host, "device_uuids": uuids, "incarnation": worker.incarnation, "lease_s": lease_s}
+    owner = await session.scalar(DEVICE_OWNER, values)
+    if owner is not None:
+        raise OpsError(
+            ErrorCode.DEVICE_TAKEN,
+            f"the live worker {owner!r} holds one of these devices; stop it, or wait until its lease has run out",
+        )

@@ -1,0 +1,236 @@
+"""The schema as SQLAlchemy sees it. The migrations make it; `alembic check` holds the two together."""
+
+from enum import StrEnum
+
+from sqlalchemy import (
+    ARRAY,
+    TIMESTAMP,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Double,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def one_of(column: str, words: type[StrEnum]) -> CheckConstraint:
+    """The column holds a word of the enum (or null, where it may)."""
+    return CheckConstraint(f"{column} IN ({', '.join(repr(w.value) for w in words)})", name=column)
+
+
+def _instant(name: str, *, default_now: bool = False, nullable: bool = True) -> Column[object]:
+    return Column(
+        name, TIMESTAMP(timezone=True), nullable=nullable, server_default=text("now()") if default_now else None
+    )
+
+
+def _count(name: str) -> Column[int]:
+    return Column(name, Integer, nullable=False, server_default=text("0"))
+
+
+def _flag(name: str) -> Column[bool]:
+    return Column(name, Boolean, nullable=False, server_default=text("false"))
+
+
+operations = Table(
+    "operations",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("workload", Text, nullable=False),
+    Column("job", JSONB, nullable=False),
+    Column("labels", JSONB, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("max_retries", Integer, nullable=False),
+    Column("submitted_by", Text, nullable=False),
+    Column("idempotency_key", Text),
+    Column("body_sha256", Text),
+    Column("status", Text, nullable=False),
+    _count("attempt"),
+    _count("event_seq"),
+    _count("failures"),
+    _count("lost_without_progress"),
+    _instant("not_before"),
+    # Chosen by a resume; cleared when the resumed attempt commits a checkpoint of its own.
+    Column("resume_checkpoint_id", Uuid, ForeignKey("checkpoints.id", use_alter=True)),
+    _flag("resume_explicit"),
+    _flag("cancel_force"),
+    Column("cancel_reason", Text),
+    _flag("exit_unconfirmed"),
+    Column("error", JSONB),
+    _instant("created_at", default_now=True, nullable=False),
+    _instant("started_at"),
+    _instant("ended_at"),
+    UniqueConstraint("submitted_by", "idempotency_key"),
+    one_of("status", Status),
+    one_of("kind", Kind),
+)
+Index("ix_operations_newest", operations.c.created_at.desc(), operations.c.id.desc())
+Index(
+    "ix_operations_queue",
+    operations.c.priority.desc(),
+    operations.c.created_at,
+    postgresql_where=operations.c.status == text("'pending'"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("incarnation", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("secret", Text, nullable=False),
+    Column("workloads", ARRAY(Text), nullable=False),
+    Column("versions", JSONB, nullable=False),
+    _flag("draining"),
+    _instant("registered_at", default_now=True, nullable=False),
+    _instant("last_seen_at", default_now=True, nullable=False),
+)
+
+slots = Table(
+    "slots",
+    metadata,
+    Column("incarnation", Uuid, ForeignKey("workers.incarnation"), primary_key=True),
+    Column("index", Integer, primary_key=True),
+    Column("device", Text, nullable=False),
+    Column("device_uuid", Text),
+    Column("cores", Integer, nullable=False),
+    # Whom it was given to last. It is taken while that hold lives, so ending a hold is all it takes to free it.
+    Column("operation_id", Uuid),
+    Column("attempt", Integer),
+    _instant("rests_until"),
+    CheckConstraint("device IN ('cpu', 'cuda')", name="device"),
+)
+
+workloads = Table(
+    "workloads",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("title", Text, nullable=False),
+    Column("config_schema", JSONB, nullable=False),
+    Column("reports", JSONB, nullable=False),
+    _instant("updated_at", default_now=True, nullable=False),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("operation_id", Uuid, ForeignKey("operations.id"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("incarnation", Uuid, ForeignKey("workers.incarnation"), nullable=False),
+    Column("checkpoint_id", Uuid, ForeignKey("checkpoints.id", use_alter=True)),
+    Column("start_step", BigInteger, nullable=False),
+    _instant("claimed_at", default_now=True, nullable=False),
+    _instant("started_at"),
+    _instant("ended_at"),
+    Column("outcome", Text),
+    Column("error", JSONB),
+    Column("trainer_pid", Integer),
+    Column("environment", JSONB),
+    Column("exactness", JSONB),
+    one_of("outcome", Outcome),
+)
+
+holds = Table(
+    "holds",
+    metadata,
+    Column("operation_id", Uuid, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("incarnation", Uuid, ForeignKey("workers.incarnation"), primary_key=True),
+    # Renewed every few seconds: no index may name it or its neighbours, so that updates stay HOT.
+    _instant("lease_expires_at", nullable=False),
+    Column("last_seq", BigInteger, nullable=False, server_default=text("0")),
+    Column("progress", JSONB),
+    Column("first_step", BigInteger),
+    Column("last_step", BigInteger),
+    _instant("ended_at"),
+    ForeignKeyConstraint(["operation_id", "attempt"], ["attempts.operation_id", "attempts.number"]),
+    postgresql_with={"fillfactor": "50"},
+)
+Index("ix_holds_live", holds.c.operation_id, postgresql_where=holds.c.ended_at.is_(None))
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("operation_id", Uuid, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("checkpoint_type", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("step", BigInteger, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("phase", Text, nullable=False),
+    Column("path", Text, nullable=False, unique=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("manifest_sha256", Text, nullable=False),
+    _instant("pinned_at"),
+    _instant("created_at", default_now=True, nullable=False),
+    ForeignKeyConstraint(["operation_id", "attempt"], ["attempts.operation_id", "attempts.number"]),
+    one_of("checkpoint_type", CheckpointType),
+    one_of("status", CheckpointStatus),
+    one_of("phase", Phase),
+)
+Index("ix_checkpoints_newest", checkpoints.c.operation_id, checkpoints.c.step.desc())
+
+metrics = Table(
+    "metrics",
+    metadata,
+    Column("operation_id", Uuid, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("first_step", BigInteger, primary_key=True),
+    # Arrays, not a row a point: 14 bytes a point instead of 206.
+    Column("steps", ARRAY(BigInteger), nullable=False),
+    Column("values", ARRAY(Double), nullable=False),
+    ForeignKeyConstraint(["operation_id", "attempt"], ["attempts.operation_id", "attempts.number"]),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("operation_id", Uuid, ForeignKey("operations.id"), primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    _instant("at", default_now=True, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("from_status", Text),
+    Column("to_status", Text, nullable=False),
+    Column("detail", JSONB, nullable=False),
+    one_of("name", Event),
+    one_of("from_status", Status),
+    one_of("to_status", Status),
+)
+
+service = Table(
+    "service",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    _instant("last_tick_at"),
+    _instant("grace_until"),
+    CheckConstraint("id = 1", name="one_row"),
+)

@@ -1,0 +1,137 @@
+"""What agents and the API say to each other. Durations are relative: no two clocks are compared."""
+
+from typing import Any, Literal
+from uuid import UUID
+
+from pydantic import Field
+
+from ops_contract.jobs import Job
+from ops_contract.lifecycle import Phase
+from ops_contract.reports import Progress, Report
+from ops_contract.wire import Name, Step, Wire
+
+
+class SlotOffer(Wire):
+    """One place for one trainer. A CPU slot is known by incarnation and index, a GPU slot by host and uuid."""
+
+    index: int = Field(ge=0)
+    device: Literal["cpu", "cuda"]
+    device_uuid: Name | None = None
+    cores: int = Field(ge=1)
+
+
+class WorkloadOffer(Wire):
+    """A workload that this worker runs: the JSON Schema of its config and the metrics it reports."""
+
+    name: Name
+    title: str = ""
+    config_schema: dict[str, Any]
+    reports: dict[str, Literal["min", "max"]] = {}
+
+
+class WorkerRegistration(Wire):
+    """POST /workers. The same incarnation again is the same registration."""
+
+    incarnation: UUID
+    name: Name
+    host: Name
+    url: Name
+    slots: list[SlotOffer] = Field(min_length=1, max_length=1024)
+    workloads: list[WorkloadOffer] = Field(max_length=1000)
+    versions: dict[str, str] = {}
+
+
+class WorkerRegistered(Wire):
+    """`secret` authenticates the backend's calls to this worker."""
+
+    secret: str
+    lease_s: float
+    heartbeat_s: float
+    cancel_grace_s: float
+
+
+class HoldRef(Wire):
+    operation_id: UUID
+    attempt: int = Field(ge=1)
+
+
+class Heartbeat(Wire):
+    """POST /workers/{incarnation}/heartbeat: renews the leases of the holds it lists."""
+
+    holds: list[HoldRef] = Field([], max_length=1024)
+    draining: bool = False
+
+
+class CancelOrder(HoldRef):
+    reason: str = ""
+    force: bool = False
+
+
+class HeartbeatAnswer(Wire):
+    """`ended`: listed holds that are no longer this worker's; kill their trainers. `cancelling`: stop these."""
+
+    ended: list[HoldRef] = []
+    cancelling: list[CancelOrder] = []
+
+
+class ReportBatch(Wire):
+    """POST /operations/{id}/attempts/{n}/reports: consecutive reports, the first numbered `first_seq` (from 1).
+
+    A finish ends a batch. `progress` is the newest, whatever the reports say.
+    """
+
+    incarnation: UUID
+    first_seq: int = Field(ge=1)
+    reports: list[Report] = Field(min_length=1, max_length=1000)
+    progress: Progress | None = None
+
+
+class ReportsAccepted(Wire):
+    """Everything up to `last_seq` is committed."""
+
+    last_seq: int
+
+
+class CheckpointRef(Wire):
+    """A committed checkpoint to restore; `path` is relative to the storage root."""
+
+    checkpoint_id: UUID
+    path: Name
+    step: Step
+    epoch: Step
+    phase: Phase
+    size_bytes: int
+    manifest_sha256: str
+
+
+class StartTraining(Wire):
+    """POST /training/start on a worker (and /training/resume, with a checkpoint).
+
+    202 taken; 200 the same attempt again; 409 `busy` or `stale` (another incarnation, or older than one seen);
+    404 `no_checkpoint`; 422 `checkpoint_corrupt`.
+    """
+
+    incarnation: UUID
+    operation_id: UUID
+    attempt: int = Field(ge=1)
+    slot: int = Field(ge=0, description="index of the slot it was claimed for")
+    deadline_s: float = Field(gt=0, description="past this many seconds after receipt the trainer must not start")
+    job: Job
+    checkpoint: CheckpointRef | None = None
+
+
+class CancelTraining(Wire):
+    """POST /operations/{id}/cancel on a worker."""
+
+    incarnation: UUID
+    attempt: int = Field(ge=1)
+    reason: str = ""
+    force: bool = False
+
+
+class WorkerHealth(Wire):
+    incarnation: UUID
+    name: str
+    draining: bool
+    slots: list[SlotOffer]
+    holds: list[HoldRef]

@@ -1,0 +1,135 @@
+"""The state machine of an operation, as data.
+
+The store's statements, the CHECK constraints, the docs and the history checkers all speak of this one table.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """What an operation does."""
+
+    TRAINING = "training"
+
+
+class Status(StrEnum):
+    """Where an operation stands."""
+
+    PENDING = "pending"  # waits for a slot, or for its backoff to pass
+    RUNNING = "running"  # one attempt holds slots
+    WAITING = "waiting"  # a study whose children are live
+    CANCELLING = "cancelling"  # asked to stop; the trainer may still be alive
+    COMPLETED = "completed"  # terminal, for good
+    FAILED = "failed"  # terminal, resumable by hand
+    CANCELLED = "cancelled"  # terminal, resumable by hand
+
+
+TERMINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
+CANCELLABLE = frozenset({Status.PENDING, Status.RUNNING, Status.WAITING})
+RESUMABLE = frozenset({Status.FAILED, Status.CANCELLED})
+
+
+class Event(StrEnum):
+    """Why a row was written to an operation's history. All but NOTE and FORCE may move its status."""
+
+    SUBMIT = "submit"
+    CLAIM = "claim"
+    REFUSE = "refuse"
+    CHECKPOINT_CORRUPT = "checkpoint_corrupt"
+    COMPLETE = "complete"
+    FAIL = "fail"
+    RETRY = "retry"
+    PREEMPT = "preempt"
+    STOP = "stop"
+    LOST = "lost"
+    PLAN = "plan"
+    REDUCE = "reduce"
+    CANCEL = "cancel"
+    FORCE = "force"
+    RESUME = "resume"
+    NOTE = "note"
+
+
+class Outcome(StrEnum):
+    """How an attempt ended, as its worker tells it; LOST and REFUSED are the backend's own."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    PREEMPTED = "preempted"  # handed back on request of the worker's host
+    CANCELLED = "cancelled"  # stopped because it was told to
+    CHECKPOINT_CORRUPT = "checkpoint_corrupt"  # the checkpoint it was given does not restore
+    REFUSED = "refused"  # the worker did not take it
+    LOST = "lost"  # its lease ran out
+
+
+class CheckpointStatus(StrEnum):
+    """A row is the commit of a checkpoint; what is not COMMITTED is never restored."""
+
+    COMMITTED = "committed"
+    CORRUPT = "corrupt"
+    DELETING = "deleting"
+
+
+class CheckpointType(StrEnum):
+    """Why a checkpoint was written."""
+
+    INITIAL = "initial"  # before step 0: makes everything resumable
+    PERIODIC = "periodic"
+    CANCEL = "cancel"
+    PREEMPT = "preempt"
+    FINAL = "final"
+
+
+class Phase(StrEnum):
+    """What is next at a checkpoint's step: its update, or the evaluation after it."""
+
+    UPDATE = "update"
+    EVALUATE = "evaluate"
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One row of the table. `charged` says whether the attempt counts against `max_retries`."""
+
+    source: Status | None
+    event: Event
+    target: Status
+    guard: str
+    charged: bool = False
+
+
+_LIVE_HOLD = "the reporting hold has not ended"
+_EXPIRED = "a hold's lease ran out, and no grace"
+
+TRANSITIONS: tuple[Transition, ...] = (
+    Transition(None, Event.SUBMIT, Status.PENDING, "the job is valid"),
+    Transition(Status.PENDING, Event.CLAIM, Status.RUNNING, "due, and slots are free"),
+    Transition(Status.RUNNING, Event.REFUSE, Status.PENDING, _LIVE_HOLD),
+    Transition(Status.RUNNING, Event.CHECKPOINT_CORRUPT, Status.PENDING, f"{_LIVE_HOLD}; one before remains"),
+    Transition(Status.RUNNING, Event.CHECKPOINT_CORRUPT, Status.FAILED, f"{_LIVE_HOLD}; chosen by hand, or the last"),
+    Transition(Status.RUNNING, Event.COMPLETE, Status.COMPLETED, _LIVE_HOLD),
+    Transition(Status.RUNNING, Event.FAIL, Status.FAILED, f"{_LIVE_HOLD}; permanent, or no retry left", charged=True),
+    Transition(Status.RUNNING, Event.RETRY, Status.PENDING, f"{_LIVE_HOLD}; a retry is left", charged=True),
+    Transition(Status.RUNNING, Event.PREEMPT, Status.PENDING, _LIVE_HOLD),
+    Transition(Status.RUNNING, Event.LOST, Status.PENDING, _EXPIRED),
+    Transition(Status.RUNNING, Event.LOST, Status.FAILED, f"{_EXPIRED}; the third started attempt without progress"),
+    Transition(Status.RUNNING, Event.PLAN, Status.WAITING, f"{_LIVE_HOLD}; children inserted"),
+    Transition(Status.WAITING, Event.REDUCE, Status.PENDING, "no live child"),
+    Transition(Status.PENDING, Event.CANCEL, Status.CANCELLED, "none"),
+    Transition(Status.RUNNING, Event.CANCEL, Status.CANCELLING, "none"),
+    Transition(Status.WAITING, Event.CANCEL, Status.CANCELLING, "none"),
+    Transition(Status.CANCELLING, Event.COMPLETE, Status.COMPLETED, f"{_LIVE_HOLD}; the last step was done"),
+    Transition(Status.CANCELLING, Event.STOP, Status.CANCELLED, f"{_LIVE_HOLD}; any other finish, or a refusal"),
+    Transition(Status.CANCELLING, Event.STOP, Status.CANCELLED, "a study with no hold and no live child"),
+    Transition(Status.CANCELLING, Event.LOST, Status.CANCELLED, f"{_EXPIRED}; its exit is unconfirmed"),
+    Transition(Status.FAILED, Event.RESUME, Status.PENDING, "a committed checkpoint, pinned"),
+    Transition(Status.CANCELLED, Event.RESUME, Status.PENDING, "a committed checkpoint, pinned"),
+)
+
+
+def allowed(source: Status | None, event: Event, target: Status) -> bool:
+    """Whether the table has this move; NOTE and FORCE record without moving."""
+    if event in (Event.NOTE, Event.FORCE):
+        return source == target
+    return any((t.source, t.event, t.target) == (source, event, target) for t in TRANSITIONS)

@@ -1,0 +1,209 @@
+"""What readers of the API see."""
+
+from datetime import datetime
+from typing import Any, Literal
+from uuid import UUID
+
+from ops_contract.jobs import Job
+from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
+from ops_contract.reports import Exactness, Fault
+from ops_contract.wire import Text, Wire
+
+
+class ProgressView(Wire):
+    percent: float | None = None
+    epoch: int | None = None
+    step: int | None = None
+    steps_total: int | None = None
+    loss: float | None = None
+    samples_per_s: float | None = None
+    eta_s: float | None = None
+
+
+class EnergyView(Wire):
+    """Joules; null with a reason where it is not known, never 0.0."""
+
+    total_j: float | None = None
+    reason: str | None = None
+
+
+class CancelRequest(Wire):
+    reason: Text = ""
+    force: bool = False
+
+
+class ResumeRequest(Wire):
+    from_checkpoint: UUID | None = None
+
+
+class ResumedFrom(Wire):
+    checkpoint_id: UUID
+    checkpoint_type: CheckpointType
+    created_at: datetime
+    epoch: int
+    step: int
+
+
+class ResumeAccepted(Wire):
+    operation_id: UUID
+    status: Status
+    resumed_from: ResumedFrom
+
+
+class LineageEntry(Wire):
+    """Attempt `attempt` counts from `start_step` until a later one starts; null while it counts for nothing."""
+
+    attempt: int
+    start_step: int
+    end_step: int | None
+
+
+class OperationSummary(Wire):
+    """A row of the list."""
+
+    id: UUID
+    name: str
+    status: Status
+    kind: Kind
+    workload: str
+    labels: dict[str, str]
+    submitted_by: str
+    priority: int
+    attempt: int
+    progress: ProgressView | None
+    error: Fault | None
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+
+
+class Operation(OperationSummary):
+    job: Job
+    max_retries: int
+    failures: int
+    cancel_reason: str | None
+    exit_unconfirmed: bool
+    not_before: datetime | None
+    exactness: Exactness | None
+    energy: EnergyView
+    resumed_from: ResumedFrom | None
+    lineage: list[LineageEntry]
+
+
+class OperationPage(Wire):
+    items: list[OperationSummary]
+    next_cursor: str | None
+
+
+class AttemptView(Wire):
+    """`first_step` and `last_step` are those it reported; null when it reported none."""
+
+    number: int
+    worker_id: UUID
+    worker: str
+    host: str
+    trainer_pid: int | None
+    claimed_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    outcome: Outcome | None
+    error: Fault | None
+    start_step: int
+    first_step: int | None
+    last_step: int | None
+    energy_j: float | None
+    lost_j: float | None
+    energy_reason: str | None
+    environment: dict[str, Any] | None
+
+
+class Attempts(Wire):
+    items: list[AttemptView]
+
+
+class MetricNames(Wire):
+    names: list[str]
+
+
+class MetricPoints(Wire):
+    """`points` are (step, value) along the lineage; `attempt_starts` are (step, attempt)."""
+
+    name: str
+    points: list[tuple[int, float]]
+    attempt_starts: list[tuple[int, int]]
+
+
+class CheckpointView(Wire):
+    id: UUID
+    attempt: int
+    checkpoint_type: CheckpointType
+    status: CheckpointStatus
+    step: int
+    epoch: int
+    phase: Phase
+    path: str
+    size_bytes: int
+    manifest_sha256: str
+    in_lineage: bool
+    created_at: datetime
+
+
+class Checkpoints(Wire):
+    items: list[CheckpointView]
+
+
+class EventView(Wire):
+    seq: int
+    at: datetime
+    name: Event
+    attempt: int
+    from_status: Status | None
+    to_status: Status
+    detail: dict[str, Any]
+
+
+class Events(Wire):
+    items: list[EventView]
+
+
+class SlotView(Wire):
+    index: int
+    device: Literal["cpu", "cuda"]
+    device_uuid: str | None
+    cores: int
+    operation_id: UUID | None
+    attempt: int | None
+
+
+class WorkerView(Wire):
+    """`live` while its last heartbeat is younger than a lease."""
+
+    id: UUID
+    name: str
+    host: str
+    url: str
+    live: bool
+    draining: bool
+    registered_at: datetime
+    last_seen_at: datetime
+    versions: dict[str, str]
+    slots: list[SlotView]
+
+
+class Workers(Wire):
+    items: list[WorkerView]
+
+
+class WorkloadView(Wire):
+    name: str
+    title: str
+    config_schema: dict[str, Any]
+    reports: dict[str, str]
+
+
+class Workloads(Wire):
+    items: list[WorkloadView]
+
+
+class Health(Wire):
+    status: Literal["ok"]

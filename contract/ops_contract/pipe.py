@@ -1,0 +1,55 @@
+"""Lines of JSON between an agent and its trainer process. The trainer speaks first, with its version."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from ops_contract.agents import StartTraining
+from ops_contract.reports import CheckpointSaved, Finish, Metrics, Note, Progress, Started
+from ops_contract.wire import PIPE_VERSION, Wire
+
+
+class Hello(Wire):
+    """Warm: everything is imported that any job needs."""
+
+    kind: Literal["hello"] = "hello"
+    version: int = PIPE_VERSION
+    pid: int
+
+
+class ProgressNow(Wire):
+    """Not a report: overwritten by the next one."""
+
+    kind: Literal["progress"] = "progress"
+    progress: Progress
+
+
+class RunJob(Wire):
+    """The one job of this process. `storage_root` is an absolute path; `device` as torch names it."""
+
+    kind: Literal["job"] = "job"
+    start: StartTraining
+    storage_root: str
+    device: str
+    cores: int
+
+
+class Stop(Wire):
+    """Checkpoint at the very next step boundary and finish. The end of the pipe means exit at once."""
+
+    kind: Literal["stop"] = "stop"
+    why: Literal["cancelled", "preempted"]
+
+
+FromTrainer = Annotated[
+    Hello | ProgressNow | Started | Metrics | CheckpointSaved | Note | Finish, Field(discriminator="kind")
+]
+ToTrainer = Annotated[RunJob | Stop, Field(discriminator="kind")]
+
+from_trainer: TypeAdapter[FromTrainer] = TypeAdapter(FromTrainer)
+to_trainer: TypeAdapter[ToTrainer] = TypeAdapter(ToTrainer)
+
+
+def line(message: Wire) -> bytes:
+    """One message as one line."""
+    return message.model_dump_json().encode() + b"\n"

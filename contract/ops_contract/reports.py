@@ -1,0 +1,110 @@
+"""What an attempt tells: the same models on the trainer's pipe, in the agent's outbox and at the API."""
+
+from typing import Annotated, Any, Literal, Self
+from uuid import UUID
+
+from pydantic import Field, model_validator
+
+from ops_contract.lifecycle import CheckpointType, Outcome, Phase
+from ops_contract.wire import Name, Step, Text, Wire, pack_float64, unpack_float64
+
+
+class Progress(Wire):
+    """Where the run stands. Steps count optimizer updates; `loss` is that of the last step."""
+
+    step: Step
+    steps_total: Step | None = None
+    epoch: Step = 0
+    loss: float | None = None
+    samples_per_s: float | None = None
+    eta_s: float | None = None
+
+
+class Exactness(Wire):
+    """Whether a resumed run equals one that never died, bit for bit."""
+
+    promise: Literal["promised", "best_effort"]
+    reasons: list[str] = []
+
+
+class Started(Wire):
+    """The trainer took the job: sent once, before the first step."""
+
+    kind: Literal["started"] = "started"
+    trainer_pid: int
+    start_step: Step
+    exactness: Exactness
+    environment: dict[str, Any]
+
+
+class Series(Wire):
+    """Values of one metric at increasing steps; `values` is `pack_float64` of as many float64."""
+
+    name: Name
+    steps: list[Step] = Field(min_length=1, max_length=100_000)
+    values: str
+
+    @model_validator(mode="after")
+    def _one_value_a_step(self) -> Self:
+        values = self.floats()
+        if len(values) != len(self.steps):
+            raise ValueError(f"metric {self.name}: {len(self.steps)} steps but {len(values)} values")
+        return self
+
+    @classmethod
+    def of(cls, name: str, points: list[tuple[int, float]]) -> Self:
+        return cls(name=name, steps=[s for s, _ in points], values=pack_float64([v for _, v in points]))
+
+    def floats(self) -> list[float]:
+        return unpack_float64(self.values)
+
+
+class Metrics(Wire):
+    kind: Literal["metrics"] = "metrics"
+    series: list[Series] = Field(max_length=1000)
+
+
+class CheckpointSaved(Wire):
+    """Published under the storage root; this report is what commits it. `path` is relative to the root."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    checkpoint_id: UUID
+    checkpoint_type: CheckpointType
+    step: Step
+    epoch: Step
+    phase: Phase
+    path: Name
+    size_bytes: int = Field(ge=0)
+    manifest_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Note(Wire):
+    """A fact for the operation's history, such as a fallback."""
+
+    kind: Literal["note"] = "note"
+    message: Text
+
+
+class Fault(Wire):
+    """Why an attempt did not complete, and what to do."""
+
+    code: Name
+    message: Text
+    details: dict[str, Any] = {}
+
+
+class Finish(Wire):
+    """The last report of a hold, sent when the trainer process is gone.
+
+    `permanent` faults (an import error, a bad config) are not retried.
+    """
+
+    kind: Literal["finish"] = "finish"
+    outcome: Literal[
+        Outcome.COMPLETED, Outcome.FAILED, Outcome.PREEMPTED, Outcome.CANCELLED, Outcome.CHECKPOINT_CORRUPT
+    ]
+    permanent: bool = False
+    error: Fault | None = None
+
+
+Report = Annotated[Started | Metrics | CheckpointSaved | Note | Finish, Field(discriminator="kind")]

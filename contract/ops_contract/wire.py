@@ -1,0 +1,34 @@
+"""How values travel: one base model, exact float64 arrays, non-finite numbers as strings."""
+
+import base64
+import struct
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+API_PREFIX = "/api/v1"
+PIPE_VERSION = 1
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Text = Annotated[str, StringConstraints(max_length=20_000, pattern=r"^[^\x00]*$")]
+Step = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Wire(BaseModel):
+    """Unknown fields are errors; NaN and the infinities are the strings "NaN", "Infinity", "-Infinity"."""
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings", frozen=True)
+
+
+def pack_float64(values: Sequence[float]) -> str:
+    """Base64 of the little-endian float64 bytes: every bit travels, those of NaN included."""
+    return base64.b64encode(struct.pack(f"<{len(values)}d", *values)).decode("ascii")
+
+
+def unpack_float64(packed: str) -> list[float]:
+    """The inverse of `pack_float64`. Raises ValueError when the text is not base64 of whole float64s."""
+    raw = base64.b64decode(packed, validate=True)
+    if len(raw) % 8:
+        raise ValueError(f"{len(raw)} bytes are not a whole number of float64 values")
+    return list(struct.unpack(f"<{len(raw) // 8}d", raw))
