@@ -27,7 +27,7 @@ def make_engine(url: str, pool_size: int) -> AsyncEngine:
             "server_settings": {"application_name": "relight", "timezone": "UTC"},
         },
     )
-    event.listen(engine.sync_engine, "connect", _decode_jsonb)
+    event.listen(engine.sync_engine, "connect", _decode_json)
     return engine
 
 
@@ -47,13 +47,14 @@ async def migrate(url: str) -> None:
     await asyncio.to_thread(command.upgrade, alembic_config(url), "head")
 
 
-def _decode_jsonb(connection: Any, _record: object) -> None:
-    """Our statements are text, whose result columns have no types: let the driver itself turn jsonb into objects."""
-    connection.run_async(
-        lambda driver: driver.set_type_codec(
-            "jsonb", encoder=str, decoder=json.loads, schema="pg_catalog", format="text"
-        )
-    )
+def _decode_json(connection: Any, _record: object) -> None:
+    """Our statements are text, whose result columns have no types: let the driver itself turn JSON into objects."""
+    for name in ("json", "jsonb"):
+        connection.run_async(partial(_set_json_codec, name))
+
+
+async def _set_json_codec(name: str, driver: Any) -> None:
+    await driver.set_type_codec(name, encoder=str, decoder=json.loads, schema="pg_catalog", format="text")
 
 
 def _migrations() -> Path:

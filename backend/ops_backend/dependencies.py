@@ -2,23 +2,32 @@
 
 import hmac
 from collections.abc import AsyncIterator
-from typing import Annotated, cast
+from typing import Annotated, Protocol, cast
+from uuid import UUID
 
 from fastapi import Depends, Request
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.database import Sessions
-from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings
+from ops_backend.store.transitions import CancelPush
 from ops_contract.errors import ErrorCode, OpsError
+
+
+class Dispatching(Protocol):
+    """What routes want of the dispatcher."""
+
+    def wake(self) -> None: ...
+
+    async def push_cancel(self, operation_id: UUID, push: CancelPush, reason: str, force: bool) -> None: ...
 
 
 def settings_of(request: Request) -> Settings:
     return cast(Settings, request.app.state.settings)
 
 
-def dispatcher_of(request: Request) -> Dispatcher:
-    return cast(Dispatcher, request.app.state.dispatcher)
+def dispatcher_of(request: Request) -> Dispatching:
+    return cast(Dispatching, request.app.state.dispatcher)
 
 
 def sessions_of(request: Request) -> Sessions:
@@ -42,6 +51,6 @@ async def caller(request: Request, settings: Annotated[Settings, Depends(setting
 
 
 SettingsDep = Annotated[Settings, Depends(settings_of)]
-DispatcherDep = Annotated[Dispatcher, Depends(dispatcher_of)]
+DispatcherDep = Annotated[Dispatching, Depends(dispatcher_of)]
 SessionDep = Annotated[AsyncSession, Depends(session_of, scope="function")]
 CallerDep = Annotated[str, Depends(caller)]

@@ -4,6 +4,7 @@ from enum import StrEnum
 
 from sqlalchemy import (
     ARRAY,
+    JSON,
     TIMESTAMP,
     BigInteger,
     Boolean,
@@ -132,7 +133,7 @@ workloads = Table(
     metadata,
     Column("name", Text, primary_key=True),
     Column("title", Text, nullable=False),
-    Column("config_schema", JSONB, nullable=False),
+    Column("config_schema", JSON, nullable=False),  # not jsonb: its fields keep the order they were written in
     Column("reports", JSONB, nullable=False),
     _instant("updated_at", default_now=True, nullable=False),
 )
@@ -168,6 +169,9 @@ holds = Table(
     Column("progress", JSONB),
     Column("first_step", BigInteger),
     Column("last_step", BigInteger),
+    # The newest step it has committed a checkpoint of. Kept here because what ends the attempt locks this row: rows
+    # of `checkpoints` that were committed while it waited for the lock are not in its snapshot.
+    Column("checkpoint_step", BigInteger),
     _instant("ended_at"),
     ForeignKeyConstraint(["operation_id", "attempt"], ["attempts.operation_id", "attempts.number"]),
     postgresql_with={"fillfactor": "50"},

@@ -86,7 +86,7 @@ def upgrade() -> None:
         "workloads",
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("title", sa.Text(), nullable=False),
-        sa.Column("config_schema", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
+        sa.Column("config_schema", sa.JSON(), nullable=False),
         sa.Column("reports", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
         sa.Column("updated_at", sa.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_workloads")),
@@ -195,6 +195,7 @@ def upgrade() -> None:
         sa.Column("progress", postgresql.JSONB(astext_type=sa.Text()), nullable=True),
         sa.Column("first_step", sa.BigInteger(), nullable=True),
         sa.Column("last_step", sa.BigInteger(), nullable=True),
+        sa.Column("checkpoint_step", sa.BigInteger(), nullable=True),
         sa.Column("ended_at", sa.TIMESTAMP(timezone=True), nullable=True),
         sa.ForeignKeyConstraint(["incarnation"], ["workers.incarnation"], name=op.f("fk_holds_incarnation")),
         sa.ForeignKeyConstraint(

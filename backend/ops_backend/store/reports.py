@@ -23,7 +23,8 @@ ADVANCE = statement("""
     )
     UPDATE holds h
        SET last_seq = :last_seq, progress = coalesce(:progress, h.progress),
-           first_step = least(h.first_step, :first_step), last_step = greatest(h.last_step, :last_step)
+           first_step = least(h.first_step, :first_step), last_step = greatest(h.last_step, :last_step),
+           checkpoint_step = greatest(h.checkpoint_step, :checkpoint_step)
       FROM before
      WHERE h.operation_id = :id AND h.attempt = :attempt AND h.incarnation = :incarnation
     RETURNING before.last_seq
@@ -98,6 +99,7 @@ async def _advance(session: AsyncSession, key: dict[str, Any], batch: ReportBatc
         "progress": batch.progress.model_dump(mode="json") if batch.progress else None,
         "first_step": min(steps, default=None),
         "last_step": max(steps, default=None),
+        "checkpoint_step": max((r.step for r in body if isinstance(r, CheckpointSaved)), default=None),
     }
     had: int | None = await session.scalar(ADVANCE, key | values)
     return had if had is not None else await _explain(session, key, last_seq)

@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import TextClause, bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
-from sqlalchemy.types import BigInteger, Boolean, Double, Integer, Text, TypeEngine, Uuid
+from sqlalchemy.types import JSON, BigInteger, Boolean, Double, Integer, Text, TypeEngine, Uuid
 
 # asyncpg sends every parameter with a type; these are the ones whose Python value does not tell it.
 _TYPES: Mapping[str, TypeEngine[Any]] = {
@@ -13,7 +13,8 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "attempts": ARRAY(Integer),
     "cancel_reason": Text(),
     "checkpoint_id": Uuid(),
-    "config_schema": JSONB(),
+    "config_schema": JSON(),
+    "checkpoint_step": BigInteger(),
     "cursor_at": Text(),
     "cursor_id": Uuid(),
     "detail": JSONB(),
@@ -75,7 +76,7 @@ NEWEST_FIRST = "c.step DESC, c.phase = 'evaluate' DESC, c.attempt DESC, c.create
 # The statements count on `bool_or` to read all of it before the operation is locked: holds, then operations.
 LOCK_HOLDS = """
     locked AS MATERIALIZED (
-        SELECT incarnation, last_seq, lease_expires_at
+        SELECT incarnation, last_seq, lease_expires_at, checkpoint_step
           FROM holds
          WHERE operation_id = :id AND attempt = :attempt AND ended_at IS NULL
          ORDER BY incarnation

@@ -38,7 +38,7 @@ FINISH = statement(f"""
             ELSE 'retry' END AS event,
             t.resume_explicit AND t.resume_checkpoint_id = closed.checkpoint_id OR NOT EXISTS (
                 SELECT FROM checkpoints c
-                 WHERE c.operation_id = t.id AND c.status = 'committed' AND c.id <> closed.checkpoint_id
+                 WHERE c.operation_id = t.id AND c.status = 'committed' AND c.id IS DISTINCT FROM closed.checkpoint_id
                    AND {in_lineage("c")}) AS nothing_before
           FROM target t, closed
     ), marked AS (
@@ -50,7 +50,7 @@ FINISH = statement(f"""
                failures = o.failures + (d.event IN ('fail', 'retry'))::int,
                not_before = CASE d.event WHEN 'retry' THEN now() + make_interval(secs =>
                    (0.5 + random()) * least({MAX_BACKOFF_S}, :backoff_s * 2.0 ^ least(o.failures, 30))) END,
-               resume_checkpoint_id = CASE d.event WHEN 'checkpoint_corrupt' THEN NULL ELSE o.resume_checkpoint_id END,
+               resume_checkpoint_id = CASE :outcome WHEN 'checkpoint_corrupt' THEN NULL ELSE o.resume_checkpoint_id END,
                error = CASE WHEN n.status = 'completed' THEN NULL ELSE coalesce(:error, o.error) END,
                ended_at = CASE n.status WHEN 'pending' THEN NULL ELSE now() END
           FROM decided d
@@ -82,9 +82,8 @@ LOST = statement(f"""
     ), closed AS (
         UPDATE attempts a SET ended_at = now(), outcome = 'lost', error = :error
           FROM target t WHERE a.operation_id = t.id AND a.number = :attempt
-        RETURNING a.started_at IS NOT NULL AS started, EXISTS (
-            SELECT FROM checkpoints c
-             WHERE c.operation_id = a.operation_id AND c.attempt = a.number AND c.step > a.start_step) AS progressed
+        RETURNING a.started_at IS NOT NULL AS started,
+                  coalesce((SELECT max(checkpoint_step) FROM locked) > a.start_step, false) AS progressed
     ), decided AS MATERIALIZED (
         SELECT t.id, t.status, CASE WHEN closed.progressed THEN 0
             ELSE o.lost_without_progress + closed.started::int END AS lost_without_progress

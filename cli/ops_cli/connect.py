@@ -1,0 +1,38 @@
+"""How a command gets its client: `--url` and `--token` on every command that talks to a server."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+Url = Annotated[str | None, typer.Option(help="The server; else OPS_API_URL, the config file, or the last `ops up`.")]
+Token = Annotated[
+    str | None, typer.Option(help="Its token; else OPS_API_TOKEN, the config file, or the last `ops up`.")
+]
+OperationId = Annotated[str, typer.Argument(metavar="ID", help="An operation's id, or a unique beginning of it.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine output alone on stdout.")]
+
+
+def with_client(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the two options, and passes an open Client as the first argument."""
+
+    @functools.wraps(command)
+    def connected(*args: Any, url: str | None = None, token: str | None = None, **options: Any) -> None:
+        from relight.client import Client  # half a second of imports that `ops --help` need not wait for
+
+        with Client(url, token) as client:
+            command(client, *args, **options)
+
+    signature = inspect.signature(command)
+    own = list(signature.parameters.values())[1:]
+    added = [_option("url", Url), _option("token", Token)]
+    # Typer reads the signature and the annotations; neither may mention the client.
+    connected.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    connected.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
+    return connected
+
+
+def _option(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -1,0 +1,158 @@
+"""The commands that change something: submit, train, cancel, resume."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ops_cli import show
+from ops_cli.connect import Json, OperationId, with_client
+from ops_cli.watch import view_for_people, watch_to_end
+
+if TYPE_CHECKING:
+    from ops_contract.jobs import JobSpec
+    from ops_contract.operations import CheckpointView
+    from relight.client import Client
+
+Watch = Annotated[bool, typer.Option("--watch", help="Follow it to its end; ctrl-C detaches.")]
+Pairs = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be repeated.")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (submit, train, cancel, resume):
+        app.command()(command)
+
+
+@with_client
+def submit(
+    client: "Client",
+    file: Annotated[str, typer.Argument(metavar="FILE", help="YAML or JSON; - reads stdin.")],
+    watch: Watch = False,
+    json: Json = False,
+) -> None:
+    """Submit the job that a file describes."""
+    from ops_cli.jobs import job_from_text
+
+    text = sys.stdin.read() if file == "-" else _read(Path(file))
+    _submit(client, job_from_text(text, file), watch, json)
+
+
+@with_client
+def train(
+    client: "Client",
+    workload: Annotated[str, typer.Argument(help="Their names: ops workloads")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="K=V", help="config.NAME=VALUE or execution.NAME=VALUE; may be repeated."),
+    ] = None,
+    max_epochs: Annotated[int | None, typer.Option()] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer updates; ends the run before the epochs do.")] = None,
+    batch_size: Annotated[int | None, typer.Option()] = None,
+    learning_rate: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; else the slot's cores.")] = None,
+    checkpoint_every: Annotated[str | None, typer.Option(metavar="PERIOD", help="200steps, or 1epoch.")] = None,
+    name: Annotated[str | None, typer.Option()] = None,
+    label: Pairs = None,
+    priority: Annotated[int | None, typer.Option(help="Higher runs first.")] = None,
+    max_retries: Annotated[int | None, typer.Option()] = None,
+    watch: Watch = False,
+    json: Json = False,
+) -> None:
+    """Train a workload."""
+    from ops_cli import jobs
+
+    flags = {
+        "workload": workload,
+        "name": name,
+        "labels": jobs.labels(label or []) or None,
+        "priority": priority,
+        "max_retries": max_retries,
+        "execution.max_epochs": max_epochs,
+        "execution.max_steps": max_steps,
+        "execution.batch_size": batch_size,
+        "execution.learning_rate": learning_rate,
+        "execution.seed": seed,
+        "execution.threads": threads,
+        "execution.checkpoint_every": jobs.checkpoint_every(checkpoint_every) if checkpoint_every else None,
+    }
+    _submit(client, jobs.job_from_flags(flags, settings or []), watch, json)
+
+
+@with_client
+def cancel(
+    client: "Client",
+    operation_id: OperationId,
+    reason: Annotated[str, typer.Option(help="Kept with the operation.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Kill the trainer at once, without a checkpoint.")] = False,
+) -> None:
+    """Stop an operation, with a checkpoint to go on from."""
+    found = client.resolve(operation_id)
+    operation = client.cancel(found, reason, force)
+    short = str(found)[:8]
+    if operation.status == "cancelling":
+        print(f"{short} is stopping" + (" at once" if force else ": it saves a checkpoint first"))
+        print(f"Next: ops watch {short}; when it has stopped: ops resume {short}")
+    else:
+        print(f"{short} is {operation.status}")
+
+
+@with_client
+def resume(
+    client: "Client",
+    operation_id: OperationId,
+    from_checkpoint: Annotated[
+        str | None, typer.Option(metavar="ID", help="An older one of `ops checkpoints`, by a beginning of its id.")
+    ] = None,
+    watch: Watch = False,
+    json: Json = False,
+) -> None:
+    """Go on with a failed or cancelled operation.
+
+    From its newest checkpoint, unless told otherwise.
+    """
+    found = client.resolve(operation_id)
+    chosen = _checkpoint(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
+    accepted = client.resume(found, chosen.id if chosen else None)
+    if json:
+        print(accepted.model_dump_json())
+        return
+    short = str(found)[:8]
+    print(f"{short} goes on from {show.came_from(accepted.resumed_from)}")
+    if watch:
+        watch_to_end(client, found, view_for_people())
+    print(f"Next: ops watch {short}")
+
+
+def _submit(client: "Client", job: "JobSpec", watch: bool, json: bool) -> None:
+    operation = client.submit(job)
+    if json:
+        print(operation.model_dump_json())
+        return
+    short = str(operation.id)[:8]
+    print(f"Submitted {operation.name}: {operation.id}")
+    if watch:
+        watch_to_end(client, operation.id, view_for_people())
+    print(f"Next: ops watch {short}")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error}") from error
+
+
+def _checkpoint(known: "Sequence[CheckpointView]", prefix: str) -> "CheckpointView":
+    from ops_contract.errors import ErrorCode, OpsError
+
+    matches = [checkpoint for checkpoint in known if str(checkpoint.id).startswith(prefix.lower())]
+    if not matches:
+        raise OpsError(
+            ErrorCode.NO_CHECKPOINT, f"no checkpoint has an id that begins with {prefix!r}; see `ops checkpoints`"
+        )
+    if len(matches) > 1:
+        raise OpsError(ErrorCode.INVALID, f"{prefix!r} begins {len(matches)} ids of checkpoints; give more characters")
+    return matches[0]

@@ -1,0 +1,276 @@
+"""The commands that only look."""
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ops_cli import show
+from ops_cli.connect import Json, OperationId, with_client
+
+if TYPE_CHECKING:
+    from ops_contract.operations import Operation, SlotView, WorkerView, WorkloadView
+    from relight.client import Client
+
+LAST_POINTS = 20
+
+
+def register(app: typer.Typer) -> None:
+    app.command("list")(list_operations)
+    for command in (status, attempts, events, checkpoints, metrics, workers, workloads):
+        app.command()(command)
+
+
+@with_client
+def list_operations(
+    client: "Client",
+    status: Annotated[str | None, typer.Option(help="pending, running, completed, …")] = None,
+    workload: Annotated[str | None, typer.Option()] = None,
+    label: Annotated[str | None, typer.Option(metavar="KEY[=VALUE]")] = None,
+    query: Annotated[
+        str | None, typer.Option("--query", "-q", help="Part of a name, or the beginning of an id.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1)] = 20,
+    json: Json = False,
+) -> None:
+    """Operations, newest first."""
+    found = client.list(status=status, workload=workload, label=label, q=query, limit=limit)
+    items = list(found)
+    if json:
+        print(show.json_array(items))
+        return
+    if not items:
+        print("No operation found. Submit one: ops train WORKLOAD (their names: ops workloads)")
+        return
+    now, ids = datetime.now(UTC), show.shortest(item.id for item in items)
+    table = show.table(
+        "ID", "NAME", "STATUS", "DONE", "STEP", "LOSS", "AGE", right=("DONE", "STEP", "LOSS", "AGE"), wide="NAME"
+    )
+    for item in items:
+        progress = item.progress
+        loss = show.number(progress.loss if progress else None)
+        cells = (show.percent(progress), show.steps(progress), loss, show.age(item.created_at, now))
+        table.add_row(ids[item.id], show.cut(item.name), show.coloured(item.status), *cells)
+    show.print_rich(table)
+
+
+@with_client
+def status(client: "Client", operation_id: OperationId, json: Json = False) -> None:
+    """One operation: where it stands, and the next command."""
+    operation = client.get(client.resolve(operation_id))
+    if json:
+        print(operation.model_dump_json())
+        return
+    table = show.table("FACT", "")
+    table.show_header = False
+    for label, value in _facts(operation, datetime.now(UTC)).items():
+        if value:
+            table.add_row(f"[bold]{label}[/]", value)
+    show.print_rich(table)
+    print(f"Next: {next_command(operation)}")
+
+
+def next_command(operation: "Operation") -> str:
+    short = str(operation.id)[:8]
+    if operation.status in ("failed", "cancelled"):
+        return f"ops resume {short}"
+    if operation.status == "completed":
+        return f"ops metrics {short}, ops checkpoints {short}"
+    return f"ops watch {short}"
+
+
+def _facts(operation: "Operation", now: datetime) -> dict[str, str]:
+    """In the order of their interest; an empty one is left out."""
+    resumed, exactness = operation.resumed_from, operation.exactness
+    return {
+        "id": str(operation.id),
+        "name": show.plain(operation.name),
+        "status": show.coloured(operation.status) + show.plain(_why(operation, now)),
+        "workload": show.plain(operation.workload),
+        "progress": show.progress_line(operation.progress, live=operation.ended_at is None),
+        "attempt": f"{operation.attempt}, {operation.failures} of {operation.max_retries} retries used",
+        "resumed": f"from {show.came_from(resumed)}" if resumed else "",
+        "error": show.plain(show.fault(operation.error)),
+        "exactness": show.plain("; ".join([exactness.promise.replace("_", " "), *exactness.reasons]))
+        if exactness
+        else "",
+        "energy": show.energy(operation.energy),
+        "submitted": f"{show.age(operation.created_at, now)} ago by {show.plain(operation.submitted_by)}",
+        "ran for": show.duration(_took_s(operation, now)) if operation.started_at else "",
+        "labels": show.plain(", ".join(f"{key}={value}" for key, value in operation.labels.items())),
+    }
+
+
+def _why(operation: "Operation", now: datetime) -> str:
+    if operation.status == "pending" and operation.not_before and operation.not_before > now:
+        return f", tried again in {show.duration((operation.not_before - now).total_seconds())}"
+    if operation.exit_unconfirmed:
+        return ", its worker was lost: whether the process ended is not known"
+    return f": {operation.cancel_reason}" if operation.cancel_reason else ""
+
+
+def _took_s(operation: "Operation", now: datetime) -> float:
+    assert operation.started_at is not None
+    return ((operation.ended_at or now) - operation.started_at).total_seconds()
+
+
+@with_client
+def attempts(client: "Client", operation_id: OperationId, json: Json = False) -> None:
+    """The executions of an operation, and how each ended."""
+    items = client.attempts(client.resolve(operation_id))
+    if json:
+        print(show.json_array(items))
+        return
+    table = show.table("#", "WORKER", "STEPS", "TOOK", "OUTCOME", "ERROR", wide="ERROR")
+    now = datetime.now(UTC)
+    for item in items:
+        reported = "–" if item.first_step is None else f"{item.first_step}–{item.last_step}"
+        took = show.age(item.started_at, item.ended_at or now)
+        error = show.cut(show.fault(item.error))
+        table.add_row(str(item.number), show.plain(item.worker), reported, took, item.outcome or "running", error)
+    show.print_rich(table)
+
+
+@with_client
+def events(client: "Client", operation_id: OperationId, json: Json = False) -> None:
+    """The history of an operation."""
+    items = client.events(client.resolve(operation_id))
+    if json:
+        print(show.json_array(items))
+        return
+    table = show.table("#", "AT", "EVENT", "STATUS", "ATTEMPT", "DETAIL", right=("#", "ATTEMPT"), wide="DETAIL")
+    for item in items:
+        detail = ", ".join(
+            f"{key}: {_brief(value)}" for key, value in item.detail.items() if value not in (None, "", False)
+        )
+        at = item.at.astimezone().strftime("%H:%M:%S")
+        table.add_row(str(item.seq), at, item.name, show.coloured(item.to_status), str(item.attempt), show.cut(detail))
+    show.print_rich(table)
+
+
+def _brief(value: Any) -> str:
+    """Of a fault its code and its message."""
+    return f"{value.get('code')}, {value.get('message')}" if isinstance(value, dict) else str(value)
+
+
+@with_client
+def checkpoints(client: "Client", operation_id: OperationId, json: Json = False) -> None:
+    """The checkpoints of an operation.
+
+    Go on from one of them: ops resume ID --from-checkpoint ITS-ID
+    """
+    items = client.checkpoints(client.resolve(operation_id))
+    if json:
+        print(show.json_array(items))
+        return
+    table = show.table(
+        "ID", "TYPE", "STATUS", "EPOCH", "STEP", "SIZE", "AGE", "LINEAGE", right=("EPOCH", "STEP", "SIZE", "AGE")
+    )
+    now, ids = datetime.now(UTC), show.shortest(item.id for item in items)
+    for item in items:
+        place = (str(item.epoch), str(item.step), show.size(item.size_bytes), show.age(item.created_at, now))
+        lineage = "yes" if item.in_lineage else "abandoned"
+        table.add_row(ids[item.id], item.checkpoint_type, item.status, *place, lineage)
+    show.print_rich(table)
+
+
+@with_client
+def metrics(
+    client: "Client",
+    operation_id: OperationId,
+    name: Annotated[str | None, typer.Argument(help="One metric; else a line for each.")] = None,
+    json: Json = False,
+) -> None:
+    """The metrics of an operation.
+
+    With --json every point, every bit.
+    """
+    found = client.resolve(operation_id)
+    names = [name] if name else client.metric_names(found)
+    series = [client.metrics(found, each) for each in names]
+    if json:
+        print(show.json_array(series))
+    elif name and not series[0].points:
+        known = ", ".join(client.metric_names(found)) or "none yet"
+        print(f"No points of {name}. Metrics of this operation: {known}")
+    elif name:
+        table = show.table("STEP", "VALUE", right=("STEP",))
+        for step, value in series[0].points[-LAST_POINTS:]:
+            table.add_row(str(step), repr(value))
+        show.print_rich(table)
+    else:
+        table = show.table(
+            "METRIC", "POINTS", "FIRST", "LAST", "LAST STEP", right=("POINTS", "FIRST", "LAST", "LAST STEP")
+        )
+        for each in series:
+            ends = [each.points[0][1], each.points[-1][1]] if each.points else [None, None]
+            last_step = str(each.points[-1][0]) if each.points else "–"
+            table.add_row(show.plain(each.name), str(len(each.points)), *map(show.number, ends), last_step)
+        show.print_rich(table)
+
+
+@with_client
+def workers(client: "Client", json: Json = False) -> None:
+    """The workers, and what their slots run."""
+    items = client.workers()
+    if json:
+        print(show.json_array(items))
+        return
+    if not items:
+        print("No worker has registered. Start one: ops worker (with `ops up` they come by themselves)")
+        return
+    table = show.table("WORKER", "STATE", "HOST", "SLOT", "SEEN", right=("SEEN",), wide="HOST")
+    now = datetime.now(UTC)
+    for item in items:
+        seen = show.age(item.last_seen_at, now)
+        for slot in item.slots:
+            table.add_row(show.plain(item.name), _state(item), show.cut(item.host), _slot(slot), seen)
+    show.print_rich(table)
+
+
+def _state(worker: "WorkerView") -> str:
+    if not worker.live:
+        return "[red]gone[/]"
+    return "[yellow]draining[/]" if worker.draining else "[green]live[/]"
+
+
+def _slot(slot: "SlotView") -> str:
+    device = f"{slot.cores} cores" if slot.device == "cpu" else f"{slot.device} {slot.index}"
+    device = "1 core" if device == "1 cores" else device
+    return f"{device}: {str(slot.operation_id)[:8]} attempt {slot.attempt}" if slot.operation_id else f"{device}: free"
+
+
+@with_client
+def workloads(client: "Client", json: Json = False) -> None:
+    """What can be trained, with the fields of its config."""
+    items = client.workloads()
+    if json:
+        print(show.json_array(items))
+        return
+    if not items:
+        print("No workload is known yet: they come with the first worker. See `ops workers`.")
+        return
+    for item in items:
+        _print_workload(item)
+    print("Train one: ops train WORKLOAD --set config.FIELD=VALUE --max-epochs 3 --watch")
+
+
+def _print_workload(workload: "WorkloadView") -> None:
+    reports = ", ".join(f"{name} ({goal})" for name, goal in workload.reports.items())
+    show.print_rich(
+        f"[bold]{show.plain(workload.name)}[/]  {show.plain(workload.title)}"
+        + (f"\n  reports {show.plain(reports)}" if reports else "")
+    )
+    table = show.table("  FIELD", "TYPE", "DEFAULT", "", wide="")
+    for name, field in workload.config_schema.get("properties", {}).items():
+        cells = (f"  {name}", _type(field), str(field.get("default", "required")), str(field.get("description", "")))
+        table.add_row(*map(show.plain, cells))
+    show.print_rich(table)
+
+
+def _type(field: dict[str, Any]) -> str:
+    if "enum" in field:
+        return "|".join(map(str, field["enum"]))
+    if "anyOf" in field:
+        return "|".join(_type(choice) for choice in field["anyOf"])
+    return str(field.get("type", field.get("$ref", "any").rpartition("/")[2]))

@@ -1,0 +1,146 @@
+"""Values as people read them."""
+
+import math
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+    from ops_contract.operations import EnergyView, ProgressView, ResumedFrom
+    from ops_contract.reports import Fault
+    from ops_contract.wire import Wire
+
+STYLES = {
+    "pending": "yellow",
+    "running": "cyan",
+    "waiting": "cyan",
+    "cancelling": "yellow",
+    "completed": "green",
+    "failed": "red",
+    "cancelled": "magenta",
+}
+
+
+def number(value: float | None) -> str:
+    """Four digits; `nan` and `inf` are said, a missing value is a dash."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def duration(duration_s: float | None) -> str:
+    if duration_s is None or not math.isfinite(duration_s):
+        return "–"
+    minutes, seconds = divmod(max(0, round(duration_s)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def age(at: datetime | None, now: datetime) -> str:
+    return duration((now - at) / timedelta(seconds=1)) if at else "–"
+
+
+def size(size_bytes: int) -> str:
+    value = float(size_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.4g} TB"
+
+
+def shortest(ids: Iterable[UUID]) -> Mapping[UUID, str]:
+    """Each id cut to where it differs from the others, at eight characters or more."""
+    whole = list(ids)
+    length = next(n for n in range(8, 37) if len({str(i)[:n] for i in whole}) == len(set(whole)))
+    return {i: str(i)[:length] for i in whole}
+
+
+def steps(progress: "ProgressView | None") -> str:
+    if progress is None or progress.step is None:
+        return "–"
+    return f"{progress.step}/{progress.steps_total}" if progress.steps_total else str(progress.step)
+
+
+def percent(progress: "ProgressView | None") -> str:
+    return "–" if progress is None or progress.percent is None else f"{progress.percent:.0f}%"
+
+
+def progress_line(progress: "ProgressView | None", live: bool = True) -> str:
+    """What is known of it, in words; speed and time left only of a live one."""
+    if progress is None or progress.step is None:
+        return "no step yet"
+    parts = {
+        f"{percent(progress)}": progress.percent,
+        f"epoch {progress.epoch}": progress.epoch,
+        f"step {steps(progress)}": progress.step,
+        f"loss {number(progress.loss)}": progress.loss,
+        f"{number(progress.samples_per_s)} samples/s": progress.samples_per_s if live else None,
+        f"{duration(progress.eta_s)} left": progress.eta_s if live else None,
+    }
+    return ", ".join(text for text, value in parts.items() if value is not None)
+
+
+def energy(view: "EnergyView") -> str:
+    if view.total_j is not None:
+        return f"{number(view.total_j)} J"
+    reason = (view.reason or "not_measured").replace("_", " ")
+    return reason if reason == "not measured" else f"not measured ({reason})"
+
+
+def fault(error: "Fault | None") -> str:
+    return f"{error.code}: {error.message}" if error else ""
+
+
+def came_from(resumed: "ResumedFrom") -> str:
+    checkpoint = f"{resumed.checkpoint_type} checkpoint {str(resumed.checkpoint_id)[:8]}"
+    return f"epoch {resumed.epoch}, step {resumed.step} ({checkpoint})"
+
+
+def coloured(status: str) -> str:
+    return f"[{STYLES.get(status, 'default')}]{status}[/]"
+
+
+def table(*columns: str, right: Iterable[str] = (), wide: str = "") -> "Table":
+    """Without lines, so that 80 columns suffice; only `wide` gives way when they do not."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=column != wide)
+    return made
+
+
+def cut(text: str) -> "Text":
+    """For the wide column of a list: one line, whatever is left of it."""
+    from rich.text import Text
+
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def json_array(items: Iterable["Wire"]) -> str:
+    return "[" + ",\n".join(item.model_dump_json() for item in items) + "]"
+
+
+def plain(text: str) -> str:
+    """Brackets in a name are no markup."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def print_rich(content: "Table | str") -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(content)

@@ -1,0 +1,222 @@
+"""`ops up`: the whole service in the foreground, one per data directory."""
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ops_cli.exits import ExitCode
+from ops_cli.stopping import StopRequested, StopRequests
+from relight.settings import UpState, data_home, forget_up_state, write_up_state
+
+if TYPE_CHECKING:
+    from ops_cli.stack import StackSettings
+
+DEFAULT_PORT = 8470
+PREDECESSOR_ENDS_S = 15.0
+HAND_BACK_S = 10.0
+
+
+class UpError(Exception):
+    """`ops up` cannot start; the message says what to do."""
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(up)
+
+
+def up(
+    data_dir: Annotated[Path | None, typer.Option(help="Else $XDG_DATA_HOME/relight.")] = None,
+    host: Annotated[str, typer.Option(envvar="OPS_HOST", help="Where the API listens.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(envvar="OPS_PORT", min=1, max=65535, help=f"Else {DEFAULT_PORT}, or a free one.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="They divide the cores.")] = 1,
+) -> None:
+    """Start database, API and workers.
+
+    Ctrl-C ends them; running trainings save a checkpoint first, and go on at the next start.
+    """
+    from ops_cli.stack import StackError
+
+    data_dir = (data_dir or data_home()).expanduser().resolve()
+    try:
+        with StopRequests() as stops, only_one(data_dir) as lock:
+            _serve(_settings(data_dir, host, port, workers, lock, stops), lock, stops)
+    except StopRequested:
+        pass  # before anything ran
+    except (UpError, StackError, OSError) as error:
+        print(f"ops up: {error}", file=sys.stderr)
+        raise typer.Exit(ExitCode.FAILED) from error
+
+
+def _settings(
+    data_dir: Path, host: str, port: int | None, workers: int, lock: "Lock", stops: StopRequests
+) -> "StackSettings":
+    from ops_cli.stack import StackSettings
+
+    return StackSettings(
+        data_dir=data_dir,
+        token=os.environ.get("OPS_API_TOKEN") or kept_token(data_dir),
+        host=host,
+        port=choose_port(host, port, lock.previous_port, stops.pause),
+        workers=workers,
+        cores=max(1, _cores() // workers),
+        worker_grace_s=_cancel_grace_s() + HAND_BACK_S,
+        database_url=os.environ.get("OPS_DATABASE_URL"),
+    )
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cancel_grace_s() -> float:
+    given = os.environ.get("OPS_CANCEL_GRACE_S") or "30"
+    try:
+        return float(given)
+    except ValueError:
+        raise UpError(f"OPS_CANCEL_GRACE_S is {given!r}; give a number of seconds") from None
+
+
+def _serve(settings: "StackSettings", lock: "Lock", stops: StopRequests) -> None:
+    from ops_cli.stack import Stack
+
+    stack = Stack(settings, stops.pause, _say, _complain)
+    _say(f"Starting Relight, data in {settings.data_dir}")
+    try:
+        lock.note(settings)
+        stack.start()
+        write_up_state(UpState(settings.url, settings.token, str(settings.data_dir), os.getpid()))
+        _say(_welcome(settings))
+        while True:
+            stops.pause()
+            stack.turn()
+    except StopRequested:
+        _say("Stopping; running trainings save a checkpoint first and go on next time.\nCtrl-C again is faster.")
+    finally:
+        forget_up_state(os.getpid())
+        stack.stop(lambda: stops.hurried)
+        lock.forget()
+    _say("Stopped.")
+
+
+def _welcome(settings: "StackSettings") -> str:
+    lines = [f"Relight is up: {settings.url}"]
+    if settings.host not in ("127.0.0.1", "localhost"):
+        lines.append(f"Other machines reach it too, with the token in {settings.data_dir / 'token'}")
+    lines += ["In another terminal:", "  ops train digits --watch", "  ops list", "Ctrl-C stops it."]
+    return "\n".join(lines)
+
+
+def kept_token(data_dir: Path) -> str:
+    """Made once for a data directory, readable by its owner only."""
+    path = data_dir / "token"
+    with suppress(FileNotFoundError):
+        return path.read_text().strip()
+    token, new = secrets.token_urlsafe(32), path.with_name(".token.new")
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(token)
+    new.replace(path)  # complete or absent, should we be killed here
+    return token
+
+
+def choose_port(host: str, wanted: int | None, previous: int | None, pause: Callable[[float], None]) -> int:
+    """The wanted or the default one. The default, when busy, gives way to a free one. Raises UpError.
+
+    `previous` is that of a predecessor that was killed: its server notices and ends within moments.
+    """
+    port = wanted or DEFAULT_PORT
+    until_s = time.monotonic() + (PREDECESSOR_ENDS_S if port == previous else 0.0)
+    while not _free(host, port):
+        if time.monotonic() < until_s:
+            pause(0.1)
+            continue
+        if wanted:
+            raise UpError(f"port {port} on {host} is busy; choose another --port, or leave it out for a free one")
+        port = free_port(host)
+        _say(f"Port {DEFAULT_PORT} is busy; taking {port}")
+    return port
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.create_server((host, 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _free(host: str, port: int) -> bool:
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return False
+        raise UpError(f"cannot listen on {host}:{port}: {error}; choose another --host or --port") from error
+    return True
+
+
+class Lock:
+    """DIR/lock, held by a living `ops up`. What a killed one wrote there stays for its successor."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+        self.previous_port: int | None = _noted(file).get("port")
+
+    def note(self, settings: "StackSettings") -> None:
+        self._write(json.dumps({"pid": os.getpid(), "url": settings.url, "port": settings.port}))
+
+    def forget(self) -> None:
+        self._write("")
+
+    def _write(self, text: str) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(text)
+        self._file.flush()
+
+
+@contextmanager
+def only_one(data_dir: Path) -> Iterator[Lock]:
+    """Raises UpError that says who is there when another `ops up` uses the directory."""
+    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with os.fdopen(os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UpError(_taken(data_dir, _noted(file))) from None
+        yield Lock(file)
+
+
+def _taken(data_dir: Path, holder: dict[str, Any]) -> str:
+    who = f" (pid {holder['pid']}, {holder['url']})" if "pid" in holder and "url" in holder else ""
+    return f"another `ops up`{who} runs on {data_dir}; use that one, or give this one its own --data-dir"
+
+
+def _noted(file: IO[str]) -> dict[str, Any]:
+    try:
+        noted = json.loads(file.read())
+    except ValueError:
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # a terminal that was closed must not keep us from stopping in order
+        print(line, flush=True)
+
+
+def _complain(line: str) -> None:
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

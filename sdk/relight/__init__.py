@@ -1,0 +1,22 @@
+"""What runs in a user's environment. Names load on first use: a client needs no torch, a workload no httpx."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relight.client import Client
+    from relight.workload import Env, Workload
+
+__all__ = ["Client", "Env", "Workload"]
+
+_HOMES = {"Client": "relight.client", "Env": "relight.workload", "Workload": "relight.workload"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,294 @@
+"""The Python client of a Relight server."""
+
+import builtins
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self, TypeVar
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import httpx
+from pydantic import ValidationError
+
+from ops_contract.errors import ErrorBody, ErrorCode, OpsError
+from ops_contract.jobs import JobSpec
+from ops_contract.lifecycle import TERMINAL, Kind, Status
+from ops_contract.operations import (
+    Attempts,
+    AttemptView,
+    CancelRequest,
+    Checkpoints,
+    CheckpointView,
+    Events,
+    EventView,
+    MetricNames,
+    MetricPoints,
+    Operation,
+    OperationPage,
+    OperationSummary,
+    ResumeAccepted,
+    ResumeRequest,
+    Workers,
+    WorkerView,
+    Workloads,
+    WorkloadView,
+)
+from ops_contract.wire import API_PREFIX, Wire
+from relight.settings import Server, find_server
+
+W = TypeVar("W", bound=Wire)
+
+TRIES = 4
+BACKOFF_S = 0.2
+RETRY_AFTER_LIMIT_S = 5.0
+PAGE = 100
+SHORTEST_PREFIX = 4
+CANDIDATES_SHOWN = 5
+
+
+class Unreachable(OpsError):
+    """No Relight server answered, or it cannot reach its database; the message says what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(ErrorCode.UNAVAILABLE, message)
+
+
+class Client:
+    """Talks to one server. Safe to share between threads; close it, or use it as a context manager.
+
+    Every call raises OpsError when the server refuses (its `code` says why); Unreachable is the one of them to be
+    tried again later. A call is retried, a few times, while no connection comes about or the server says 503. One
+    whose answer got lost is retried only where a repetition changes nothing: reads, and submits with their key.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        token: str | None = None,
+        *,
+        timeout_s: float = 30.0,
+        sleep: Callable[[float], None] = time.sleep,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        """Without arguments: the server of OPS_API_URL, of the config file, or of the last `ops up`."""
+        server = find_server(url, token)
+        if server is None:
+            raise Unreachable("No server is known. Start one with `ops up`, or name one by --url or OPS_API_URL.")
+        self.server: Server = server
+        self._sleep = sleep
+        self._http = httpx.Client(
+            base_url=server.url,
+            headers={"Authorization": f"Bearer {server.token}"} if server.token else {},
+            timeout=timeout_s,
+            transport=transport,
+            trust_env=not _is_loopback(server.url),  # a proxy for the Internet knows nothing of this machine
+        )
+        self._seen: dict[UUID, tuple[str, Operation]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def submit(self, spec: JobSpec | Mapping[str, Any], idempotency_key: str | None = None) -> Operation:
+        """The same key and spec again give the same operation. Raises ValidationError for a malformed spec."""
+        job = spec if isinstance(spec, JobSpec) else JobSpec.model_validate(spec)
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return self._parse(self._post("/operations", job, headers=headers, repeatable=True), Operation)
+
+    def get(self, operation_id: UUID | str) -> Operation:
+        """Polling is cheap: what has not changed is not sent again."""
+        operation_id = UUID(str(operation_id))
+        etag, seen = self._seen.get(operation_id, ("", None))
+        headers = {"If-None-Match": etag} if seen else {}
+        response = self._call("GET", f"/operations/{operation_id}", headers=headers, repeatable=True)
+        if response.status_code == 304 and seen:
+            return seen
+        return self._remember(self._parse(response, Operation), response.headers.get("ETag"))
+
+    def list(
+        self,
+        *,
+        status: Status | str | None = None,
+        kind: Kind | str | None = None,
+        workload: str | None = None,
+        label: str | None = None,
+        q: str | None = None,
+        limit: int | None = None,
+    ) -> Iterator[OperationSummary]:
+        """Newest first, page by page, at most `limit`.
+
+        `status`: one, or several joined by commas. `label`: `key` or `key=value`. `q`: part of a name, or the
+        beginning of an id.
+        """
+        wanted: dict[str, Any] = {"status": status, "kind": kind, "workload": workload, "label": label, "q": q}
+        left = limit
+        while left is None or left > 0:
+            wanted["limit"] = min(PAGE, left or PAGE)
+            page = self._get("/operations", OperationPage, wanted)
+            yield from page.items
+            left = None if left is None else left - len(page.items)
+            if page.next_cursor is None:
+                return
+            wanted["cursor"] = page.next_cursor
+
+    def cancel(self, operation_id: UUID | str, reason: str = "", force: bool = False) -> Operation:
+        """Asks it to checkpoint and stop; `force` kills its trainer at once. Returns before it has stopped."""
+        request = CancelRequest(reason=reason, force=force)
+        return self._parse(self._post(f"/operations/{operation_id}/cancel", request), Operation)
+
+    def resume(self, operation_id: UUID | str, from_checkpoint: UUID | str | None = None) -> ResumeAccepted:
+        """From its newest checkpoint, or from the one named."""
+        request = ResumeRequest(from_checkpoint=UUID(str(from_checkpoint)) if from_checkpoint else None)
+        return self._parse(self._post(f"/operations/{operation_id}/resume", request), ResumeAccepted)
+
+    def attempts(self, operation_id: UUID | str) -> Sequence[AttemptView]:
+        return self._get(f"/operations/{operation_id}/attempts", Attempts).items
+
+    def events(self, operation_id: UUID | str) -> Sequence[EventView]:
+        """The whole history, oldest first."""
+        items: builtins.list[EventView] = []
+        while page := self._get(
+            f"/operations/{operation_id}/events", Events, {"after_seq": items[-1].seq if items else 0}
+        ).items:
+            items += page
+        return items
+
+    def checkpoints(self, operation_id: UUID | str) -> Sequence[CheckpointView]:
+        return self._get(f"/operations/{operation_id}/checkpoints", Checkpoints).items
+
+    def metric_names(self, operation_id: UUID | str) -> Sequence[str]:
+        return self._get(f"/operations/{operation_id}/metrics", MetricNames).names
+
+    def metrics(self, operation_id: UUID | str, name: str, after_step: int | None = None) -> MetricPoints:
+        """Every bit as it was reported, along the lineage."""
+        wanted = {"name": name, "after_step": after_step}
+        return self._get(f"/operations/{operation_id}/metrics", MetricPoints, wanted)
+
+    def workers(self) -> Sequence[WorkerView]:
+        return self._get("/workers", Workers).items
+
+    def workloads(self) -> Sequence[WorkloadView]:
+        return self._get("/workloads", Workloads).items
+
+    def wait(self, operation_id: UUID | str, *, poll_s: float = 1.0, patience_s: float = 300.0) -> Operation:
+        """Until it is completed, failed or cancelled. A server away for up to `patience_s` does not end the wait."""
+        away_s = 0.0
+        while True:
+            try:
+                operation = self.get(operation_id)
+            except Unreachable:
+                if away_s >= patience_s:
+                    raise
+                away_s += poll_s
+            else:
+                if operation.status in TERMINAL:
+                    return operation
+                away_s = 0.0
+            self._sleep(poll_s)
+
+    def resolve(self, prefix: str) -> UUID:
+        """The id that begins so. Raises OpsError `not_found`, or `invalid` with `candidates` when there are several."""
+        try:
+            return UUID(prefix)
+        except ValueError:
+            pass
+        prefix = prefix.lower()
+        if len(prefix) < SHORTEST_PREFIX:
+            raise OpsError(
+                ErrorCode.INVALID, f"{prefix!r} is too short for an id; give at least {SHORTEST_PREFIX} characters"
+            )
+        matches = [found.id for found in self.list(q=prefix) if str(found.id).startswith(prefix)]
+        if not matches:
+            raise OpsError(ErrorCode.NOT_FOUND, f"no operation has an id that begins with {prefix!r}; see `ops list`")
+        if len(matches) > 1:
+            raise _ambiguous(prefix, [str(match) for match in matches])
+        return matches[0]
+
+    def _remember(self, operation: Operation, etag: str | None) -> Operation:
+        if etag and operation.status not in TERMINAL:
+            self._seen[operation.id] = (etag, operation)
+        else:
+            self._seen.pop(operation.id, None)
+        return operation
+
+    def _get(self, path: str, model: type[W], query: Mapping[str, Any] | None = None) -> W:
+        given = {key: value for key, value in (query or {}).items() if value is not None}
+        return self._parse(self._call("GET", path, params=given, repeatable=True), model)
+
+    def _post(
+        self, path: str, body: Wire, headers: Mapping[str, str] | None = None, repeatable: bool = False
+    ) -> httpx.Response:
+        # Only what was given: the server's defaults count, not this client's.
+        content = body.model_dump_json(exclude_unset=True)
+        headers = {"Content-Type": "application/json", **(headers or {})}
+        return self._call("POST", path, content=content, headers=headers, repeatable=repeatable)
+
+    def _call(self, method: str, path: str, *, repeatable: bool = False, **request: Any) -> httpx.Response:
+        for retry_in_s in (*(BACKOFF_S * 2**n for n in range(TRIES - 1)), None):
+            try:
+                response = self._http.request(method, API_PREFIX + path, **request)
+            except httpx.TransportError as error:
+                unsent = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout))
+                if retry_in_s is None or not (unsent or repeatable):
+                    raise self._unreachable(error, unsent or method == "GET") from error
+            else:
+                if response.status_code != 503 or retry_in_s is None:
+                    return self._checked(response)
+                retry_in_s = _retry_after_s(response) or retry_in_s
+            self._sleep(retry_in_s * random.uniform(0.8, 1.2))
+        raise AssertionError("the last try returns or raises")
+
+    def _checked(self, response: httpx.Response) -> httpx.Response:
+        if response.is_success or response.status_code == 304:
+            return response
+        try:
+            error = ErrorBody.model_validate_json(response.content).error
+        except ValidationError:
+            raise self._not_relight(response) from None
+        if error.code is ErrorCode.UNAVAILABLE:
+            raise Unreachable(error.message)
+        raise OpsError(error.code, error.message, **error.details)
+
+    def _parse(self, response: httpx.Response, model: type[W]) -> W:
+        try:
+            return model.model_validate_json(response.content)
+        except ValidationError as error:
+            raise self._not_relight(response) from error
+
+    def _unreachable(self, error: httpx.TransportError, harmless: bool) -> Unreachable:
+        problem = str(error) or type(error).__name__
+        where = f"No server answers at {self.server.url} ({self.server.origin}): {problem}."
+        if harmless:
+            return Unreachable(f"{where} Start it with `ops up`, or name another by --url or OPS_API_URL.")
+        return Unreachable(f"{where} The request may have been carried out: look with `ops list` before repeating it.")
+
+    def _not_relight(self, response: httpx.Response) -> Unreachable:
+        return Unreachable(
+            f"{self.server.url} ({self.server.origin}) answered HTTP {response.status_code} in a way this client does"
+            " not understand: it is no Relight server, or one of another version. Check --url and `ops --version`."
+        )
+
+
+def _ambiguous(prefix: str, matches: list[str]) -> OpsError:
+    shown = ", ".join(matches[:CANDIDATES_SHOWN]) + (", …" if len(matches) > CANDIDATES_SHOWN else "")
+    message = f"{prefix!r} begins {len(matches)} ids ({shown}); give more characters"
+    return OpsError(ErrorCode.INVALID, message, candidates=matches)
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    try:
+        return min(max(float(response.headers["Retry-After"]), 0.0), RETRY_AFTER_LIMIT_S)
+    except (KeyError, ValueError):
+        return None
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")

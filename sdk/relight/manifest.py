@@ -1,0 +1,158 @@
+"""What a published checkpoint says about itself, and checking it. Neither torch nor numpy: agents use it too."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from uuid import UUID
+
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+
+from ops_contract.agents import CheckpointRef
+from ops_contract.lifecycle import Phase
+from ops_contract.wire import Step, Wire
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+CHUNK_BYTES = 64 * 2**20
+_MAX_MANIFEST_BYTES = 64 * 2**20
+
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,199}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class CheckpointMissing(Exception):
+    """There is no such checkpoint under this storage root."""
+
+
+class CheckpointCorrupt(Exception):
+    """It is there, but is not what was committed; says what differs."""
+
+
+class FileEntry(Wire):
+    """`sha256` has one digest for each chunk of `CHUNK_BYTES`, the last one shorter."""
+
+    size_bytes: int = Field(ge=0)
+    sha256: list[Sha256]
+
+    @model_validator(mode="after")
+    def _every_chunk(self) -> Self:
+        if len(self.sha256) != -(-self.size_bytes // CHUNK_BYTES):
+            raise ValueError(f"{len(self.sha256)} digests for {self.size_bytes} bytes")
+        return self
+
+
+class Manifest(Wire):
+    """Where in its training a checkpoint was taken, under which numerics, and its files.
+
+    `step`, `epoch` and `phase` are those of the report that commits it. `numerics` is what decides a run's bits besides
+    code and data: device model, versions, threads.
+    """
+
+    format: Literal[1] = 1
+    operation_id: UUID
+    attempt: int = Field(ge=1)
+    step: Step
+    epoch: Step
+    phase: Phase
+    workload: str
+    code_digest: str | None
+    data_digest: str | None
+    numerics: dict[str, str]
+    files: dict[FileName, FileEntry]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size_bytes for entry in self.files.values())
+
+
+def check_manifest(root: Path, ref: CheckpointRef) -> Manifest:
+    """The manifest, if it is the committed one and all files are there in their sizes; their hashes are not taken.
+
+    Raises CheckpointMissing, CheckpointCorrupt, and OSError when the storage cannot be read now.
+    """
+    with opened(root, ref) as (_, manifest):
+        return manifest
+
+
+@contextmanager
+def opened(root: Path, ref: CheckpointRef) -> Iterator[tuple[int, Manifest]]:
+    """The checkpoint's directory, as a descriptor, and its checked manifest. Raises as `check_manifest`."""
+    directory = _open_directory(root, ref.path)
+    try:
+        manifest = _read_manifest(directory, ref)
+        for name, entry in manifest.files.items():
+            os.close(open_file(directory, name, entry))
+        yield directory, manifest
+    finally:
+        os.close(directory)
+
+
+def open_file(directory: int, name: str, entry: FileEntry) -> int:
+    """A descriptor of a regular file of the listed size."""
+    try:
+        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            raise CheckpointCorrupt(f"{name} is missing or a symbolic link") from error
+        raise
+    found = os.fstat(file)
+    if not stat.S_ISREG(found.st_mode) or found.st_size != entry.size_bytes:
+        os.close(file)
+        raise CheckpointCorrupt(f"{name} has {found.st_size} bytes, not {entry.size_bytes}")
+    return file
+
+
+def _open_directory(root: Path, path: str) -> int:
+    """Component by component, so that neither `..` nor a symbolic link leads out of the root."""
+    parts = path.split("/")
+    if not all(part not in ("", ".", "..") for part in parts):
+        raise CheckpointCorrupt(f"{path!r} is not a path below the storage root")
+    try:
+        current = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for part in parts:
+            try:
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=current)
+            finally:
+                os.close(current)
+            current = below
+    except FileNotFoundError as error:
+        raise CheckpointMissing(f"there is no checkpoint {path} under {root}") from error
+    except NotADirectoryError as error:
+        raise CheckpointCorrupt(f"{path} is not a directory, or is a symbolic link") from error
+    return current
+
+
+def _read_manifest(directory: int, ref: CheckpointRef) -> Manifest:
+    raw = _manifest_bytes(directory, ref.path)
+    if sha256(raw).hexdigest() != ref.manifest_sha256:
+        raise CheckpointCorrupt(f"{MANIFEST} of {ref.path} is not the one that was committed")
+    try:
+        manifest = Manifest.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointCorrupt(f"{MANIFEST} of {ref.path}: {where}: {first['msg']}") from error
+    if (manifest.step, manifest.epoch, manifest.phase) != (ref.step, ref.epoch, ref.phase):
+        raise CheckpointCorrupt(f"{MANIFEST} of {ref.path} is of step {manifest.step}, {manifest.phase}")
+    return manifest
+
+
+def _manifest_bytes(directory: int, path: str) -> bytes:
+    try:
+        file = os.open(MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError as error:
+        raise CheckpointMissing(f"{path} has no {MANIFEST}: it was never published") from error
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CheckpointCorrupt(f"{MANIFEST} of {path} is a symbolic link") from error
+        raise
+    with open(file, "rb") as stream:
+        raw = stream.read(_MAX_MANIFEST_BYTES + 1)
+    if len(raw) > _MAX_MANIFEST_BYTES:
+        raise CheckpointCorrupt(f"{MANIFEST} of {path} is larger than {_MAX_MANIFEST_BYTES} bytes")
+    return raw

@@ -1,0 +1,186 @@
+"""One attempt of a training: build or restore it, run the loop, say how it ended."""
+
+import inspect
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ValidationError
+
+from ops_contract.agents import StartTraining
+from ops_contract.jobs import Execution
+from ops_contract.lifecycle import CheckpointType, Outcome, Phase
+from ops_contract.reports import Note, Started
+from relight.manifest import Manifest
+from relight.training import numerics
+from relight.training.checkpoint import restore
+from relight.training.faults import TrainingFault
+from relight.training.loop import Loop, Why
+from relight.training.order import DataOrder
+from relight.training.randomness import Stream, derive, seed_everything
+from relight.training.reporting import Reporter, Sink
+from relight.training.saving import Saver
+from relight.training.state import Cursor, Live
+from relight.workload import Env, MapDataset, Workload
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where it runs; `device` as torch names it."""
+
+    storage_root: Path
+    device: str
+    cores: int
+
+
+class Attempt:
+    """`clock` is monotonic, in seconds; it decides when metrics are sent, nothing else."""
+
+    def __init__(
+        self,
+        workload_type: type[Workload[Any]],
+        start: StartTraining,
+        site: Site,
+        sink: Sink,
+        should_stop: Callable[[], Why | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._workload_type = workload_type
+        self._start = start
+        self._knobs = start.job.execution
+        self._site = site
+        self._env = Env(device=torch.device(site.device), rank=0, world_size=1, seed=self._knobs.seed)
+        self._sink = sink
+        self._should_stop = should_stop
+        self._clock = clock
+
+    def run(self) -> Outcome:
+        """COMPLETED, CANCELLED or PREEMPTED.
+
+        Raises TrainingFault, CheckpointMissing, CheckpointCorrupt, and whatever the workload raises.
+        """
+        ref = self._start.checkpoint
+        if ref is not None and (why := self._should_stop()):
+            return Outcome(why)  # what it would restore is where it stops
+        config = _checked_config(self._workload_type, self._start.job.config)
+        before, tree = restore(self._site.storage_root, ref) if ref is not None else (None, None)
+        numerics.configure(self._threads(before), self._knobs.deterministic)
+        with numerics.operators_noted(lambda message: self._sink.report(Note(message=message))):
+            loop = self._build(config, before, tree)
+            if tree is None:
+                loop.saver.save(CheckpointType.INITIAL, loop.cursor, {})
+            return Outcome(loop.run() or Outcome.COMPLETED)
+
+    def _threads(self, before: Manifest | None) -> int:
+        """Sums depend on the number of threads: what the first attempt's slot decided holds for its successors."""
+        frozen = before.numerics.get("threads") if before else None
+        return self._knobs.threads or int(frozen or self._site.cores)
+
+    def _build(self, config: BaseModel, before: Manifest | None, tree: dict[str, Any] | None) -> Loop:
+        """Everything under the build seed, then the restored state in place of the initial one."""
+        seed_everything(derive(self._env.seed, Stream.BUILD))
+        workload = self._workload_type(config, self._env)
+        training, validation = (self._order(workload, dataset) for dataset in workload.data())
+        if training is None:
+            raise TrainingFault("no_data", "the workload's training data is empty", permanent=True)
+        about = self._about(workload, before)
+        steps_total = _steps_total(self._knobs, len(training))
+        live, scheduler_steps = self._live(workload, steps_total)
+        reporter = Reporter(self._sink, steps_total, self._clock)
+        cursor = Cursor() if tree is None else _put_back(tree, live, reporter)
+        self._tell_started(about, before, cursor)
+        return Loop(
+            workload=workload,
+            env=self._env,
+            knobs=self._knobs,
+            live=live,
+            scheduler_steps=scheduler_steps,
+            training=training,
+            validation=validation,
+            steps_total=steps_total,
+            cursor=cursor,
+            reporter=reporter,
+            saver=Saver(self._site.storage_root, about, live, self._sink, saved=cursor if before else None),
+            should_stop=self._should_stop,
+        )
+
+    def _order(self, workload: Workload[Any], dataset: MapDataset | None) -> DataOrder | None:
+        if dataset is None or len(dataset) == 0:
+            return None
+        return DataOrder(dataset, workload.collate, self._knobs.seed, self._knobs.batch_size, self._knobs.num_workers)
+
+    def _about(self, workload: Workload[Any], before: Manifest | None) -> Manifest:
+        """The manifest of this attempt's checkpoints, but for where they are taken and their files."""
+        about = Manifest(
+            operation_id=self._start.operation_id,
+            attempt=self._start.attempt,
+            step=0,
+            epoch=0,
+            phase=Phase.UPDATE,
+            workload=self._start.job.workload,
+            code_digest=_code_digest(type(workload)),
+            data_digest=workload.data_digest(),
+            numerics=numerics.fingerprint(self._env.device),
+            files={},
+        )
+        if before is not None and before.data_digest != about.data_digest:
+            raise TrainingFault(
+                "data_changed",
+                f"the data's digest was {before.data_digest} and is {about.data_digest}; "
+                "put the old data back and resume, or submit a new operation for the new data",
+                permanent=True,
+            )
+        return about
+
+    def _live(self, workload: Workload[Any], steps_total: int) -> tuple[Live, str | None]:
+        model = workload.model().to(self._env.device)
+        optimizer = workload.optimizer(model, self._knobs)
+        scheduled = workload.scheduler(optimizer, self._knobs, steps_total)
+        scheduler, when = scheduled or (None, None)
+        return Live(model, optimizer, scheduler, workload.state()), when
+
+    def _tell_started(self, about: Manifest, before: Manifest | None, cursor: Cursor) -> None:
+        digests = {"code_digest": about.code_digest, "data_digest": about.data_digest}
+        self._sink.report(
+            Started(
+                trainer_pid=os.getpid(),
+                start_step=cursor.step,
+                exactness=numerics.exactness(self._knobs, about.numerics, about.code_digest, before),
+                environment={**numerics.environment(self._env.device), **digests},
+            )
+        )
+
+
+def _checked_config(workload_type: type[Workload[Any]], config: dict[str, Any]) -> BaseModel:
+    try:
+        return workload_type.Config.model_validate(config)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
+        raise TrainingFault("bad_config", f"the workload refuses its config: {wrong}", permanent=True) from error
+
+
+def _steps_total(knobs: Execution, batches: int) -> int:
+    """An epoch's last window of batches may be short; it still is a step."""
+    steps = -(-batches // knobs.accumulate_grad_batches) * knobs.max_epochs
+    return min(steps, knobs.max_steps or steps)
+
+
+def _code_digest(workload_type: type[Workload[Any]]) -> str | None:
+    """SHA-256 of the file that defines it; None without one."""
+    try:
+        source = inspect.getsourcefile(workload_type)
+    except TypeError:
+        return None
+    return sha256(Path(source).read_bytes()).hexdigest() if source else None
+
+
+def _put_back(tree: dict[str, Any], live: Live, reporter: Reporter) -> Cursor:
+    live.restore(tree)
+    cursor = Cursor.from_tree(tree["cursor"])
+    reporter.add_again(cursor.step, tree["reported"])
+    return cursor

@@ -1,0 +1,171 @@
+"""The training loop. A step: update, evaluate, scheduler, checkpoint; what lasts is in `Live` and `Cursor`."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from ops_contract.jobs import Execution
+from ops_contract.lifecycle import CheckpointType, Phase
+from relight.training.order import Batch, DataOrder, to_device
+from relight.training.randomness import Stream, derive, seed_everything
+from relight.training.reporting import Reporter
+from relight.training.saving import Saver
+from relight.training.state import Cursor, Live, check_round_trip
+from relight.workload import Env, Workload
+
+Why = Literal["cancelled", "preempted"]
+_STOPPED_BY: dict[Why, CheckpointType] = {"cancelled": CheckpointType.CANCEL, "preempted": CheckpointType.PREEMPT}
+
+
+class Interrupted(BaseException):
+    """The run is to stop here. Not an Exception: evaluate() must not take it for an error of its own."""
+
+    def __init__(self, why: Why) -> None:
+        super().__init__(why)
+        self.why: Why = why
+
+
+@dataclass
+class Loop:
+    """One attempt's steps from `cursor` to `steps_total`. `scheduler_steps` is when the scheduler does."""
+
+    workload: Workload[Any]
+    env: Env
+    knobs: Execution
+    live: Live
+    scheduler_steps: str | None
+    training: DataOrder
+    validation: DataOrder | None
+    steps_total: int
+    cursor: Cursor
+    reporter: Reporter
+    saver: Saver
+    should_stop: Callable[[], Why | None]
+    _round_trip_checked: bool = False
+
+    def run(self) -> Why | None:
+        """None when the last step is done, else why it stopped; the very boundary where it stopped is then saved."""
+        try:
+            if self.cursor.phase is Phase.EVALUATE:
+                self._end_step()
+            while self.cursor.step < self.steps_total:
+                self._epoch()
+        except Interrupted as stop:
+            self._save(_STOPPED_BY[stop.why])
+            return stop.why
+        return None
+
+    def _epoch(self) -> None:
+        """The rest of the cursor's epoch, or of the run."""
+        self.live.model.train()
+        for window in self._windows():
+            self._poll()
+            self._update(window)
+            self._end_step()
+            if self.cursor.step == self.steps_total:
+                return
+
+    def _windows(self) -> Iterator[list[Batch]]:
+        """The batches of one update each. All are fetched before the first runs: their units weigh its gradient."""
+        window: list[Batch] = []
+        for batch in self.training.training(self.cursor.epoch, self.cursor.samples_in_epoch):
+            window.append(batch)
+            if len(window) == self.knobs.accumulate_grad_batches:
+                yield window
+                window = []
+        if window:
+            yield window
+
+    def _update(self, window: list[Batch]) -> None:
+        model, optimizer, step = self.live.model, self.live.optimizer, self.cursor.step
+        units = [self.workload.units(batch.data) for batch in window]
+        optimizer.zero_grad(set_to_none=True)
+        for micro, batch in enumerate(window):
+            seed_everything(derive(self.env.seed, Stream.TRAIN, step, micro, self.env.rank))
+            loss, extras = self.workload.loss(model, to_device(batch.data, self.env.device))
+            (loss * (units[micro] / sum(units))).backward()  # type: ignore[no-untyped-call]  # torch's own
+            self.reporter.add_micro_batch(step, units[micro], loss, extras)
+        if self.knobs.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), self.knobs.gradient_clip)
+        samples = sum(batch.samples for batch in window)
+        self.reporter.add_step(step, float(optimizer.param_groups[0]["lr"]), samples)
+        optimizer.step()
+        self.workload.after_step(model, step)
+        consumed = self.cursor.samples_in_epoch + samples
+        self.cursor = replace(self.cursor, samples_in_epoch=consumed, phase=Phase.EVALUATE)
+        if not self._round_trip_checked:
+            check_round_trip(self.live)
+            self._round_trip_checked = True
+
+    def _end_step(self) -> None:
+        """What follows an update, up to the next one's boundary."""
+        cursor = self.cursor
+        epoch_ends = cursor.samples_in_epoch == len(self.training.dataset)
+        last = cursor.step + 1 == self.steps_total
+        measured = self._evaluate(self.validation) if self.validation and (epoch_ends or last) else {}
+        self._schedule(epoch_ends, measured)
+        self.cursor = Cursor(
+            step=cursor.step + 1,
+            epoch=cursor.epoch + epoch_ends,
+            samples_in_epoch=0 if epoch_ends else cursor.samples_in_epoch,
+        )
+        self.reporter.flush_if_due(self.cursor)
+        if last:
+            self._save(CheckpointType.FINAL)
+        elif self._is_due(epoch_ends):
+            self._save(CheckpointType.PERIODIC)
+
+    def _evaluate(self, validation: DataOrder) -> dict[str, float]:
+        self.reporter.flush(self.cursor)
+        self.live.model.eval()
+        with torch.no_grad():
+            measured = self.workload.evaluate(self.live.model, _ValidationLoader(self, validation))
+        self.reporter.add_evaluation(self.cursor.step, measured)
+        return measured
+
+    def _schedule(self, epoch_ends: bool, measured: dict[str, float]) -> None:
+        scheduler, when = self.live.scheduler, self.scheduler_steps
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if when in measured:
+                scheduler.step(measured[when])
+        elif scheduler is not None and (when == "step" or (when == "epoch" and epoch_ends)):
+            scheduler.step()
+
+    def _is_due(self, epoch_ends: bool) -> bool:
+        every = self.knobs.checkpoint_every
+        if every.steps is not None:
+            return self.cursor.step % every.steps == 0
+        return epoch_ends and every.epochs is not None and self.cursor.epoch % every.epochs == 0
+
+    def _save(self, why: CheckpointType) -> None:
+        # Everything before the checkpoint's step is sent before the checkpoint: what it resumes from is complete.
+        self.reporter.flush(self.cursor)
+        reported = self.reporter.newest(self.cursor.step) if self.cursor.phase is Phase.EVALUATE else {}
+        self.saver.save(why, self.cursor, reported)
+
+    def _poll(self) -> None:
+        if why := self.should_stop():
+            raise Interrupted(why)
+
+
+class _ValidationLoader:
+    """The validation batches, each under its own seed; the run may stop before any of them."""
+
+    def __init__(self, loop: Loop, order: DataOrder) -> None:
+        self._loop = loop
+        self._order = order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Any]:
+        env, step = self._loop.env, self._loop.cursor.step
+        for i, batch in enumerate(self._order.validation()):
+            self._loop._poll()
+            # After the fetch: in this process it drew from the same generators, in a loader process it did not.
+            seed_everything(derive(env.seed, Stream.EVALUATE, step, i, env.rank))
+            yield to_device(batch.data, env.device)

@@ -1,0 +1,107 @@
+"""What decides a run's bits besides code and data, and the promise that follows from it."""
+
+import os
+import platform
+import re
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from ops_contract.jobs import Execution
+from ops_contract.reports import Exactness
+from relight.manifest import Manifest
+
+_NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
+
+
+def configure(threads: int, deterministic: bool) -> None:
+    """Process-wide; before anything is built. An operator without a deterministic kernel warns and still runs."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def warm_up() -> None:
+    """Load what a first step would: asked for determinism, torch imports its compiler, and that takes a second."""
+    configure(torch.get_num_threads(), deterministic=True)
+
+
+def fingerprint(device: torch.device) -> dict[str, str]:
+    """Equal fingerprints, code and data give equal bits. `threads` is the number that sums are split over."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """For people: where an attempt ran."""
+    return {
+        **fingerprint(device),
+        "accelerator": device.type,
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cores": os.cpu_count(),
+    }
+
+
+def exactness(knobs: Execution, now: dict[str, str], code_digest: str | None, before: Manifest | None) -> Exactness:
+    """Best effort when asked for, or when the predecessor that wrote `before` ran on something else."""
+    reasons = [] if knobs.deterministic else ["deterministic is false"]
+    if before is not None:
+        names = sorted(now.keys() | before.numerics.keys())
+        pairs = [(name, before.numerics.get(name), now.get(name)) for name in names]
+        reasons += [f"{name} was {old} and is {new}" for name, old, new in pairs if old != new]
+        if before.code_digest != code_digest:
+            reasons.append("the workload's source changed")
+    return Exactness(promise="best_effort" if reasons else "promised", reasons=reasons)
+
+
+@contextmanager
+def operators_noted(note: Callable[[str], None]) -> Iterator[None]:
+    """Within it each operator without a deterministic kernel is noted once, by name."""
+    seen: set[str] = set()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def watch(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            found = _NO_KERNEL.match(str(message))
+            if found is None:
+                show(message, category, filename, lineno, file, line)
+            elif found[1] not in seen:
+                seen.add(found[1])
+                note(f"exactness is best effort: {found[1]} has no deterministic kernel on this device")
+
+        warnings.showwarning = watch
+        warnings.filterwarnings("default", message=_NO_KERNEL.pattern)
+        yield
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

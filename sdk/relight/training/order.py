@@ -1,0 +1,161 @@
+"""Data order: which samples make which batch, and how they are fetched; the same bits for any number of workers."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from relight.process import die_with_parent
+from relight.training.randomness import Stream, derive, seed_everything
+from relight.workload import MapDataset
+
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+
+
+class Batch(NamedTuple):
+    """What `Workload.collate` made of this many samples."""
+
+    samples: int
+    data: Any
+
+
+@dataclass(frozen=True)
+class DataOrder:
+    """The batches of a data set. Positions are samples consumed in the epoch."""
+
+    dataset: MapDataset
+    collate: Callable[[list[Any]], Any]
+    seed: int
+    batch_size: int
+    num_workers: int
+
+    def __len__(self) -> int:
+        """Batches in an epoch; a short last one counts."""
+        return -(-len(self.dataset) // self.batch_size)
+
+    def training(self, epoch: int, start_sample: int) -> Iterator[Batch]:
+        """The rest of an epoch in its shuffled order; what was consumed is skipped without being read."""
+        order = shuffled(len(self.dataset), derive(self.seed, Stream.SHUFFLE, epoch))
+        return self._fetch(order, (epoch,), start_sample, Stream.SAMPLE, Stream.COLLATE)
+
+    def validation(self) -> Iterator[Batch]:
+        order = np.arange(len(self.dataset))
+        return self._fetch(order, (), 0, Stream.VALIDATION_SAMPLE, Stream.VALIDATION_COLLATE)
+
+    def _fetch(
+        self, order: NDArray[np.int64], epoch: tuple[int, ...], start_sample: int, sample: Stream, collate: Stream
+    ) -> Iterator[Batch]:
+        keys = (
+            _Key(epoch, at // self.batch_size, order[at : at + self.batch_size])
+            for at in range(start_sample, len(order), self.batch_size)
+        )
+        return iter(
+            DataLoader(
+                _Fetcher(self.dataset, self.collate, self.seed, sample, collate),
+                sampler=keys,
+                batch_size=None,
+                collate_fn=_as_it_is,
+                num_workers=self.num_workers,
+                # Forked workers need no pickling of the user's data set and share its memory.
+                multiprocessing_context="fork" if self.num_workers else None,
+                worker_init_fn=_WorkerStart(os.getpid()),
+                # Its own generator: starting an epoch draws nothing from the training stream.
+                generator=torch.Generator(),
+            )
+        )
+
+
+def shuffled(n: int, key: int) -> NDArray[np.int64]:
+    """A permutation of range(n): the indices sorted by SplitMix64(key + index) (Steele, Lea, Flood 2014).
+
+    SplitMix64 is a bijection, so no two keys tie. Integer arithmetic alone, so the order does not change with the
+    version of numpy or torch, as that of their generators may.
+    """
+    with np.errstate(over="ignore"):
+        z = np.arange(1, n + 1, dtype=np.uint64) * np.uint64(_GOLDEN_GAMMA) + np.uint64(key)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
+
+
+class _Key(NamedTuple):
+    """One batch as the loader asks for it; `epoch` is empty for validation data."""
+
+    epoch: tuple[int, ...]
+    batch: int
+    indices: NDArray[np.int64]
+
+
+class _Fetcher(Dataset[Batch]):
+    """Fetches whole batches: each sample under its own seed, then the collate under the batch's."""
+
+    def __init__(
+        self,
+        dataset: MapDataset,
+        collate: Callable[[list[Any]], Any],
+        seed: int,
+        sample_stream: Stream,
+        collate_stream: Stream,
+    ) -> None:
+        self.dataset = dataset
+        self.collate = collate
+        self.seed = seed
+        self.sample_stream = sample_stream
+        self.collate_stream = collate_stream
+
+    def __getitem__(self, key: _Key) -> Batch:
+        with _one_thread():
+            items = [self._item(key.epoch, index) for index in key.indices.tolist()]
+            seed_everything(derive(self.seed, self.collate_stream, *key.epoch, key.batch))
+            return Batch(len(items), self.collate(items))
+
+    def _item(self, epoch: tuple[int, ...], index: int) -> Any:
+        seed_everything(derive(self.seed, self.sample_stream, *epoch, index))
+        return self.dataset[index]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Loader processes have one thread, and sums depend on the number: so has fetching in the training process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _WorkerStart:
+    """First thing in a loader process: it ends with the trainer, and only with it."""
+
+    def __init__(self, trainer_pid: int) -> None:
+        self.trainer_pid = trainer_pid
+
+    def __call__(self, worker_id: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        die_with_parent(self.trainer_pid)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def to_device(data: Any, device: torch.device) -> Any:
+    """The same nest of tuples, lists and dicts with its tensors on the device."""
+    if isinstance(data, torch.Tensor):
+        return data.to(device)
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(to_device(part, device) for part in data))
+    if isinstance(data, (tuple, list)):
+        return type(data)(to_device(part, device) for part in data)
+    if isinstance(data, dict):
+        return {key: to_device(part, device) for key, part in data.items()}
+    return data

@@ -1,0 +1,122 @@
+"""What a training tells while it runs. Values stay on the device until a flush, so that no step waits for one."""
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ops_contract.reports import Metrics, Progress, Report, Series
+from relight.training.state import Cursor
+
+FLUSH_S = 0.5
+_RESERVED = frozenset({"loss", "learning_rate"})
+
+
+class Sink(Protocol):
+    """Where reports go, in their order. Called from the training thread."""
+
+    def report(self, report: Report) -> None: ...
+
+    def progress(self, progress: Progress) -> None: ...
+
+
+class Reporter:
+    """Collects metrics by step and sends them about every `FLUSH_S`. `clock` is monotonic, in seconds."""
+
+    def __init__(self, sink: Sink, steps_total: int, clock: Callable[[], float]) -> None:
+        self._sink = sink
+        self._steps_total = steps_total
+        self._clock = clock
+        self._flushed_at_s = clock()
+        self._parts: dict[tuple[str, int], list[tuple[int, Tensor]]] = {}
+        self._values: dict[tuple[str, int], float] = {}
+        self._newest: tuple[int, dict[str, float]] = (-1, {})
+        self._steps = 0
+        self._samples = 0
+        self._samples_per_s: float | None = None
+        self._step_s: float | None = None
+
+    def add_micro_batch(self, step: int, units: int, loss: Tensor, extras: Mapping[str, Tensor]) -> None:
+        """One part of the step's unit-weighted means."""
+        _check_names(extras)
+        for name, value in {"loss": loss, **extras}.items():
+            if value.numel() != 1:
+                raise ValueError(f"loss() gave {name!r} of shape {list(value.shape)}; give scalars")
+            # A copy: an extra may be a view of something that the next step changes.
+            copied = value.detach().to(torch.float64, copy=True).reshape(())
+            self._parts.setdefault((name, step), []).append((units, copied))
+
+    def add_step(self, step: int, learning_rate: float, samples: int) -> None:
+        self._values["learning_rate", step] = learning_rate
+        self._steps += 1
+        self._samples += samples
+
+    def add_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        _check_names(values)
+        self.add_again(step, {name: float(value) for name, value in values.items()})
+
+    def add_again(self, step: int, values: Mapping[str, float]) -> None:
+        """What a predecessor reported of a step that it did not end."""
+        self._values.update({(name, step): value for name, value in values.items()})
+
+    def flush_if_due(self, cursor: Cursor) -> None:
+        if self._clock() - self._flushed_at_s >= FLUSH_S:
+            self.flush(cursor)
+
+    def flush(self, cursor: Cursor) -> None:
+        """Send every value so far, and the progress."""
+        series = self._collect()
+        if series:
+            self._sink.report(Metrics(series=[Series.of(name, points) for name, points in series.items()]))
+        self._sink.progress(self._progress(cursor))
+
+    def newest(self, step: int) -> dict[str, float]:
+        """What was flushed of this step, the newest one."""
+        return dict(self._newest[1]) if self._newest[0] == step else {}
+
+    def _collect(self) -> dict[str, list[tuple[int, float]]]:
+        values = {**_means(self._parts), **self._values}
+        self._parts, self._values = {}, {}
+        series: dict[str, list[tuple[int, float]]] = {}
+        for (name, step), value in sorted(values.items()):
+            series.setdefault(name, []).append((step, value))
+            if step > self._newest[0]:
+                self._newest = (step, {})
+            if step == self._newest[0]:
+                self._newest[1][name] = value
+        return series
+
+    def _progress(self, cursor: Cursor) -> Progress:
+        now_s = self._clock()
+        elapsed_s = now_s - self._flushed_at_s
+        if self._steps and elapsed_s > 0:
+            self._samples_per_s, self._step_s = self._samples / elapsed_s, elapsed_s / self._steps
+        self._flushed_at_s, self._steps, self._samples = now_s, 0, 0
+        return Progress(
+            step=cursor.step,
+            steps_total=self._steps_total,
+            epoch=cursor.epoch,
+            loss=self._newest[1].get("loss"),
+            samples_per_s=self._samples_per_s,
+            eta_s=None if self._step_s is None else (self._steps_total - cursor.step) * self._step_s,
+        )
+
+
+def _means(parts: dict[tuple[str, int], list[tuple[int, Tensor]]]) -> dict[tuple[str, int], float]:
+    """Unit-weighted means in float64; a single part is kept as it is, bit for bit. One transfer for all of them."""
+    if not parts:
+        return {}
+    flat = iter(torch.stack([value for step in parts.values() for _, value in step]).tolist())
+    return {key: _mean([(units, next(flat)) for units, _ in step]) for key, step in parts.items()}
+
+
+def _mean(parts: list[tuple[int, float]]) -> float:
+    if len(parts) == 1:
+        return parts[0][1]
+    return sum(units * value for units, value in parts) / sum(units for units, _ in parts)
+
+
+def _check_names(values: Mapping[str, object]) -> None:
+    if taken := _RESERVED & values.keys():
+        raise ValueError(f"the workload reports {', '.join(sorted(taken))}, which the loop does; give another name")

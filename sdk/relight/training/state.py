@@ -1,0 +1,117 @@
+"""All that a training is between two steps, taken from the live objects and put back into them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ops_contract.lifecycle import Phase
+from relight.training.codec import CodecError, decode, digests, encode
+from relight.training.faults import TrainingFault
+from relight.workload import Stateful
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """What is next: the update of `step`, or with phase EVALUATE what follows that update.
+
+    `epoch` counts from 0; `samples_in_epoch` are consumed.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    samples_in_epoch: int = 0
+    phase: Phase = Phase.UPDATE
+
+    def as_tree(self) -> dict[str, Any]:
+        return {**asdict(self), "phase": self.phase.value}
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> Self:
+        return cls(**{**tree, "phase": Phase(tree["phase"])})
+
+
+@dataclass(frozen=True)
+class Live:
+    """The objects whose state outlives a step; `registered` is `Workload.state()`."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler | ReduceLROnPlateau | None
+    registered: Mapping[str, Stateful]
+
+    def capture(self) -> dict[str, Any]:
+        """Shares its tensors with the live objects: encode or copy it before the next step."""
+        return {
+            "model": _model_tensors(self.model),
+            "modules": {name: module.get_extra_state() for name, module in _with_extra_state(self.model).items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "state": {name: stateful.state_dict() for name, stateful in self.registered.items()},
+        }
+
+    def restore(self, tree: dict[str, Any]) -> None:
+        """Takes over `tree`: optimizers keep the tensors that they load."""
+        _copy_into(_model_tensors(self.model), tree["model"])
+        for name, module in _with_extra_state(self.model).items():
+            module.set_extra_state(tree["modules"][name])
+        self.optimizer.load_state_dict(tree["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(tree["scheduler"])
+        for name, stateful in self.registered.items():
+            stateful.load_state_dict(tree["state"][name])
+
+
+def check_round_trip(live: Live) -> None:
+    """Put the live state through the codec and back into the objects; every bit must be the same afterwards.
+
+    Raises a permanent TrainingFault naming what would be lost: better after one step than after the first failure.
+    """
+    try:
+        before = encode(live.capture())
+        expected = digests(before)
+        live.restore(decode(before.document, before.tensors))
+        found = digests(encode(live.capture()))
+    except CodecError as error:
+        raise TrainingFault("not_restorable", f"this run could not be resumed: {error}", permanent=True) from error
+    changed = sorted(path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path))
+    if changed:
+        raise TrainingFault(
+            "not_restorable",
+            f"this run could not be resumed exactly: load_state_dict does not give back what state_dict gave for "
+            f"{', '.join(changed[:5])}" + (f" and {len(changed) - 5} more" if len(changed) > 5 else ""),
+            permanent=True,
+        )
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under every name they have; also the buffers that `state_dict` leaves out."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _with_extra_state(model: nn.Module) -> dict[str, nn.Module]:
+    plain = nn.Module.get_extra_state
+    return {name: module for name, module in model.named_modules() if type(module).get_extra_state is not plain}
+
+
+def _copy_into(live: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    if live.keys() != saved.keys():
+        raise _other_model(f"it has or lacks {', '.join(sorted(live.keys() ^ saved.keys())[:5])}")
+    with torch.no_grad():
+        for name, tensor in live.items():
+            if (tensor.shape, tensor.dtype) != (saved[name].shape, saved[name].dtype):
+                was = f"{list(saved[name].shape)} {saved[name].dtype}"
+                raise _other_model(f"{name} was {was} and is {list(tensor.shape)} {tensor.dtype}")
+            tensor.copy_(saved[name])
+
+
+def _other_model(difference: str) -> TrainingFault:
+    return TrainingFault(
+        "model_changed",
+        f"the checkpoint is of another model: {difference}; restore the workload's code, or submit it anew",
+        permanent=True,
+    )

@@ -1,0 +1,155 @@
+"""What to train. Importing this needs no torch; building a workload does."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+from pydantic import BaseModel
+
+from ops_contract.jobs import Execution, OptimizerName, SchedulerName
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+C = TypeVar("C", bound=BaseModel)
+
+WARMUP_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Env:
+    """Where one rank of an attempt runs."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    seed: int
+
+
+class Stateful(Protocol):
+    """Something with state across steps; tensors, numpy arrays and plain values are what the codec keeps."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+class MapDataset(Protocol):
+    """Map-style, as torch has them. An item is pure in (seed, epoch, index); torch, `random` and numpy are seeded so."""
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+
+class Workload(ABC, Generic[C]):
+    """One per attempt, built under the seed.
+
+    State across steps lives in model, optimizer, scheduler and `state()` only; a resume loses what is kept elsewhere.
+    """
+
+    Config: ClassVar[type[BaseModel]]
+    """`extra="forbid"`, importable without torch; its JSON Schema is advertised."""
+
+    reports: ClassVar[dict[str, Literal["min", "max"]]] = {"val_loss": "min"}
+    """What `evaluate` returns, and which way is better; empty without validation data."""
+
+    def __init__(self, config: C, env: Env) -> None:
+        self.config = config
+        self.env = env
+
+    @abstractmethod
+    def data(self) -> tuple[MapDataset, MapDataset | None]:
+        """Training data, and validation data if there is any."""
+
+    @abstractmethod
+    def model(self) -> nn.Module: ...
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over the batch's units, a scalar, and further scalars to report; both stay on the device."""
+
+    def data_digest(self) -> str | None:
+        """Names the data: a run is not resumed on other data. Called after `data`."""
+        return None
+
+    def collate(self, items: list[Any]) -> Any:
+        """A batch of items, in their order. It may draw random numbers: it is pure in (seed, epoch, batch)."""
+        from torch.utils.data import default_collate
+
+        return default_collate(items)
+
+    def optimizer(self, model: nn.Module, knobs: Execution) -> Optimizer:
+        """AdamW, or SGD with momentum 0.9, at the knobs' learning rate."""
+        from torch.optim import SGD, AdamW
+
+        if knobs.optimizer is OptimizerName.SGD:
+            return SGD(model.parameters(), lr=knobs.learning_rate, momentum=0.9)
+        return AdamW(model.parameters(), lr=knobs.learning_rate)
+
+    def scheduler(
+        self, optimizer: Optimizer, knobs: Execution, steps_total: int
+    ) -> tuple[LRScheduler | ReduceLROnPlateau, str] | None:
+        """The scheduler and when it steps: "step", "epoch", or after an evaluation with the metric of this name."""
+        from torch.optim.lr_scheduler import LambdaLR
+
+        if knobs.scheduler is SchedulerName.CONSTANT:
+            return None
+        return LambdaLR(optimizer, WarmupCosine(steps_total)), "step"
+
+    def units(self, batch: Any) -> int:
+        """Tokens or samples in a batch: the weight of its mean. By default the length of its first tensor."""
+        return _first_length(batch)
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """After each optimizer update, before evaluation: moving averages, clamps."""
+
+    def evaluate(self, model: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
+        """Metrics on the validation data, by default the unit-weighted mean loss as `val_loss`.
+
+        The model is in eval mode and without gradients. It leaves model and `state()` as they were: an interrupted
+        evaluation is done again whole.
+        """
+        total: Tensor | float = 0.0
+        units = 0
+        for batch in loader:
+            loss, _ = self.loss(model, batch)
+            total = total + loss.double() * self.units(batch)
+            units += self.units(batch)
+        return {"val_loss": float(total) / units}
+
+    def state(self) -> Mapping[str, Stateful]:
+        """Whatever else must survive; called once, after model, optimizer and scheduler are built."""
+        return {}
+
+
+class WarmupCosine:
+    """Linear warm-up over 5 % of the steps, then half a cosine towards zero: a factor for `LambdaLR`.
+
+    An object and not a closure, so that `LambdaLR.state_dict` holds its parameters instead of dropping them.
+    """
+
+    def __init__(self, steps_total: int) -> None:
+        self.steps_total = steps_total
+        self.warmup_steps = math.ceil(WARMUP_SHARE * steps_total)
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        share = (step - self.warmup_steps) / max(1, self.steps_total - self.warmup_steps)
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, share)))
+
+
+def _first_length(batch: Any) -> int:
+    if isinstance(batch, Mapping):
+        return _first_length(next(iter(batch.values())))
+    if isinstance(batch, (tuple, list)):
+        return _first_length(batch[0])
+    return len(batch)

@@ -1,0 +1,32 @@
+"""Fixtures that everybody may use."""
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from helpers.databases import Databases, embedded_postgres
+from helpers.store import Store
+from ops_backend.database import make_engine, make_sessions
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with embedded_postgres(tmp_path_factory.mktemp("postgres")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def databases(postgres_url: str) -> Databases:
+    return Databases(postgres_url)
+
+
+@pytest.fixture
+async def database_url(databases: Databases) -> str:
+    return await databases.fresh()
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncIterator[Store]:
+    engine = make_engine(database_url, pool_size=20)
+    yield Store(make_sessions(engine))
+    await engine.dispose()

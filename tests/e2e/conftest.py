@@ -1,0 +1,23 @@
+"""One running service for the tests whose meaning allows to share it."""
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from helpers.databases import Databases
+from helpers.service import Service, running_service
+
+
+@pytest.fixture(scope="session")
+def shared_service(databases: Databases, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    url = asyncio.run(databases.fresh())
+    with running_service(tmp_path_factory.mktemp("service"), url, workers=2) as service:
+        yield service
+
+
+@pytest.fixture
+def service(shared_service: Service) -> Service:
+    """Two live workers, whatever the test before has killed."""
+    shared_service.have_workers(2)
+    return shared_service

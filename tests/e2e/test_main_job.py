@@ -1,0 +1,240 @@
+"""The main job on real parts: submit, watch, kill, cancel, resume, complete."""
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from uuid import UUID, uuid4
+
+import httpx
+import pytest
+
+from helpers.scoring import score
+from helpers.service import Service, alive, kill
+from ops_contract.lifecycle import Phase
+
+LONG = {"max_epochs": 12}  # 576 steps of a few milliseconds: long enough to be stopped in the middle
+
+
+def post(service: Service, path: str, body: Any = None, **headers: str) -> httpx.Response:
+    return service.http.post(path, json=body, headers=headers)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(shared_service: Service) -> dict[str, list[tuple[int, float]]]:
+    """Every value of every metric of a run that nobody disturbed."""
+    id = shared_service.submit(**LONG)
+    shared_service.wait(id, "completed")
+    return shared_service.curves(id)
+
+
+def test_a_training_completes_and_its_last_checkpoint_scores(service: Service) -> None:
+    """Scenario 1."""
+    id = service.submit(max_epochs=3)
+
+    operation = service.wait(id, "completed")
+
+    losses = [value for _, value in service.metric(id, "loss").points]
+    assert [step for step, _ in service.metric(id, "loss").points] == list(range(144))
+    assert sum(losses[-20:]) < sum(losses[:20]) / 4
+    last = service.checkpoints(id)[-1]
+    assert (last.checkpoint_type, last.step) == ("final", 144)
+    assert score(service.storage, last, operation) == service.metric(id, "val_accuracy").points[-1][1]
+    assert operation.energy.model_dump() == {"total_j": None, "reason": "not_measured"}
+    assert operation.progress is not None
+    assert operation.progress.percent == 100
+    assert operation.exactness is not None
+    assert operation.exactness.promise == "promised"
+    assert operation.job.execution.threads == 1
+    assert service.events(id) == ["submit", "claim", "complete"]
+
+
+def test_five_concurrent_cancels_and_resumes_have_one_winner_each(service: Service) -> None:
+    """Scenario 2."""
+    id = service.submit(max_epochs=200)
+    service.until_step(id, 1)
+    with ThreadPoolExecutor(5) as clients:
+        cancels = list(clients.map(lambda _: post(service, f"/operations/{id}/cancel").status_code, range(5)))
+        service.wait(id, "cancelled")
+        resumes = list(clients.map(lambda _: post(service, f"/operations/{id}/resume").status_code, range(5)))
+
+    assert Counter(cancels) == {202: 1, 409: 4}
+    assert Counter(resumes) == {202: 1, 409: 4}
+    assert service.events(id).count("cancel") == service.events(id).count("resume") == 1
+    service.client.cancel(id)
+    service.wait(id, "cancelled")
+
+
+def test_what_cannot_be_resumed_is_refused_and_untouched(service: Service) -> None:
+    """Scenario 3."""
+    service.have_workers(2)
+    blockers = [service.submit(max_epochs=200) for _ in range(2)]
+    for blocker in blockers:
+        service.until_step(blocker, 1)
+    queued = service.submit()
+    assert post(service, f"/operations/{queued}/cancel").json()["status"] == "cancelled"
+
+    before = service.http.get(f"/operations/{queued}")
+    nothing_saved = post(service, f"/operations/{queued}/resume")
+    after = service.http.get(f"/operations/{queued}", headers={"If-None-Match": before.headers["ETag"]})
+    running = post(service, f"/operations/{blockers[0]}/resume")
+    unknown = post(service, f"/operations/{uuid4()}/resume")
+
+    assert (nothing_saved.status_code, code(nothing_saved)) == (404, "no_checkpoint")
+    assert after.status_code == 304
+    assert (running.status_code, code(running)) == (409, "not_resumable")
+    assert running.json()["error"]["details"]["status"] == "running"
+    assert (unknown.status_code, code(unknown)) == (404, "not_found")
+    assert [event.name for event in service.client.events(queued)] == ["submit", "cancel"]
+    for blocker in blockers:
+        service.client.cancel(blocker)
+        service.wait(blocker, "cancelled")
+
+
+def test_a_cancel_saves_at_the_very_next_step_and_the_resumed_curve_is_the_undisturbed_one(
+    service: Service, undisturbed: dict[str, list[tuple[int, float]]]
+) -> None:
+    """Scenario 4."""
+    id = service.submit(**LONG)
+    seen = service.until_step(id, 30)
+    assert post(service, f"/operations/{id}/cancel", {"reason": "lunch"}).json()["status"] == "cancelling"
+    pid = service.attempts(id)[0].trainer_pid
+    cancelled = service.wait(id, "cancelled")
+
+    assert not alive(pid)
+    assert not cancelled.exit_unconfirmed
+    assert cancelled.cancel_reason == "lunch"
+    saved = service.checkpoints(id)[-1]
+    attempt = service.attempts(id)[0]
+    assert saved.checkpoint_type == "cancel" or saved.step % 20 == 0  # it may fall on a periodic one
+    assert seen.progress is not None
+    assert saved.step >= (seen.progress.step or 0)
+    done = (
+        saved.step if saved.phase is Phase.EVALUATE else saved.step - 1
+    )  # stopped between an update and its evaluation
+    assert (attempt.last_step, attempt.outcome) == (done, "cancelled")
+    assert code(post(service, f"/operations/{id}/cancel")) == "not_cancellable"
+
+    resumed = post(service, f"/operations/{id}/resume").json()["resumed_from"]
+    assert (resumed["step"], resumed["epoch"]) == (saved.step, saved.step // 48)
+    service.wait(id, "completed")
+    assert service.curves(id) == undisturbed
+    assert service.attempts(id)[1].start_step == saved.step
+
+
+def test_a_cancel_before_the_first_step_leaves_a_resumable_operation(
+    service: Service, undisturbed: dict[str, list[tuple[int, float]]]
+) -> None:
+    """Scenario 4."""
+    id = service.submit(**LONG)
+    service.wait(id, "running")
+    service.client.cancel(id)
+    service.wait(id, "cancelled")
+
+    assert service.checkpoints(id)[0].checkpoint_type == "initial"
+    post(service, f"/operations/{id}/resume").raise_for_status()
+    service.wait(id, "completed")
+    assert service.curves(id) == undisturbed
+
+
+def test_resume_waits_for_the_old_process_to_be_gone(service: Service) -> None:
+    """Scenario 5."""
+    id = service.submit(max_epochs=200)
+    service.until_step(id, 1)
+    pid = service.attempts(id)[0].trainer_pid
+    service.client.cancel(id)
+
+    refused = 0
+    while (answer := post(service, f"/operations/{id}/resume")).status_code == 409:
+        refused += answer.json()["error"]["details"]["status"] == "cancelling"
+    assert answer.status_code == 202
+    assert not alive(pid)
+    assert refused >= 1
+    service.wait(id, "running")
+    service.client.cancel(id)
+    service.wait(id, "cancelled")
+
+
+def test_another_worker_goes_on_when_one_is_killed_with_all_that_it_had(
+    service: Service, undisturbed: dict[str, list[tuple[int, float]]]
+) -> None:
+    """Scenario 6."""
+    id = service.submit(**LONG)
+    service.until_step(id, 50)
+    first = service.attempts(id)[0]
+    victim = service.worker_of(first)
+    victim.kill()
+    (service.directory / victim.name).rename(service.directory / f"{victim.name}-gone")
+
+    service.wait(id, "completed")
+
+    second = service.attempts(id)[1]
+    assert (first.worker != second.worker, service.attempts(id)[0].outcome) == (True, "lost")
+    assert not alive(first.trainer_pid)
+    assert second.start_step % 20 == 0
+    assert second.start_step >= 20
+    assert service.curves(id) == undisturbed
+    assert service.events(id) == ["submit", "claim", "lost", "claim", "complete"]
+
+
+def test_a_killed_trainer_is_told_at_once_and_retried(
+    service: Service, undisturbed: dict[str, list[tuple[int, float]]]
+) -> None:
+    """Scenario 14: the agent reports the signal."""
+    id = service.submit(**LONG)
+    service.until_step(id, 50)
+    kill(service.attempts(id)[0].trainer_pid)
+
+    operation = service.wait(id, "completed")
+
+    error = service.attempts(id)[0].error
+    assert error is not None
+    assert (error.code, "SIGKILL" in error.message) == ("trainer_killed", True)
+    assert (operation.failures, operation.attempt) == (1, 2)
+    assert service.curves(id) == undisturbed
+
+
+def test_the_same_idempotency_key_from_twenty_clients_makes_one_operation(service: Service) -> None:
+    """Scenario 8."""
+    key = str(uuid4())
+    body = {"workload": "digits", "execution": {"max_steps": 1}}
+    with ThreadPoolExecutor(20) as clients:
+        answers = list(clients.map(lambda _: post(service, "/operations", body, **{"Idempotency-Key": key}), range(20)))
+
+    assert Counter(a.status_code for a in answers) == {201: 1, 200: 19}
+    assert len({a.json()["id"] for a in answers}) == 1
+    other = post(service, "/operations", body | {"priority": 1}, **{"Idempotency-Key": key})
+    assert (other.status_code, code(other)) == (409, "idempotency_conflict")
+    service.wait(UUID(answers[0].json()["id"]), "completed")
+
+
+def test_resume_from_an_old_checkpoint_then_a_crash_goes_on_along_the_new_lineage(service: Service) -> None:
+    """Scenario 26."""
+    id = service.submit(**LONG)
+    service.until_step(id, 120)
+    service.client.cancel(id)
+    service.wait(id, "cancelled")
+    old = next(c for c in service.checkpoints(id) if c.step == 40)
+    abandoned = [c for c in service.checkpoints(id) if c.step > 40]
+    assert abandoned
+
+    answer = service.client.resume(id, from_checkpoint=old.id)
+    assert answer.resumed_from.step == 40
+    running = service.until(id, lambda o: o.attempt == 2 and (o.progress.step or 0) >= 62, "is past 60 again")
+    kill(service.attempts(id)[1].trainer_pid)
+    service.wait(id, "completed")
+
+    third = service.attempts(id)[2]
+    paths = {c.step: c.path.split("/")[1] for c in service.checkpoints(id)}
+    assert running.resumed_from is not None
+    assert running.resumed_from.step == 40
+    assert third.start_step >= 60
+    assert paths[third.start_step] == f"2-{third.start_step}"
+    assert {c.id for c in abandoned}.isdisjoint({c.id for c in service.checkpoints(id)})
+    assert [step for step, _ in service.metric(id, "loss").points] == list(range(576))
+    refused = post(service, f"/operations/{id}/resume", {"from_checkpoint": str(abandoned[0].id)})
+    assert refused.status_code == 409
+
+
+def code(answer: httpx.Response) -> str:
+    found: str = answer.json()["error"]["code"]
+    return found

@@ -1,0 +1,174 @@
+"""The API as agents meet it, over real HTTP, with the fencing rules of the store in memory and faults on demand."""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from uuid import UUID
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from ops_contract.agents import (
+    CancelOrder,
+    Heartbeat,
+    HeartbeatAnswer,
+    HoldRef,
+    ReportBatch,
+    ReportsAccepted,
+    WorkerRegistered,
+    WorkerRegistration,
+)
+from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.reports import Finish, Metrics, Progress, Report, Started
+from ops_contract.wire import API_PREFIX
+
+TOKEN = "token-of-the-tests"
+SECRET = "secret-of-the-tests"
+
+
+@dataclass
+class FakeHold:
+    """One hold as the API knows it, and what goes wrong with it."""
+
+    ref: HoldRef
+    incarnation: UUID
+    ended: bool = False
+    cancelling: CancelOrder | None = None
+    accepted: list[Report] = field(default_factory=list)
+    progress: Progress | None = None
+    trainer_gone_at_finish: bool | None = None
+    beats: int = 0
+    unavailable: bool = False
+    lose_answers: int = 0
+    most_per_batch: int = 1000
+    refuses: Callable[[Report], bool] = lambda report: False
+
+    @property
+    def finish(self) -> Finish | None:
+        last = self.accepted[-1] if self.accepted else None
+        return last if isinstance(last, Finish) else None
+
+    @property
+    def started(self) -> Started | None:
+        return next((r for r in self.accepted if isinstance(r, Started)), None)
+
+    @property
+    def steps(self) -> list[int]:
+        return [step for r in self.accepted if isinstance(r, Metrics) for s in r.series for step in s.steps]
+
+
+class FakeApi:
+    def __init__(self, cancel_grace_s: float = 0.5) -> None:
+        self.terms = WorkerRegistered(secret=SECRET, lease_s=10, heartbeat_s=0.05, cancel_grace_s=cancel_grace_s)
+        self.holds: dict[tuple[HoldRef, UUID], FakeHold] = {}
+        self.registrations: list[WorkerRegistration] = []
+        self.known: set[UUID] = set()
+        self.draining: set[UUID] = set()
+        self.beats_fail = False
+        self._app = self._routes()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._port = self._listener.getsockname()[1]
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def claim(self, operation_id: UUID, incarnation: UUID, attempt: int = 1) -> FakeHold:
+        ref = HoldRef(operation_id=operation_id, attempt=attempt)
+        return self.holds.setdefault((ref, incarnation), FakeHold(ref, incarnation))
+
+    async def up(self) -> None:
+        if self._listener.fileno() == -1:
+            self._listener = socket.create_server(("127.0.0.1", self._port))
+        self._server = QuietServer(uvicorn.Config(self._app, lifespan="off", ws="none", log_config=None))
+        self._serving = asyncio.create_task(self._server.serve([self._listener]))
+
+    async def down(self) -> None:
+        """Connections are refused from here on."""
+        if self._serving is not None:
+            self._server.should_exit = True
+            await self._serving
+            self._serving = None
+        self._listener.close()
+
+    def _routes(self) -> FastAPI:
+        app = FastAPI()
+        app.post(f"{API_PREFIX}/workers", status_code=201)(self._register)
+        app.post(f"{API_PREFIX}/workers/{{incarnation}}/heartbeat")(self._heartbeat)
+        app.post(f"{API_PREFIX}/operations/{{id}}/attempts/{{attempt}}/reports")(self._reports)
+        app.add_exception_handler(OpsError, _answer)
+        return app
+
+    async def _register(self, worker: WorkerRegistration, request: Request) -> WorkerRegistered:
+        assert request.headers["Authorization"] == f"Bearer {TOKEN}"
+        self.registrations.append(worker)
+        self.known.add(worker.incarnation)
+        return self.terms
+
+    async def _heartbeat(self, incarnation: UUID, beat: Heartbeat) -> HeartbeatAnswer:
+        if self.beats_fail:
+            raise OpsError(ErrorCode.UNAVAILABLE, "away")
+        if incarnation not in self.known:
+            raise OpsError(ErrorCode.NOT_FOUND, "register again")
+        if beat.draining:
+            self.draining.add(incarnation)
+        alive = [h for ref in beat.holds if (h := self.holds.get((ref, incarnation))) and not h.ended]
+        for hold in alive:
+            hold.beats += 1
+        refs = {hold.ref for hold in alive}
+        return HeartbeatAnswer(
+            ended=[ref for ref in beat.holds if ref not in refs],
+            cancelling=[hold.cancelling for hold in alive if hold.cancelling],
+        )
+
+    async def _reports(self, id: UUID, attempt: int, batch: ReportBatch) -> Response:
+        hold = self.holds.get((HoldRef(operation_id=id, attempt=attempt), batch.incarnation))
+        if hold is None:
+            raise OpsError(ErrorCode.NOT_FOUND, "never held")
+        if hold.unavailable:
+            raise OpsError(ErrorCode.UNAVAILABLE, "away")
+        if len(batch.reports) > hold.most_per_batch:
+            return Response("too large, says the proxy", 413)
+        if any(hold.refuses(report) for report in batch.reports):
+            raise OpsError(ErrorCode.INVALID, "a value that the database cannot hold")
+        had, last_seq = len(hold.accepted), batch.first_seq + len(batch.reports) - 1
+        if last_seq > had:
+            self._accept(hold, batch, had)
+        if hold.lose_answers > 0:
+            hold.lose_answers -= 1
+            return StreamingResponse(_cut_short())
+        return JSONResponse(ReportsAccepted(last_seq=last_seq).model_dump())
+
+    def _accept(self, hold: FakeHold, batch: ReportBatch, had: int) -> None:
+        if hold.ended:
+            raise OpsError(ErrorCode.FENCED, "ended", last_seq=had)
+        if batch.first_seq > had + 1:
+            raise OpsError(ErrorCode.OUT_OF_ORDER, "a gap", last_seq=had)
+        hold.accepted += batch.reports[had - batch.first_seq + 1 :]
+        hold.progress = batch.progress or hold.progress
+        if hold.finish is not None:
+            hold.ended = True
+            pid = hold.started.trainer_pid if hold.started else 0
+            hold.trainer_gone_at_finish = not os.path.exists(f"/proc/{pid}") if pid else None
+
+
+class QuietServer(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are pytest's."""
+        yield
+
+
+async def _answer(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, OpsError)
+    return JSONResponse(error.body().model_dump(mode="json"), error.http_status)
+
+
+async def _cut_short() -> AsyncIterator[bytes]:
+    yield b'{"last_'
+    raise ConnectionResetError("as when the connection breaks after the commit")

@@ -1,0 +1,120 @@
+"""A trainer without torch: speaks the real pipe and does what the job's config says.
+
+`reports` metrics `pause_s` apart, then `end`: finish, wait, exit, crash, garbage, linger,
+child (leaves one behind) or daemon (leaves one in another session). `deaf`: ignores Stop.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+from uuid import uuid4
+
+from ops_contract.lifecycle import CheckpointType, Outcome, Phase
+from ops_contract.pipe import Hello, ProgressNow, RunJob, Stop, line, to_trainer
+from ops_contract.reports import CheckpointSaved, Exactness, Finish, Metrics, Note, Progress, Series, Started
+from ops_contract.wire import Wire
+
+
+class FakeTrainer:
+    def __init__(self, in_fd: int, out_fd: int) -> None:
+        self.commands = os.fdopen(in_fd, "rb")
+        self.out_fd = out_fd
+        self.stop: Stop | None = None
+        self.stopping = threading.Event()
+
+    def run(self) -> None:
+        self.say(Hello(pid=os.getpid()))
+        first = self.commands.readline()
+        if not first:
+            os._exit(1)
+        job = to_trainer.validate_json(first)
+        assert isinstance(job, RunJob)
+        config = job.start.job.config
+        threading.Thread(target=self.listen, args=(config.get("deaf", False),), daemon=True).start()
+        self.train(job, config)
+
+    def train(self, job: RunJob, config: dict) -> None:
+        print(config.get("prints", "hello from the trainer"))
+        exactness = Exactness(promise="promised")
+        environment = {"pid": os.getpid(), "secrets": [name for name in os.environ if name.startswith("OPS_")]}
+        self.say(Started(trainer_pid=os.getpid(), start_step=0, exactness=exactness, environment=environment))
+        for step in range(config.get("reports", 3)):
+            if self.stopping.wait(config.get("pause_s", 0)):
+                break
+            self.say(Metrics(series=[Series.of("loss", [(step, 1 / (step + 1))])]))
+            print("step", step, flush=True)
+            self.say(ProgressNow(progress=Progress(step=step, loss=float("nan"))))
+            if step == config.get("poison_at"):
+                self.say(Note(message="poison"))
+        self.end(job, config.get("end", "finish"))
+
+    def end(self, job: RunJob, how: str) -> None:
+        if how == "wait":
+            self.stopping.wait()
+        elif how == "exit":
+            os._exit(3)
+        elif how == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif how == "garbage":
+            os.write(self.out_fd, b"no message\n")
+            self.stopping.wait()
+        elif how == "child":
+            if (child := os.fork()) == 0:
+                signal.pause()
+            self.say(Note(message=str(child)))
+            os._exit(3)
+        elif how == "daemon" and os.fork() == 0:
+            os.setsid()  # out of the group, and with the pipe: what user code may leave behind
+            os.read(self.commands.fileno(), 1)
+            os._exit(0)
+        if self.stop is not None:
+            self.say(self.checkpoint(job))
+        outcome = Outcome(self.stop.why) if self.stop else Outcome.COMPLETED
+        if how != "daemon":
+            self.say(Finish(outcome=outcome))
+        if how == "linger":
+            threading.Event().wait()
+        os._exit(0)
+
+    def checkpoint(self, job: RunJob) -> CheckpointSaved:
+        return CheckpointSaved(
+            checkpoint_id=uuid4(),
+            checkpoint_type=CheckpointType.CANCEL,
+            step=1,
+            epoch=0,
+            phase=Phase.UPDATE,
+            path=f"{job.start.operation_id}/{job.start.attempt}-1",
+            size_bytes=0,
+            manifest_sha256="0" * 64,
+        )
+
+    def listen(self, deaf: bool) -> None:
+        while message := self.commands.readline():
+            if not deaf:
+                self.stop = to_trainer.validate_json(message)
+                self.stopping.set()
+        os._exit(1)
+
+    def say(self, message: Wire) -> None:
+        os.write(self.out_fd, line(message))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--describe", action="store_true")
+    parser.add_argument("--in-fd", type=int)
+    parser.add_argument("--out-fd", type=int)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if arguments.describe:
+        print(json.dumps([{"name": "fake", "config_schema": {}}]))
+    else:
+        FakeTrainer(arguments.in_fd, arguments.out_fd).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""The whole service as real processes on a real Postgres: API, agents, trainers. Tests kill what they like."""
+
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+import httpx
+
+from ops_cli.child import Child
+from ops_contract.operations import AttemptView, CheckpointView, MetricPoints, Operation
+from ops_contract.wire import API_PREFIX
+from relight.client import Client
+
+T = TypeVar("T")
+WAIT_S = 60.0
+LEASE_S = 3.0
+
+
+class Service:
+    """One API and its workers, each of one core; `client` speaks to it as users do, `http` as curl does."""
+
+    def __init__(self, directory: Path, database_url: str) -> None:
+        self.directory = directory
+        self.token = secrets.token_hex(16)
+        self.storage = directory / "storage"
+        self._database_url = database_url
+        self.server = Child("server", ("ops_backend", "server"), self._server_environ, directory / "server.log")
+        self.workers: list[Child] = []
+        self._url = ""
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def start(self, workers: int) -> None:
+        self.server.start()
+        self._url = eventually(lambda: self.server.ready, "the API is ready")["url"]
+        self.client = Client(self._url, self.token)
+        self.http = httpx.Client(
+            base_url=self._url + API_PREFIX, headers={"Authorization": f"Bearer {self.token}"}, trust_env=False
+        )
+        self.have_workers(workers)
+
+    def have_workers(self, number: int) -> None:
+        """Replace those that a test has killed."""
+        self.workers = [worker for worker in self.workers if worker.running]
+        fresh = [self._worker() for _ in range(number - len(self.workers))]
+        for worker in fresh:
+            worker.start()
+        for worker in fresh:
+            eventually(lambda w=worker: w.ready, f"{worker.name} is ready")
+
+    def stop(self) -> None:
+        for child in (*self.workers, self.server):
+            child.kill()
+            child.close()
+        self.client.close()
+        self.http.close()
+
+    def worker_of(self, attempt: AttemptView) -> Child:
+        return next(worker for worker in self.workers if worker.name == attempt.worker)
+
+    def submit(self, workload: str = "digits", **execution: Any) -> UUID:
+        config = execution.pop("config", {})
+        defaults = {"learning_rate": 0.01, "checkpoint_every": {"steps": 20}}
+        job = {"workload": workload, "config": config, "execution": defaults | execution}
+        return self.client.submit(job).id
+
+    def get(self, id: UUID) -> Operation:
+        return self.client.get(id)
+
+    def wait(self, id: UUID, *statuses: str) -> Operation:
+        return self.until(id, lambda o: o.status in statuses, f"is {' or '.join(statuses)}")
+
+    def until(self, id: UUID, met: Callable[[Operation], bool], what: str) -> Operation:
+        def look() -> Operation | None:
+            operation = self.get(id)
+            return operation if met(operation) else None
+
+        return eventually(look, f"operation {what}", lambda: f"{self.get(id)}\n{self.logs()}")
+
+    def until_step(self, id: UUID, step: int) -> Operation:
+        def there(operation: Operation) -> bool:
+            return operation.status == "running" and (operation.progress.step or 0) >= step  # type: ignore[union-attr]
+
+        return self.until(id, there, f"has run {step} steps")
+
+    def attempts(self, id: UUID) -> list[AttemptView]:
+        return self.client.attempts(id)
+
+    def checkpoints(self, id: UUID) -> list[CheckpointView]:
+        return [c for c in self.client.checkpoints(id) if c.in_lineage]
+
+    def curves(self, id: UUID) -> dict[str, list[tuple[int, float]]]:
+        return {name: self.metric(id, name).points for name in self.client.metric_names(id)}
+
+    def metric(self, id: UUID, name: str) -> MetricPoints:
+        return self.client.metrics(id, name)
+
+    def events(self, id: UUID) -> list[str]:
+        return [event.name for event in self.client.events(id)]
+
+    def logs(self) -> str:
+        parts = [f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(self.directory.glob("*.log"))]
+        return "\n".join(parts)
+
+    def _worker(self) -> Child:
+        name = f"worker-{len(list(self.directory.glob('worker-*.log'))) + 1}"
+        log = self.directory / f"{name}.log"
+        log.touch()
+        environ = self._environ() | {
+            "OPS_API_URL": self._url,
+            "OPS_WORKER_NAME": name,
+            "OPS_WORKER_STATE_DIR": str(self.directory / name),
+            "OPS_CPU_CORES": "1",
+        }
+        worker = Child(name, ("ops_worker",), lambda: environ, log)
+        self.workers.append(worker)
+        return worker
+
+    def _server_environ(self) -> dict[str, str]:
+        return self._environ() | {
+            "OPS_DATABASE_URL": self._database_url,
+            "OPS_PORT": "0",
+            "OPS_LEASE_S": str(LEASE_S),
+            "OPS_SLOT_REST_S": "0.5",
+            "OPS_RETRY_BACKOFF_S": "0.2",
+        }
+
+    def _environ(self) -> dict[str, str]:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("OPS_")}
+        return inherited | {"OPS_API_TOKEN": self.token, "OPS_STORAGE_ROOT": str(self.storage)}
+
+
+@contextmanager
+def running_service(directory: Path, database_url: str, workers: int) -> Iterator[Service]:
+    service = Service(directory, database_url)
+    service.storage.mkdir()
+    try:
+        service.start(workers)
+        yield service
+    finally:
+        service.stop()
+
+
+def eventually(look: Callable[[], T | None], what: str, told: Callable[[], str] = str) -> T:
+    """What `look` finds, within a bound that only a failure reaches."""
+    until_s = time.monotonic() + WAIT_S
+    while True:
+        if found := look():
+            return found
+        assert time.monotonic() < until_s, f"not within {WAIT_S:g} s: {what}\n{told()}"
+        time.sleep(0.02)
+
+
+def kill(pid: int | None) -> None:
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+def alive(pid: int | None) -> bool:
+    """Not a zombie either: those hold nothing."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

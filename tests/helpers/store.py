@@ -1,0 +1,180 @@
+"""Drives the store as the API and its loops do: a transaction a call."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import text
+
+from ops_backend.database import Sessions
+from ops_backend.store import claims, leases, queries, reports, submit, transitions, workers
+from ops_contract.agents import (
+    Heartbeat,
+    HeartbeatAnswer,
+    HoldRef,
+    ReportBatch,
+    SlotOffer,
+    WorkerRegistration,
+    WorkloadOffer,
+)
+from ops_contract.jobs import Execution, JobSpec
+from ops_contract.lifecycle import CheckpointType, Outcome, Phase, Status
+from ops_contract.operations import Operation, ResumeAccepted
+from ops_contract.reports import CheckpointSaved, Exactness, Finish, Metrics, Report, Series, Started
+
+LEASE_S = 60.0
+TOY = WorkloadOffer(name="toy", config_schema={"type": "object", "properties": {}, "additionalProperties": False})
+
+
+@dataclass(frozen=True)
+class Held:
+    """An attempt as its worker knows it, with the number of its next report."""
+
+    operation_id: UUID
+    attempt: int
+    incarnation: UUID
+    seq: int = 1
+
+
+class Store:
+    """Every method is one transaction; those that end in `_in` report for an attempt."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self.sessions = sessions
+
+    async def worker(
+        self,
+        name: str = "w",
+        *,
+        device: str = "cpu",
+        slots: int = 1,
+        cores: int = 1,
+        workloads: Any = (TOY,),
+        **kw: Any,
+    ) -> UUID:
+        incarnation = uuid4()
+        offer = WorkerRegistration(
+            incarnation=incarnation,
+            name=name,
+            host=kw.get("host", "h"),
+            url="http://127.0.0.1:1",
+            slots=[
+                SlotOffer.model_validate({"index": i, "device": device, "cores": cores} | kw.get("slot", {}))
+                for i in range(slots)
+            ],
+            workloads=list(workloads),
+        )
+        async with self.sessions.begin() as session:
+            await workers.register(session, offer, LEASE_S)
+        return incarnation
+
+    async def submit(self, key: str | None = None, **spec: Any) -> UUID:
+        body = b'{"workload": "toy"}'
+        async with self.sessions.begin() as session:
+            found = await submit.replay(session, "me", key, body)
+            made = found or await submit.submit_if_new(
+                session, JobSpec.model_validate({"workload": "toy"} | spec), "me", key, body
+            )
+            made = made or await submit.replay(session, "me", key, body)
+        assert made is not None
+        return made
+
+    async def claim(self) -> claims.Claim | None:
+        async with self.sessions.begin() as session:
+            return await claims.claim_next(session, LEASE_S)
+
+    async def running(self, **spec: Any) -> Held:
+        """An operation that a worker has just been given."""
+        await self.submit(**spec)
+        claim = await self.claim()
+        assert claim is not None
+        return held(claim)
+
+    async def refuse(self, claim: claims.Claim, rest_s: float = 0.0) -> str | None:
+        async with self.sessions.begin() as session:
+            return await claims.refuse_if_held(session, claim, error={"code": "busy"}, rest_s=rest_s)
+
+    async def report(self, held: Held, *batch: Report, seq: int | None = None) -> Held:
+        """Raises OpsError as the API would answer."""
+        first = seq or held.seq
+        message = ReportBatch(incarnation=held.incarnation, first_seq=first, reports=list(batch))
+        async with self.sessions.begin() as session:
+            last = await reports.accept(session, held.operation_id, held.attempt, message, backoff_s=0.0)
+        return Held(held.operation_id, held.attempt, held.incarnation, last + 1)
+
+    async def finish(self, held: Held, outcome: Outcome, **kw: Any) -> Held:
+        return await self.report(held, Finish.model_validate({"outcome": outcome} | kw))
+
+    async def lose(self, held: Held) -> Status | None:
+        async with self.sessions.begin() as session:
+            return await transitions.lose_if_expired(session, held.operation_id, held.attempt)
+
+    async def expire(self, held: Held) -> None:
+        """As if a lease had passed without a heartbeat."""
+        sql = "UPDATE holds SET lease_expires_at = now() - interval '1 s' WHERE operation_id = :id AND attempt = :n"
+        await self.execute(sql, id=held.operation_id, n=held.attempt)
+
+    async def cancel(self, id: UUID, *, force: bool = False) -> transitions.Cancelled | None:
+        async with self.sessions.begin() as session:
+            return await transitions.cancel_if_live(session, id, "", force)
+
+    async def resume(self, id: UUID, from_checkpoint: UUID | None = None) -> ResumeAccepted | None:
+        async with self.sessions.begin() as session:
+            return await transitions.resume_if_ended(session, id, from_checkpoint)
+
+    async def heartbeat(self, incarnation: UUID, *holds: Held, draining: bool = False) -> HeartbeatAnswer:
+        listed = [HoldRef(operation_id=h.operation_id, attempt=h.attempt) for h in holds]
+        async with self.sessions.begin() as session:
+            return await workers.heartbeat(session, incarnation, Heartbeat(holds=listed, draining=draining), LEASE_S)
+
+    async def tick(self, lease_s: float = LEASE_S) -> bool:
+        async with self.sessions.begin() as session:
+            return await leases.tick(session, lease_s)
+
+    async def get(self, id: UUID) -> Operation:
+        async with self.sessions.begin() as session:
+            return await queries.get(session, id)
+
+    async def fetch(self, sql: str, **values: Any) -> list[Any]:
+        async with self.sessions.begin() as session:
+            return list((await session.execute(text(sql), values)).all())
+
+    async def execute(self, sql: str, **values: Any) -> None:
+        async with self.sessions.begin() as session:
+            await session.execute(text(sql), values)
+
+
+def held(claim: claims.Claim) -> Held:
+    return Held(claim.operation_id, claim.attempt, claim.incarnation)
+
+
+def started(step: int = 0) -> Started:
+    return Started(trainer_pid=1, start_step=step, exactness=Exactness(promise="promised"), environment={})
+
+
+def losses(*points: tuple[int, float], name: str = "loss") -> Metrics:
+    return Metrics(series=[Series.of(name, list(points))])
+
+
+def saved(held: Held, step: int, *, phase: Phase = Phase.UPDATE, epoch: int = 0) -> CheckpointSaved:
+    suffix = "-evaluate" if phase is Phase.EVALUATE else ""
+    return CheckpointSaved(
+        checkpoint_id=uuid4(),
+        checkpoint_type=CheckpointType.PERIODIC,
+        step=step,
+        epoch=epoch,
+        phase=phase,
+        path=f"{held.operation_id}/{held.attempt}-{step}{suffix}",
+        size_bytes=1,
+        manifest_sha256="0" * 64,
+    )
+
+
+async def at_once(*calls: Any) -> list[Any]:
+    """All calls side by side; what one raises is its answer."""
+    return list(await asyncio.gather(*calls, return_exceptions=True))
+
+
+def threads(number: int) -> dict[str, Any]:
+    return {"execution": Execution(threads=number).model_dump()}

@@ -1,0 +1,121 @@
+"""Who gets which slot."""
+
+from helpers.store import TOY, Held, Store, held, threads
+from ops_contract.agents import WorkloadOffer
+from ops_contract.lifecycle import Outcome
+
+GPU = {"device_uuid": "GPU-1"}
+
+
+def on(accelerator: str) -> dict[str, object]:
+    return {"execution": {"accelerator": accelerator}}
+
+
+async def test_auto_takes_the_gpu_first(store: Store) -> None:
+    await store.worker("cpu")
+    gpu = await store.worker("gpu", device="cuda", slot=GPU)
+    await store.submit()
+    claim = await store.claim()
+    assert claim is not None
+    assert claim.incarnation == gpu
+
+
+async def test_auto_waits_for_a_busy_gpu_rather_than_crawl_on_a_cpu(store: Store) -> None:
+    await store.worker("cpu")
+    await store.worker("gpu", device="cuda", slot=GPU)
+    await store.running()
+    await store.submit()
+    assert await store.claim() is None
+
+
+async def test_auto_falls_back_to_the_cpu_where_no_live_worker_has_a_gpu(store: Store) -> None:
+    cpu = await store.worker("cpu")
+    gone = await store.worker("gpu", device="cuda", slot=GPU)
+    await store.execute("UPDATE workers SET last_seen_at = now() - interval '1 h' WHERE incarnation = :i", i=gone)
+    await store.submit()
+    claim = await store.claim()
+    assert claim is not None
+    assert claim.incarnation == cpu
+
+
+async def test_a_job_for_the_cpu_leaves_the_gpu_alone(store: Store) -> None:
+    await store.worker("gpu", device="cuda", slot=GPU)
+    await store.submit(**on("cpu"))
+    assert await store.claim() is None
+    cpu = await store.worker("cpu")
+    claim = await store.claim()
+    assert claim is not None
+    assert claim.incarnation == cpu
+
+
+async def test_a_job_for_cuda_never_runs_on_a_cpu(store: Store) -> None:
+    await store.worker("cpu")
+    await store.submit(**on("cuda"))
+    assert await store.claim() is None
+
+
+async def test_higher_priority_goes_first_then_the_older(store: Store) -> None:
+    await store.worker(slots=3)
+    low, old, new = await store.submit(), await store.submit(priority=5), await store.submit(priority=5)
+    order = [claim.operation_id for _ in range(3) if (claim := await store.claim())]
+    assert order == [old, new, low]
+
+
+async def test_a_worker_gets_only_workloads_that_it_offers(store: Store) -> None:
+    other = WorkloadOffer(name="other", config_schema=TOY.config_schema)
+    await store.worker("b", workloads=(other,))
+    await store.worker("a")
+    await store.submit()
+    await store.submit(workload="other")
+    first, second = await store.claim(), await store.claim()
+    assert first is not None
+    assert second is not None
+    assert first.incarnation != second.incarnation
+
+
+async def test_the_first_slots_cores_are_frozen_and_preferred_later(store: Store) -> None:
+    small = await store.worker("small", cores=1)
+    run = await store.running()
+    assert (await store.get(run.operation_id)).job.execution.threads == 1
+    await store.finish(run, Outcome.PREEMPTED)
+    for name in ("big", "bigger"):
+        await store.worker(name, cores=4)
+    claim = await store.claim()
+    assert claim is not None
+    assert (claim.incarnation, claim.job.execution.threads) == (small, 1)
+
+
+async def test_a_chosen_number_of_threads_stands(store: Store) -> None:
+    await store.worker(cores=4)
+    run = await store.running(**threads(2))
+    assert (await store.get(run.operation_id)).job.execution.threads == 2
+
+
+async def test_a_draining_or_silent_worker_gets_nothing(store: Store) -> None:
+    draining, silent = await store.worker("draining"), await store.worker("silent")
+    await store.heartbeat(draining, draining=True)
+    await store.execute("UPDATE workers SET last_seen_at = now() - interval '1 h' WHERE incarnation = :i", i=silent)
+    await store.submit()
+    assert await store.claim() is None
+
+
+async def test_a_slot_is_free_again_when_its_hold_has_ended(store: Store) -> None:
+    await store.worker()
+    run = await store.running()
+    await store.submit()
+    assert await store.claim() is None
+    await store.finish(run, Outcome.COMPLETED)
+    assert await store.claim() is not None
+
+
+async def test_a_restarted_worker_inherits_nothing(store: Store) -> None:
+    """Scenario 19: same name, another owner."""
+    await store.worker("w")
+    run = await store.running()
+    second = await store.worker("w")
+    answer = await store.heartbeat(second, Held(run.operation_id, run.attempt, second))
+    assert [h.operation_id for h in answer.ended] == [run.operation_id]
+    await store.submit()
+    claim = await store.claim()
+    assert claim is not None
+    assert held(claim).incarnation == second

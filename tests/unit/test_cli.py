@@ -1,0 +1,334 @@
+"""`ops` as it is typed, against a small API that answers what a test has put into it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+
+from helpers.answers import operation, summary
+from ops_cli.exits import ExitCode
+from ops_cli.main import main
+from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.jobs import CheckpointEvery, JobSpec
+from ops_contract.lifecycle import CheckpointType, Status
+from ops_contract.operations import (
+    CancelRequest,
+    MetricNames,
+    MetricPoints,
+    Operation,
+    OperationPage,
+    ProgressView,
+    ResumeAccepted,
+    ResumedFrom,
+)
+from ops_contract.reports import Fault
+from ops_contract.wire import API_PREFIX, Wire
+
+RESUMED_FROM = ResumedFrom(
+    checkpoint_id=uuid4(), checkpoint_type=CheckpointType.CANCEL, created_at="2026-01-01T00:00:00Z", epoch=2, step=130
+)
+
+
+@dataclass
+class Api:
+    """Operations by id; each `get` gives the next of its states, the last one for ever."""
+
+    url: str = ""
+    states: dict[UUID, list[Operation]] = field(default_factory=dict)
+    submitted: list[dict[str, Any]] = field(default_factory=list)
+    cancelled: list[CancelRequest] = field(default_factory=list)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    refusal: OpsError | None = None
+
+    def holds(self, *states: Operation) -> UUID:
+        self.states[states[0].id] = list(states)
+        return states[0].id
+
+    def now(self, id: UUID) -> Operation:
+        if id not in self.states:
+            raise OpsError(ErrorCode.NOT_FOUND, "no such operation; see `ops list`")
+        states = self.states[id]
+        return states.pop(0) if len(states) > 1 else states[0]
+
+
+def app_of(api: Api) -> FastAPI:
+    app = FastAPI()
+
+    @app.exception_handler(OpsError)
+    async def refuse(_: Request, error: OpsError) -> JSONResponse:
+        return JSONResponse(error.body().model_dump(mode="json"), error.http_status)
+
+    def answer(body: Wire, status: int = 200) -> Response:
+        if api.refusal:
+            raise api.refusal
+        return Response(body.model_dump_json(), status, media_type="application/json")
+
+    @app.post(f"{API_PREFIX}/operations")
+    async def submit(request: Request) -> Response:
+        spec = JobSpec.model_validate_json(await request.body())
+        api.submitted.append(await request.json())
+        made = operation(name=spec.name or "digits-1")
+        api.holds(made)
+        return answer(made, 201)
+
+    @app.get(f"{API_PREFIX}/operations")
+    async def find(q: str = "") -> Response:
+        items = [summary(states[0]) for states in api.states.values() if str(states[0].id).startswith(q)]
+        return answer(OperationPage(items=items, next_cursor=None))
+
+    @app.get(f"{API_PREFIX}/operations/{{id}}")
+    async def get(id: UUID) -> Response:
+        return answer(api.now(id))
+
+    @app.post(f"{API_PREFIX}/operations/{{id}}/cancel")
+    async def cancel(id: UUID, wish: CancelRequest) -> Response:
+        api.cancelled.append(wish)
+        return answer(api.now(id), 202)
+
+    @app.post(f"{API_PREFIX}/operations/{{id}}/resume")
+    async def resume(id: UUID) -> Response:
+        return answer(ResumeAccepted(operation_id=id, status=Status.PENDING, resumed_from=RESUMED_FROM), 202)
+
+    @app.get(f"{API_PREFIX}/operations/{{id}}/metrics")
+    async def metrics(id: UUID, name: str | None = None) -> Response:
+        if name is None:
+            return answer(MetricNames(names=list(api.curves)))
+        return answer(MetricPoints(name=name, points=api.curves[name], attempt_starts=[]))
+
+    return app
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    api = Api()
+    server = uvicorn.Server(uvicorn.Config(app_of(api), port=0, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the API did not start"
+    api.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    monkeypatch.setenv("OPS_API_URL", api.url)
+    monkeypatch.setenv("COLUMNS", "80")
+    yield api
+    server.should_exit = True
+    thread.join()
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+
+Ops = Callable[..., Ran]
+
+
+@pytest.fixture
+def ops(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ops:
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["ops", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        code = left.value.code
+        return Ran(code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return run
+
+
+def test_train_sends_what_was_typed_and_no_default(api: Api, ops: Ops) -> None:
+    ran = ops(
+        *("train", "digits", "--set", "config.width=64", "--set", "config.name=wide", "--set", "execution.seed=7"),
+        *("--max-epochs", 3, "--checkpoint-every", "20steps", "--label", "team=a", "--learning-rate", "1e-2"),
+    )
+
+    assert ran.code == ExitCode.DONE
+    assert "ops watch" in ran.out
+    assert api.submitted == [
+        {
+            "workload": "digits",
+            "config": {"width": 64, "name": "wide"},
+            "execution": {"seed": 7, "max_epochs": 3, "checkpoint_every": {"steps": 20}, "learning_rate": 0.01},
+            "labels": {"team": "a"},
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "width=64"], "config.NAME=VALUE"),
+        (["--set", "config.width"], "config.NAME=VALUE"),
+        (["--set", "execution.max_epochs=0"], "execution.max_epochs"),
+        (["--max-epochs", "3", "--set", "execution.max_epochs=4"], "twice"),
+        (["--checkpoint-every", "20"], "200steps"),
+        (["--label", "team"], "KEY=VALUE"),
+        (["--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_a_mistyped_job_is_a_usage_error_that_says_how(api: Api, ops: Ops, arguments: list[str], words: str) -> None:
+    ran = ops("train", "digits", *arguments)
+
+    assert ran.code == ExitCode.USAGE
+    assert words in ran.err
+    assert not api.submitted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"workload": "digits", "config": {"rate": 1e-3}, "execution": {"checkpoint_every": {"epochs": 1}}}',
+        "workload: digits\nconfig: {rate: 1e-3}\nexecution:\n  checkpoint_every: {epochs: 1}\n",
+    ],
+)
+def test_a_file_is_yaml_or_json(api: Api, ops: Ops, tmp_path: Path, text: str) -> None:
+    (tmp_path / "job").write_text(text)
+
+    assert ops("submit", tmp_path / "job").code == ExitCode.DONE
+
+    [sent] = api.submitted
+    assert sent["config"] == {"rate": 0.001}
+    assert JobSpec.model_validate(sent).execution.checkpoint_every == CheckpointEvery(epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("a: [", "neither YAML"), ("- a", "workload: NAME"), ("workload: 3", "workload:")]
+)
+def test_a_file_that_is_no_job_is_refused(api: Api, ops: Ops, tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+
+    ran = ops("submit", tmp_path / "job.yaml")
+
+    assert ran.code == ExitCode.USAGE
+    assert words in ran.err
+
+
+def test_exit_codes_say_why_a_command_was_refused(api: Api, ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = api.holds(operation())
+
+    assert ops("status", uuid4()).code == ExitCode.NOT_FOUND
+    assert ops("status", "abcd").code == ExitCode.NOT_FOUND
+    api.refusal = OpsError(ErrorCode.NOT_RESUMABLE, "it runs; cancel it first")
+    ran = ops("resume", known)
+    assert (ran.code, "cancel it first" in ran.err) == (ExitCode.CONFLICT, True)
+    api.refusal = OpsError(ErrorCode.UNAUTHENTICATED, "send a token")
+    assert ops("list").code == ExitCode.FAILED
+    ran = ops("list", "--url", "http://127.0.0.1:1")
+    assert (ran.code, "ops up" in ran.err) == (ExitCode.UNREACHABLE, True)
+
+
+def test_an_ambiguous_prefix_names_its_candidates(api: Api, ops: Ops) -> None:
+    one, other = (api.holds(operation(id=UUID(f"abcd{n}000-0000-4000-8000-000000000000"))) for n in (1, 2))
+
+    ran = ops("status", "abcd")
+
+    assert ran.code == ExitCode.USAGE
+    assert str(one) in ran.err
+    assert str(other) in ran.err
+
+
+def test_the_list_is_readable_at_80_columns(api: Api, ops: Ops) -> None:
+    progress = ProgressView(percent=100 / 3, step=123_456, steps_total=1_000_000, loss=float("nan"))
+    api.holds(operation(name="a-[long]-name-" * 9, status=Status.CANCELLING, progress=progress))
+
+    ran = ops("list")
+
+    header, row = ran.out.splitlines()
+    assert max(len(header), len(row)) <= 80
+    assert "a-[long]-" in row
+    for shown in ("cancelling", "33%", "123456/1000000", "nan"):
+        assert shown in row
+
+
+def test_json_is_all_that_stdout_has(api: Api, ops: Ops) -> None:
+    known = api.holds(operation(progress=ProgressView(step=1, loss=float("inf"))))
+    api.curves = {"loss": [(0, 0.1 + 0.2), (1, float("nan"))]}
+
+    listed, shown, curves = ops("list", "--json"), ops("status", known, "--json"), ops("metrics", known, "--json")
+
+    assert json.loads(listed.out)[0]["progress"]["loss"] == "Infinity"
+    assert Operation.model_validate_json(shown.out).id == known
+    assert json.loads(curves.out)[0]["points"] == [[0, 0.1 + 0.2], [1, "NaN"]]
+
+
+def test_status_says_what_is_not_measured_and_what_to_do_next(api: Api, ops: Ops) -> None:
+    fault = Fault(code="trainer_killed", message="SIGKILL (out of memory?)")
+    known = api.holds(operation(status=Status.FAILED, error=fault, resumed_from=RESUMED_FROM))
+
+    ran = ops("status", str(known)[:8])
+
+    assert "not measured" in ran.out
+    assert "0.0" not in ran.out
+    assert "out of memory?" in ran.out
+    assert f"ops resume {str(known)[:8]}" in ran.out
+
+
+def test_resume_says_from_where_and_what_to_do_next(api: Api, ops: Ops) -> None:
+    known = api.holds(operation(status=Status.CANCELLED))
+
+    ran = ops("resume", known)
+
+    assert "epoch 2, step 130" in ran.out
+    assert f"ops watch {str(known)[:8]}" in ran.out
+
+
+def test_cancel_passes_reason_and_force_on(api: Api, ops: Ops) -> None:
+    known = api.holds(operation(status=Status.CANCELLING))
+
+    assert ops("cancel", known, "--reason", "too slow", "--force").code == ExitCode.DONE
+
+    assert api.cancelled == [CancelRequest(reason="too slow", force=True)]
+
+
+@pytest.mark.parametrize(
+    ("ended", "code"),
+    [(Status.COMPLETED, ExitCode.DONE), (Status.FAILED, ExitCode.FAILED), (Status.CANCELLED, ExitCode.FAILED)],
+)
+def test_watch_leaves_with_the_outcome(
+    api: Api, ops: Ops, monkeypatch: pytest.MonkeyPatch, ended: Status, code: int
+) -> None:
+    first = operation()
+    half_way = first.model_copy(update={"progress": ProgressView(percent=50, step=5, steps_total=10, loss=1.25)})
+    known = api.holds(first, half_way, first.model_copy(update={"status": ended}))
+
+    ran = ops("watch", known)
+
+    assert ran.code == code
+    assert "5/10" in ran.out
+    assert str(ended) in ran.out.splitlines()[-2]
+
+
+def test_ctrl_c_on_watch_detaches_and_cancels_nothing(api: Api) -> None:
+    known = api.holds(operation())
+    command = [sys.executable, "-c", "from ops_cli.main import main; main()", "watch", str(known)]
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ) as watch:
+        assert watch.stdout is not None
+        assert "running" in watch.stdout.readline()
+        watch.send_signal(signal.SIGINT)
+        _, err = watch.communicate()
+
+    assert watch.returncode == ExitCode.DETACHED
+    assert f"ops watch {str(known)[:8]}" in err
+    assert not api.cancelled
+
+
+def test_help_waits_for_no_heavy_import() -> None:
+    heavy = "{'httpx', 'pydantic', 'torch', 'numpy', 'matplotlib', 'fastapi'}"
+    program = f"import sys, ops_cli.main; sys.exit(str(sorted({heavy} & sys.modules.keys()) or ''))"
+
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert ran.stderr.strip() == ""

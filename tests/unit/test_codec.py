@@ -1,0 +1,341 @@
+"""Every state comes back bit for bit, and no file can do more than be refused."""
+
+import json
+import math
+import struct
+from collections import Counter, OrderedDict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from safetensors.torch import load as safetensors_load
+from torch import Tensor
+
+from relight.training import tensorfile
+from relight.training.codec import CodecError, Encoded, decode, digests, encode
+from relight.training.tensorfile import TensorFileError
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.complex128,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.uint16,
+    torch.bool,
+    torch.float8_e4m3fn,
+]
+
+floats = st.floats(allow_nan=True, allow_infinity=True)
+plain = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**200), 2**200)
+    | floats
+    | st.complex_numbers(allow_nan=True)
+    | st.text()
+    | st.binary(max_size=20)
+    | st.binary(max_size=20).map(bytearray)
+)
+hashable = st.none() | st.booleans() | st.integers() | st.text() | st.tuples(st.integers(), st.text())
+arrays = hnp.arrays(
+    dtype=hnp.scalar_dtypes() | hnp.unicode_string_dtypes() | hnp.byte_string_dtypes(),
+    shape=hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4),
+)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    """Of any dtype with any bits, dense, transposed, strided, expanded, offset, empty, or without dimensions."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 4), max_size=3))
+    n_bytes = math.prod(shape) * dtype.itemsize
+    raw = draw(st.binary(min_size=n_bytes, max_size=n_bytes))
+    if dtype is torch.bool:
+        raw = bytes(byte & 1 for byte in raw)
+    dense = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(dtype) if raw else torch.empty(0, dtype=dtype)
+    tensor = dense.reshape(shape)
+    how = draw(st.sampled_from(["dense", "transposed", "strided", "expanded", "sliced"]))
+    if how == "transposed":
+        return tensor.permute(tuple(reversed(range(tensor.dim()))))
+    if how == "strided" and tensor.dim():
+        return tensor[..., ::2]
+    if how == "expanded":
+        return tensor.unsqueeze(0).expand(3, *tensor.shape)
+    return tensor[1:] if how == "sliced" and tensor.dim() else tensor
+
+
+trees = st.recursive(
+    plain | tensors() | arrays,
+    lambda parts: (
+        st.lists(parts, max_size=4)
+        | st.lists(parts, max_size=4).map(tuple)
+        | st.dictionaries(hashable, parts, max_size=4)
+        | st.dictionaries(st.text(), parts, max_size=4).map(OrderedDict)
+        | st.sets(hashable, max_size=4)
+        | st.frozensets(hashable, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+def through_bytes(tree: Any) -> Any:
+    encoded = encode(tree)
+    return decode(encoded.document, tensorfile.parse(as_file(encoded.tensors)))
+
+
+def as_file(stored: dict[str, Tensor]) -> Tensor:
+    return torch.frombuffer(bytearray(b"".join(tensorfile.chunks(stored))), dtype=torch.uint8)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal in type and in every bit, however deep; written without the codec."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride()) and bits(a) == bits(b)
+    if isinstance(a, (np.ndarray, np.generic)):
+        return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    if isinstance(a, float):
+        return struct.pack(">d", a) == struct.pack(">d", b)
+    if isinstance(a, complex):
+        return same(a.real, b.real) and same(a.imag, b.imag)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return same(list(a), list(b)) and same(list(a.values()), list(b.values()))
+    return bool(a == b)
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@settings(deadline=None, max_examples=300)
+@given(trees)
+def test_any_tree_comes_back_bit_for_bit(tree: Any) -> None:
+    assert same(through_bytes(tree), tree)
+
+
+@settings(deadline=None)
+@given(trees)
+def test_digests_are_of_the_tree_alone(tree: Any) -> None:
+    assert digests(encode(through_bytes(tree))) == digests(encode(tree))
+
+
+def test_digests_name_what_differs() -> None:
+    a = {"optimizer": {"state": {3: {"exp_avg": torch.zeros(2), "step": 1.0}}}}
+    b = {"optimizer": {"state": {3: {"exp_avg": torch.tensor([0.0, -0.0]), "step": 1.0}}}}
+
+    first, second = digests(encode(a)), digests(encode(b))
+
+    assert [path for path in first if first[path] != second[path]] == ["optimizer.state[3].exp_avg"]
+
+
+def test_tied_tensors_come_back_tied_and_are_stored_once() -> None:
+    weight = torch.randn(3, 4)
+    tree = {"embedding": weight, "head": weight, "bias": weight[1], "as_bytes": weight.view(torch.uint8)}
+
+    back = through_bytes(tree)
+
+    assert len(encode(tree).tensors) == 1
+    assert same(back, tree)
+    back["embedding"][1, 0] = 7.0
+    assert back["head"][1, 0] == back["bias"][0] == 7.0
+
+
+def test_a_view_stores_only_what_it_shows() -> None:
+    column = torch.randn(1000, 1000)[10:12, 5]
+
+    (stored,) = encode({"column": column}).tensors.values()
+
+    assert stored.numel() == 1001
+
+
+def test_decoded_tensors_share_no_memory_with_the_live_ones() -> None:
+    live = torch.zeros(3)
+    encoded = encode([live])
+
+    (back,) = decode(encoded.document, encoded.tensors)
+    live.add_(1)
+
+    assert back.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_paths_that_read_alike_stay_apart() -> None:
+    tree = {"a.b": torch.zeros(1), "a": {"b": torch.ones(1)}, "__metadata__": torch.full((1,), 2.0), "": torch.ones(2)}
+
+    assert same(through_bytes(tree), tree)
+
+
+def test_a_counter_keeps_its_type() -> None:
+    assert same(through_bytes({"milestones": Counter([30, 80, 80])}), {"milestones": Counter([30, 80, 80])})
+
+
+class Unknown:
+    pass
+
+
+def within_itself() -> list[Any]:
+    loop: list[Any] = []
+    loop.append(loop)
+    return loop
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (Unknown(), "cannot keep a test_codec.Unknown"),
+        (torch.zeros(2).to_sparse(), "sparse_coo"),
+        (torch.zeros(2, device="meta"), "meta"),
+        (np.array([Unknown()]), "numpy dtype object"),
+        (len, "builtin_function"),
+    ],
+)
+def test_what_it_does_not_know_is_named_with_its_path(value: Any, said: str) -> None:
+    with pytest.raises(CodecError, match=rf"^optimizer\.state\[3\]\.foo: .*{said}"):
+        encode({"optimizer": {"state": {3: {"foo": value}}}})
+
+
+def test_a_tree_within_itself_is_refused() -> None:
+    with pytest.raises(CodecError, match="nested deeper"):
+        encode(within_itself())
+
+
+def test_the_safetensors_package_reads_the_files() -> None:
+    stored = {"a.weight": torch.randn(2, 3), "b": torch.tensor(True), "c": torch.arange(3, dtype=torch.bfloat16)}
+
+    read = safetensors_load(bytes(as_file(stored).numpy()))
+
+    assert same(dict(sorted(read.items())), stored)
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
+
+
+def file_of(header: Any, data: bytes = bytes(8)) -> Tensor:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text + data), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        torch.zeros(0, dtype=torch.uint8),
+        torch.full((8,), 255, dtype=torch.uint8),  # a header of 16 EiB
+        file_of(b"{"),
+        file_of(b"[]"),
+        file_of(b"[" * 100_000),
+        file_of({"a": 1}),
+        file_of({"a": entry(dtype="F31")}),
+        file_of({"a": entry(dtype=["F32"])}),
+        file_of({"a": entry(shape=[3])}),
+        file_of({"a": entry(shape=[-2])}),
+        file_of({"a": entry(shape=[2**62, 2**62])}),
+        file_of({"a": entry(shape=[True, 2])}),
+        file_of({"a": entry(data_offsets=[0, 2**40])}),
+        file_of({"a": entry(data_offsets=[8, 16])}),  # a hole
+        file_of({"a": entry(), "b": entry()}),  # an overlap
+        file_of({"a": entry()}, bytes(9)),
+        file_of({"a": entry()}, bytes(7)),
+        torch.frombuffer(bytearray(b"\x80\x04cos\nsystem\n(S'true'\ntR."), dtype=torch.uint8),  # a pickle
+    ],
+)
+def test_a_hostile_tensor_file_is_refused(data: Tensor) -> None:
+    with pytest.raises(TensorFileError):
+        tensorfile.parse(data)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_a_damaged_tensor_file_is_read_or_refused(data: st.DataObject) -> None:
+    file = as_file({"a": torch.randn(3), "b": torch.zeros(2, 2, dtype=torch.int8)})
+    at = data.draw(st.integers(0, file.numel() - 1))
+    file[at] = data.draw(st.integers(0, 255))
+
+    try:
+        tensorfile.parse(file)
+    except TensorFileError:
+        return
+
+
+VIEW = {"$": "tensor", "of": "a", "dtype": "float32", "shape": [2], "stride": [1], "offset": 0}
+ARRAY = {"$": "ndarray", "of": "a", "dtype": "<f4", "shape": [2], "order": "C", "scalar": False}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        b"",
+        b"NaN",
+        b"[" * 100_000,
+        b"[" * 500 + b"]" * 500,
+        {"$": "pickle"},
+        {"$": ["tensor"]},
+        {"$": "float", "bits": "00"},
+        {"$": "int", "hex": "zz"},
+        {"$": "bytes", "base64": "*"},
+        {"$": "tuple", "items": "abc"},
+        {"$": "dict", "items": [[[], 1]]},
+        {"$": "set", "items": [[]]},
+        {"$": "tensor"},
+        VIEW | {"of": "b"},
+        VIEW | {"dtype": "load"},
+        VIEW | {"dtype": "float128"},
+        VIEW | {"shape": [3]},
+        VIEW | {"shape": [-1]},
+        VIEW | {"shape": [2**62, 2**62], "stride": [1, 1]},
+        VIEW | {"stride": [2]},
+        VIEW | {"stride": [2**62]},
+        VIEW | {"stride": []},
+        VIEW | {"offset": 1},
+        VIEW | {"offset": -1},
+        ARRAY | {"dtype": "O"},
+        ARRAY | {"dtype": "float1000"},
+        ARRAY | {"shape": [3]},
+        ARRAY | {"shape": [2**40]},
+        ARRAY | {"order": "Z"},
+    ],
+)
+def test_a_hostile_document_is_refused(document: Any) -> None:
+    text = document if isinstance(document, bytes) else json.dumps({"x": document}).encode()
+
+    with pytest.raises(CodecError):
+        decode(text, {"a": torch.zeros(2)})
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda parts: st.lists(parts, max_size=3) | st.dictionaries(st.text(max_size=3), parts, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.sampled_from([VIEW, ARRAY]), st.data())
+def test_an_altered_record_is_read_or_refused(record: dict[str, Any], data: st.DataObject) -> None:
+    key = data.draw(st.sampled_from(sorted(record)))
+    altered = record | {key: data.draw(json_values)}
+
+    try:
+        decode(json.dumps(altered).encode(), {"a": torch.zeros(2)})
+    except CodecError:
+        return
+
+
+def test_encoding_needs_no_copy_of_dense_tensors() -> None:
+    weight = torch.randn(4)
+    encoded: Encoded = encode({"weight": weight})
+
+    assert encoded.tensors["weight"].data_ptr() == weight.data_ptr()

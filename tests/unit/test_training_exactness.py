@@ -1,0 +1,245 @@
+"""A run that was killed and went on equals one that never was: every loss, the final state, bit for bit."""
+
+import os
+import random
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_child import Operation
+
+from ops_contract.jobs import CheckpointEvery, Execution, SchedulerName
+from ops_contract.lifecycle import CheckpointType, Outcome, Phase
+from ops_contract.reports import Metrics, Note, Report, Started
+
+BASE_SEED = int(os.environ.get("EXACTNESS_SEED", secrets.randbelow(2**32)))
+KILLS = 20
+
+Maker = Callable[..., Operation]
+
+# Short last windows: 48 batches in fives, 9 in twos. Checkpoints fall at epochs' ends, and off them.
+CASES: dict[str, dict[str, Any]] = {
+    "digits": {
+        "config": {"channels": 2, "hidden": 8},
+        "execution": Execution(
+            max_epochs=2,
+            accumulate_grad_batches=5,
+            scheduler=SchedulerName.COSINE,
+            gradient_clip=1.0,
+            checkpoint_every=CheckpointEvery(steps=3),
+        ),
+    },
+    "bytelm": {
+        "config": {
+            "max_bytes": 1200,
+            "block_size": 16,
+            "n_layer": 1,
+            "n_head": 2,
+            "d_model": 16,
+            "dropout": 0.1,
+            "validation_share": 0.1,
+        },
+        "execution": Execution(
+            max_epochs=3,
+            batch_size=8,
+            accumulate_grad_batches=2,
+            scheduler=SchedulerName.COSINE,
+            checkpoint_every=CheckpointEvery(steps=2),
+        ),
+    },
+    "zoo": {
+        "config": {"scheduler": "plateau"},
+        "execution": Execution(
+            max_epochs=3, batch_size=5, accumulate_grad_batches=2, checkpoint_every=CheckpointEvery(steps=4)
+        ),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    def make(workload: str, config: dict[str, Any] | None = None, **execution: Any) -> Operation:
+        case = CASES[workload]
+        return Operation(
+            root=tmp_path_factory.mktemp(workload),
+            workload=workload,
+            config=case["config"] | (config or {}),
+            execution=Execution.model_validate(case["execution"].model_dump() | execution),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(make: Maker) -> Callable[..., Operation]:
+    known: dict[str, Operation] = {}
+
+    def uninterrupted(workload: str, **different: Any) -> Operation:
+        key = repr((workload, different))
+        if key not in known:
+            known[key] = make(workload, **different)
+            assert known[key].run() is Outcome.COMPLETED
+        return known[key]
+
+    return uninterrupted
+
+
+def assert_equal(operation: Operation, reference: Operation) -> None:
+    assert operation.bits() == reference.bits()
+    assert operation.final_state() == reference.final_state()
+
+
+@pytest.mark.parametrize("kill", range(KILLS))
+@pytest.mark.parametrize("workload", ["digits", "bytelm", "zoo"])
+def test_a_run_killed_at_random_reports_equals_an_uninterrupted_one(
+    make: Maker, uninterrupted: Callable[..., Operation], workload: str, kill: int
+) -> None:
+    print(f"EXACTNESS_SEED={BASE_SEED}")
+    chance = random.Random(f"{BASE_SEED} {workload} {kill}")
+    reference = uninterrupted(workload)
+    operation = make(workload)
+
+    for _ in range(chance.choice([1, 1, 2])):
+        at = chance.randrange(len(reference.reports))
+        operation.run(kill_at=lambda n, report, at=at: n == at)
+    while operation.run() is not Outcome.COMPLETED:
+        pass
+
+    assert_equal(operation, reference)
+
+
+@pytest.mark.parametrize("scheduler", ["multistep", "onecycle"])
+def test_schedulers_of_the_workload_resume_exactly(
+    make: Maker, uninterrupted: Callable[..., Operation], scheduler: str
+) -> None:
+    reference = uninterrupted("zoo", config={"scheduler": scheduler})
+    operation = make("zoo", config={"scheduler": scheduler})
+
+    operation.run(kill_at=lambda n, report: reported_step(report) == 7)
+    operation.run()
+
+    assert operation.attempts == 2
+    assert_equal(operation, reference)
+
+
+def test_saving_every_step_equals_saving_never(make: Maker, uninterrupted: Callable[..., Operation]) -> None:
+    often = uninterrupted("zoo", checkpoint_every=CheckpointEvery(steps=1))
+    never = uninterrupted("zoo", checkpoint_every=CheckpointEvery(epochs=1000))
+
+    assert (len(often.checkpoints), len(never.checkpoints)) == (16, 2)
+    assert_equal(often, never)
+
+
+def test_loader_processes_do_not_change_a_bit(make: Maker, uninterrupted: Callable[..., Operation]) -> None:
+    operation = make("zoo", num_workers=2)
+
+    operation.run(kill_at=lambda n, report: reported_step(report) == 6)
+    operation.run()
+
+    assert_equal(operation, uninterrupted("zoo"))
+
+
+@pytest.mark.parametrize("workload", ["bytelm", "zoo"])
+def test_a_stop_at_any_boundary_saves_right_there_and_resumes_exactly(
+    make: Maker, uninterrupted: Callable[..., Operation], workload: str
+) -> None:
+    reference = uninterrupted(workload)
+    operation = make(workload, checkpoint_every=CheckpointEvery(epochs=1000))
+
+    # One more poll is answered each time: every step and every evaluation batch is a place to stop.
+    outcomes = []
+    while not outcomes or outcomes[-1] is not Outcome.COMPLETED:
+        before = progress_made(operation)
+        outcomes.append(operation.run(stop_after_polls=3))
+        assert outcomes[-1] is Outcome.COMPLETED or progress_made(operation) > before
+
+    assert len(outcomes) > 5
+    assert {saved.checkpoint_type for saved in operation.checkpoints[1:-1]} == {CheckpointType.CANCEL}
+    assert_equal(operation, reference)
+
+
+def test_a_stop_during_evaluation_is_saved_as_such_and_the_evaluation_redone(
+    make: Maker, uninterrupted: Callable[..., Operation]
+) -> None:
+    reference = uninterrupted("zoo")
+    operation = make("zoo")
+
+    # Five updates make an epoch; of the two batches of its evaluation the second is not begun.
+    assert operation.run(stop_after_polls=6) is Outcome.CANCELLED
+
+    stopped = operation.checkpoints[-1]
+    assert (stopped.step, stopped.epoch, stopped.phase) == (4, 0, Phase.EVALUATE)
+    assert stopped.path.endswith("/1-4-evaluate")
+    assert operation.run() is Outcome.COMPLETED
+    started = [report for report in operation.reports if isinstance(report, Started)]
+    assert started[1].start_step == 4
+    assert_equal(operation, reference)
+
+
+def test_a_stop_before_the_first_step_leaves_the_initial_checkpoint(make: Maker) -> None:
+    operation = make("digits")
+
+    assert operation.run(stop_after_polls=0) is Outcome.CANCELLED
+
+    assert [(saved.step, saved.checkpoint_type) for saved in operation.checkpoints] == [(0, CheckpointType.INITIAL)]
+    assert operation.run() is Outcome.COMPLETED
+
+
+def test_a_boundary_is_published_once(make: Maker) -> None:
+    operation = make("zoo", max_steps=8, checkpoint_every=CheckpointEvery(steps=4))
+
+    # The stop comes at the boundary whose periodic checkpoint is just written; the attempt after it does nothing.
+    assert operation.run(stop_after_polls=4) is Outcome.CANCELLED
+    assert operation.run(stop_after_polls=0) is Outcome.CANCELLED
+    assert operation.run() is Outcome.COMPLETED
+    assert operation.run() is Outcome.COMPLETED  # its finish was lost: nothing is left to do
+
+    kinds = [(saved.step, saved.checkpoint_type) for saved in operation.checkpoints]
+    assert kinds == [(0, CheckpointType.INITIAL), (4, CheckpointType.PERIODIC), (8, CheckpointType.FINAL)]
+
+
+def test_the_last_step_is_evaluated_also_within_an_epoch(uninterrupted: Callable[..., Operation]) -> None:
+    operation = uninterrupted("zoo", max_steps=7)
+
+    assert sorted(operation.curves["val_loss"]) == [4, 6]
+    assert sorted(operation.curves["loss"]) == list(range(7))
+    assert operation.checkpoints[-1].epoch == 1
+
+
+def test_the_loss_of_a_step_is_reported_once_with_learning_rate_and_extras(
+    uninterrupted: Callable[..., Operation],
+) -> None:
+    operation = uninterrupted("zoo")
+
+    steps = {name: sorted(curve) for name, curve in operation.curves.items()}
+    every, ends = list(range(15)), [4, 9, 14]
+    assert steps == {
+        "loss": every,
+        "learning_rate": every,
+        "scale": every,
+        "val_loss": ends,
+        "val_noise": ends,
+    }
+    assert not any(isinstance(report, Note) for report in operation.reports)
+
+
+def test_threads_are_those_of_the_first_attempt(make: Maker, tmp_path: Path) -> None:
+    operation = make("zoo")
+    operation.run(stop_after_polls=2)
+    first = next(report for report in operation.reports if isinstance(report, Started))
+
+    assert first.environment["threads"] == "1"
+    assert first.exactness.promise == "promised"
+
+
+def reported_step(report: Report) -> int:
+    if not isinstance(report, Metrics):
+        return -1
+    return max(step for series in report.series for step in series.steps)
+
+
+def progress_made(operation: Operation) -> tuple[int, bool]:
+    newest = operation.checkpoints[-1] if operation.checkpoints else None
+    return (newest.step, newest.phase is Phase.EVALUATE) if newest else (-1, False)

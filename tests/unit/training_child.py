@@ -1,0 +1,293 @@
+"""Trainings in processes of their own that tests may kill, and the backend's view of them."""
+
+import multiprocessing
+import random
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import count
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+from uuid import UUID, uuid4
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from torch import Tensor, nn
+
+from ops_contract.agents import CheckpointRef, StartTraining
+from ops_contract.jobs import Execution, Job
+from ops_contract.lifecycle import Kind, Outcome, Phase
+from ops_contract.reports import CheckpointSaved, Finish, Metrics, Progress, Report, Started
+from ops_worker.workloads.bytelm import ByteLM
+from ops_worker.workloads.digits import Digits
+from relight.training.attempt import Attempt, Site
+from relight.workload import MapDataset, Workload
+
+reports = TypeAdapter[Report](Report)
+
+# One process imports torch and scikit-learn; every child is a fork of it.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(
+    ["torch._inductor", "sklearn.datasets", "relight.training.attempt", "ops_worker.workloads.bytelm"]
+)
+
+
+class ZooConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    scheduler: Literal["plateau", "multistep", "onecycle"] = "plateau"
+    samples: int = 45
+
+
+class Zoo(Workload[ZooConfig]):
+    """Every kind of randomness and of state at once: each is a way to resume wrongly."""
+
+    Config = ZooConfig
+    reports: ClassVar[dict[str, Literal["min", "max"]]] = {"val_loss": "min", "val_noise": "min"}
+
+    def data(self) -> tuple[MapDataset, MapDataset]:
+        return RandomItems(self.config.samples), RandomItems(10)
+
+    def data_digest(self) -> str:
+        return f"{self.config.samples} random items"
+
+    def collate(self, items: list[Tensor]) -> Tensor:
+        return torch.stack(items) + 0.01 * torch.randn(())
+
+    def model(self) -> nn.Module:
+        self.net = ZooNet()
+        return self.net
+
+    def scheduler(self, optimizer: Any, knobs: Execution, steps_total: int) -> Any:
+        from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR, ReduceLROnPlateau
+
+        if self.config.scheduler == "plateau":
+            return ReduceLROnPlateau(optimizer, patience=0, threshold=0.5), "val_loss"
+        if self.config.scheduler == "multistep":
+            return MultiStepLR(optimizer, [1, 2], gamma=0.3), "epoch"
+        return OneCycleLR(optimizer, max_lr=0.1, total_steps=steps_total + 1), "step"
+
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        noise = random.random() + float(np.random.rand())
+        return model(batch).square().mean() * (1 + 0.01 * noise), {"scale": self.net.scale}
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        self.net.average.lerp_(self.net.scale.detach(), 0.1 + 0.01 * random.random())
+        self.history.update(step)
+
+    def evaluate(self, model: nn.Module, loader: Iterable[Tensor]) -> dict[str, float]:
+        losses = [(float(model(batch).square().mean()), float(torch.rand(()))) for batch in loader]
+        return {"val_loss": sum(a for a, _ in losses), "val_noise": sum(b for _, b in losses)}
+
+    def state(self) -> dict[str, Any]:
+        self.history = History()
+        return {"history": self.history}
+
+
+class RandomItems:
+    """Draws from all three generators, and a sum whose bits depend on the number of threads."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Tensor:
+        noise = random.random() + float(np.random.rand())
+        return torch.randn(8) * noise + index / self.n + torch.rand(70_000).sum() / 1e5
+
+
+class ZooNet(nn.Module):
+    """Tied weights, BatchNorm, dropout, a transposed parameter, and a buffer that `state_dict` leaves out."""
+
+    average: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(8)
+        self.transposed = nn.Parameter(torch.randn(8, 4).t())
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("average", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.norm(self.first(x)))
+        out = nn.functional.dropout(self.second(hidden), 0.2, self.training)
+        return self.scale * out @ self.transposed.t() + self.average
+
+
+class History:
+    """State that is no tensor."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, tuple[float, ...]] = {}
+        self.numbers = np.zeros((2, 3), dtype=">f4")
+        self.best = float("inf")
+
+    def update(self, step: int) -> None:
+        self.steps[step] = (random.random(), float("-inf"))
+        self.numbers[step % 2] += np.float32(random.random())
+        self.best = min(self.best, self.steps[step][0])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": OrderedDict(self.steps), "numbers": self.numbers, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = dict(state["steps"])
+        self.numbers, self.best = state["numbers"], state["best"]
+
+
+WORKLOADS: dict[str, type[Workload[Any]]] = {"digits": Digits, "bytelm": ByteLM, "zoo": Zoo}
+
+
+@dataclass
+class Operation:
+    """One operation as the backend keeps it: takes attempts' reports, answers with the curve of its lineage."""
+
+    root: Path
+    workload: str
+    config: dict[str, Any] = field(default_factory=dict)
+    execution: Execution = field(default_factory=Execution)
+    id: UUID = field(default_factory=uuid4)
+    attempts: int = 0
+    checkpoints: list[CheckpointSaved] = field(default_factory=list)
+    curves: dict[str, dict[int, float]] = field(default_factory=dict)
+    reports: list[Report] = field(default_factory=list)
+
+    def run(
+        self, kill_at: Callable[[int, Report], bool] = lambda n, report: False, stop_after_polls: int | None = None
+    ) -> Outcome | None:
+        """One attempt from the newest checkpoint; None when it was killed. `kill_at` sees each report and its number.
+
+        With `stop_after_polls` that many questions whether to stop are answered by no, and the next by yes.
+        """
+        receiver, sender = processes.Pipe(duplex=False)
+        start = self.start()
+        child = processes.Process(
+            target=_child, args=(start.model_dump_json(), str(self.root), sender, stop_after_polls)
+        )
+        child.start()
+        sender.close()
+        outcome = self._listen(receiver, lambda n, report: child.kill() if kill_at(n, report) else None)
+        child.join()
+        assert outcome is not None or child.exitcode == -9, f"the child ended with {child.exitcode}"
+        return outcome
+
+    def start(self) -> StartTraining:
+        self.attempts += 1
+        job = Job(kind=Kind.TRAINING, workload=self.workload, config=self.config, execution=self.execution)
+        return StartTraining(
+            incarnation=uuid4(),
+            operation_id=self.id,
+            attempt=self.attempts,
+            slot=0,
+            deadline_s=60,
+            job=job,
+            checkpoint=ref_of(self.checkpoints[-1]) if self.checkpoints else None,
+        )
+
+    def accept(self, report: Report) -> None:
+        self.reports.append(report)
+        if isinstance(report, Started):
+            # Its predecessors count for the steps before it only.
+            self.curves = {
+                name: {step: value for step, value in curve.items() if step < report.start_step}
+                for name, curve in self.curves.items()
+            }
+        elif isinstance(report, Metrics):
+            for series in report.series:
+                curve = self.curves.setdefault(series.name, {})
+                assert not curve.keys() & set(series.steps), f"{series.name} of {series.steps} was reported twice"
+                curve.update(zip(series.steps, series.floats(), strict=True))
+        elif isinstance(report, CheckpointSaved):
+            missing = set(range(report.step)) - self.curves.get("loss", {}).keys()
+            assert not missing, f"the checkpoint of step {report.step} came before the losses of {missing}"
+            self.checkpoints.append(report)
+
+    def bits(self) -> dict[str, dict[int, str]]:
+        """The curves, every bit of them."""
+        return {
+            name: {step: struct.pack(">d", value).hex() for step, value in sorted(curve.items())}
+            for name, curve in self.curves.items()
+        }
+
+    def final_state(self) -> dict[str, str]:
+        """Digests of model, optimizer, scheduler, registered state and cursor in the newest checkpoint."""
+        directory = self.root / self.checkpoints[-1].path
+        return {
+            name: sha256((directory / name).read_bytes()).hexdigest() for name in ("state.json", "state.safetensors")
+        }
+
+    def _listen(self, receiver: Connection, seen: Callable[[int, Report], None]) -> Outcome | None:
+        for n in count():
+            try:
+                report = reports.validate_json(receiver.recv_bytes())
+            except (EOFError, ConnectionResetError):
+                return None
+            if isinstance(report, Finish):
+                assert report.error is None, report.error
+                return Outcome(report.outcome)
+            self.accept(report)
+            seen(n, report)
+        raise AssertionError
+
+
+def ref_of(saved: CheckpointSaved) -> CheckpointRef:
+    return CheckpointRef(
+        checkpoint_id=saved.checkpoint_id,
+        path=saved.path,
+        step=saved.step,
+        epoch=saved.epoch,
+        phase=Phase(saved.phase),
+        size_bytes=saved.size_bytes,
+        manifest_sha256=saved.manifest_sha256,
+    )
+
+
+@dataclass
+class Listed:
+    """A sink that keeps what it gets."""
+
+    reports: list[Report] = field(default_factory=list)
+    progresses: list[Progress] = field(default_factory=list)
+
+    def report(self, report: Report) -> None:
+        self.reports.append(report)
+
+    def progress(self, progress: Progress) -> None:
+        self.progresses.append(progress)
+
+
+class _ConnectionSink(Listed):
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self.connection = connection
+
+    def report(self, report: Report) -> None:
+        self.connection.send_bytes(report.model_dump_json().encode())
+
+
+def ticking() -> Callable[[], float]:
+    """A clock by which every flush is due: each step reports by itself."""
+    ticks = count()
+    return lambda: float(next(ticks))
+
+
+def stopping_after(polls: int | None) -> Callable[[], Literal["cancelled"] | None]:
+    asked = count()
+    return lambda: "cancelled" if polls is not None and next(asked) >= polls else None
+
+
+def _child(start_json: str, root: str, connection: Connection, stop_after_polls: int | None) -> None:
+    start = StartTraining.model_validate_json(start_json)
+    sink = _ConnectionSink(connection)
+    site = Site(Path(root), "cpu", cores=1)
+    should_stop = stopping_after(stop_after_polls)
+    outcome = Attempt(WORKLOADS[start.job.workload], start, site, sink, should_stop, ticking()).run()
+    sink.report(Finish(outcome=outcome))

@@ -1,0 +1,115 @@
+"""`python -m ops_worker`: one agent in the foreground, ready when it says so."""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from uuid import UUID, uuid4
+
+import uvicorn
+
+from ops_worker.agent import Agent
+from ops_worker.describe import DescribeError
+from ops_worker.routes import create_app
+from ops_worker.settings import Settings, SettingsError
+
+TRAINER_COMMAND = (sys.executable, "-m", "ops_worker.trainer")
+
+
+def main(trainer_command: Sequence[str] = TRAINER_COMMAND) -> int:
+    arguments = _parser().parse_args()
+    _log_to_stderr()
+    try:
+        settings = Settings.from_env(os.environ)
+    except SettingsError as error:
+        print(f"ops worker: {error}", file=sys.stderr)
+        return 2
+    code = 0
+    try:
+        asyncio.run(serve(settings, trainer_command, arguments.json, arguments.exit_on_eof))
+    except* (DescribeError, OSError) as errors:
+        for problem in errors.exceptions:
+            print(f"ops worker: {problem}", file=sys.stderr)
+        code = 1
+    return code
+
+
+async def serve(settings: Settings, trainer_command: Sequence[str], as_json: bool, exit_on_eof: bool) -> None:
+    """Until SIGTERM, ctrl-C or (with `exit_on_eof`) the end of stdin; a second signal makes it hurry."""
+    with _listen(settings) as listener:
+        incarnation = uuid4()
+        agent = Agent(settings, incarnation, _url(settings, listener), trainer_command)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, agent.stop)
+        if exit_on_eof:
+            threading.Thread(target=_stop_at_eof, daemon=True).start()
+        server = _Server(
+            uvicorn.Config(create_app(agent), lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=1)
+        )
+        serving = asyncio.create_task(server.serve([listener]))
+        try:
+            await agent.run(lambda: _announce(agent.url, incarnation, as_json))
+        finally:
+            server.should_exit = True
+            await serving
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the agent's: its routes answer until everything is handed back."""
+        yield
+
+
+def _listen(settings: Settings) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in settings.worker_bind else socket.AF_INET
+        return socket.create_server((settings.worker_bind, settings.worker_port), family=family, backlog=128)
+    except OSError as error:
+        raise OSError(f"cannot listen on {settings.worker_bind}:{settings.worker_port}: {error}") from error
+
+
+def _url(settings: Settings, listener: socket.socket) -> str:
+    host = f"[{settings.worker_bind}]" if ":" in settings.worker_bind else settings.worker_bind
+    return settings.worker_url or f"http://{host}:{listener.getsockname()[1]}"
+
+
+def _announce(url: str, incarnation: UUID, as_json: bool) -> None:
+    ready = {"event": "ready", "url": url, "incarnation": str(incarnation)}
+    print(json.dumps(ready) if as_json else f"Worker {incarnation} ready at {url}", flush=True)
+
+
+def _stop_at_eof() -> None:
+    """The supervisor holds the other end of stdin: its death, however sudden, ends this process in order."""
+    # Not sys.stdin: its lock, held by a daemon thread, would abort the interpreter's exit.
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    form = "%(asctime)s %(levelname)s %(name)s [%(operation_id)s/%(attempt)s]: %(message)s"
+    handler.setFormatter(logging.Formatter(form, defaults={"operation_id": "-", "attempt": "-"}))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ops_worker", description="One worker; OPS_* variables set it up.")
+    parser.add_argument("--json", action="store_true", help="say ready as one line of JSON on stdout")
+    parser.add_argument("--exit-on-eof", action="store_true", help="stop when stdin ends")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

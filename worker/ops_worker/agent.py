@@ -1,0 +1,321 @@
+"""The agent: registers, takes starts, heartbeats, hands back. It runs no user code and imports no torch."""
+
+import asyncio
+import importlib.metadata
+import logging
+import platform
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import aclosing, suppress
+from uuid import UUID
+
+from ops_contract.agents import (
+    CancelTraining,
+    Heartbeat,
+    HeartbeatAnswer,
+    HoldRef,
+    SlotOffer,
+    StartTraining,
+    WorkerHealth,
+    WorkerRegistered,
+    WorkerRegistration,
+    WorkloadOffer,
+)
+from ops_contract.errors import ErrorCode, OpsError
+from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable
+from ops_worker.delivery import Delivery
+from ops_worker.describe import describe
+from ops_worker.holds import Hold
+from ops_worker.outbox import Outbox, Sender
+from ops_worker.settings import Settings
+from ops_worker.slots import Slot
+from ops_worker.waiting import Backoff, Trouble, first_of
+from relight.manifest import CheckpointCorrupt, CheckpointMissing, check_manifest
+
+log = logging.getLogger(__name__)
+
+REGISTER_CAP_S = 5.0
+# A start or cancel may overtake the answer to the registration that carries the secret.
+SECRET_S = 5.0
+# After the grace: for the kernel to end what was killed, and one try to send their finishes.
+LAST_WORDS_S = 2.0
+
+
+class Agent:
+    """One incarnation. `url` is where its HTTP server is reached; `trainer_command` starts a trainer or describes."""
+
+    def __init__(self, settings: Settings, incarnation: UUID, url: str, trainer_command: Sequence[str]) -> None:
+        self.incarnation = incarnation
+        self.url = url
+        self._settings = settings
+        self._trainer_command = trainer_command
+        self._token = settings.api_token.get_secret_value()
+        self._slots = [self._slot(index) for index in range(settings.cpu_slots)]
+        self._terms: WorkerRegistered | None = None
+        self._registered = asyncio.Event()
+        self._beat_now = asyncio.Event()
+        self._draining = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._holds: dict[HoldRef, Hold] = {}
+        self._newest_attempt: dict[UUID, int] = {}
+        self._serving: set[asyncio.Task[None]] = set()
+
+    async def run(self, on_ready: Callable[[], None]) -> None:
+        """Until `stop`; `on_ready` is called once registered. Raises DescribeError when there is nothing to offer."""
+        outboxes = self._settings.worker_state_dir / "outbox"
+        orphans = Outbox.orphans(outboxes)
+        sender = Sender(self.incarnation, self._settings.api_url, self._token)
+        async with (
+            aclosing(Outbox.create(outboxes, sender)) as self._outbox,
+            self._api() as self._reports_api,
+            # Its own connections: no backlog of reports can keep a beat waiting.
+            self._api() as self._beats_api,
+            asyncio.TaskGroup() as group,
+        ):
+            tasks = [group.create_task(slot.keep_warm()) for slot in self._slots]
+            # Beside the new work, not before it: an API that takes nothing from the dead must not stop the living.
+            tasks += [group.create_task(self._flush(orphan)) for orphan in orphans]
+            tasks += [group.create_task(self._work(on_ready))]
+            await self._draining.wait()
+            await self._hand_back()
+            for task in tasks:
+                task.cancel()
+
+    def stop(self) -> None:
+        """Take no more work, hand back what there is, end. A second time: kill the trainers at once."""
+        if self._draining.is_set():
+            self._hurry.set()
+        self._draining.set()
+
+    async def secret(self) -> str:
+        """Authenticates the backend's calls. Raises 503 while the API has not registered this worker."""
+        try:
+            async with asyncio.timeout(SECRET_S):
+                await self._registered.wait()
+        except TimeoutError:
+            raise OpsError(ErrorCode.UNAVAILABLE, "this worker is not registered yet; try again later") from None
+        assert self._terms is not None
+        return self._terms.secret
+
+    async def start(self, order: StartTraining) -> bool:
+        """Take a job for a slot; False when this attempt was taken before.
+
+        Raises 409 `stale` or `busy`, 404 `no_checkpoint`, 422 `checkpoint_corrupt` or `invalid`.
+        """
+        if self._taken(order):
+            return False
+        await self._check_checkpoint(order)
+        # Another start may have come while files were read; from here on nothing is awaited.
+        if self._taken(order):
+            return False
+        self._take(order)
+        return True
+
+    def cancel(self, operation_id: UUID, order: CancelTraining) -> None:
+        """Raises 409 `stale` for another incarnation, 404 for an attempt that is not here (any more)."""
+        self._check_incarnation(order.incarnation)
+        hold = self._holds.get(HoldRef(operation_id=operation_id, attempt=order.attempt))
+        if hold is None:
+            raise OpsError(ErrorCode.NOT_FOUND, f"attempt {order.attempt} of {operation_id} does not run here")
+        hold.cancel(order.reason, order.force)
+
+    def health(self) -> WorkerHealth:
+        return WorkerHealth(
+            incarnation=self.incarnation,
+            name=self._settings.worker_name,
+            draining=self._draining.is_set(),
+            slots=[slot.offer for slot in self._slots],
+            holds=list(self._holds),
+        )
+
+    def _slot(self, index: int) -> Slot:
+        offer = SlotOffer(index=index, device="cpu", cores=self._settings.cores_per_slot)
+        logs = self._settings.worker_state_dir / "logs"
+        return Slot(offer, self._trainer_command, logs, log_prefix=str(self.incarnation))
+
+    def _api(self) -> ApiClient:
+        return ApiClient(self._settings.api_url, self._token)
+
+    # ---- starts
+
+    def _taken(self, order: StartTraining) -> bool:
+        self._check_incarnation(order.incarnation)
+        if HoldRef(operation_id=order.operation_id, attempt=order.attempt) in self._holds:
+            return True
+        newest = self._newest_attempt.get(order.operation_id, 0)
+        if order.attempt <= newest:
+            raise OpsError(ErrorCode.STALE, f"attempt {newest} of this operation was here already", newest=newest)
+        if self._draining.is_set():
+            raise OpsError(ErrorCode.STALE, "this worker takes no more work")
+        self._check_slot(order.slot)
+        return False
+
+    def _check_incarnation(self, incarnation: UUID) -> None:
+        if incarnation != self.incarnation:
+            raise OpsError(ErrorCode.STALE, f"that worker is gone; this is {self.incarnation}")
+
+    def _check_slot(self, index: int) -> None:
+        if index >= len(self._slots):
+            raise OpsError(ErrorCode.INVALID, f"slot: there is no slot {index}, only {len(self._slots)}")
+        if (trouble := self._slots[index].trouble) is not None:
+            raise OpsError(ErrorCode.BUSY, trouble)
+        for hold in self._holds.values():
+            if hold.slot is self._slots[index] and not hold.released:
+                # It may be busy with what has ended for the API: the next beat tells.
+                self._beat_now.set()
+                raise OpsError(ErrorCode.BUSY, f"slot {index} runs {hold.ref.operation_id}")
+
+    async def _check_checkpoint(self, order: StartTraining) -> None:
+        if order.checkpoint is None:
+            return
+        try:
+            await asyncio.to_thread(check_manifest, self._settings.storage_root, order.checkpoint)
+        except CheckpointMissing as error:
+            raise OpsError(ErrorCode.NO_CHECKPOINT, str(error)) from error
+        except CheckpointCorrupt as error:
+            raise OpsError(ErrorCode.CHECKPOINT_CORRUPT, str(error)) from error
+
+    def _take(self, order: StartTraining) -> None:
+        assert self._terms is not None
+        for older in self._holds.values():
+            if older.ref.operation_id == order.operation_id:
+                older.fence()  # a newer attempt exists, so this one has ended
+        ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
+        delivery = Delivery(self._reports_api, self._outbox, self.incarnation, ref)
+        slot, root = self._slots[order.slot], self._settings.storage_root.absolute()
+        hold = Hold(order, slot, self._outbox, delivery, root, self._terms.cancel_grace_s)
+        self._holds[ref] = hold
+        self._newest_attempt[order.operation_id] = order.attempt
+        task = asyncio.create_task(self._serve(hold))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+        self._beat_now.set()
+
+    async def _serve(self, hold: Hold) -> None:
+        """It stays in the heartbeats until its finish has been accepted."""
+        try:
+            await hold.run()
+            await self._outbox.forget(hold.ref)
+        except Exception:
+            # One hold's trouble is not the others': its lease runs out, and its slot is free.
+            log.exception("a hold was lost", extra=hold.ref.model_dump())
+        finally:
+            del self._holds[hold.ref]
+
+    # ---- the API
+
+    async def _work(self, on_ready: Callable[[], None]) -> None:
+        """Register, then beat until cancelled. Not being heard never stops a training."""
+        workloads = await describe(self._trainer_command)
+        self._terms = await self._register(workloads)
+        self._registered.set()
+        on_ready()
+        trouble, backoff = Trouble("heartbeat", log), Backoff(self._terms.heartbeat_s)
+        while True:
+            self._beat_now.clear()
+            pause_s = self._terms.heartbeat_s
+            try:
+                await self._beat(self._terms.lease_s)
+                trouble.over()
+                backoff.reset()
+            except ApiUnavailable as problem:
+                trouble.now(problem)
+                pause_s = backoff.next_s()
+            except ApiRefused as refusal:
+                trouble.now(refusal)
+                if refusal.code is ErrorCode.NOT_FOUND:  # its database was replaced
+                    self._terms = await self._register(workloads)
+            await first_of(self._beat_now.wait(), asyncio.sleep(pause_s))
+
+    async def _beat(self, lease_s: float) -> None:
+        listed = list(self._holds.values())
+        beat = Heartbeat(holds=[hold.ref for hold in listed], draining=self._draining.is_set())
+        # One that hangs must leave time for another within the lease.
+        answer = await self._beats_api.heartbeat(self.incarnation, beat, timeout_s=lease_s / 3)
+        ended = set(answer.ended)
+        for hold in listed:
+            if hold.ref in ended:
+                hold.fence()
+            else:
+                hold.confirm()
+        self._cancel_told(answer)
+
+    def _cancel_told(self, answer: HeartbeatAnswer) -> None:
+        for order in answer.cancelling:
+            hold = self._holds.get(HoldRef(operation_id=order.operation_id, attempt=order.attempt))
+            if hold is not None:
+                hold.cancel(order.reason, order.force)
+
+    async def _register(self, workloads: list[WorkloadOffer]) -> WorkerRegistered:
+        trouble, backoff = Trouble(f"registering at {self._settings.api_url}", log), Backoff(REGISTER_CAP_S)
+        worker = WorkerRegistration(
+            incarnation=self.incarnation,
+            name=self._settings.worker_name,
+            host=socket.gethostname(),
+            url=self.url,
+            slots=[slot.offer for slot in self._slots],
+            workloads=workloads,
+            versions=_versions(),
+        )
+        while True:
+            try:
+                return await self._beats_api.register(worker)
+            except (ApiUnavailable, ApiRefused) as problem:
+                trouble.now(problem)
+                await backoff.pause()
+
+    async def _flush(self, orphan: Outbox) -> None:
+        """Send what a dead agent of this state directory left, in its name."""
+        sender = orphan.sender
+        # For the same API our token is the newer one: theirs may have been replaced since.
+        token = self._token if sender.api_url == self._settings.api_url else sender.api_token
+        try:
+            async with ApiClient(sender.api_url, token) as api:
+                for ref in await orphan.holds():
+                    log.info("sending what worker %s left", sender.incarnation, extra=ref.model_dump())
+                    delivery = Delivery(api, orphan, sender.incarnation, ref)
+                    delivery.close()
+                    await delivery.run()
+                    await orphan.forget(ref)
+        except Exception:
+            log.exception("the outbox of worker %s stays for the next start", sender.incarnation)
+        finally:
+            await orphan.aclose()
+
+    # ---- the end
+
+    async def _hand_back(self) -> None:
+        """Every hold preempted and its finish accepted; what takes longer than the grace is killed."""
+        log.info("handing back %d holds", len(self._holds))
+        self._beat_now.set()
+        for hold in list(self._holds.values()):
+            hold.preempt()
+        grace_s = self._terms.cancel_grace_s if self._terms else 0.0
+        await first_of(self._all_served(), self._hurry.wait(), asyncio.sleep(grace_s))
+        for hold in list(self._holds.values()):
+            hold.kill()
+        await first_of(self._all_served(), asyncio.sleep(LAST_WORDS_S))
+        # What could not be sent is in the outbox, for the successor.
+        for task in self._serving:
+            task.cancel()
+        await self._all_served()
+        await self._say_goodbye()
+
+    async def _all_served(self) -> None:
+        while self._serving:
+            await asyncio.wait(self._serving)
+
+    async def _say_goodbye(self) -> None:
+        """So that an idle worker gets no start that it will not answer. Only a courtesy."""
+        if self._terms is not None:
+            with suppress(ApiUnavailable, ApiRefused):
+                await self._beats_api.heartbeat(self.incarnation, Heartbeat(draining=True), timeout_s=1.0)
+
+
+def _versions() -> dict[str, str]:
+    """Read from metadata: the agent imports none of them."""
+    versions = {"python": platform.python_version()}
+    for name in ("relight", "torch"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

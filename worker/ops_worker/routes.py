@@ -1,0 +1,112 @@
+"""The worker's HTTP server: what the backend's dispatcher calls."""
+
+import hmac
+import logging
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.base import RequestResponseEndpoint
+
+from ops_contract.agents import CancelTraining, HoldRef, StartTraining, WorkerHealth
+from ops_contract.errors import ErrorCode, OpsError
+from ops_worker.agent import Agent
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 16 * 2**20
+
+
+def create_app(agent: Agent) -> FastAPI:
+    app = FastAPI(openapi_url=None)
+    app.state.agent = agent
+    app.include_router(open_to_all)
+    app.include_router(backend_only)
+    app.middleware("http")(_bounded)
+    app.add_exception_handler(OpsError, _answer)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _plain)
+    app.add_exception_handler(Exception, _unexpected)
+    return app
+
+
+def _agent(request: Request) -> Agent:
+    agent: Agent = request.app.state.agent
+    return agent
+
+
+AgentDep = Annotated[Agent, Depends(_agent)]
+
+
+async def _authenticate(agent: AgentDep, authorization: Annotated[str, Header()] = "") -> None:
+    expected = f"Bearer {await agent.secret()}"
+    if not hmac.compare_digest(authorization.encode(), expected.encode()):
+        raise OpsError(ErrorCode.UNAUTHENTICATED, "this takes the secret that this worker's registration returned")
+
+
+open_to_all = APIRouter()
+backend_only = APIRouter(dependencies=[Depends(_authenticate)])
+
+
+@open_to_all.get("/health")
+async def health(agent: AgentDep) -> WorkerHealth:
+    return agent.health()
+
+
+@backend_only.post("/training/start")
+async def start(order: StartTraining, agent: AgentDep) -> Response:
+    if order.checkpoint is not None:
+        raise OpsError(ErrorCode.INVALID, "checkpoint: a start has none; use /training/resume")
+    return _taken(order, new=await agent.start(order))
+
+
+@backend_only.post("/training/resume")
+async def resume(order: StartTraining, agent: AgentDep) -> Response:
+    if order.checkpoint is None:
+        raise OpsError(ErrorCode.INVALID, "checkpoint: a resume needs one; use /training/start")
+    return _taken(order, new=await agent.start(order))
+
+
+@backend_only.post("/operations/{id}/cancel", status_code=202)
+async def cancel(id: UUID, order: CancelTraining, agent: AgentDep) -> HoldRef:
+    agent.cancel(id, order)
+    return HoldRef(operation_id=id, attempt=order.attempt)
+
+
+def _taken(order: StartTraining, *, new: bool) -> JSONResponse:
+    ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
+    return JSONResponse(ref.model_dump(mode="json"), 202 if new else 200)
+
+
+async def _bounded(request: Request, call_next: RequestResponseEndpoint) -> Response:
+    """Before anything is read: nobody is authenticated yet."""
+    length = request.headers.get("content-length", "")
+    if request.method == "POST" and not (length.isdecimal() and int(length) <= MAX_BODY_BYTES):
+        return await _answer(request, OpsError(ErrorCode.TOO_LARGE, f"a body has a length, at most {MAX_BODY_BYTES} B"))
+    return await call_next(request)
+
+
+async def _answer(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, OpsError)
+    return JSONResponse(error.body().model_dump(mode="json"), error.http_status)
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    problems = [{"field": ".".join(map(str, e["loc"][1:])) or "body", "problem": e["msg"]} for e in error.errors()]
+    message = f"{problems[0]['field']}: {problems[0]['problem']}"
+    return await _answer(request, OpsError(ErrorCode.INVALID, message, errors=problems))
+
+
+async def _plain(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = {404: ErrorCode.NOT_FOUND, 405: ErrorCode.METHOD_NOT_ALLOWED}.get(error.status_code, ErrorCode.INVALID)
+    return await _answer(request, OpsError(code, f"{request.method} {request.url.path}: {error.detail}"))
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return await _answer(request, OpsError(ErrorCode.INTERNAL, "an error of ours; the worker's log has it"))

@@ -1,0 +1,75 @@
+"""The worker's settings: `OPS_*` variables, read once at start and passed on."""
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, DirectoryPath, Field, SecretStr, ValidationError, model_validator
+
+
+class SettingsError(Exception):
+    """A setting is missing or wrong; the message names the variable."""
+
+
+class Settings(BaseModel):
+    """Lease, grace and intervals are the backend's: registration returns them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    api_url: str = Field(pattern=r"^https?://[^/\s]+", description="address of the API, like http://127.0.0.1:8470")
+    api_token: SecretStr = Field(min_length=1, description="the bearer token of the API")
+    storage_root: DirectoryPath = Field(description="where checkpoints are published; the same for all workers")
+    worker_name: str = Field(
+        default_factory=socket.gethostname,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="letters, digits, dot, dash, underscore",
+    )
+    worker_bind: str = Field("127.0.0.1", description="address to listen on")
+    worker_port: int = Field(0, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    worker_url: str | None = Field(
+        None, pattern=r"^https?://[^/\s]+\S*$", max_length=200, description="where the API reaches this worker"
+    )
+    cpu_slots: int = Field(1, ge=1, le=256, description="how many trainings at a time")
+    cpu_cores: int = Field(
+        default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, description="cores, divided among the slots"
+    )
+    worker_state_dir: Path = Field(description="where the outbox and the trainers' output are kept")
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.worker_bind in ("", "0.0.0.0", "::") and self.worker_url is None:
+            raise ValueError("OPS_WORKER_URL: needed when OPS_WORKER_BIND is every address: the API cannot guess one")
+        return self
+
+    @property
+    def cores_per_slot(self) -> int:
+        """The same for every slot: a resumed training finds as many threads as it had."""
+        return max(1, self.cpu_cores // self.cpu_slots)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Self:
+        """Raises SettingsError naming every variable that is missing or wrong."""
+        given = {name: environ[_variable(name)] for name in cls.model_fields if environ.get(_variable(name))}
+        name = given.get("worker_name", socket.gethostname())
+        given.setdefault("worker_state_dir", str(_state_home(environ) / "relight" / "workers" / name))
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            raise SettingsError("; ".join(cls._complaint(e["loc"], e["msg"]) for e in error.errors())) from None
+
+    @classmethod
+    def _complaint(cls, loc: tuple[int | str, ...], message: str) -> str:
+        if not loc:
+            return message
+        name = str(loc[0])
+        return f"{_variable(name)}: {message} ({cls.model_fields[name].description})"
+
+
+def _variable(name: str) -> str:
+    return f"OPS_{name.upper()}"
+
+
+def _state_home(environ: Mapping[str, str]) -> Path:
+    return Path(environ.get("XDG_STATE_HOME") or Path(environ.get("HOME") or Path.home()) / ".local" / "state")

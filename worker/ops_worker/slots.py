@@ -1,0 +1,113 @@
+"""A slot: one place for one trainer, kept warm."""
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ops_contract.agents import SlotOffer
+from ops_contract.pipe import Hello
+from ops_contract.wire import PIPE_VERSION
+from ops_worker.trainers import PipeGarbage, Trainer, prune_logs, trainer_environment
+from ops_worker.waiting import Backoff
+
+log = logging.getLogger(__name__)
+
+HELLO_S = 300.0
+RESPAWN_CAP_S = 30.0
+DEATHS_TOLERATED = 3
+
+
+class Slot:
+    """Keeps one trainer ready, lends it for one job, then replaces it."""
+
+    def __init__(self, offer: SlotOffer, command: Sequence[str], logs: Path, log_prefix: str) -> None:
+        self.offer = offer
+        self.ready = asyncio.Event()
+        self._command = command
+        self._environment = trainer_environment(os.environ, offer.cores)
+        self._logs = logs
+        self._log_prefix = log_prefix
+        self._spawned = 0
+        self._warm: Trainer | None = None
+        self._returned = asyncio.Event()
+        self._backoff = Backoff(RESPAWN_CAP_S, first_s=0.5)
+        self._early_deaths = 0
+        self._last_death = ""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no job should come here; None while all is well."""
+        return self._last_death if self._early_deaths >= DEATHS_TOLERATED else None
+
+    async def keep_warm(self) -> None:
+        """Until cancelled, which kills the trainer."""
+        while True:
+            try:
+                trainer = await self._spawn()
+            except OSError as error:
+                await self._died_early(f"cannot be started: {error}")
+                continue
+            try:
+                await self._use(trainer)
+            finally:
+                self.ready.clear()
+                trainer.kill()
+                await trainer.ended()
+                trainer.close()
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[Trainer]:
+        """The warm trainer of a slot that is `ready`; it is killed on leaving, if it has not ended."""
+        assert self._warm is not None
+        self._returned.clear()
+        self.ready.clear()
+        try:
+            yield self._warm
+        finally:
+            self._warm.kill()
+            self._returned.set()
+
+    async def _spawn(self) -> Trainer:
+        self._spawned += 1
+        self._logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        prune_logs(self._logs)
+        path = self._logs / f"{self._log_prefix}-{self.offer.index}-{self._spawned}.log"
+        return await Trainer.spawn(self._command, self._environment, path)
+
+    async def _use(self, trainer: Trainer) -> None:
+        problem = await self._hello(trainer)
+        if problem is not None:
+            trainer.kill()
+            return await self._died_early(f"{problem}; its output ends:\n{trainer.log_tail()}")
+        self._early_deaths = 0
+        self._backoff.reset()
+        self._warm = trainer
+        self._returned.set()
+        self.ready.set()
+        await trainer.ended()
+        await self._returned.wait()
+
+    async def _hello(self, trainer: Trainer) -> str | None:
+        """What went wrong, or None."""
+        try:
+            async with asyncio.timeout(HELLO_S):
+                messages = await trainer.receive()
+        except TimeoutError:
+            return f"was not ready after {HELLO_S:.0f} s"
+        except PipeGarbage as garbage:
+            return f"sent {garbage}"
+        if not messages:
+            return "ended before it was ready"
+        if not isinstance(messages[0], Hello) or messages[0].version != PIPE_VERSION:
+            return f"greeted with {messages[0]!r:.200}; this agent speaks version {PIPE_VERSION}"
+        return None
+
+    async def _died_early(self, problem: str) -> None:
+        self._early_deaths += 1
+        self._last_death = f"the trainer of slot {self.offer.index} {problem}"
+        tell = log.error if self._early_deaths >= DEATHS_TOLERATED else log.warning
+        tell("%s (%d times in a row)", self._last_death, self._early_deaths)
+        await self._backoff.pause()
