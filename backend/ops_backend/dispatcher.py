@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 # No request was sent, or the worker said no: nothing runs there.
 _UNDELIVERED = (httpx.ConnectError, httpx.ConnectTimeout)
+UNREACHABLE = "unreachable"
 _BAD_CHECKPOINT = (ErrorCode.NO_CHECKPOINT, ErrorCode.CHECKPOINT_CORRUPT)
 
 
@@ -99,7 +100,7 @@ class Dispatcher:
         try:
             answer = await self._post(claim.url, f"/training/{verb}", claim.secret, start)
         except _UNDELIVERED as error:
-            return Fault(code="unreachable", message=f"the worker at {claim.url} does not answer: {error}")
+            return Fault(code=UNREACHABLE, message=f"the worker at {claim.url} does not answer: {error}")
         if answer.is_success:
             return None
         if answer.is_server_error:
@@ -115,8 +116,9 @@ class Dispatcher:
                     session, claim.operation_id, claim.attempt, claim.incarnation, 1, finish, backoff_s
                 )
             else:
-                error = refusal.model_dump(mode="json")
-                await refuse_if_held(session, claim, error=error, rest_s=self._settings.slot_rest_s)
+                # A worker that is not there is left alone until its silence shows; a busy one is asked again soon.
+                rest_s = self._settings.lease_s if refusal.code == UNREACHABLE else self._settings.slot_rest_s
+                await refuse_if_held(session, claim, error=refusal, rest_s=rest_s)
         self.wake()
 
     async def _post(self, url: str, path: str, secret: str, message: Wire) -> httpx.Response:

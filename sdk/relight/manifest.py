@@ -20,6 +20,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 CHUNK_BYTES = 64 * 2**20
 _MAX_MANIFEST_BYTES = 64 * 2**20
+_READ_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO does not make the reader wait
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,199}$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -95,7 +96,7 @@ def opened(root: Path, ref: CheckpointRef) -> Iterator[tuple[int, Manifest]]:
 def open_file(directory: int, name: str, entry: FileEntry) -> int:
     """A descriptor of a regular file of the listed size."""
     try:
-        file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        file = os.open(name, _READ_FILE, dir_fd=directory)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP):
             raise CheckpointCorrupt(f"{name} is missing or a symbolic link") from error
@@ -144,7 +145,7 @@ def _read_manifest(directory: int, ref: CheckpointRef) -> Manifest:
 
 def _manifest_bytes(directory: int, path: str) -> bytes:
     try:
-        file = os.open(MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        file = os.open(MANIFEST, _READ_FILE, dir_fd=directory)
     except FileNotFoundError as error:
         raise CheckpointMissing(f"{path} has no {MANIFEST}: it was never published") from error
     except OSError as error:

@@ -49,6 +49,9 @@ class Service:
 
     def have_workers(self, number: int) -> None:
         """Replace those that a test has killed."""
+        for worker in self.workers:
+            if not worker.running:
+                worker.close()
         self.workers = [worker for worker in self.workers if worker.running]
         fresh = [self._worker() for _ in range(number - len(self.workers))]
         for worker in fresh:

@@ -21,7 +21,7 @@ from ops_contract.agents import (
 from ops_contract.jobs import Execution, JobSpec
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase, Status
 from ops_contract.operations import Operation, ResumeAccepted
-from ops_contract.reports import CheckpointSaved, Exactness, Finish, Metrics, Report, Series, Started
+from ops_contract.reports import CheckpointSaved, Exactness, Fault, Finish, Metrics, Progress, Report, Series, Started
 
 LEASE_S = 60.0
 TOY = WorkloadOffer(name="toy", config_schema={"type": "object", "properties": {}, "additionalProperties": False})
@@ -93,12 +93,14 @@ class Store:
 
     async def refuse(self, claim: claims.Claim, rest_s: float = 0.0) -> str | None:
         async with self.sessions.begin() as session:
-            return await claims.refuse_if_held(session, claim, error={"code": "busy"}, rest_s=rest_s)
+            return await claims.refuse_if_held(session, claim, error=Fault(code="busy", message="busy"), rest_s=rest_s)
 
-    async def report(self, held: Held, *batch: Report, seq: int | None = None) -> Held:
+    async def report(
+        self, held: Held, *batch: Report, seq: int | None = None, progress: Progress | None = None
+    ) -> Held:
         """Raises OpsError as the API would answer."""
         first = seq or held.seq
-        message = ReportBatch(incarnation=held.incarnation, first_seq=first, reports=list(batch))
+        message = ReportBatch(incarnation=held.incarnation, first_seq=first, reports=list(batch), progress=progress)
         async with self.sessions.begin() as session:
             last = await reports.accept(session, held.operation_id, held.attempt, message, backoff_s=0.0)
         return Held(held.operation_id, held.attempt, held.incarnation, last + 1)

@@ -119,7 +119,9 @@ def test_a_kill_at_any_system_call_leaves_all_or_nothing(tmp_path: Path) -> None
         names = {path.name for path in (tmp_path / str(OPERATION)).iterdir()}
         assert restore(tmp_path, before)[1]["step"] == 4
         if "1-5" in names:
-            whole = before.model_copy(update={"path": f"{OPERATION}/1-5", "step": 5, "manifest_sha256": manifest_sha256})
+            whole = before.model_copy(
+                update={"path": f"{OPERATION}/1-5", "step": 5, "manifest_sha256": manifest_sha256}
+            )
             assert restore(tmp_path, whole)[1]["step"] == 5
             assert names == {"1-4", "1-5"}
             (tmp_path / str(OPERATION) / "1-5").rename(tmp_path / f"kept-{call}")
@@ -165,7 +167,9 @@ def test_a_leftover_of_a_crash_is_replaced_and_other_attempts_are_not_touched(tm
     assert (operation / "2-5.tmp" / "state.json").read_text() == "half"
 
 
-def test_a_full_disk_leaves_nothing_and_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_and_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = published(tmp_path, 4)
 
     def full(fd: int, data: Any) -> int:
@@ -261,7 +265,9 @@ def test_a_damaged_checkpoint_is_refused_with_its_reason(tmp_path: Path, damage:
 
 
 @pytest.mark.parametrize(("damage", "said"), DAMAGES)
-def test_an_agent_sees_all_but_flipped_bits_without_reading_the_files(tmp_path: Path, damage: Damage, said: str) -> None:
+def test_an_agent_sees_all_but_flipped_bits_without_reading_the_files(
+    tmp_path: Path, damage: Damage, said: str
+) -> None:
     ref = published(tmp_path, 5)
     damage(tmp_path / ref.path)
 
@@ -332,7 +338,9 @@ def test_a_checkpoint_that_is_not_there_is_missing(tmp_path: Path, path: str) ->
         check_manifest(tmp_path, ref)
 
 
-@pytest.mark.parametrize("path", ["../{op}/1-5", "/{op}/1-5", "{op}//1-5", "{op}/./1-5", "link/1-5", "{op}/1-5/state.json"])
+@pytest.mark.parametrize(
+    "path", ["../{op}/1-5", "/{op}/1-5", "{op}//1-5", "{op}/./1-5", "link/1-5", "{op}/1-5/state.json"]
+)
 def test_a_path_out_of_the_root_or_through_a_link_is_refused(tmp_path: Path, path: str) -> None:
     root = tmp_path / "root"
     ref = published(root, 5)

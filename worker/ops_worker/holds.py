@@ -141,23 +141,20 @@ class Hold:
             async with asyncio.timeout_at(self._deadline):
                 # A start may arrive late, when a newer attempt runs elsewhere: only the API knows.
                 await first_of(self._confirmed.wait(), self._halted.wait())
-                await first_of(self.slot.ready.wait(), self._halted.wait())
         except TimeoutError:
-            return self._too_late()
-        if self._halted.is_set():
-            fault = Fault(code="not_started", message="It was stopped before it began.")
-            return Finish(outcome=self._outcome_if_killed, error=fault)
-        with self.slot.lend() as self._trainer:
-            return await self._supervise(self._trainer)
-
-    def _too_late(self) -> Finish | None:
-        if not self._confirmed.is_set():
             # Nothing is said: whatever ended or delayed it, the lease decides.
             self._log.warning("dropped: the API did not confirm it in time")
             return None
-        why = self.slot.trouble or "its trainer was not warm in time"
-        fault = Fault(code="trainer_not_ready", message=f"Handed back by the worker: {why}")
-        return Finish(outcome=Outcome.PREEMPTED, error=fault)
+        # The beats renew its lease from here on: a trainer may take its time to get warm, but not fail for ever.
+        await first_of(self.slot.ready.wait(), self.slot.failing.wait(), self._halted.wait())
+        if self._halted.is_set():
+            fault = Fault(code="not_started", message="It was stopped before it began.")
+            return Finish(outcome=self._outcome_if_killed, error=fault)
+        if not self.slot.ready.is_set():
+            fault = Fault(code="trainer_not_ready", message=f"Handed back by the worker: {self.slot.trouble}")
+            return Finish(outcome=Outcome.PREEMPTED, error=fault)
+        with self.slot.lend() as self._trainer:
+            return await self._supervise(self._trainer)
 
     async def _supervise(self, trainer: Trainer) -> Finish:
         self._log.info("trainer %d, output in %s", trainer.pid, trainer.log_path)

@@ -26,6 +26,7 @@ class Slot:
     def __init__(self, offer: SlotOffer, command: Sequence[str], logs: Path, log_prefix: str) -> None:
         self.offer = offer
         self.ready = asyncio.Event()
+        self.failing = asyncio.Event()
         self._command = command
         self._environment = trainer_environment(os.environ, offer.cores)
         self._logs = logs
@@ -40,7 +41,7 @@ class Slot:
     @property
     def trouble(self) -> str | None:
         """Why no job should come here; None while all is well."""
-        return self._last_death if self._early_deaths >= DEATHS_TOLERATED else None
+        return self._last_death if self.failing.is_set() else None
 
     async def keep_warm(self) -> None:
         """Until cancelled, which kills the trainer."""
@@ -83,6 +84,7 @@ class Slot:
             trainer.kill()
             return await self._died_early(f"{problem}; its output ends:\n{trainer.log_tail()}")
         self._early_deaths = 0
+        self.failing.clear()
         self._backoff.reset()
         self._warm = trainer
         self._returned.set()
@@ -108,6 +110,8 @@ class Slot:
     async def _died_early(self, problem: str) -> None:
         self._early_deaths += 1
         self._last_death = f"the trainer of slot {self.offer.index} {problem}"
-        tell = log.error if self._early_deaths >= DEATHS_TOLERATED else log.warning
+        if self._early_deaths >= DEATHS_TOLERATED:
+            self.failing.set()
+        tell = log.error if self.failing.is_set() else log.warning
         tell("%s (%d times in a row)", self._last_death, self._early_deaths)
         await self._backoff.pause()

@@ -7,13 +7,18 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
 from ops_contract.errors import HTTP_STATUS, ErrorBody, ErrorCode, OpsError
 
 log = logging.getLogger(__name__)
+
+_BAD_VALUE = ("22", "23")  # data exception, integrity constraint violation
+# No state at all (the connection is gone), connection exception, insufficient resources, operator intervention,
+# transaction rolled back.
+_AWAY = ("", "08", "53", "57", "40")
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -55,11 +60,16 @@ async def _plain(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _database(request: Request, error: Exception) -> JSONResponse:
-    """A value the database refuses is the sender's; any other failure of its is that it is away."""
-    if isinstance(error, DataError | IntegrityError):
+    """By the class of its SQLSTATE: a value it refuses is the sender's fault, a statement it refuses is ours."""
+    assert isinstance(error, DBAPIError)
+    state = str(getattr(error.orig, "sqlstate", None) or "")[:2]
+    if state in _BAD_VALUE:
         log.warning("refused by the database: %s", error.orig)
         return await _answer(request, OpsError(ErrorCode.INVALID, f"the database refused a value: {error.orig}"))
-    return await _away(request, error)
+    if error.connection_invalidated or state in _AWAY:
+        return await _away(request, error)
+    log.error("a statement of ours failed", exc_info=error)
+    return await _unexpected(request, error)
 
 
 async def _away(request: Request, error: Exception) -> JSONResponse:

@@ -122,18 +122,18 @@ async def get_attempts(id: UUID, session: SessionDep, _: CallerDep) -> Attempts:
     return await queries.attempts(session, id)
 
 
-@router.get("/{id}/metrics", responses=refusals(401, 404))
+@router.get("/{id}/metrics", response_model=MetricPoints | MetricNames, responses=refusals(401, 404))
 async def get_metrics(
     id: UUID,
     session: SessionDep,
     _: CallerDep,
     name: str | None = None,
     after_step: Annotated[int, Query(ge=-1)] = -1,
-) -> MetricPoints | MetricNames:
+) -> Response:
     """Every point that counts, every bit kept; without `name` the names that there are."""
     if name is None:
-        return await queries.metric_names(session, id)
-    return await queries.metric(session, id, name, after_step)
+        return as_json(await queries.metric_names(session, id))
+    return as_json(await queries.metric(session, id, name, after_step))
 
 
 @router.get("/{id}/checkpoints", responses=refusals(401, 404))
@@ -144,6 +144,11 @@ async def get_checkpoints(id: UUID, session: SessionDep, _: CallerDep) -> Checkp
 @router.get("/{id}/events", responses=refusals(401, 404))
 async def get_events(id: UUID, session: SessionDep, _: CallerDep, after_seq: Annotated[int, Query(ge=0)] = 0) -> Events:
     return await queries.events(session, id, after_seq)
+
+
+def as_json(body: Wire) -> Response:
+    """Written by the model itself: a union's own serializer would turn NaN into null."""
+    return Response(body.model_dump_json(), media_type="application/json")
 
 
 def tagged(body: Wire, if_none_match: str | None) -> Response:

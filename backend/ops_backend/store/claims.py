@@ -1,14 +1,14 @@
 """claim: pending → running, one claimer at a time; refuse: running → pending, when the worker did not take it."""
 
 from dataclasses import dataclass
-from typing import Any
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, in_lineage, record, statement
+from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, in_lineage, plain, record, statement
 from ops_contract.agents import CheckpointRef
 from ops_contract.jobs import Job
+from ops_contract.reports import Fault
 
 # Any number that no other user of the database takes; it spells "claim" in base 36.
 CLAIM_LOCK = 20_808_214
@@ -150,7 +150,7 @@ async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
     )
 
 
-async def refuse_if_held(session: AsyncSession, claim: Claim, *, error: dict[str, Any], rest_s: float) -> str | None:
+async def refuse_if_held(session: AsyncSession, claim: Claim, *, error: Fault, rest_s: float) -> str | None:
     """Move running → pending (cancelling → cancelled) uncharged, and let the slot rest."""
     status: str | None = await session.scalar(
         REFUSE,
@@ -158,8 +158,8 @@ async def refuse_if_held(session: AsyncSession, claim: Claim, *, error: dict[str
             "id": claim.operation_id,
             "attempt": claim.attempt,
             "incarnation": claim.incarnation,
-            "error": error,
-            "detail": {"error": error},
+            "error": plain(error),
+            "detail": {"error": plain(error)},
             "rest_s": rest_s,
         },
     )

@@ -5,7 +5,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.sql import record, statement
+from ops_backend.store.sql import plain, record, statement
 from ops_backend.store.transitions import finish_if_held
 from ops_contract.agents import ReportBatch
 from ops_contract.errors import ErrorCode, OpsError
@@ -96,7 +96,7 @@ async def _advance(session: AsyncSession, key: dict[str, Any], batch: ReportBatc
     values = {
         "next_seq": batch.first_seq,
         "last_seq": last_seq,
-        "progress": batch.progress.model_dump(mode="json") if batch.progress else None,
+        "progress": plain(batch.progress) if batch.progress else None,
         "first_step": min(steps, default=None),
         "last_step": max(steps, default=None),
         "checkpoint_step": max((r.step for r in body if isinstance(r, CheckpointSaved)), default=None),
@@ -121,12 +121,8 @@ async def _explain(session: AsyncSession, key: dict[str, Any], last_seq: int) ->
 async def _write(session: AsyncSession, id: UUID, attempt: int, report: Report) -> None:
     match report:
         case Started():
-            values = {
-                "trainer_pid": report.trainer_pid,
-                "environment": report.environment,
-                "exactness": report.exactness.model_dump(mode="json"),
-            }
-            await session.execute(START, {"id": id, "attempt": attempt} | values)
+            values = plain(report) | {"id": id, "attempt": attempt}
+            await session.execute(START, values)
         case Metrics():
             await session.execute(INSERT_METRICS, [_metric_row(id, attempt, s) for s in report.series])
         case CheckpointSaved():

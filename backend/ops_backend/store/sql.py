@@ -1,11 +1,14 @@
 """Fragments that several statements share. Lineage is decided here and nowhere else."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import TextClause, bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.types import JSON, BigInteger, Boolean, Double, Integer, Text, TypeEngine, Uuid
+
+from ops_contract.wire import Wire
 
 # asyncpg sends every parameter with a type; these are the ones whose Python value does not tell it.
 _TYPES: Mapping[str, TypeEngine[Any]] = {
@@ -59,6 +62,12 @@ def statement(sql: str) -> TextClause:
     clause = text(sql)
     typed = [bindparam(name, type_=_TYPES[name]) for name in clause.compile().params if name in _TYPES]
     return clause.bindparams(*typed)
+
+
+def plain(model: Wire) -> dict[str, Any]:
+    """For a jsonb column: as it travels, with non-finite numbers as strings (`mode="json"` leaves them floats)."""
+    found: dict[str, Any] = json.loads(model.model_dump_json())
+    return found
 
 
 def in_lineage(checkpoint: str) -> str:

@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 import jsonschema
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.sql import record, statement
+from ops_backend.store.sql import plain, record, statement
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Job, JobSpec
 
@@ -76,7 +76,7 @@ async def submit_if_new(
             "name": spec.name or f"{spec.workload}-{str(operation_id)[:8]}",
             "kind": spec.kind,
             "workload": spec.workload,
-            "job": job.model_dump(mode="json"),
+            "job": plain(job),
             "labels": spec.labels,
             "priority": spec.priority,
             "max_retries": spec.max_retries,

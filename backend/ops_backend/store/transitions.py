@@ -6,7 +6,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, in_lineage, record, statement
+from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, in_lineage, plain, record, statement
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import CANCELLABLE, RESUMABLE, Status
 from ops_contract.operations import ResumeAccepted, ResumedFrom
@@ -200,7 +200,7 @@ async def finish_if_held(
     session: AsyncSession, id: UUID, attempt: int, incarnation: UUID, seq: int, finish: Finish, backoff_s: float
 ) -> Status | None:
     """End the attempt with its worker's own word, guarded by its live hold and the order of its reports."""
-    error = finish.error.model_dump(mode="json") if finish.error else None
+    error = plain(finish.error) if finish.error else None
     status = await session.scalar(
         FINISH,
         {

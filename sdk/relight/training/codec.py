@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relight.training.tensorfile import raw_bytes
+from relight.training.tensorfile import flat, raw_bytes
 
 _MAX_DEPTH = 100
 
@@ -294,7 +294,7 @@ class _Decoder:
     def _memory(self, name: str) -> Tensor:
         """One copy for all views of it, flat."""
         if name not in self._copies:
-            self._copies[name] = self._stored[name].detach().cpu().reshape(-1).clone()
+            self._copies[name] = flat(self._stored[name]).clone()
         return self._copies[name]
 
 

@@ -54,8 +54,12 @@ def chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a dense tensor; of one on the CPU without a copy."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+    return flat(tensor).view(torch.uint8).numpy().data
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Its items on the CPU in one dimension of stride 1, whatever the strides of dimensions of one item or none."""
+    return tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
 
 
 def parse(data: Tensor) -> dict[str, Tensor]:

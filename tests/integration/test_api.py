@@ -1,0 +1,255 @@
+"""The HTTP face of the store: shapes, codes, filters, tags. The app on a real database, called without a socket."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from helpers.store import Store, losses, saved, started
+from ops_backend.app import create_app
+from ops_backend.settings import Settings, SettingsError
+from ops_contract.errors import ErrorBody
+from ops_contract.lifecycle import Outcome
+from ops_contract.reports import Progress
+
+TOKEN = "a token of the tests"
+MISSING = "00000000-0000-0000-0000-000000000000"
+
+
+@asynccontextmanager
+async def serving(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    # The dispatcher looks for work when it starts and when it is woken, but not while a test looks on.
+    app = create_app(Settings(database_url=database_url, api_token=TOKEN, storage_root=Path("/nowhere"), poll_s=3600))
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test/api/v1", headers=headers) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+async def api(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
+    async with serving(database_url) as client:
+        yield client
+
+
+def refusal(answer: httpx.Response) -> tuple[int, str]:
+    return answer.status_code, ErrorBody.model_validate(answer.json()).error.code
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "expected"),
+    [
+        ("GET", f"/operations/{MISSING}", None, (404, "not_found")),
+        ("GET", f"/operations/{MISSING}/attempts", None, (404, "not_found")),
+        ("GET", f"/operations/{MISSING}/metrics", None, (404, "not_found")),
+        ("GET", f"/operations/{MISSING}/metrics?name=loss", None, (404, "not_found")),
+        ("GET", f"/operations/{MISSING}/checkpoints", None, (404, "not_found")),
+        ("GET", f"/operations/{MISSING}/events", None, (404, "not_found")),
+        ("POST", f"/operations/{MISSING}/cancel", None, (404, "not_found")),
+        ("POST", f"/operations/{MISSING}/resume", None, (404, "not_found")),
+        ("GET", "/operations/not-an-id", None, (422, "invalid")),
+        ("GET", "/operations?cursor=nonsense", None, (422, "invalid")),
+        ("GET", "/operations?limit=0", None, (422, "invalid")),
+        ("POST", "/operations", "not json", (422, "invalid")),
+        ("POST", "/operations", {"workload": "absent"}, (422, "unknown_workload")),
+        ("POST", f"/workers/{MISSING}/heartbeat", {}, (404, "not_found")),
+        ("GET", "/nowhere", None, (404, "not_found")),
+        ("PUT", "/operations", None, (405, "method_not_allowed")),
+    ],
+)
+async def test_errors_have_one_shape(
+    api: httpx.AsyncClient, method: str, path: str, body: Any, expected: tuple[int, str]
+) -> None:
+    content = {"content": body} if isinstance(body, str) else {"json": body} if body is not None else {}
+    assert refusal(await api.request(method, path, **content)) == expected
+
+
+@pytest.mark.parametrize(
+    ("job", "field"),
+    [
+        ({"execution": {"max_epochs": 0}}, "execution.max_epochs"),
+        ({"execution": {"max_epoch": 3}}, "execution.max_epoch"),
+        ({"execution": {"learning_rate": "NaN"}}, "execution.learning_rate"),
+        ({"execution": {"checkpoint_every": {"steps": 5, "epochs": 1}}}, "execution.checkpoint_every"),
+        ({"config": {"hiden": 3}}, "config"),
+        ({"config": {"depth": "deep"}}, "config.depth"),
+        ({"name": "a\x00b"}, "name"),
+        ({"labels": {"team": "x" * 300}}, "labels.team"),
+    ],
+)
+async def test_a_bad_job_is_refused_with_the_path_of_the_field(
+    api: httpx.AsyncClient, offered: str, job: dict[str, Any], field: str
+) -> None:
+    answer = await api.post("/operations", json={"workload": offered, **job})
+    assert refusal(answer) == (422, "invalid")
+    assert answer.json()["error"]["details"]["errors"][0]["field"] == field
+    assert (await api.get("/operations")).json()["items"] == []
+
+
+@pytest.fixture
+async def offered(api: httpx.AsyncClient) -> str:
+    """A workload that some worker offers; no slot of it is free, so nothing starts."""
+    schema = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {"depth": {"type": "integer", "default": 3}},
+    }
+    worker = {
+        "incarnation": str(uuid4()),
+        "name": "w",
+        "host": "h",
+        "url": "http://127.0.0.1:1",
+        "slots": [{"index": 0, "device": "cuda", "device_uuid": "GPU-1", "cores": 1}],
+        "workloads": [{"name": "deep", "config_schema": schema, "reports": {"val_loss": "min"}}],
+    }
+    (await api.post("/workers", json=worker)).raise_for_status()
+    (await api.post(f"/workers/{worker['incarnation']}/heartbeat", json={"draining": True})).raise_for_status()
+    return "deep"
+
+
+async def test_the_job_is_stored_resolved(api: httpx.AsyncClient, offered: str) -> None:
+    made = await api.post("/operations", json={"workload": offered, "labels": {"team": "a"}})
+    assert made.status_code == 201
+    job = (await api.get(f"/operations/{made.json()['id']}")).json()["job"]
+    assert job["config"] == {"depth": 3}
+    assert job["execution"]["learning_rate"] == 1e-3
+    assert made.json()["submitted_by"] == "operator"
+
+
+async def test_without_the_token_nothing_is_told(api: httpx.AsyncClient) -> None:
+    for headers in ({"Authorization": ""}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}):
+        for path in ("/operations", "/workers", "/workloads", f"/operations/{MISSING}"):
+            assert refusal(await api.get(path, headers=headers)) == (401, "unauthenticated")
+
+
+async def test_an_unchanged_operation_is_a_304(api: httpx.AsyncClient, offered: str) -> None:
+    id = (await api.post("/operations", json={"workload": offered})).json()["id"]
+    first = await api.get(f"/operations/{id}")
+    again = await api.get(f"/operations/{id}", headers={"If-None-Match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    await api.post(f"/operations/{id}/cancel", json={"reason": "no"})
+    changed = await api.get(f"/operations/{id}", headers={"If-None-Match": first.headers["etag"]})
+    assert (changed.status_code, changed.json()["status"]) == (200, "cancelled")
+
+
+async def test_pages_are_newest_first_and_complete(api: httpx.AsyncClient, offered: str) -> None:
+    ids = [(await api.post("/operations", json={"workload": offered})).json()["id"] for _ in range(5)]
+    seen, cursor = [], None
+    while True:
+        page = (await api.get("/operations", params={"limit": 2, **({"cursor": cursor} if cursor else {})})).json()
+        seen += [item["id"] for item in page["items"]]
+        if (cursor := page["next_cursor"]) is None:
+            break
+    assert seen == ids[::-1]
+
+
+async def test_filters_narrow_the_list(api: httpx.AsyncClient, offered: str) -> None:
+    async def add(**job: Any) -> str:
+        return str((await api.post("/operations", json={"workload": offered, **job})).json()["id"])
+
+    plain, named, labelled = await add(), await add(name="Big run"), await add(labels={"team": "a", "x": "y"})
+    await api.post(f"/operations/{plain}/cancel")
+
+    async def listed(**params: str) -> list[str]:
+        return [item["id"] for item in (await api.get("/operations", params=params)).json()["items"]]
+
+    assert await listed(status="cancelled") == [plain]
+    assert await listed(status="pending,cancelled") == [labelled, named, plain]
+    assert await listed(q="big") == [named]
+    assert await listed(q=named[:8]) == [named]
+    assert await listed(q="100%") == []
+    assert await listed(label="team=a") == await listed(label="x") == [labelled]
+    assert await listed(label="team=b") == await listed(workload="other") == []
+    assert len(await listed(mine="true")) == 3
+
+
+async def test_the_same_incarnation_registers_twice_with_one_secret_but_a_device_has_one_owner(
+    api: httpx.AsyncClient,
+) -> None:
+    worker: dict[str, Any] = {
+        "incarnation": str(uuid4()),
+        "name": "w",
+        "host": "h",
+        "url": "http://127.0.0.1:1",
+        "slots": [{"index": 0, "device": "cuda", "device_uuid": "GPU-1", "cores": 1}],
+        "workloads": [],
+    }
+    first, again = await api.post("/workers", json=worker), await api.post("/workers", json=worker)
+    assert first.json() == again.json()
+    stranger = await api.post("/workers", json=worker | {"incarnation": str(uuid4())})
+    assert refusal(stranger) == (409, "device_taken")
+    [view] = (await api.get("/workers")).json()["items"]
+    assert (view["live"], view["slots"][0]["operation_id"]) == (True, None)
+    assert "secret" not in view
+
+
+async def test_non_finite_numbers_are_strings_and_every_bit_is_kept(store: Store, database_url: str) -> None:
+    await store.worker()
+    run = await store.running()
+    values = [(0, 0.1 + 0.2), (1, float("nan")), (2, float("inf")), (3, -0.0), (4, 5e-324)]
+    run = await store.report(
+        run,
+        *(started(), losses(*values), saved(run, 5), losses(*values, name="val_loss")),
+        progress=Progress(step=5, loss=float("nan")),
+    )
+    await store.finish(run, Outcome.COMPLETED)
+    path = f"/operations/{run.operation_id}"
+
+    async with serving(database_url) as api:
+        answer = await api.get(f"{path}/metrics", params={"name": "loss"})
+        assert '[1,"NaN"],[2,"Infinity"],[3,-0.0],[4,5e-324]]' in answer.text
+        assert answer.json()["points"][0] == [0, 0.1 + 0.2]
+        assert answer.json()["attempt_starts"] == [[0, 1]]
+        assert (await api.get(f"{path}/metrics")).json() == {"names": ["loss", "val_loss"]}
+        [listed] = (await api.get("/operations")).json()["items"]
+        got = (await api.get(path)).json()
+        assert listed["progress"]["loss"] == got["progress"]["loss"] == "NaN"
+        tail = await api.get(f"{path}/metrics", params={"name": "loss", "after_step": 2})
+        assert [step for step, _ in tail.json()["points"]] == [3, 4]
+        [attempt] = (await api.get(f"{path}/attempts")).json()["items"]
+        assert (attempt["first_step"], attempt["last_step"], attempt["energy_j"]) == (0, 4, None)
+        assert attempt["energy_reason"] == "not_measured"
+
+
+async def test_a_value_the_database_refuses_is_the_senders_fault(store: Store, database_url: str) -> None:
+    await store.worker()
+    run = await store.running()
+    nul = started().model_dump(mode="json") | {"environment": {"host": "a\x00b"}}
+    twice = losses((0, 1.0)).model_dump(mode="json")
+    twice["series"] *= 2
+
+    async with serving(database_url) as api:
+        for report in (nul, twice):
+            batch = {"incarnation": str(run.incarnation), "first_seq": 1, "reports": [report]}
+            answer = await api.post(f"/operations/{run.operation_id}/attempts/1/reports", json=batch)
+            assert refusal(answer) == (422, "invalid")
+
+
+async def test_the_health_checks_need_no_token(api: httpx.AsyncClient) -> None:
+    for path in ("live", "ready"):
+        assert (await api.get(f"http://test/health/{path}", headers={"Authorization": ""})).json() == {"status": "ok"}
+
+
+async def test_a_database_that_is_away_is_a_503_with_retry_after(tmp_path: Any) -> None:
+    url = f"postgresql+asyncpg://relight:x@/relight?host={tmp_path}"
+    app = create_app(Settings(database_url=url, api_token=TOKEN, storage_root=tmp_path))
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        answer = await client.get("/api/v1/operations", headers={"Authorization": f"Bearer {TOKEN}"})
+    assert refusal(answer) == (503, "unavailable")
+    assert answer.headers["retry-after"] == "1"
+
+
+def test_a_missing_setting_is_named() -> None:
+    with pytest.raises(SettingsError, match=r"OPS_DATABASE_URL.*OPS_API_TOKEN.*OPS_LEASE_S"):
+        Settings.from_env({"OPS_LEASE_S": "soon", "OPS_STORAGE_ROOT": "/tmp"})

@@ -1,0 +1,378 @@
+"""The trainer as its agent has it: a real child, real pipes."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from training_child import Operation
+
+from ops_contract.jobs import CheckpointEvery, Execution
+from ops_contract.lifecycle import CheckpointType, Outcome
+from ops_contract.pipe import FromTrainer, Hello, ProgressNow, RunJob, Stop, from_trainer, line
+from ops_contract.reports import CheckpointSaved, Finish, Metrics, Started
+
+STRANGE = '''
+import os, sys
+import torch
+from torch import nn
+from pydantic import BaseModel
+from relight import Workload
+
+class Base(Workload):
+    """Does strange things.
+
+    More about them."""
+    Config = type("Config", (BaseModel,), {})
+    reports = {}
+    def data(self): return [torch.ones(2)] * 8, None
+    def model(self): return nn.Linear(2, 1)
+    def loss(self, model, batch): return model(batch).mean(), {}
+
+class Raises(Base):
+    def loss(self, model, batch): raise LookupError("no such \\x00 thing \\udc80")
+
+class Exits(Base):
+    def loss(self, model, batch): sys.exit("enough")
+
+class Prints(Base):
+    """Prints a lot"""
+    def loss(self, model, batch):
+        print("x" * 1_000_000)
+        os.write(1, b"{}")
+        return super().loss(model, batch)
+
+class Loads(Base):
+    def loss(self, model, batch):
+        if torch.utils.data.get_worker_info() is None:
+            open(os.environ["LOADERS"], "a").write(
+                " ".join(open(f"/proc/self/task/{os.getpid()}/children").read().split()) + "\\n")
+        return super().loss(model, batch)
+
+print("imported")
+'''
+ENTRIES = {
+    "raises": "strange:Raises",
+    "exits": "strange:Exits",
+    "prints": "strange:Prints",
+    "loads": "strange:Loads",
+    "absent": "strange:Absent",
+    "no-class": "os:getpid",
+    "broken": "strange_broken:X",
+}
+
+
+class Trainer:
+    """The agent's end of one trainer process."""
+
+    def __init__(self, root: Path, environment: dict[str, str] | None = None) -> None:
+        self.root = root
+        self.output_path = root / f"output-{uuid4()}"
+        in_read, self.to_child = os.pipe()
+        self.from_child, out_write = os.pipe()
+        with self.output_path.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "ops_worker.trainer", "--in-fd", str(in_read), "--out-fd", str(out_write)],
+                pass_fds=(in_read, out_write),
+                stdout=output,
+                stderr=subprocess.PIPE,
+                env=os.environ | (environment or {}),
+                start_new_session=True,
+            )
+        os.close(in_read)
+        os.close(out_write)
+        self.lines = os.fdopen(self.from_child, "rb")
+
+    def send(self, message: RunJob | Stop) -> None:
+        os.write(self.to_child, line(message))
+
+    def run(self, operation: Operation) -> None:
+        self.send(RunJob(start=operation.start(), storage_root=str(self.root), device="cpu", cores=1))
+
+    def receive(self) -> FromTrainer:
+        return from_trainer.validate_json(self.lines.readline())
+
+    def until(self, wanted: Callable[[FromTrainer], bool]) -> list[FromTrainer]:
+        messages = [self.receive()]
+        while not wanted(messages[-1]):
+            messages.append(self.receive())
+        return messages
+
+    def finish(self) -> Finish:
+        """Its last message; nothing follows it, and it exits with 0."""
+        last = self.until(lambda message: isinstance(message, Finish))[-1]
+        assert isinstance(last, Finish)
+        assert self.lines.read() == b""
+        assert self.exit_code() == 0
+        return last
+
+    def exit_code(self) -> int:
+        _, self.errors = self.process.communicate(timeout=60)
+        return self.process.returncode
+
+    def end_pipe(self) -> None:
+        os.close(self.to_child)
+        self.to_child = -1
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.lines.close()
+        if self.to_child >= 0:
+            os.close(self.to_child)
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Iterator[Trainer]:
+    trainer = Trainer(tmp_path)
+    yield trainer
+    trainer.close()
+
+
+@pytest.fixture
+def strange(tmp_path: Path) -> dict[str, str]:
+    """An environment in which strange workloads are installed."""
+    site = tmp_path / "site"
+    (site / "strange-1.dist-info").mkdir(parents=True)
+    (site / "strange-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: strange\nVersion: 1\n")
+    entries = "".join(f"{name} = {value}\n" for name, value in ENTRIES.items())
+    (site / "strange-1.dist-info" / "entry_points.txt").write_text(f"[relight.workloads]\n{entries}")
+    (site / "strange.py").write_text(STRANGE)
+    (site / "strange_broken.py").write_text("import no_such_module")
+    return {"PYTHONPATH": str(site), "LOADERS": str(tmp_path / "loaders")}
+
+
+LONG = Execution(max_epochs=100_000, batch_size=256, checkpoint_every=CheckpointEvery(epochs=100_000))
+
+
+def digits(root: Path, execution: Execution) -> Operation:
+    return Operation(root, "digits", {"channels": 2, "hidden": 8}, execution)
+
+
+def test_one_job_from_hello_to_exit(trainer: Trainer, tmp_path: Path) -> None:
+    operation = digits(tmp_path, Execution(max_epochs=1))
+
+    assert trainer.receive() == Hello(pid=trainer.process.pid)
+    trainer.run(operation)
+    messages = trainer.until(lambda message: isinstance(message, Finish))
+
+    assert isinstance(messages[0], Started)
+    assert messages[0].trainer_pid == trainer.process.pid
+    assert messages[-1] == Finish(outcome=Outcome.COMPLETED)
+    for message in messages:
+        if isinstance(message, (Started, Metrics, CheckpointSaved)):
+            operation.accept(message)
+    assert sorted(operation.curves["loss"]) == list(range(48))
+    assert [saved.step for saved in operation.checkpoints] == [0, 48]
+    assert any(isinstance(m, ProgressNow) and m.progress.steps_total == 48 for m in messages)
+    assert trainer.exit_code() == 0
+
+
+def test_signals_are_not_for_it_stop_is_and_the_end_of_the_pipe(trainer: Trainer, tmp_path: Path) -> None:
+    trainer.receive()
+    trainer.run(digits(tmp_path, LONG))
+    trainer.until(lambda message: isinstance(message, Metrics))
+    os.killpg(trainer.process.pid, signal.SIGTERM)
+    os.killpg(trainer.process.pid, signal.SIGINT)
+    trainer.until(lambda message: isinstance(message, Metrics))
+
+    trainer.send(Stop(why="preempted"))
+    messages = trainer.until(lambda message: isinstance(message, Finish))
+
+    assert messages[-1] == Finish(outcome=Outcome.PREEMPTED)
+    (saved,) = [message for message in messages if isinstance(message, CheckpointSaved)]
+    assert saved.checkpoint_type is CheckpointType.PREEMPT
+    assert trainer.exit_code() == 0
+
+
+def test_the_end_of_the_pipe_ends_it_at_once_while_it_trains(trainer: Trainer, tmp_path: Path) -> None:
+    trainer.receive()
+    trainer.run(digits(tmp_path, LONG))
+    trainer.until(lambda message: isinstance(message, Metrics))
+
+    trainer.end_pipe()
+
+    assert trainer.exit_code() == 1
+
+
+def test_the_end_of_the_pipe_ends_it_before_a_job_and_a_stop_before_a_job_counts(
+    trainer: Trainer, tmp_path: Path
+) -> None:
+    trainer.send(Stop(why="cancelled"))
+    trainer.run(digits(tmp_path, LONG))
+    trainer.receive()
+
+    messages = trainer.until(lambda message: isinstance(message, Finish))
+
+    assert messages[-1] == Finish(outcome=Outcome.CANCELLED)
+    assert [message.step for message in messages if isinstance(message, CheckpointSaved)] == [0]
+    idle = Trainer(tmp_path)
+    try:
+        idle.receive()
+        idle.end_pipe()
+        assert idle.exit_code() == 1
+    finally:
+        idle.close()
+
+
+def test_it_dies_with_its_agent_even_when_it_does_not_read(tmp_path: Path) -> None:
+    # The agent here: starts a trainer, keeps both ends of the pipe inherited by nobody, says its pid, is killed.
+    agent = subprocess.Popen(
+        [sys.executable, "-c", AGENT], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    )
+    assert agent.stdout is not None
+    trainer = int(agent.stdout.readline())
+    try:
+        handle = os.pidfd_open(trainer)
+    except OSError:
+        pytest.skip("no pidfd here")
+    agent.kill()
+    agent.wait()
+
+    gone, _, _ = select.select([handle], [], [], 60)
+
+    os.close(handle)
+    agent.stdout.close()
+    assert gone
+
+
+AGENT = """
+import os, subprocess, sys
+in_read, to_child = os.pipe()
+os.set_inheritable(to_child, True)  # the child holds its own pipe open: only the death signal ends it
+from_child, out_write = os.pipe()
+command = [sys.executable, "-m", "ops_worker.trainer", "--in-fd", str(in_read), "--out-fd", str(out_write)]
+child = subprocess.Popen(command, pass_fds=(in_read, out_write, to_child))
+os.read(from_child, 1)
+print(child.pid)
+child.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("workload", "code", "permanent", "said"),
+    [
+        ("nonsense", "unknown_workload", True, "there are: absent, broken, bytelm"),
+        ("broken", "import_failed", True, "No module named 'no_such_module'"),
+        ("no-class", "import_failed", True, "not a subclass"),
+        ("raises", "exception", False, "LookupError: no such \\x00 thing \\udc80"),
+        ("exits", "exception", False, "SystemExit: enough"),
+    ],
+)
+def test_a_fault_is_its_finish(
+    tmp_path: Path, strange: dict[str, str], workload: str, code: str, permanent: bool, said: str
+) -> None:
+    trainer = Trainer(tmp_path, strange)
+    try:
+        trainer.receive()
+        trainer.run(Operation(tmp_path, workload))
+        finish = trainer.finish()
+    finally:
+        trainer.close()
+
+    assert finish.error is not None
+    assert (finish.outcome, finish.permanent, finish.error.code) == (Outcome.FAILED, permanent, code)
+    assert said in finish.error.message
+    assert ("traceback" in finish.error.details) == (code == "exception")
+
+
+def test_what_user_code_prints_is_not_taken_for_messages(tmp_path: Path, strange: dict[str, str]) -> None:
+    trainer = Trainer(tmp_path, strange)
+    try:
+        trainer.receive()
+        trainer.run(Operation(tmp_path, "prints", execution=Execution(max_steps=1)))
+        finish = trainer.finish()
+    finally:
+        trainer.close()
+
+    assert finish.outcome is Outcome.COMPLETED
+    assert trainer.output_path.read_bytes().count(b"x") == 1_000_000
+
+
+def test_loader_processes_end_with_the_trainer(tmp_path: Path, strange: dict[str, str]) -> None:
+    trainer = Trainer(tmp_path, strange)
+    try:
+        trainer.receive()
+        execution = Execution(
+            max_epochs=100_000, num_workers=2, batch_size=1, checkpoint_every=CheckpointEvery(steps=2)
+        )
+        trainer.run(Operation(tmp_path, "loads", execution=execution))
+        trainer.until(lambda message: isinstance(message, CheckpointSaved) and message.step > 0)
+        loaders = [int(pid) for pid in (tmp_path / "loaders").read_text().splitlines()[-1].split()]
+        handles = open_all(loaders)
+        trainer.process.kill()
+        for handle in handles:
+            assert select.select([handle], [], [], 60)[0]
+            os.close(handle)
+    finally:
+        trainer.close()
+
+    assert len(loaders) >= 2
+
+
+def open_all(pids: list[int]) -> list[int]:
+    handles = []
+    for pid in pids:
+        with suppress(ProcessLookupError):  # an epoch ended meanwhile
+            handles.append(os.pidfd_open(pid))
+    return handles
+
+
+def test_a_corrupt_checkpoint_is_its_own_outcome(trainer: Trainer, tmp_path: Path) -> None:
+    operation = digits(tmp_path, Execution(max_epochs=1))
+    operation.run(stop_after_polls=1)
+    tensors = tmp_path / operation.checkpoints[-1].path / "state.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-1])
+
+    trainer.receive()
+    trainer.run(operation)
+    finish = trainer.finish()
+
+    assert finish.outcome is Outcome.CHECKPOINT_CORRUPT
+    assert finish.error is not None
+    assert "state.safetensors has" in finish.error.message
+
+
+def test_garbage_from_the_agent_ends_it_with_a_word(trainer: Trainer) -> None:
+    trainer.receive()
+    os.write(trainer.to_child, b'{"kind": "dance"}\n')
+
+    assert trainer.exit_code() == 2
+    assert b"does not understand" in trainer.errors
+
+
+def test_describe_lists_what_loads_and_says_what_does_not(strange: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ops_worker.trainer", "--describe"],
+        capture_output=True,
+        check=True,
+        env=os.environ | strange,
+    )
+
+    offers: dict[str, Any] = {offer["name"]: offer for offer in json.loads(done.stdout)}
+    assert set(offers) == {"bytelm", "digits", "raises", "exits", "prints", "loads"}
+    assert offers["prints"]["title"] == "Prints a lot"
+    assert offers["bytelm"]["config_schema"]["properties"]["block_size"]["default"] == 64
+    assert offers["digits"]["reports"] == {"val_loss": "min", "val_accuracy": "max"}
+    left_out = done.stderr.decode()
+    assert all(f"workload {name} is left out" in left_out for name in ("absent", "no-class", "broken"))
+
+
+def test_a_file_in_place_of_the_storage_root_fails_with_its_reason(trainer: Trainer, tmp_path: Path) -> None:
+    trainer.root = tmp_path / "root"
+    trainer.root.write_text("")
+
+    trainer.receive()
+    trainer.run(digits(tmp_path, Execution(max_epochs=1)))
+    finish = trainer.finish()
+
+    assert finish.error is not None
+    assert str(trainer.root) in finish.error.message

@@ -1,0 +1,296 @@
+"""What a training refuses, and how it says so; in this process, for nothing here is killed."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from training_child import Listed, Operation, RandomItems, stopping_after, ticking
+
+from ops_contract.jobs import CheckpointEvery, Execution
+from ops_contract.lifecycle import CheckpointType, Outcome
+from ops_contract.reports import CheckpointSaved, Metrics, Note, Started
+from relight.training.attempt import Attempt, Site
+from relight.training.faults import TrainingFault
+from relight.workload import MapDataset, Workload
+
+
+@pytest.fixture(autouse=True)
+def numerics_given_back() -> Iterator[None]:
+    """An attempt configures its whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
+class TinyConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    width: int = 1
+    digest: str | None = "tiny"
+
+
+class Tiny(Workload[TinyConfig]):
+    Config = TinyConfig
+
+    def data(self) -> tuple[MapDataset, MapDataset | None]:
+        return RandomItems(8), None
+
+    def data_digest(self) -> str | None:
+        return self.config.digest
+
+    def model(self) -> nn.Module:
+        return nn.Linear(8, self.config.width)
+
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return model(batch).square().mean(), {}
+
+
+def attempt(
+    operation: Operation,
+    workload_type: type[Workload[Any]],
+    stop_after: int | None = None,
+    cores: int = 1,
+    why: str = "",
+) -> tuple[Outcome, list[Any]]:
+    sink = Listed()
+    site = Site(operation.root, "cpu", cores)
+    should_stop = stopping_after(stop_after) if not why else lambda: "preempted"
+    try:
+        outcome = Attempt(workload_type, operation.start(), site, sink, should_stop, ticking()).run()
+    finally:
+        for report in sink.reports:
+            operation.accept(report)
+    return outcome, sink.reports
+
+
+@pytest.fixture
+def operation(tmp_path: Path) -> Operation:
+    return Operation(tmp_path, "tiny", execution=Execution(batch_size=2))
+
+
+def refused(operation: Operation, workload_type: type[Workload[Any]]) -> TrainingFault:
+    with pytest.raises(TrainingFault) as caught:
+        attempt(operation, workload_type)
+    assert caught.value.permanent
+    return caught.value
+
+
+def test_a_config_is_checked_before_anything_runs(operation: Operation) -> None:
+    operation.config = {"widht": 2}
+
+    fault = refused(operation, Tiny)
+
+    assert (fault.code, operation.reports) == ("bad_config", [])
+    assert "widht: Extra inputs are not permitted" in fault.message
+
+
+def test_other_data_is_not_resumed_on(operation: Operation) -> None:
+    attempt(operation, Tiny, stop_after=1)
+    operation.config = {"digest": "other"}
+
+    fault = refused(operation, Tiny)
+
+    assert fault.code == "data_changed"
+    assert "was tiny and is other" in fault.message
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_what_differs(operation: Operation) -> None:
+    attempt(operation, Tiny, stop_after=1)
+    operation.config = {"width": 2}
+
+    fault = refused(operation, Tiny)
+
+    assert fault.code == "model_changed"
+    assert "weight was [1, 8] torch.float32 and is [2, 8]" in fault.message
+
+
+def test_training_without_data_is_refused(operation: Operation) -> None:
+    class Empty(Tiny):
+        def data(self) -> tuple[MapDataset, MapDataset | None]:
+            return RandomItems(0), None
+
+    assert refused(operation, Empty).code == "no_data"
+
+
+class Forgetful:
+    """Its state does not come back."""
+
+    count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        self.count += 1
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Unkeepable(Forgetful):
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": [0, object()]}
+
+
+def with_state(stateful: Any) -> type[Workload[Any]]:
+    class Stated(Tiny):
+        def state(self) -> dict[str, Any]:
+            return {"mine": stateful}
+
+    return Stated
+
+
+def test_state_that_does_not_come_back_is_named_after_the_first_step(operation: Operation) -> None:
+    fault = refused(operation, with_state(Forgetful()))
+
+    assert fault.code == "not_restorable"
+    assert "state.mine.count" in fault.message
+
+
+def test_an_optimizer_that_loses_state_is_named(operation: Operation) -> None:
+    class Rounding(torch.optim.AdamW):
+        def load_state_dict(self, state_dict: Any) -> None:
+            super().load_state_dict(state_dict)
+            for state in self.state.values():
+                state["exp_avg"] = state["exp_avg"].bfloat16().float()
+
+    class Rounded(Tiny):
+        def optimizer(self, model: nn.Module, knobs: Execution) -> torch.optim.Optimizer:
+            return Rounding(model.parameters())
+
+    fault = refused(operation, Rounded)
+
+    assert fault.code == "not_restorable"
+    assert "optimizer.state[0].exp_avg" in fault.message
+
+
+def test_state_that_the_codec_does_not_know_is_refused_before_the_first_step(operation: Operation) -> None:
+    fault = refused(operation, with_state(Unkeepable()))
+
+    assert fault.code == "not_restorable"
+    assert "state.mine.history[1]: cannot keep a builtins.object" in fault.message
+    assert not any(isinstance(report, Metrics) for report in operation.reports)
+
+
+def test_an_operator_without_a_deterministic_kernel_is_noted_and_runs(operation: Operation) -> None:
+    class Undetermined(Tiny):
+        def after_step(self, model: nn.Module, step: int) -> None:
+            torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))
+
+    outcome, reports = attempt(operation, Undetermined)
+
+    notes = [report.message for report in reports if isinstance(report, Note)]
+    assert outcome is Outcome.COMPLETED
+    assert len(notes) == 1
+    assert "put_ has no deterministic kernel" in notes[0]
+
+
+def test_a_loss_that_is_no_number_is_reported_and_does_not_stop_the_run(operation: Operation) -> None:
+    class Diverging(Tiny):
+        def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return super().loss(model, batch)[0] * float("nan"), {}
+
+    outcome, _ = attempt(operation, Diverging)
+
+    assert outcome is Outcome.COMPLETED
+    assert all(value != value for value in operation.curves["loss"].values())
+    assert len(operation.curves["loss"]) == 4
+
+
+def test_a_metric_may_not_take_the_name_of_one_of_the_loop(operation: Operation) -> None:
+    class Clashing(Tiny):
+        def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = super().loss(model, batch)[0]
+            return loss, {"loss": loss}
+
+    with pytest.raises(ValueError, match="give another name"):
+        attempt(operation, Clashing)
+
+
+def test_preemption_saves_as_such(operation: Operation) -> None:
+    operation.execution = Execution(batch_size=2, checkpoint_every=CheckpointEvery(steps=3))
+    attempt(operation, Tiny, stop_after=1)
+    assert operation.checkpoints[-1].checkpoint_type is CheckpointType.CANCEL
+
+    class Preempted(Tiny):
+        pass
+
+    outcome, reports = attempt(operation, Preempted, why="preempted")
+
+    assert outcome is Outcome.PREEMPTED
+    assert not any(isinstance(report, (Started, CheckpointSaved)) for report in reports)
+
+
+def test_the_threads_of_the_first_attempt_hold_for_its_successors(operation: Operation) -> None:
+    attempt(operation, Tiny, stop_after=1, cores=2)
+
+    _, reports = attempt(operation, Tiny, cores=1)
+
+    assert torch.get_num_threads() == 2
+    assert reports[0].exactness.promise == "promised"
+
+
+def test_other_numerics_make_it_best_effort_and_say_which(operation: Operation) -> None:
+    attempt(operation, Tiny, stop_after=1, cores=2)
+    operation.execution = Execution(batch_size=2, threads=1)
+
+    _, reports = attempt(operation, Tiny)
+
+    assert reports[0].exactness.promise == "best_effort"
+    assert reports[0].exactness.reasons == ["threads was 2 and is 1"]
+
+
+def test_asking_for_speed_makes_it_best_effort(operation: Operation) -> None:
+    operation.execution = Execution(batch_size=2, deterministic=False)
+
+    _, reports = attempt(operation, Tiny)
+
+    assert reports[0].exactness.reasons == ["deterministic is false"]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_gradients_of_a_window_are_those_of_its_units(operation: Operation) -> None:
+    """Three samples in batches of two: the single one weighs a third, as if all three had been one batch."""
+
+    class Plain(Tiny):
+        def data(self) -> tuple[MapDataset, MapDataset | None]:
+            return RandomItems(3), None
+
+        def collate(self, items: list[Tensor]) -> Tensor:
+            return torch.stack(items)
+
+        def optimizer(self, model: nn.Module, knobs: Execution) -> torch.optim.Optimizer:
+            return torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    weights, losses = [], []
+    for batch_size, batches in ((2, 2), (3, 1)):
+        operation = Operation(operation.root, "tiny")
+        operation.execution = Execution(batch_size=batch_size, accumulate_grad_batches=batches)
+        attempt(operation, Plain)
+        losses.append(operation.curves["loss"][0])
+        weights.append(restored_weight(operation))
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=1e-7)
+
+
+def restored_weight(operation: Operation) -> Tensor:
+    from relight.training.checkpoint import restore
+
+    ref = operation.start().checkpoint
+    assert ref is not None
+    weight: Tensor = restore(operation.root, ref)[1]["model"]["weight"]
+    return weight
+
+
+def test_started_names_the_process_and_where_it_runs(operation: Operation) -> None:
+    _, reports = attempt(operation, Tiny)
+
+    started = reports[0]
+    assert (started.trainer_pid, started.start_step) == (os.getpid(), 0)
+    assert started.environment["data_digest"] == "tiny"
+    assert started.environment["torch"] == torch.__version__
+    assert len(started.environment["code_digest"]) == 64
