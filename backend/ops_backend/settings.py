@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, Field, ValidationError
@@ -17,15 +16,14 @@ class Settings(BaseModel):
 
     database_url: str = Field(description="postgresql+asyncpg://user:password@host/database, Postgres 15 or newer")
     api_token: str = Field(min_length=16, description="the bearer token of users and workers")
-    storage_root: Path = Field(description="where workers publish checkpoints")
-    host: str = "127.0.0.1"
-    port: int = Field(8470, ge=0, le=65535)
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8470, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     lease_s: float = Field(15.0, gt=0, description="a worker silent for this long has lost its operations")
     cancel_grace_s: float = Field(30.0, gt=0, description="from asking a trainer to stop to killing it")
     poll_s: float = Field(0.5, gt=0, description="how often the dispatcher looks for work unprompted")
     slot_rest_s: float = Field(5.0, ge=0, description="how long a slot that refused is left alone")
     retry_backoff_s: float = Field(2.0, ge=0, description="before the first retry; doubles up to five minutes")
-    db_pool_size: int = Field(10, ge=1)
+    db_pool_size: int = Field(10, ge=1, description="connections to the database")
 
     @property
     def heartbeat_s(self) -> float:
@@ -48,4 +46,4 @@ class Settings(BaseModel):
     @classmethod
     def _complaint(cls, loc: tuple[int | str, ...], message: str) -> str:
         name = str(loc[0])
-        return f"OPS_{name.upper()}: {message} ({cls.model_fields[name].description or 'see the documentation'})"
+        return f"OPS_{name.upper()}: {message} ({cls.model_fields[name].description})"

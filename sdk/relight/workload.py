@@ -42,7 +42,7 @@ class Stateful(Protocol):
 
 
 class MapDataset(Protocol):
-    """Map-style, as torch has them. An item is pure in (seed, epoch, index); torch, `random` and numpy are seeded so."""
+    """Map-style, as torch has them. An item is pure in (seed, epoch, index): torch, `random`, numpy are seeded so."""
 
     def __getitem__(self, index: int, /) -> Any: ...
 

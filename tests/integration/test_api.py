@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -23,7 +22,7 @@ MISSING = "00000000-0000-0000-0000-000000000000"
 @asynccontextmanager
 async def serving(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
     # The dispatcher looks for work when it starts and when it is woken, but not while a test looks on.
-    app = create_app(Settings(database_url=database_url, api_token=TOKEN, storage_root=Path("/nowhere"), poll_s=3600))
+    app = create_app(Settings(database_url=database_url, api_token=TOKEN, poll_s=3600))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with (
@@ -239,7 +238,7 @@ async def test_the_health_checks_need_no_token(api: httpx.AsyncClient) -> None:
 
 async def test_a_database_that_is_away_is_a_503_with_retry_after(tmp_path: Any) -> None:
     url = f"postgresql+asyncpg://relight:x@/relight?host={tmp_path}"
-    app = create_app(Settings(database_url=url, api_token=TOKEN, storage_root=tmp_path))
+    app = create_app(Settings(database_url=url, api_token=TOKEN))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -252,4 +251,4 @@ async def test_a_database_that_is_away_is_a_503_with_retry_after(tmp_path: Any) 
 
 def test_a_missing_setting_is_named() -> None:
     with pytest.raises(SettingsError, match=r"OPS_DATABASE_URL.*OPS_API_TOKEN.*OPS_LEASE_S"):
-        Settings.from_env({"OPS_LEASE_S": "soon", "OPS_STORAGE_ROOT": "/tmp"})
+        Settings.from_env({"OPS_LEASE_S": "soon", "OPS_PORT": "1"})

@@ -1,8 +1,10 @@
 """The trainer as its agent has it: a real child, real pipes."""
 
+import errno
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +15,15 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+import torch
 from training_child import Operation
 
 from ops_contract.jobs import CheckpointEvery, Execution
 from ops_contract.lifecycle import CheckpointType, Outcome
 from ops_contract.pipe import FromTrainer, Hello, ProgressNow, RunJob, Stop, from_trainer, line
 from ops_contract.reports import CheckpointSaved, Finish, Metrics, Started
+from ops_contract.wire import Wire
+from ops_worker.trainer import AgentPipe, run
 
 STRANGE = '''
 import os, sys
@@ -257,6 +262,33 @@ child.wait()
 """
 
 
+class InThisProcess(AgentPipe):
+    """An agent without pipes, for what needs no process of its own."""
+
+    def __init__(self) -> None:
+        self._why = None
+        self.sent: list[Wire] = []
+
+    def send(self, message: Wire) -> None:
+        self.sent.append(message)
+
+
+def run_here(operation: Operation) -> Finish:
+    return run(
+        RunJob(start=operation.start(), storage_root=str(operation.root), device="cpu", cores=1), InThisProcess()
+    )
+
+
+@pytest.fixture
+def numerics_given_back() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
+@pytest.mark.usefixtures("numerics_given_back")
 @pytest.mark.parametrize(
     ("workload", "code", "permanent", "said"),
     [
@@ -268,20 +300,65 @@ child.wait()
     ],
 )
 def test_a_fault_is_its_finish(
-    tmp_path: Path, strange: dict[str, str], workload: str, code: str, permanent: bool, said: str
+    tmp_path: Path,
+    strange: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    workload: str,
+    code: str,
+    permanent: bool,
+    said: str,
 ) -> None:
-    trainer = Trainer(tmp_path, strange)
-    try:
-        trainer.receive()
-        trainer.run(Operation(tmp_path, workload))
-        finish = trainer.finish()
-    finally:
-        trainer.close()
+    monkeypatch.syspath_prepend(strange["PYTHONPATH"])
+
+    finish = run_here(Operation(tmp_path, workload))
 
     assert finish.error is not None
     assert (finish.outcome, finish.permanent, finish.error.code) == (Outcome.FAILED, permanent, code)
     assert said in finish.error.message
     assert ("traceback" in finish.error.details) == (code == "exception")
+    assert from_trainer.validate_json(line(finish)) == finish
+
+
+@pytest.mark.usefixtures("numerics_given_back")
+def test_a_full_disk_says_so_and_may_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("relight.training.checkpoint.os.write", full)
+
+    finish = run_here(digits(tmp_path, Execution()))
+
+    assert finish.error is not None
+    assert (finish.error.code, finish.permanent) == ("disk_full", False)
+    assert "make room" in finish.error.message
+
+
+@pytest.mark.usefixtures("numerics_given_back")
+@pytest.mark.parametrize(("damage", "code"), [("truncate", "checkpoint_corrupt"), ("remove", "checkpoint_missing")])
+def test_a_checkpoint_that_does_not_restore_is_its_own_outcome(tmp_path: Path, damage: str, code: str) -> None:
+    operation = digits(tmp_path, Execution(max_epochs=1))
+    operation.run(stop_after_polls=0)
+    directory = tmp_path / operation.checkpoints[-1].path
+    if damage == "truncate":
+        os.truncate(directory / "state.safetensors", 10)
+    else:
+        shutil.rmtree(directory)
+
+    finish = run_here(operation)
+
+    assert finish.error is not None
+    assert (finish.outcome, finish.error.code) == (Outcome.CHECKPOINT_CORRUPT, code)
+
+
+@pytest.mark.usefixtures("numerics_given_back")
+def test_a_file_in_place_of_the_storage_root_fails_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "root").write_text("")
+
+    finish = run_here(digits(tmp_path / "root", Execution()))
+
+    assert finish.error is not None
+    assert (finish.error.code, finish.permanent) == ("exception", False)
+    assert str(tmp_path / "root") in finish.error.message
 
 
 def test_what_user_code_prints_is_not_taken_for_messages(tmp_path: Path, strange: dict[str, str]) -> None:
@@ -326,21 +403,6 @@ def open_all(pids: list[int]) -> list[int]:
     return handles
 
 
-def test_a_corrupt_checkpoint_is_its_own_outcome(trainer: Trainer, tmp_path: Path) -> None:
-    operation = digits(tmp_path, Execution(max_epochs=1))
-    operation.run(stop_after_polls=1)
-    tensors = tmp_path / operation.checkpoints[-1].path / "state.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-1])
-
-    trainer.receive()
-    trainer.run(operation)
-    finish = trainer.finish()
-
-    assert finish.outcome is Outcome.CHECKPOINT_CORRUPT
-    assert finish.error is not None
-    assert "state.safetensors has" in finish.error.message
-
-
 def test_garbage_from_the_agent_ends_it_with_a_word(trainer: Trainer) -> None:
     trainer.receive()
     os.write(trainer.to_child, b'{"kind": "dance"}\n')
@@ -364,15 +426,3 @@ def test_describe_lists_what_loads_and_says_what_does_not(strange: dict[str, str
     assert offers["digits"]["reports"] == {"val_loss": "min", "val_accuracy": "max"}
     left_out = done.stderr.decode()
     assert all(f"workload {name} is left out" in left_out for name in ("absent", "no-class", "broken"))
-
-
-def test_a_file_in_place_of_the_storage_root_fails_with_its_reason(trainer: Trainer, tmp_path: Path) -> None:
-    trainer.root = tmp_path / "root"
-    trainer.root.write_text("")
-
-    trainer.receive()
-    trainer.run(digits(tmp_path, Execution(max_epochs=1)))
-    finish = trainer.finish()
-
-    assert finish.error is not None
-    assert str(trainer.root) in finish.error.message

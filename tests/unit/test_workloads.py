@@ -1,6 +1,7 @@
 """The workloads that come with Relight, and the defaults of the interface."""
 
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -167,8 +168,9 @@ def test_units_are_samples_by_default(batch: Any) -> None:
 
 
 def test_the_interface_and_manifests_load_without_torch() -> None:
-    import subprocess
-
-    code = "import sys, relight.manifest; from relight import Workload, Env; assert not {'torch', 'numpy'} & set(sys.modules)"
+    code = (
+        "import sys, relight.manifest; from relight import Env, Workload; "
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
 
     subprocess.run([sys.executable, "-c", code], check=True)

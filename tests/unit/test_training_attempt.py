@@ -1,4 +1,4 @@
-"""What a training refuses, and how it says so; in this process, for nothing here is killed."""
+"""One attempt: what it does, tells and refuses; in this process, for nothing here is killed."""
 
 import os
 from collections.abc import Iterator
@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from training_child import Listed, Operation, RandomItems, stopping_after, ticking
 
-from ops_contract.jobs import CheckpointEvery, Execution
-from ops_contract.lifecycle import CheckpointType, Outcome
-from ops_contract.reports import CheckpointSaved, Metrics, Note, Started
+from ops_contract.jobs import Execution
+from ops_contract.lifecycle import Outcome
+from ops_contract.reports import Metrics, Note
 from relight.training.attempt import Attempt, Site
+from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
 from relight.workload import MapDataset, Workload
 
@@ -60,7 +61,7 @@ def attempt(
 ) -> tuple[Outcome, list[Any]]:
     sink = Listed()
     site = Site(operation.root, "cpu", cores)
-    should_stop = stopping_after(stop_after) if not why else lambda: "preempted"
+    should_stop = stopping_after(stop_after)
     try:
         outcome = Attempt(workload_type, operation.start(), site, sink, should_stop, ticking()).run()
     finally:
@@ -116,6 +117,16 @@ def test_training_without_data_is_refused(operation: Operation) -> None:
             return RandomItems(0), None
 
     assert refused(operation, Empty).code == "no_data"
+
+
+class Plain(Tiny):
+    """Three samples, and updates that are the gradients."""
+
+    def data(self) -> tuple[MapDataset, MapDataset | None]:
+        return RandomItems(3), None
+
+    def optimizer(self, model: nn.Module, knobs: Execution) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=1e-3)
 
 
 class Forgetful:
@@ -210,18 +221,28 @@ def test_a_metric_may_not_take_the_name_of_one_of_the_loop(operation: Operation)
         attempt(operation, Clashing)
 
 
-def test_preemption_saves_as_such(operation: Operation) -> None:
-    operation.execution = Execution(batch_size=2, checkpoint_every=CheckpointEvery(steps=3))
+def test_a_resumed_attempt_told_to_stop_at_once_does_nothing_but_end(
+    operation: Operation,
+) -> None:
     attempt(operation, Tiny, stop_after=1)
-    assert operation.checkpoints[-1].checkpoint_type is CheckpointType.CANCEL
 
-    class Preempted(Tiny):
-        pass
+    assert attempt(operation, Tiny, stop_after=0) == (Outcome.CANCELLED, [])
 
-    outcome, reports = attempt(operation, Preempted, why="preempted")
 
-    assert outcome is Outcome.PREEMPTED
-    assert not any(isinstance(report, (Started, CheckpointSaved)) for report in reports)
+def test_gradients_are_clipped_by_their_global_norm(operation: Operation) -> None:
+    class Steep(Plain):
+        def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return super().loss(model, batch)[0] * 1e6, {}
+
+        def after_step(self, model: nn.Module, step: int) -> None:
+            norms.append(float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))
+
+    norms: list[float] = []
+    operation.execution = Execution(batch_size=2, gradient_clip=0.5)
+
+    attempt(operation, Steep)
+
+    assert norms == pytest.approx([0.5, 0.5], rel=1e-3)
 
 
 def test_the_threads_of_the_first_attempt_hold_for_its_successors(operation: Operation) -> None:
@@ -254,17 +275,6 @@ def test_asking_for_speed_makes_it_best_effort(operation: Operation) -> None:
 
 def test_gradients_of_a_window_are_those_of_its_units(operation: Operation) -> None:
     """Three samples in batches of two: the single one weighs a third, as if all three had been one batch."""
-
-    class Plain(Tiny):
-        def data(self) -> tuple[MapDataset, MapDataset | None]:
-            return RandomItems(3), None
-
-        def collate(self, items: list[Tensor]) -> Tensor:
-            return torch.stack(items)
-
-        def optimizer(self, model: nn.Module, knobs: Execution) -> torch.optim.Optimizer:
-            return torch.optim.SGD(model.parameters(), lr=1e-3)
-
     weights, losses = [], []
     for batch_size, batches in ((2, 2), (3, 1)):
         operation = Operation(operation.root, "tiny")
@@ -278,8 +288,6 @@ def test_gradients_of_a_window_are_those_of_its_units(operation: Operation) -> N
 
 
 def restored_weight(operation: Operation) -> Tensor:
-    from relight.training.checkpoint import restore
-
     ref = operation.start().checkpoint
     assert ref is not None
     weight: Tensor = restore(operation.root, ref)[1]["model"]["weight"]
