@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from ops_backend import postgres
 from ops_backend.app import create_app
-from ops_backend.database import migrate
+from ops_backend.database import OldPostgres, migrate
 from ops_backend.postgres_place import PostgresError
 from ops_backend.settings import Settings, SettingsError
 
@@ -38,7 +38,7 @@ def serve(settings: Settings, *, as_json: bool, exit_on_eof: bool) -> int:
     """Migrate, bind, say so, serve until SIGTERM, ctrl-C or (with `exit_on_eof`) the end of stdin."""
     try:
         asyncio.run(migrate(settings.database_url))
-    except (OSError, DBAPIError) as error:
+    except (OSError, DBAPIError, OldPostgres) as error:
         print(f"ops server: cannot use the database of OPS_DATABASE_URL: {error}", file=sys.stderr)
         return 1
     try:

@@ -8,8 +8,11 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import event
+from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.pool import NullPool
+
+OLDEST_POSTGRES = 15
 
 Sessions = async_sessionmaker[AsyncSession]
 
@@ -42,8 +45,19 @@ def alembic_config(url: str) -> Config:
     return config
 
 
+class OldPostgres(Exception):
+    """The server is older than our statements."""
+
+
 async def migrate(url: str) -> None:
-    """Bring the schema to this version's; alembic is synchronous and brings its own event loop."""
+    """Bring the schema to this version's. Raises OldPostgres."""
+    engine = create_async_engine(url, poolclass=NullPool)
+    async with engine.connect() as connection:
+        version = str(await connection.scalar(text("SHOW server_version")))
+    await engine.dispose()
+    if int(version.split(".")[0]) < OLDEST_POSTGRES:
+        raise OldPostgres(f"this is Postgres {version}; Relight needs {OLDEST_POSTGRES} or newer")
+    # Alembic is synchronous and brings its own event loop.
     await asyncio.to_thread(command.upgrade, alembic_config(url), "head")
 
 

@@ -5,6 +5,7 @@ A delivery that may have arrived is left to the lease; only a definite refusal t
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -49,10 +50,10 @@ class Dispatcher:
                 await self._claim_all()
             except Exception:
                 log.exception("dispatcher: cannot claim; trying again")
-            try:
-                await asyncio.wait_for(self._due.wait(), self._settings.poll_s)
-            except TimeoutError:
-                continue
+            # Not `wait_for`: in Python 3.11 that one swallows a cancellation which comes together with a wake.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.poll_s):
+                    await self._due.wait()
             self._due.clear()
 
     async def push_cancel(self, operation_id: UUID, push: CancelPush, reason: str, force: bool) -> None:

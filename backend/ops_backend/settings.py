@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Self
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 
 class SettingsError(Exception):
@@ -14,7 +14,7 @@ class SettingsError(Exception):
 class Settings(BaseModel):
     """Lease, grace and intervals are the backend's; workers learn them when they register."""
 
-    database_url: str = Field(description="postgresql+asyncpg://user:password@host/database, Postgres 15 or newer")
+    database_url: str = Field(description="postgresql://user:password@host/database, Postgres 15 or newer")
     api_token: str = Field(min_length=16, description="the bearer token of users and workers")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8470, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -24,6 +24,15 @@ class Settings(BaseModel):
     slot_rest_s: float = Field(5.0, ge=0, description="how long a slot that refused is left alone")
     retry_backoff_s: float = Field(2.0, ge=0, description="before the first retry; doubles up to five minutes")
     db_pool_size: int = Field(10, ge=1, description="connections to the database")
+
+    @field_validator("database_url")
+    @classmethod
+    def _with_our_driver(cls, url: str) -> str:
+        """As people write it (`postgresql://`, `postgres://`), with the driver that we have."""
+        scheme, separator, rest = url.partition("://")
+        if scheme not in ("postgres", "postgresql", "postgresql+asyncpg") or not separator:
+            raise ValueError("not the address of a Postgres database")
+        return f"postgresql+asyncpg://{rest}"
 
     @property
     def heartbeat_s(self) -> float:

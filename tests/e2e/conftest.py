@@ -9,7 +9,7 @@ from helpers.databases import Databases
 from helpers.service import Service, running_service
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_service(databases: Databases, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     url = asyncio.run(databases.fresh())
     with running_service(tmp_path_factory.mktemp("service"), url, workers=2) as service:

@@ -19,7 +19,7 @@ def post(service: Service, path: str, body: Any = None, **headers: str) -> httpx
     return service.http.post(path, json=body, headers=headers)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def undisturbed(shared_service: Service) -> dict[str, list[tuple[int, float]]]:
     """Every value of every metric of a run that nobody disturbed."""
     id = shared_service.submit(**LONG)

@@ -100,6 +100,16 @@ def test_a_batch_does_not_depend_on_how_others_are_drawn() -> None:
     assert first.data[1] != second.data[1]
 
 
+def test_a_collate_does_not_go_on_where_its_last_sample_stopped() -> None:
+    class Greedy(Recorded):
+        def __getitem__(self, index: int) -> Any:
+            return super().__getitem__(index), torch.rand(index)
+
+    noises = [[batch.data[1] for batch in order_of(dataset).training(0, 0)] for dataset in (Recorded(8), Greedy(8))]
+
+    assert noises[0] == noises[1]
+
+
 def test_an_item_does_not_depend_on_the_batch_size() -> None:
     small = [item for batch in order_of(Recorded(8), batch_size=2).training(0, 0) for item in batch.data[0]]
     large = [item for batch in order_of(Recorded(8), batch_size=5).training(0, 0) for item in batch.data[0]]

@@ -1,7 +1,7 @@
 """One attempt: what it does, tells and refuses; in this process, for nothing here is killed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from training_child import Listed, Operation, RandomItems, stopping_after, ticking
 
-from ops_contract.jobs import Execution
+from ops_contract.jobs import CheckpointEvery, Execution
 from ops_contract.lifecycle import Outcome
 from ops_contract.reports import Metrics, Note
 from relight.training.attempt import Attempt, Site
@@ -57,13 +57,13 @@ def attempt(
     workload_type: type[Workload[Any]],
     stop_after: int | None = None,
     cores: int = 1,
-    why: str = "",
+    clock: Callable[[], float] | None = None,
 ) -> tuple[Outcome, list[Any]]:
     sink = Listed()
     site = Site(operation.root, "cpu", cores)
     should_stop = stopping_after(stop_after)
     try:
-        outcome = Attempt(workload_type, operation.start(), site, sink, should_stop, ticking()).run()
+        outcome = Attempt(workload_type, operation.start(), site, sink, should_stop, clock or ticking()).run()
     finally:
         for report in sink.reports:
             operation.accept(report)
@@ -227,6 +227,29 @@ def test_a_resumed_attempt_told_to_stop_at_once_does_nothing_but_end(
     attempt(operation, Tiny, stop_after=1)
 
     assert attempt(operation, Tiny, stop_after=0) == (Outcome.CANCELLED, [])
+
+
+def test_metrics_wait_for_the_clock_but_never_for_a_checkpoint(operation: Operation) -> None:
+    operation.execution = Execution(batch_size=2, max_epochs=2, checkpoint_every=CheckpointEvery(steps=3))
+
+    _, reports = attempt(operation, Tiny, clock=lambda: 0.0)
+
+    sent = [report.series[0].steps for report in reports if isinstance(report, Metrics)]
+    assert sent == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert [saved.step for saved in operation.checkpoints] == [0, 3, 6, 8]
+
+
+def test_progress_says_rate_and_time_left(operation: Operation) -> None:
+    sink = Listed()
+
+    Attempt(Tiny, operation.start(), Site(operation.root, "cpu", 1), sink, lambda: None, ticking()).run()
+
+    first, second = sink.progresses[:2]
+    assert (first.step, first.steps_total, second.step) == (1, 4, 2)
+    assert second.eta_s is not None
+    assert second.samples_per_s is not None
+    # Two steps are left; every step has two samples, whatever the ticks between two reports are.
+    assert second.eta_s * second.samples_per_s == pytest.approx(2 * 2)
 
 
 def test_gradients_are_clipped_by_their_global_norm(operation: Operation) -> None:

@@ -174,8 +174,13 @@ class Operation:
         )
         child.start()
         sender.close()
-        outcome = self._listen(receiver, lambda n, report: child.kill() if kill_at(n, report) else None)
-        child.join()
+        try:
+            outcome = self._listen(receiver, lambda n, report: child.kill() if kill_at(n, report) else None)
+        except BaseException:
+            child.kill()  # a test that times out leaves nothing running
+            raise
+        finally:
+            child.join()
         assert outcome is not None or child.exitcode == -9, f"the child ended with {child.exitcode}"
         return outcome
 

@@ -1,0 +1,150 @@
+"""What becomes of a claim when its delivery is taken, refused, or nobody can know: a real store, a scripted network."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from helpers.store import LEASE_S, Store, held, saved, started
+from ops_backend.dispatcher import Dispatcher
+from ops_backend.settings import Settings
+from ops_contract.lifecycle import Status
+
+Answer = Callable[[httpx.Request], httpx.Response]
+
+
+class Deliveries:
+    """Runs the dispatcher against a worker that answers as told, and keeps what it was sent."""
+
+    def __init__(self, store: Store, database_url: str, answer: Answer) -> None:
+        self.sent: list[tuple[str, dict[str, Any]]] = []
+        self._answer = answer
+        self._delivered = asyncio.Condition()
+        settings = Settings(
+            database_url=database_url, api_token="x" * 16, lease_s=LEASE_S, slot_rest_s=3600, poll_s=0.01
+        )
+        http = httpx.AsyncClient(transport=httpx.MockTransport(self._receive))
+        self._dispatcher = Dispatcher(store.sessions, http, settings)
+
+    async def __aenter__(self) -> "Deliveries":
+        self._loop = asyncio.create_task(self._dispatcher.run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._loop.cancel()
+        await asyncio.gather(self._loop, return_exceptions=True)
+
+    async def settled(self, number: int) -> list[tuple[str, dict[str, Any]]]:
+        """What was sent, when so many deliveries are over and done with."""
+        async with asyncio.timeout(30), self._delivered:
+            await self._delivered.wait_for(lambda: len(self.sent) >= number)
+        await asyncio.gather(*self._dispatcher._deliveries)
+        return self.sent
+
+    async def _receive(self, request: httpx.Request) -> httpx.Response:
+        async with self._delivered:
+            self.sent.append((request.url.path, json.loads(request.content)))
+            self._delivered.notify_all()
+        return self._answer(request)
+
+
+def answers(status: int, code: str = "") -> Answer:
+    body = {"error": {"code": code, "message": "so it is", "details": {}}} if code else {}
+    return lambda request: httpx.Response(status, json=body)
+
+
+def fails(error: type[httpx.TransportError]) -> Answer:
+    def answer(request: httpx.Request) -> httpx.Response:
+        raise error("on purpose", request=request)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "rests"),
+    [
+        (answers(202), Status.RUNNING, False),
+        (answers(200), Status.RUNNING, False),
+        (answers(409, "busy"), Status.PENDING, True),
+        (answers(409, "stale"), Status.PENDING, True),
+        (answers(401), Status.PENDING, True),
+        (fails(httpx.ConnectError), Status.PENDING, True),
+        (fails(httpx.ConnectTimeout), Status.PENDING, True),
+        # It may have arrived: only the lease can tell.
+        (fails(httpx.ReadTimeout), Status.RUNNING, False),
+        (fails(httpx.RemoteProtocolError), Status.RUNNING, False),
+        (answers(500), Status.RUNNING, False),
+        (answers(503, "unavailable"), Status.RUNNING, False),
+    ],
+)
+async def test_only_a_definite_refusal_takes_the_claim_back(
+    store: Store, database_url: str, answer: Answer, status: Status, rests: bool
+) -> None:
+    """Scenario 20."""
+    await store.worker()
+    id = await store.submit()
+    async with Deliveries(store, database_url, answer) as deliveries:
+        [(path, order)] = await deliveries.settled(1)
+
+    operation = await store.get(id)
+    assert (operation.status, operation.attempt, operation.failures) == (status, 1, 0)
+    assert (path, order["attempt"], order["checkpoint"]) == ("/training/start", 1, None)
+    [slot] = await store.fetch("SELECT coalesce(rests_until > now(), false) AS rests FROM slots")
+    assert slot.rests is rests
+
+
+@pytest.mark.parametrize(("http_status", "code"), [(404, "no_checkpoint"), (422, "checkpoint_corrupt")])
+async def test_a_checkpoint_that_the_worker_cannot_use_is_marked_and_the_one_before_is_sent(
+    store: Store, database_url: str, http_status: int, code: str
+) -> None:
+    await store.worker()
+    run = await store.running()
+    await store.report(run, started(), saved(run, 0), saved(run, 7))
+    await store.expire(run)
+    await store.lose(run)
+
+    def once(request: httpx.Request) -> httpx.Response:
+        step = json.loads(request.content)["checkpoint"]["step"]
+        return answers(http_status, code)(request) if step == 7 else httpx.Response(202)
+
+    async with Deliveries(store, database_url, once) as deliveries:
+        sent = await deliveries.settled(2)
+
+    assert [(path, order["checkpoint"]["step"]) for path, order in sent] == [
+        ("/training/resume", 7),
+        ("/training/resume", 0),
+    ]
+    statuses = await store.fetch("SELECT step, status FROM checkpoints ORDER BY step")
+    assert [tuple(row) for row in statuses] == [(0, "committed"), (7, "corrupt")]
+
+
+async def test_two_dispatchers_deliver_every_operation_once(store: Store, database_url: str) -> None:
+    await store.worker(slots=8)
+    ids = [await store.submit() for _ in range(8)]
+    seen: list[str] = []
+    done = asyncio.Event()
+
+    def take(request: httpx.Request) -> httpx.Response:
+        seen.append(json.loads(request.content)["operation_id"])
+        if len(seen) >= len(ids):
+            done.set()
+        return httpx.Response(202)
+
+    async with Deliveries(store, database_url, take), Deliveries(store, database_url, take), asyncio.timeout(30):
+        await done.wait()
+
+    assert sorted(seen) == sorted(map(str, ids))
+    assert await store.claim() is None
+
+
+async def test_the_slot_of_a_refused_start_is_given_to_nobody_while_it_rests(store: Store) -> None:
+    await store.worker()
+    await store.submit()
+    claim = await store.claim()
+    assert claim is not None
+    await store.refuse(claim, rest_s=3600)
+    assert await store.claim() is None
+    assert held(claim).attempt == 1
