@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Flaky
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
@@ -31,14 +32,15 @@ from ops_contract.errors import OpsError
 from ops_contract.lifecycle import TERMINAL, Outcome, Status, allowed
 
 MAX_RETRIES = 2
-CALLS = ("claim", "save", "cancel", "resume", "lose", "fail", "preempt", "stop", "corrupt", "complete", "fail_for_good")
+OTHER_ENDS = ("lose", "fail", "preempt", "stop", "corrupt", "complete", "fail_for_good")
+CALLS = ("claim", "save", "cancel", "resume", "resume_first", *OTHER_ENDS)
 # The first call of a step is one that can succeed, and what ends an operation for good is rare: else little happens.
 LIKELY = {
     Status.PENDING: ("claim", "claim", "claim", "cancel"),
-    Status.RUNNING: (*("save",) * 4, *("cancel",) * 3, *CALLS[4:]),
+    Status.RUNNING: (*("save",) * 4, *("cancel",) * 3, *OTHER_ENDS),
     Status.CANCELLING: ("stop", "stop", "lose", "save", "fail"),
-    Status.FAILED: ("resume",),
-    Status.CANCELLED: ("resume",),
+    Status.FAILED: ("resume", "resume_first"),
+    Status.CANCELLED: ("resume", "resume_first"),
 }
 LEASES = ("goes on", "goes on", "runs out", "is renewed")
 FINISHES = {
@@ -55,7 +57,8 @@ FINISHES = {
 class Model:
     """One operation, one slot: the table of the design in plain Python.
 
-    `steps` are the steps of its committed checkpoints on the lineage, `given` the one that the attempt was given.
+    `steps` are the steps of its committed checkpoints on the lineage, `given` the one that the attempt was given,
+    `chosen` the one that a resume chose and no attempt has gone past.
     """
 
     status: Status = Status.PENDING
@@ -67,6 +70,7 @@ class Model:
     steps: tuple[int, ...] = ()
     given: int | None = None
     chosen: int | None = None
+    by_hand: bool = False
     progressed: bool = False
 
     def apply(self, call: str, seen: "Model") -> tuple["Model", bool]:
@@ -78,8 +82,10 @@ class Model:
         if call == "cancel":
             return self._cancel()
         if call == "resume":
-            ok = self.status in (Status.FAILED, Status.CANCELLED) and bool(self.steps)
-            return (self._resume(), True) if ok else (self, False)
+            return self._resume(self.chosen if self.chosen is not None else max(self.steps, default=None))
+        if call == "resume_first":
+            first = min(seen.steps, default=None)
+            return self._resume(first if first in self.steps else None, by_hand=True)
         if call == "lose":
             return (self._lose(), True) if own and self.expired else (self, False)
         if not own or self.seq != seen.seq:
@@ -110,13 +116,19 @@ class Model:
             return dataclasses.replace(self, status=Status.CANCELLING), True
         return self, False
 
-    def _resume(self) -> "Model":
-        chosen = self.chosen if self.chosen is not None else max(self.steps)
-        return dataclasses.replace(self, status=Status.PENDING, failures=0, lost=0, chosen=chosen)
+    def _resume(self, chosen: int | None, by_hand: bool = False) -> tuple["Model", bool]:
+        if self.status not in (Status.FAILED, Status.CANCELLED) or chosen is None:
+            return self, False
+        state = dataclasses.replace(self, status=Status.PENDING, failures=0, lost=0, chosen=chosen, by_hand=by_hand)
+        return state, True
 
     def _save(self) -> "Model":
-        step = (self.given or 0) + self.seq
-        return dataclasses.replace(self, seq=self.seq + 1, steps=(*self.steps, step), chosen=None, progressed=True)
+        steps = (*self.steps, self.next_step())
+        return dataclasses.replace(self, seq=self.seq + 1, steps=steps, chosen=None, progressed=True)
+
+    def next_step(self) -> int:
+        """Odd attempts are fast: what a resume leaves behind is often ahead of its successor."""
+        return (self.given or 0) + self.seq * (5 if self.attempt % 2 else 1)
 
     def _lose(self) -> "Model":
         lost = 0 if self.progressed else self.lost + 1
@@ -136,7 +148,8 @@ class Model:
         if call in ("preempt", "stop"):
             return dataclasses.replace(after, status=Status.PENDING)
         if call == "corrupt":
-            status = Status.PENDING if after.steps else Status.FAILED
+            by_hand = self.by_hand and self.chosen is not None
+            status = Status.PENDING if after.steps and not by_hand else Status.FAILED
             return dataclasses.replace(after, status=status)
         spent = call == "fail_for_good" or self.failures >= MAX_RETRIES
         status = Status.FAILED if spent else Status.PENDING
@@ -189,6 +202,7 @@ class StoreMachine(RuleBasedStateMachine):
             self._set_lease(lease)
         choices = LIKELY[self.model.status]
         calls = [choices[likely % len(choices)], *others]
+        self.oldest = self._runner.run(self._lineage())[:1]
         answers = self._runner.run(at_once_accepted(*(self._call(call) for call in calls)))
         status, attempt = self._runner.run(self._status())
         after = {
@@ -232,12 +246,14 @@ class StoreMachine(RuleBasedStateMachine):
             return await self.store.cancel(self.id) is not None
         if call == "resume":
             return await self.store.resume(self.id) is not None
+        if call == "resume_first":
+            return bool(self.oldest) and await self.store.resume(self.id, self.oldest[0].id) is not None
         if self.model.attempt == 0:
             return False
         if call == "lose":
             return await self.store.lose(self.run) is not None
         if call == "save":
-            await self.store.report(self.run, saved(self.run, (self.model.given or 0) + self.model.seq))
+            await self.store.report(self.run, saved(self.run, self.model.next_step()))
             return True
         outcome, permanent = FINISHES[call]
         await self.store.finish(self.run, outcome, permanent=permanent)
@@ -266,14 +282,14 @@ class StoreMachine(RuleBasedStateMachine):
         return state
 
     def _seen(self, state: Model) -> tuple[Any, ...]:
-        return (state.failures, state.lost, state.seq if state.attempt else None, sorted(state.steps), state.chosen)
+        by_hand = state.by_hand and state.chosen is not None
+        seq = state.seq if state.attempt else None
+        return (state.failures, state.lost, seq, sorted(state.steps), state.chosen, by_hand)
 
     async def _rows(self) -> tuple[Any, ...]:
         [o] = await self.store.fetch("SELECT * FROM operations")
         seqs = await self.store.fetch("SELECT last_seq FROM holds WHERE attempt = :n", n=o.attempt)
-        steps = await self.store.fetch(
-            f"SELECT step FROM checkpoints c WHERE status = 'committed' AND {sql.in_lineage('c')} ORDER BY step"
-        )
+        steps = await self._lineage()
         chosen = await self.store.fetch("SELECT step FROM checkpoints WHERE id = :id", id=o.resume_checkpoint_id)
         return (
             o.failures,
@@ -281,7 +297,16 @@ class StoreMachine(RuleBasedStateMachine):
             seqs[0].last_seq if seqs else None,
             [row.step for row in steps],
             chosen[0].step if chosen else None,
+            bool(chosen) and o.resume_explicit,
         )
+
+    async def _lineage(self) -> list[Any]:
+        """By our own words, not by the store's."""
+        return await self.store.fetch("""
+            SELECT id, step FROM checkpoints c
+             WHERE status = 'committed'
+               AND step <= ALL (SELECT start_step FROM attempts a WHERE a.number > c.attempt)
+             ORDER BY step""")
 
     async def _check_history(self) -> None:
         [operation] = await self.store.fetch("SELECT status, attempt FROM operations")
@@ -339,14 +364,12 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     "finish ignores the order of reports": (transitions, "FINISH", "last_seq = :seq - 1", "true"),
     "finish leaves the hold alive": (transitions, "FINISH", "ended_at = now(), last_seq", "last_seq"),
     "a report counts after its hold has ended": (reports, "ADVANCE", "ended_at IS NULL", "true"),
-    "a report counts twice": (reports, "ADVANCE", "last_seq BETWEEN :next_seq - 1 AND :last_seq - 1", "true"),
     "lost ignores the lease": (transitions, "LOST", "lease_expires_at < now()", "true"),
     "cancel takes anything": (
         transitions, "REQUEST_CANCEL", "status IN ('pending', 'running', 'waiting')", "true",
     ),
     "resume takes anything": (transitions, "RESUME", "status IN ('failed', 'cancelled')", "true"),
     "claim takes what is not pending": (claims, "CLAIM", "o.status = 'pending'", "o.status <> 'completed'"),
-    "a checkpoint of an abandoned branch is given": (claims, "CLAIM", sql.in_lineage("c"), "true"),
 }  # fmt: skip
 
 
@@ -356,5 +379,5 @@ def test_it_fails_when_a_guard_is_removed(databases: Databases, monkeypatch: pyt
     original = getattr(module, name).text
     assert guard in original, f"the guard moved: {guard}"
     monkeypatch.setattr(module, name, sql.statement(original.replace(guard, instead)))
-    with pytest.raises((AssertionError, ExceptionGroup)):
-        run_machine(databases, examples=60)
+    with pytest.raises((AssertionError, Flaky)):
+        run_machine(databases, examples=200)

@@ -244,6 +244,8 @@ def test_it_dies_with_its_agent_even_when_it_does_not_read(tmp_path: Path) -> No
 
     gone, _, _ = select.select([handle], [], [], 60)
 
+    if not gone:
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
     os.close(handle)
     agent.stdout.close()
     assert gone
@@ -387,8 +389,11 @@ def test_loader_processes_end_with_the_trainer(tmp_path: Path, strange: dict[str
         handles = open_all(loaders)
         trainer.process.kill()
         for handle in handles:
-            assert select.select([handle], [], [], 60)[0]
+            gone, _, _ = select.select([handle], [], [], 60)
+            if not gone:
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
             os.close(handle)
+            assert gone
     finally:
         trainer.close()
 

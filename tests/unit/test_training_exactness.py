@@ -109,9 +109,9 @@ def test_a_run_killed_at_random_reports_equals_an_uninterrupted_one(
     assert_equal(operation, reference)
 
 
-@pytest.mark.parametrize("scheduler", ["multistep", "onecycle"])
-def test_schedulers_of_the_workload_resume_exactly(
-    make: Maker, uninterrupted: Callable[..., Operation], scheduler: str
+@pytest.mark.parametrize(("scheduler", "rates"), [("plateau", 2), ("multistep", 3), ("onecycle", 15)])
+def test_schedulers_by_metric_epoch_and_step_resume_exactly(
+    make: Maker, uninterrupted: Callable[..., Operation], scheduler: str, rates: int
 ) -> None:
     reference = uninterrupted("zoo", config={"scheduler": scheduler})
     operation = make("zoo", config={"scheduler": scheduler})
@@ -120,6 +120,7 @@ def test_schedulers_of_the_workload_resume_exactly(
     operation.run()
 
     assert operation.attempts == 2
+    assert len(set(reference.curves["learning_rate"].values())) == rates
     assert_equal(operation, reference)
 
 
