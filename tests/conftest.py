@@ -1,5 +1,6 @@
 """Fixtures that everybody may use."""
 
+import signal
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -7,6 +8,9 @@ import pytest
 from helpers.databases import Databases, embedded_postgres
 from helpers.store import Store
 from ops_backend.database import make_engine, make_sessions
+
+# A shell that runs the tests in the background ignores SIGINT, and processes that we start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
