@@ -1,5 +1,6 @@
 """The commands that only look."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +64,8 @@ def status(client: "Client", operation_id: OperationId, json: Json = False) -> N
         return
     table = show.table("FACT", "")
     table.show_header = False
-    for label, value in _facts(operation, datetime.now(UTC)).items():
+    waits_for = _waits_for(operation, client.workers()) if operation.status == "pending" else ""
+    for label, value in _facts(operation, waits_for, datetime.now(UTC)).items():
         if value:
             table.add_row(f"[bold]{label}[/]", value)
     show.print_rich(table)
@@ -79,13 +81,26 @@ def next_command(operation: "Operation") -> str:
     return f"ops watch {short}"
 
 
-def _facts(operation: "Operation", now: datetime) -> dict[str, str]:
+def _waits_for(operation: "Operation", workers: "Sequence[WorkerView]") -> str:
+    """What keeps it from starting; empty when nothing is known to."""
+    slots = [slot for worker in workers if worker.live and not worker.draining for slot in worker.slots]
+    if not slots:
+        return "a worker: none is live; `ops up` starts one, or `ops worker`"
+    if operation.job.execution.accelerator == "cuda" and not any(slot.device == "cuda" for slot in slots):
+        return "a GPU: no live worker offers one"
+    if all(slot.operation_id for slot in slots):
+        return f"a free slot: {len(slots)} of {len(slots)} taken"
+    return ""
+
+
+def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, str]:
     """In the order of their interest; an empty one is left out."""
     resumed, exactness = operation.resumed_from, operation.exactness
     return {
         "id": str(operation.id),
         "name": show.plain(operation.name),
         "status": show.coloured(operation.status) + show.plain(_why(operation, now)),
+        "waits for": waits_for,
         "workload": show.plain(operation.workload),
         "progress": show.progress_line(operation.progress, live=operation.ended_at is None),
         "attempt": f"{operation.attempt}, {operation.failures} of {operation.max_retries} retries used",

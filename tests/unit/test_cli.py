@@ -21,7 +21,7 @@ from helpers.answers import operation, summary
 from ops_cli.exits import ExitCode
 from ops_cli.main import main
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.jobs import CheckpointEvery, JobSpec
+from ops_contract.jobs import CheckpointEvery, Execution, JobSpec
 from ops_contract.lifecycle import CheckpointType, Status
 from ops_contract.operations import (
     CancelRequest,
@@ -32,6 +32,9 @@ from ops_contract.operations import (
     ProgressView,
     ResumeAccepted,
     ResumedFrom,
+    SlotView,
+    Workers,
+    WorkerView,
 )
 from ops_contract.reports import Fault
 from ops_contract.wire import API_PREFIX, Wire
@@ -50,6 +53,7 @@ class Api:
     submitted: list[dict[str, Any]] = field(default_factory=list)
     cancelled: list[CancelRequest] = field(default_factory=list)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    workers: list[WorkerView] = field(default_factory=list)
     refusal: OpsError | None = None
 
     def holds(self, *states: Operation) -> UUID:
@@ -106,6 +110,10 @@ def app_of(api: Api) -> FastAPI:
         if name is None:
             return answer(MetricNames(names=list(api.curves)))
         return answer(MetricPoints(name=name, points=api.curves[name], attempt_starts=[]))
+
+    @app.get(f"{API_PREFIX}/workers")
+    async def workers() -> Response:
+        return answer(Workers(items=api.workers))
 
     return app
 
@@ -332,3 +340,28 @@ def test_help_waits_for_no_heavy_import() -> None:
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
     assert ran.stderr.strip() == ""
+
+
+def worker(**changes: Any) -> WorkerView:
+    slot = SlotView(index=0, device="cpu", device_uuid=None, cores=1, operation_id=changes.pop("runs", None), attempt=1)
+    plain = {"id": uuid4(), "name": "w", "host": "h", "url": "http://h", "live": True, "draining": False}
+    times = dict.fromkeys(("registered_at", "last_seen_at"), "2026-01-01T00:00:00Z")
+    return WorkerView.model_validate(plain | times | {"versions": {}, "slots": [slot]} | changes)
+
+
+@pytest.mark.parametrize(
+    ("workers", "accelerator", "said"),
+    [
+        ([], "auto", "waits for a worker: none is live"),
+        ([worker(live=False), worker(draining=True)], "auto", "waits for a worker: none is live"),
+        ([worker()], "cuda", "waits for a GPU: no live worker offers one"),
+        ([worker(runs=uuid4())], "auto", "waits for a free slot: 1 of 1 taken"),
+    ],
+)
+def test_status_says_what_a_pending_operation_waits_for(
+    api: Api, ops: Ops, workers: list[WorkerView], accelerator: str, said: str
+) -> None:
+    job = operation().job.model_copy(update={"execution": Execution(accelerator=accelerator)})
+    id = api.holds(operation(status=Status.PENDING, job=job))
+    api.workers = workers
+    assert said in " ".join(ops("status", id).out.split())
