@@ -56,6 +56,8 @@ def refusal(answer: httpx.Response) -> tuple[int, str]:
         ("GET", "/operations/not-an-id", None, (422, "invalid")),
         ("GET", "/operations?cursor=nonsense", None, (422, "invalid")),
         ("GET", "/operations?limit=0", None, (422, "invalid")),
+        ("GET", "/operations?status=runing", None, (422, "invalid")),
+        ("GET", "/operations?kind=cooking", None, (422, "invalid")),
         ("POST", "/operations", "not json", (422, "invalid")),
         ("POST", "/operations", {"workload": "absent"}, (422, "unknown_workload")),
         ("POST", f"/workers/{MISSING}/heartbeat", {}, (404, "not_found")),

@@ -13,7 +13,7 @@ from ops_backend.store.submit import replay, submit_if_new
 from ops_backend.store.transitions import cancel_if_live, explain_cancel, explain_resume, resume_if_ended
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import JobSpec
-from ops_contract.lifecycle import Kind
+from ops_contract.lifecycle import Kind, Status
 from ops_contract.operations import (
     Attempts,
     CancelRequest,
@@ -71,7 +71,7 @@ async def list_operations(
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     cursor: str | None = None,
 ) -> OperationPage:
-    wanted = queries.Filter(status, kind, workload, label, q, submitted_by if mine else None)
+    wanted = queries.Filter(_known(status), kind, workload, label, q, submitted_by if mine else None)
     return await queries.list_page(session, wanted, limit, cursor)
 
 
@@ -158,6 +158,13 @@ def tagged(body: Wire, if_none_match: str | None) -> Response:
     if if_none_match == tag:
         return Response(status_code=304, headers={"ETag": tag})
     return Response(content, media_type="application/json", headers={"ETag": tag, "Cache-Control": "no-cache"})
+
+
+def _known(statuses: str | None) -> str | None:
+    unknown = set((statuses or "").split(",")) - {"", *Status}
+    if unknown:
+        raise OpsError(ErrorCode.INVALID, f"status: no such status {', '.join(unknown)}; there are {', '.join(Status)}")
+    return statuses or None
 
 
 def _spec(body: bytes) -> JobSpec:
