@@ -5,7 +5,7 @@ TEST := $(BIN)/python -m pytest
 .PHONY: help setup demo up lint test test-all chaos constraints
 
 help:
-	@echo "make demo      a training is killed, goes on elsewhere, and is compared bit for bit (about 3 minutes)"
+	@echo "make demo      a training is killed, goes on elsewhere, and is compared bit for bit (about 2 minutes)"
 	@echo "make up        the whole service: database, API, worker"
 	@echo "make test      lint and tests, at most 10 minutes"
 	@echo "make test-all  everything, at most 60 minutes"
