@@ -9,6 +9,7 @@ help:
 	@echo "make up        the whole service: database, API, worker"
 	@echo "make test      lint and tests, at most 10 minutes"
 	@echo "make test-all  everything, at most 60 minutes"
+	@echo "make chaos     real kills, then a check of the whole history; SEED=… and FAULTS=… choose the schedule"
 
 setup:
 	@deploy/setup.sh
@@ -31,6 +32,10 @@ test: lint
 
 test-all: lint
 	$(TEST) -m "not gpu" tests
+
+# SEED=… plays a schedule of faults again, FAULTS=… makes it longer.
+chaos: setup
+	$(TEST) -s --timeout 3600 tests/chaos
 
 constraints:
 	deploy/constraints.sh 2.13.0

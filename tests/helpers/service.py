@@ -13,6 +13,7 @@ from uuid import UUID
 import httpx
 
 from ops_cli.child import Child
+from ops_cli.up import free_port
 from ops_contract.operations import AttemptView, CheckpointView, MetricPoints, Operation
 from ops_contract.wire import API_PREFIX
 from relight.client import Client
@@ -39,13 +40,18 @@ class Service:
         return self._url
 
     def start(self, workers: int) -> None:
-        self.server.start()
-        self._url = eventually(lambda: self.server.ready, "the API is ready")["url"]
+        self._port = free_port()
+        self.restart_server()
         self.client = Client(self._url, self.token)
         self.http = httpx.Client(
             base_url=self._url + API_PREFIX, headers={"Authorization": f"Bearer {self.token}"}, trust_env=False
         )
         self.have_workers(workers)
+
+    def restart_server(self) -> None:
+        """At the address that its workers know."""
+        self.server.start()
+        self._url = eventually(lambda: self.server.ready, "the API is ready", self.logs)["url"]
 
     def have_workers(self, number: int) -> None:
         """Replace those that a test has killed."""
@@ -70,9 +76,9 @@ class Service:
         return next(worker for worker in self.workers if worker.name == attempt.worker)
 
     def submit(self, workload: str = "digits", **execution: Any) -> UUID:
-        config = execution.pop("config", {})
+        config, max_retries = execution.pop("config", {}), execution.pop("max_retries", 3)
         defaults = {"learning_rate": 0.01, "checkpoint_every": {"steps": 20}}
-        job = {"workload": workload, "config": config, "execution": defaults | execution}
+        job = {"workload": workload, "config": config, "execution": defaults | execution, "max_retries": max_retries}
         return self.client.submit(job).id
 
     def get(self, id: UUID) -> Operation:
@@ -130,7 +136,7 @@ class Service:
     def _server_environ(self) -> dict[str, str]:
         return self._environ() | {
             "OPS_DATABASE_URL": self._database_url,
-            "OPS_PORT": "0",
+            "OPS_PORT": str(self._port),
             "OPS_LEASE_S": str(LEASE_S),
             "OPS_SLOT_REST_S": "0.5",
             "OPS_RETRY_BACKOFF_S": "0.2",

@@ -1,0 +1,87 @@
+"""The history checker: every line of "Always true" in the database and the files, as a list of what is violated."""
+
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+from ops_contract.agents import CheckpointRef
+from ops_contract.lifecycle import TERMINAL, Event, allowed
+from relight.manifest import CheckpointCorrupt, CheckpointMissing
+from relight.training.checkpoint import restore
+
+Rows = list[Any]
+
+
+async def violations(database: asyncpg.Connection, storage: Path) -> list[str]:
+    """Empty when all is well. To be called when every operation has ended and no report is on its way."""
+    operations = await database.fetch("SELECT * FROM operations ORDER BY created_at")
+    attempts = await database.fetch("SELECT * FROM attempts ORDER BY operation_id, number")
+    holds = await database.fetch("SELECT * FROM holds ORDER BY operation_id, attempt")
+    events = await database.fetch("SELECT * FROM events ORDER BY operation_id, seq")
+    checkpoints = await database.fetch("SELECT * FROM checkpoints WHERE status = 'committed'")
+    metrics = await database.fetch("SELECT * FROM metrics ORDER BY operation_id, name, attempt, first_step")
+    found = [*_held_by_the_dead(operations, holds, attempts), *_overlaps(attempts)]
+    for operation in operations:
+        found += _not_a_path(operation, [e for e in events if e["operation_id"] == operation["id"]])
+    found += _counted_twice(attempts, metrics)
+    found += [problem for row in checkpoints if (problem := _does_not_load(row, storage))]
+    return found
+
+
+def _held_by_the_dead(operations: Rows, holds: Rows, attempts: Rows) -> list[str]:
+    ended = {o["id"] for o in operations if o["status"] in TERMINAL}
+    stuck = [f"operation {o['id']} is stuck {o['status']}" for o in operations if o["id"] not in ended]
+    slots = [f"a slot is held by {h['operation_id']}, which has ended" for h in holds if h["ended_at"] is None]
+    return stuck + slots + [f"attempt {a['number']} is open" for a in attempts if a["ended_at"] is None]
+
+
+def _overlaps(attempts: Rows) -> list[str]:
+    return [
+        f"attempt {b['number']} of {b['operation_id']} began before attempt {a['number']} had ended"
+        for a, b in pairwise(attempts)
+        if a["operation_id"] == b["operation_id"] and (a["ended_at"] is None or a["ended_at"] > b["claimed_at"])
+    ]
+
+
+def _not_a_path(operation: Any, events: Rows) -> list[str]:
+    id, found = operation["id"], []
+    if [e["seq"] for e in events] != list(range(1, len(events) + 1)):
+        found.append(f"events of {id} are not numbered without a gap")
+    before = None
+    for event in events:
+        if event["from_status"] != before:
+            found.append(f"event {event['seq']} of {id} begins at {event['from_status']}, but it was {before}")
+        if not allowed(event["from_status"], Event(event["name"]), event["to_status"]):
+            found.append(f"event {event['seq']} of {id} is not in the table: {event['name']}")
+        before = event["to_status"]
+    if before != operation["status"]:
+        found.append(f"{id} is {operation['status']}, but its events end at {before}")
+    return found
+
+
+def _counted_twice(attempts: Rows, metrics: Rows) -> list[str]:
+    """Of the lineage, each step of a metric of every step is there once; none is missing."""
+    starts = defaultdict(dict)
+    for attempt in attempts:
+        starts[attempt["operation_id"]][attempt["number"]] = attempt["start_step"]
+    steps = defaultdict(list)
+    for row in metrics:
+        later = [s for n, s in starts[row["operation_id"]].items() if n > row["attempt"]]
+        steps[row["operation_id"], row["name"]] += [s for s in row["steps"] if s < min(later, default=s + 1)]
+    return [
+        f"steps of {name} of {id} are missing or there twice"
+        for (id, name), counted in steps.items()
+        if name in ("loss", "learning_rate") and sorted(counted) != list(range(len(counted)))
+    ]
+
+
+def _does_not_load(row: Any, storage: Path) -> str | None:
+    fields = {name: row[name] for name in CheckpointRef.model_fields if name != "checkpoint_id"}
+    try:
+        restore(storage, CheckpointRef(checkpoint_id=row["id"], **fields))
+    except (CheckpointCorrupt, CheckpointMissing) as error:
+        return f"committed checkpoint {row['path']} does not load: {error}"
+    return None
