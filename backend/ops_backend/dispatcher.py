@@ -96,6 +96,7 @@ class Dispatcher:
             deadline_s=self._settings.lease_s,
             job=claim.job,
             checkpoint=claim.checkpoint,
+            parent_job=claim.parent_job,
         )
         verb = "resume" if claim.checkpoint else "start"
         try:

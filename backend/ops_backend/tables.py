@@ -79,6 +79,8 @@ operations = Table(
     # Chosen by a resume; cleared when the resumed attempt commits a checkpoint of its own.
     Column("resume_checkpoint_id", Uuid, ForeignKey("checkpoints.id", use_alter=True)),
     _flag("resume_explicit"),
+    # Another operation's: where the lineage of a fork begins. It is needed as long as this row is.
+    Column("forked_from_checkpoint_id", Uuid, ForeignKey("checkpoints.id", use_alter=True)),
     _flag("cancel_force"),
     Column("cancel_reason", Text),
     _flag("exit_unconfirmed"),
@@ -96,6 +98,11 @@ Index(
     operations.c.priority.desc(),
     operations.c.created_at,
     postgresql_where=operations.c.status == text("'pending'"),
+)
+Index(
+    "ix_operations_forked_from",
+    operations.c.forked_from_checkpoint_id,
+    postgresql_where=operations.c.forked_from_checkpoint_id.is_not(None),
 )
 
 workers = Table(

@@ -26,6 +26,10 @@ def job_from_text(text: str, source: str) -> JobSpec:
 
 
 def job_from_flags(flags: Mapping[str, Any], settings: Iterable[str]) -> JobSpec:
+    return checked_job(content_from_flags(flags, settings))
+
+
+def content_from_flags(flags: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
     """`flags` by dotted path, None for one not given; `settings` as typed: `config.k=v` or `execution.k=v`."""
     content: dict[str, Any] = {}
     for path, value in flags.items():
@@ -36,7 +40,7 @@ def job_from_flags(flags: Mapping[str, Any], settings: Iterable[str]) -> JobSpec
         if not equals or path.split(".")[0] not in ("config", "execution") or "." not in path:
             raise OpsError(ErrorCode.INVALID, f"--set {setting}: write it as config.NAME=VALUE or execution.NAME=VALUE")
         _assign(content, path, parsed_value(value))
-    return checked_job(content)
+    return content
 
 
 def parsed_value(text: str) -> Any:

@@ -1,19 +1,19 @@
-"""The commands that change something: submit, train, cancel, resume."""
+"""The commands that change something: submit, train, cancel, resume, fork."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ops_cli import show
+from ops_cli import checkpoints, show
 from ops_cli.connect import Json, OperationId, with_client
 from ops_cli.watch import view_for_people, watch_to_end
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from ops_contract.jobs import JobSpec
-    from ops_contract.operations import CheckpointView
     from relight.client import Client
 
 Watch = Annotated[bool, typer.Option("--watch", help="Follow it to its end; ctrl-C detaches.")]
@@ -21,7 +21,7 @@ Pairs = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May 
 
 
 def register(app: typer.Typer) -> None:
-    for command in (submit, train, cancel, resume):
+    for command in (submit, train, cancel, resume, fork):
         app.command()(command)
 
 
@@ -104,7 +104,7 @@ def resume(
     client: "Client",
     operation_id: OperationId,
     from_checkpoint: Annotated[
-        str | None, typer.Option(metavar="ID", help="An older one of `ops checkpoints`, by a beginning of its id.")
+        str | None, typer.Option(metavar="ID", help="One of `ops checkpoints list`, by a beginning of its id.")
     ] = None,
     watch: Watch = False,
     json: Json = False,
@@ -114,16 +114,51 @@ def resume(
     From its newest checkpoint, unless told otherwise.
     """
     found = client.resolve(operation_id)
-    chosen = _checkpoint(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
+    chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
     accepted = client.resume(found, chosen.id if chosen else None)
     if json:
         print(accepted.model_dump_json())
         return
     short = str(found)[:8]
     print(f"{short} goes on from {show.came_from(accepted.resumed_from)}")
-    if watch:
-        watch_to_end(client, found, view_for_people())
-    print(f"Next: ops watch {short}")
+    _follow(client, found, watch)
+
+
+@with_client
+def fork(
+    client: "Client",
+    operation_id: OperationId,
+    from_checkpoint: Annotated[
+        str | None, typer.Option(metavar="ID", help="One of `ops checkpoints list`, abandoned ones too.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="K=V", help="What differs: config.NAME=VALUE or execution.NAME=VALUE."),
+    ] = None,
+    name: Annotated[str | None, typer.Option()] = None,
+    label: Pairs = None,
+    priority: Annotated[int | None, typer.Option(help="Higher runs first.")] = None,
+    max_retries: Annotated[int | None, typer.Option()] = None,
+    watch: Watch = False,
+    json: Json = False,
+) -> None:
+    """Begin a new operation at a checkpoint of another one.
+
+    The newest, unless told otherwise. A completed run goes on so: ops fork ID --set execution.max_epochs=20
+    """
+    from ops_cli import jobs
+
+    found = client.resolve(operation_id)
+    chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
+    flags = {"labels": jobs.labels(label or []) or None, "priority": priority, "max_retries": max_retries}
+    overrides = jobs.content_from_flags(flags, settings or [])
+    operation = client.fork(found, chosen.id if chosen else None, overrides, name)
+    if json:
+        print(operation.model_dump_json())
+        return
+    assert operation.forked_from is not None
+    print(f"Forked {operation.name}: {operation.id}, from step {operation.forked_from.step} of {str(found)[:8]}")
+    _follow(client, operation.id, watch)
 
 
 def _submit(client: "Client", job: "JobSpec", watch: bool, json: bool) -> None:
@@ -131,11 +166,14 @@ def _submit(client: "Client", job: "JobSpec", watch: bool, json: bool) -> None:
     if json:
         print(operation.model_dump_json())
         return
-    short = str(operation.id)[:8]
     print(f"Submitted {operation.name}: {operation.id}")
+    _follow(client, operation.id, watch)
+
+
+def _follow(client: "Client", id: "UUID", watch: bool) -> None:
     if watch:
-        watch_to_end(client, operation.id, view_for_people())
-    print(f"Next: ops watch {short}")
+        watch_to_end(client, id, view_for_people())
+    print(f"Next: ops watch {str(id)[:8]}")
 
 
 def _read(path: Path) -> str:
@@ -143,16 +181,3 @@ def _read(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{path} cannot be read: {error}") from error
-
-
-def _checkpoint(known: "Sequence[CheckpointView]", prefix: str) -> "CheckpointView":
-    from ops_contract.errors import ErrorCode, OpsError
-
-    matches = [checkpoint for checkpoint in known if str(checkpoint.id).startswith(prefix.lower())]
-    if not matches:
-        raise OpsError(
-            ErrorCode.NO_CHECKPOINT, f"no checkpoint has an id that begins with {prefix!r}; see `ops checkpoints`"
-        )
-    if len(matches) > 1:
-        raise OpsError(ErrorCode.INVALID, f"{prefix!r} begins {len(matches)} ids of checkpoints; give more characters")
-    return matches[0]

@@ -18,7 +18,7 @@ LAST_POINTS = 20
 
 def register(app: typer.Typer) -> None:
     app.command("list")(list_operations)
-    for command in (status, attempts, events, checkpoints, metrics, workers, workloads):
+    for command in (status, attempts, events, metrics, workers, workloads):
         app.command()(command)
 
 
@@ -77,7 +77,7 @@ def next_command(operation: "Operation") -> str:
     if operation.status in ("failed", "cancelled"):
         return f"ops resume {short}"
     if operation.status == "completed":
-        return f"ops metrics {short}, ops checkpoints {short}"
+        return f"ops metrics {short}, ops checkpoints list {short}"
     return f"ops watch {short}"
 
 
@@ -95,7 +95,7 @@ def _waits_for(operation: "Operation", workers: "Sequence[WorkerView]") -> str:
 
 def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, str]:
     """In the order of their interest; an empty one is left out."""
-    resumed, exactness = operation.resumed_from, operation.exactness
+    resumed, forked, exactness = operation.resumed_from, operation.forked_from, operation.exactness
     return {
         "id": str(operation.id),
         "name": show.plain(operation.name),
@@ -105,6 +105,7 @@ def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, s
         "progress": show.progress_line(operation.progress, live=operation.ended_at is None),
         "attempt": f"{operation.attempt}, {operation.failures} of {operation.max_retries} retries used",
         "resumed": f"from {show.came_from(resumed)}" if resumed else "",
+        "forked": f"from step {forked.step} of {str(forked.operation_id)[:8]}" if forked else "",
         "error": show.plain(show.fault(operation.error)),
         "exactness": show.plain("; ".join([exactness.promise.replace("_", " "), *exactness.reasons]))
         if exactness
@@ -166,27 +167,6 @@ def events(client: "Client", operation_id: OperationId, json: Json = False) -> N
 def _brief(value: Any) -> str:
     """Of a fault its code and its message."""
     return f"{value.get('code')}, {value.get('message')}" if isinstance(value, dict) else str(value)
-
-
-@with_client
-def checkpoints(client: "Client", operation_id: OperationId, json: Json = False) -> None:
-    """The checkpoints of an operation.
-
-    Go on from one of them: ops resume ID --from-checkpoint ITS-ID
-    """
-    items = client.checkpoints(client.resolve(operation_id))
-    if json:
-        print(show.json_array(items))
-        return
-    table = show.table(
-        "ID", "TYPE", "STATUS", "EPOCH", "STEP", "SIZE", "AGE", "LINEAGE", right=("EPOCH", "STEP", "SIZE", "AGE")
-    )
-    now, ids = datetime.now(UTC), show.shortest(item.id for item in items)
-    for item in items:
-        place = (str(item.epoch), str(item.step), show.size(item.size_bytes), show.age(item.created_at, now))
-        lineage = "yes" if item.in_lineage else "abandoned"
-        table.add_row(ids[item.id], item.checkpoint_type, item.status, *place, lineage)
-    show.print_rich(table)
 
 
 @with_client

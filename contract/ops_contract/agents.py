@@ -118,6 +118,7 @@ class StartTraining(Wire):
     deadline_s: float = Field(gt=0, description="past this many seconds after receipt the trainer must not start")
     job: Job
     checkpoint: CheckpointRef | None = None
+    parent_job: Job | None = Field(None, description="of the run whose checkpoint it is, when a fork begins")
 
 
 class CancelTraining(Wire):

@@ -7,7 +7,7 @@ from uuid import UUID
 from ops_contract.jobs import Job
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
 from ops_contract.reports import Exactness, Fault
-from ops_contract.wire import Text, Wire
+from ops_contract.wire import Name, Text, Wire
 
 
 class ProgressView(Wire):
@@ -50,6 +50,32 @@ class ResumeAccepted(Wire):
     resumed_from: ResumedFrom
 
 
+class ForkOverrides(Wire):
+    """What differs from the parent's job, field by field; `config` and `execution` by their own names."""
+
+    config: dict[str, Any] = {}
+    execution: dict[str, Any] = {}
+    labels: dict[Name, Name] = {}
+    priority: int | None = None
+    max_retries: int | None = None
+
+
+class ForkRequest(Wire):
+    """`from_checkpoint`: any committed one of the operation; by default the newest of its lineage."""
+
+    from_checkpoint: UUID | None = None
+    overrides: ForkOverrides = ForkOverrides()
+    name: Name | None = None
+
+
+class ForkedFrom(Wire):
+    """Where a fork begins. `operation_id` is whose checkpoint it is."""
+
+    operation_id: UUID
+    checkpoint_id: UUID
+    step: int
+
+
 class LineageEntry(Wire):
     """Attempt `attempt` counts from `start_step` until a later one starts; null while it counts for nothing."""
 
@@ -87,6 +113,7 @@ class Operation(OperationSummary):
     exactness: Exactness | None
     energy: EnergyView
     resumed_from: ResumedFrom | None
+    forked_from: ForkedFrom | None
     lineage: list[LineageEntry]
 
 
@@ -134,7 +161,10 @@ class MetricPoints(Wire):
 
 
 class CheckpointView(Wire):
+    """The first one of a fork is its parent's: `operation_id` says whose it is."""
+
     id: UUID
+    operation_id: UUID
     attempt: int
     checkpoint_type: CheckpointType
     status: CheckpointStatus

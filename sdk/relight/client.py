@@ -23,6 +23,7 @@ from ops_contract.operations import (
     CheckpointView,
     Events,
     EventView,
+    ForkRequest,
     MetricNames,
     MetricPoints,
     Operation,
@@ -60,7 +61,7 @@ class Client:
 
     Every call raises OpsError when the server refuses (its `code` says why); Unreachable is the one of them to be
     tried again later. A call is retried, a few times, while no connection comes about or the server says 503. One
-    whose answer got lost is retried only where a repetition changes nothing: reads, and submits with their key.
+    whose answer got lost is retried only where a repetition changes nothing: reads, submits and forks with their key.
     """
 
     def __init__(
@@ -147,6 +148,26 @@ class Client:
         """From its newest checkpoint, or from the one named."""
         request = ResumeRequest(from_checkpoint=UUID(str(from_checkpoint)) if from_checkpoint else None)
         return self._parse(self._post(f"/operations/{operation_id}/resume", request), ResumeAccepted)
+
+    def fork(
+        self,
+        operation_id: UUID | str,
+        from_checkpoint: UUID | str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Operation:
+        """A new operation that begins at a checkpoint of this one, by default the newest.
+
+        `overrides`: what differs in its job, such as `{"execution": {"max_epochs": 20}}`. The same key and wish again
+        give the same operation.
+        """
+        given = {"from_checkpoint": from_checkpoint, "overrides": overrides, "name": name}
+        wish = ForkRequest.model_validate({key: value for key, value in given.items() if value is not None})
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return self._parse(
+            self._post(f"/operations/{operation_id}/fork", wish, headers=headers, repeatable=True), Operation
+        )
 
     def attempts(self, operation_id: UUID | str) -> Sequence[AttemptView]:
         return self._get(f"/operations/{operation_id}/attempts", Attempts).items

@@ -235,6 +235,27 @@ def test_resume_from_an_old_checkpoint_then_a_crash_goes_on_along_the_new_lineag
     assert refused.status_code == 409
 
 
+def test_forks_go_on_as_their_parent_did_and_beyond(
+    service: Service, undisturbed: dict[str, list[tuple[int, float]]]
+) -> None:
+    parent = service.submit(max_epochs=1)
+    service.wait(parent, "completed")
+    before = service.get(parent)
+    middle = next(c for c in service.checkpoints(parent) if c.step == 20)
+
+    again = service.client.fork(parent, middle.id)
+    longer = service.client.fork(parent, overrides={"execution": {"max_epochs": 2}})
+
+    for fork, first, end in ((again, 20, 48), (longer, 48, 96)):
+        service.wait(fork.id, "completed")
+        expected = {name: [p for p in points if first <= p[0] < end] for name, points in undisturbed.items()}
+        assert service.curves(fork.id) == expected
+        assert fork.forked_from is not None
+        assert (fork.forked_from.operation_id, fork.forked_from.step) == (parent, first)
+        assert service.checkpoints(fork.id)[0].operation_id == parent
+    assert service.get(parent) == before
+
+
 def code(answer: httpx.Response) -> str:
     found: str = answer.json()["error"]["code"]
     return found

@@ -34,6 +34,7 @@ def operation(**changes: Any) -> Operation:
         "exactness": None,
         "energy": EnergyView(reason="not_measured"),
         "resumed_from": None,
+        "forked_from": None,
         "lineage": [],
     }
     return Operation.model_validate(plain | changes)

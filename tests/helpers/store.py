@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 from sqlalchemy import text
 
 from ops_backend.database import Sessions
-from ops_backend.store import claims, leases, queries, reports, submit, transitions, workers
+from ops_backend.store import claims, fork, leases, queries, reports, submit, transitions, workers
 from ops_contract.agents import (
     Heartbeat,
     HeartbeatAnswer,
@@ -20,7 +20,7 @@ from ops_contract.agents import (
 )
 from ops_contract.jobs import Execution, JobSpec
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase, Status
-from ops_contract.operations import Operation, ResumeAccepted
+from ops_contract.operations import ForkRequest, Operation, ResumeAccepted
 from ops_contract.reports import CheckpointSaved, Exactness, Fault, Finish, Metrics, Progress, Report, Series, Started
 
 LEASE_S = 60.0
@@ -124,6 +124,11 @@ class Store:
     async def resume(self, id: UUID, from_checkpoint: UUID | None = None) -> ResumeAccepted | None:
         async with self.sessions.begin() as session:
             return await transitions.resume_if_ended(session, id, from_checkpoint)
+
+    async def fork(self, id: UUID, key: str | None = None, **wish: Any) -> UUID | None:
+        request = ForkRequest.model_validate(wish)
+        async with self.sessions.begin() as session:
+            return await fork.fork_if_there(session, id, request, "me", key, request.model_dump_json().encode())
 
     async def heartbeat(self, incarnation: UUID, *holds: Held, draining: bool = False) -> HeartbeatAnswer:
         listed = [HoldRef(operation_id=h.operation_id, attempt=h.attempt) for h in holds]

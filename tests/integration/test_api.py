@@ -53,6 +53,7 @@ def refusal(answer: httpx.Response) -> tuple[int, str]:
         ("GET", f"/operations/{MISSING}/events", None, (404, "not_found")),
         ("POST", f"/operations/{MISSING}/cancel", None, (404, "not_found")),
         ("POST", f"/operations/{MISSING}/resume", None, (404, "not_found")),
+        ("POST", f"/operations/{MISSING}/fork", None, (404, "not_found")),
         ("GET", "/operations/not-an-id", None, (422, "invalid")),
         ("GET", "/operations?cursor=nonsense", None, (422, "invalid")),
         ("GET", "/operations?limit=0", None, (422, "invalid")),
@@ -122,6 +123,75 @@ async def test_the_job_is_stored_resolved(api: httpx.AsyncClient, offered: str) 
     assert job["config"] == {"depth": 3}
     assert job["execution"]["learning_rate"] == 1e-3
     assert made.json()["submitted_by"] == "operator"
+
+
+async def forkable(store: Store) -> str:
+    """The path of a completed run that can be forked at steps 0, 10 and 20, the end of its second epoch."""
+    await store.worker()
+    run = await store.running(execution={"max_epochs": 2})
+    points = [saved(run, 0), saved(run, 10, epoch=1), saved(run, 20, epoch=2)]
+    run = await store.report(run, started(), *points)
+    await store.finish(run, Outcome.COMPLETED)
+    await store.execute("UPDATE workers SET draining = true")  # so that what is forked stays as it was made
+    return f"/operations/{run.operation_id}"
+
+
+@pytest.mark.parametrize(
+    ("step", "wish", "field"),
+    [
+        (10, {"overrides": {"workload": "other"}}, "overrides.workload"),
+        (10, {"overrides": {"execution": {"max_epoch": 3}}}, "overrides.execution.max_epoch"),
+        (10, {"overrides": {"execution": {"learning_rate": -1}}}, "overrides.execution.learning_rate"),
+        (10, {"overrides": {"config": {"depth": 3}}}, "overrides.config"),
+        (10, {"overrides": {"priority": 5000}}, "overrides.priority"),
+        (10, {"overrides": {"execution": {"batch_size": 7}}}, "overrides.execution.batch_size"),
+        (10, {"overrides": {"execution": {"seed": 7}}}, "overrides.execution.seed"),
+        (10, {"overrides": {"execution": {"optimizer": "sgd"}}}, "overrides.execution.optimizer"),
+        (
+            10,
+            {"overrides": {"execution": {"accumulate_grad_batches": 2}}},
+            "overrides.execution.accumulate_grad_batches",
+        ),
+        (10, {"overrides": {"execution": {"max_steps": 10}}}, "overrides.execution.max_steps"),
+        (10, {"overrides": {"execution": {"max_epochs": 1}}}, "overrides.execution.max_epochs"),
+        (20, {}, "overrides.execution.max_epochs"),
+        (20, {"override": {}}, "override"),
+    ],
+)
+async def test_what_a_fork_cannot_carry_over_is_refused_with_the_path_of_the_field(
+    store: Store, database_url: str, step: int, wish: dict[str, Any], field: str
+) -> None:
+    path = await forkable(store)
+    async with serving(database_url) as api:
+        point = next(c for c in (await api.get(f"{path}/checkpoints")).json()["items"] if c["step"] == step)
+        answer = await api.post(f"{path}/fork", json=wish | {"from_checkpoint": point["id"]})
+        assert refusal(answer) == (422, "invalid")
+        assert answer.json()["error"]["details"]["errors"][0]["field"] == field
+        assert len((await api.get("/operations")).json()["items"]) == 1
+
+
+async def test_anything_may_change_before_the_first_update(store: Store, database_url: str) -> None:
+    path = await forkable(store)
+    changes = {"batch_size": 7, "seed": 7, "optimizer": "sgd", "accumulate_grad_batches": 2}
+    async with serving(database_url) as api:
+        point = (await api.get(f"{path}/checkpoints")).json()["items"][0]
+        wish = {"from_checkpoint": point["id"], "overrides": {"execution": changes}}
+        assert (await api.post(f"{path}/fork", json=wish)).status_code == 201
+
+
+async def test_a_fork_is_made_once_per_key_parent_and_wish(store: Store, database_url: str) -> None:
+    path, other = await forkable(store), await forkable(store)
+    wish = {"overrides": {"execution": {"max_epochs": 3}}, "name": "longer"}
+    key = {"Idempotency-Key": "k"}
+    async with serving(database_url) as api:
+        made, again = [await api.post(f"{path}/fork", json=wish, headers=key) for _ in range(2)]
+        assert (made.status_code, again.status_code) == (201, 200)
+        assert made.json() == again.json()
+        assert (made.json()["name"], made.json()["forked_from"]["step"]) == ("longer", 20)
+        assert path.endswith(made.json()["forked_from"]["operation_id"])
+        for at, body in ((path, wish | {"name": "other"}), (other, wish)):
+            assert refusal(await api.post(f"{at}/fork", json=body, headers=key)) == (409, "idempotency_conflict")
+        assert refusal(await api.post(f"{path}/fork", json={"from_checkpoint": MISSING})) == (404, "no_checkpoint")
 
 
 async def test_without_the_token_nothing_is_told(api: httpx.AsyncClient) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -22,9 +23,12 @@ from ops_cli.exits import ExitCode
 from ops_cli.main import main
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import CheckpointEvery, Execution, JobSpec
-from ops_contract.lifecycle import CheckpointType, Status
+from ops_contract.lifecycle import CheckpointType, Phase, Status
 from ops_contract.operations import (
     CancelRequest,
+    Checkpoints,
+    CheckpointView,
+    ForkedFrom,
     MetricNames,
     MetricPoints,
     Operation,
@@ -38,6 +42,8 @@ from ops_contract.operations import (
 )
 from ops_contract.reports import Fault
 from ops_contract.wire import API_PREFIX, Wire
+from relight.manifest import FileEntry, Manifest
+from relight.settings import UpState, write_up_state
 
 RESUMED_FROM = ResumedFrom(
     checkpoint_id=uuid4(), checkpoint_type=CheckpointType.CANCEL, created_at="2026-01-01T00:00:00Z", epoch=2, step=130
@@ -52,6 +58,8 @@ class Api:
     states: dict[UUID, list[Operation]] = field(default_factory=dict)
     submitted: list[dict[str, Any]] = field(default_factory=list)
     cancelled: list[CancelRequest] = field(default_factory=list)
+    forked: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: list[CheckpointView] = field(default_factory=list)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     workers: list[WorkerView] = field(default_factory=list)
     refusal: OpsError | None = None
@@ -104,6 +112,16 @@ def app_of(api: Api) -> FastAPI:
     @app.post(f"{API_PREFIX}/operations/{{id}}/resume")
     async def resume(id: UUID) -> Response:
         return answer(ResumeAccepted(operation_id=id, status=Status.PENDING, resumed_from=RESUMED_FROM), 202)
+
+    @app.post(f"{API_PREFIX}/operations/{{id}}/fork")
+    async def fork(id: UUID, request: Request) -> Response:
+        api.forked.append(await request.json())
+        made = operation(name="longer", forked_from=ForkedFrom(operation_id=id, checkpoint_id=uuid4(), step=144))
+        return answer(api.now(api.holds(made)), 201)
+
+    @app.get(f"{API_PREFIX}/operations/{{id}}/checkpoints")
+    async def checkpoints(id: UUID) -> Response:
+        return answer(Checkpoints(items=api.checkpoints))
 
     @app.get(f"{API_PREFIX}/operations/{{id}}/metrics")
     async def metrics(id: UUID, name: str | None = None) -> Response:
@@ -209,6 +227,108 @@ def test_a_file_is_yaml_or_json(api: Api, ops: Ops, tmp_path: Path, text: str) -
     [sent] = api.submitted
     assert sent["config"] == {"rate": 0.001}
     assert JobSpec.model_validate(sent).execution.checkpoint_every == CheckpointEvery(epochs=1)
+
+
+def test_fork_sends_what_differs_and_says_where_it_begins(api: Api, ops: Ops) -> None:
+    parent, point = api.holds(operation(status=Status.COMPLETED)), saved_as(uuid4())
+    api.checkpoints = [point]
+
+    ran = ops(
+        *("fork", parent, "--set", "execution.max_epochs=20", "--label", "team=a", "--name", "longer"),
+        *("--from-checkpoint", str(point.id)[:6]),
+    )
+
+    assert ran.code == ExitCode.DONE
+    assert f"from step 144 of {str(parent)[:8]}" in ran.out
+    assert api.forked == [
+        {
+            "from_checkpoint": str(point.id),
+            "overrides": {"execution": {"max_epochs": 20}, "labels": {"team": "a"}},
+            "name": "longer",
+        }
+    ]
+    assert ops("fork", parent, "--set", "max_epochs=20").code == ExitCode.USAGE
+
+
+def saved_as(id: UUID, **changes: Any) -> CheckpointView:
+    plain = {
+        "id": id,
+        "operation_id": uuid4(),
+        "attempt": 1,
+        "checkpoint_type": CheckpointType.PERIODIC,
+        "status": "committed",
+        "step": 3,
+        "epoch": 0,
+        "phase": "update",
+        "path": "nowhere/1-3",
+        "size_bytes": 10,
+        "manifest_sha256": "0" * 64,
+        "in_lineage": True,
+        "created_at": "2026-01-01T00:00:00Z",
+    }
+    return CheckpointView.model_validate(plain | changes)
+
+
+def written(root: Path, name: str, content: bytes) -> CheckpointView:
+    """A checkpoint of one file as a trainer publishes it."""
+    entry = FileEntry(size_bytes=len(content), sha256=[sha256(content).hexdigest()])
+    made = Manifest(
+        operation_id=uuid4(),
+        attempt=1,
+        step=3,
+        epoch=0,
+        phase=Phase.UPDATE,
+        workload="digits",
+        code_digest=None,
+        data_digest=None,
+        numerics={},
+        files={"state": entry},
+    )
+    raw = made.model_dump_json().encode()
+    (root / name).mkdir(parents=True)
+    (root / name / "state").write_bytes(content)
+    (root / name / "manifest.json").write_bytes(raw)
+    return saved_as(uuid4(), path=name, manifest_sha256=sha256(raw).hexdigest())
+
+
+def test_verify_says_which_checkpoints_are_not_what_was_committed(api: Api, ops: Ops, tmp_path: Path) -> None:
+    known = api.holds(operation())
+    good, flipped, gone = (written(tmp_path, f"run/1-{n}", bytes(100)) for n in range(3))
+    api.checkpoints = [good, flipped, gone, saved_as(uuid4(), status="deleting")]
+    at = ("--storage-root", tmp_path)
+
+    assert ops("checkpoints", "verify", known, *at, "--json").code == ExitCode.DONE
+    (tmp_path / "run/1-1/state").write_bytes(bytes(99) + b"x")
+    (tmp_path / "run/1-2/manifest.json").unlink()
+    ran = ops("checkpoints", "verify", known, *at, "--json")
+
+    found = {verdict["id"]: verdict for verdict in json.loads(ran.out)}
+    assert ran.code == ExitCode.FAILED
+    assert {id: verdict["good"] for id, verdict in found.items()} == {
+        str(good.id): True,
+        str(flipped.id): False,
+        str(gone.id): False,
+    }
+    assert "state differs from what was written" in found[str(flipped.id)]["problem"]
+    assert "never published" in found[str(gone.id)]["problem"]
+    assert ops("checkpoints", "verify", known, str(good.id)[:8], *at).code == ExitCode.DONE
+    told = ops("checkpoints", "verify", known, str(flipped.id)[:8], *at)
+    assert (told.code, "corrupt" in told.out) == (ExitCode.FAILED, True)
+
+
+def test_verify_looks_where_the_last_up_or_the_environment_says(
+    api: Api, ops: Ops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = api.holds(operation())
+    api.checkpoints = [written(tmp_path / "data/storage", "run/1-1", b"x")]
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("OPS_STORAGE_ROOT", raising=False)
+
+    assert ops("checkpoints", "verify", known).code == ExitCode.USAGE
+    write_up_state(UpState(api.url, "t", str(tmp_path / "data"), os.getpid()))
+    assert ops("checkpoints", "verify", known).code == ExitCode.DONE
+    monkeypatch.setenv("OPS_STORAGE_ROOT", str(tmp_path))
+    assert ops("checkpoints", "verify", known).code == ExitCode.FAILED
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,17 @@ class Operation:
     checkpoints: list[CheckpointSaved] = field(default_factory=list)
     curves: dict[str, dict[int, float]] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
+    forked_from: "tuple[Operation, CheckpointSaved] | None" = None
+
+    def fork(self, at: CheckpointSaved, config: dict[str, Any] | None = None, **execution: Any) -> "Operation":
+        """One that begins at a checkpoint of this one."""
+        return Operation(
+            root=self.root,
+            workload=self.workload,
+            config=self.config | (config or {}),
+            execution=Execution.model_validate(self.execution.model_dump() | execution),
+            forked_from=(self, at),
+        )
 
     def run(
         self, kill_at: Callable[[int, Report], bool] = lambda n, report: False, stop_after_polls: int | None = None
@@ -186,16 +197,21 @@ class Operation:
 
     def start(self) -> StartTraining:
         self.attempts += 1
-        job = Job(kind=Kind.TRAINING, workload=self.workload, config=self.config, execution=self.execution)
+        parent, fork_point = self.forked_from or (None, None)
+        newest = self.checkpoints[-1] if self.checkpoints else fork_point
         return StartTraining(
             incarnation=uuid4(),
             operation_id=self.id,
             attempt=self.attempts,
             slot=0,
             deadline_s=60,
-            job=job,
-            checkpoint=ref_of(self.checkpoints[-1]) if self.checkpoints else None,
+            job=self.job(),
+            checkpoint=ref_of(newest) if newest else None,
+            parent_job=parent.job() if parent and newest is fork_point else None,
         )
+
+    def job(self) -> Job:
+        return Job(kind=Kind.TRAINING, workload=self.workload, config=self.config, execution=self.execution)
 
     def accept(self, report: Report) -> None:
         self.reports.append(report)
@@ -211,7 +227,8 @@ class Operation:
                 assert not curve.keys() & set(series.steps), f"{series.name} of {series.steps} was reported twice"
                 curve.update(zip(series.steps, series.floats(), strict=True))
         elif isinstance(report, CheckpointSaved):
-            missing = set(range(report.step)) - self.curves.get("loss", {}).keys()
+            first = self.forked_from[1].step if self.forked_from else 0
+            missing = set(range(first, report.step)) - self.curves.get("loss", {}).keys()
             assert not missing, f"the checkpoint of step {report.step} came before the losses of {missing}"
             self.checkpoints.append(report)
 

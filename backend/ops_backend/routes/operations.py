@@ -5,10 +5,12 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import queries
+from ops_backend.store.fork import fork_if_there
 from ops_backend.store.submit import replay, submit_if_new
 from ops_backend.store.transitions import cancel_if_live, explain_cancel, explain_resume, resume_if_ended
 from ops_contract.errors import ErrorCode, OpsError
@@ -19,6 +21,7 @@ from ops_contract.operations import (
     CancelRequest,
     Checkpoints,
     Events,
+    ForkRequest,
     MetricNames,
     MetricPoints,
     Operation,
@@ -52,10 +55,7 @@ async def submit(
             after.add_task(dispatcher.wake)
             return await queries.get(session, found_or_lost)
         found = await replay(session, submitted_by, idempotency_key, body)
-    if found is None:
-        raise OpsError(ErrorCode.UNAVAILABLE, "a concurrent request with this key has just gone; try again")
-    response.status_code = 200
-    return await queries.get(session, found)
+    return await _replayed(session, response, found)
 
 
 @router.get("", responses=refusals(401, 422))
@@ -117,6 +117,32 @@ async def resume_operation(
     return resumed
 
 
+@router.post("/{id}/fork", status_code=201, responses={200: {"model": Operation}, **refusals(401, 404, 409, 422)})
+async def fork_operation(
+    id: UUID,
+    request: Request,
+    response: Response,
+    session: SessionDep,
+    submitted_by: CallerDep,
+    dispatcher: DispatcherDep,
+    after: BackgroundTasks,
+    idempotency_key: IdempotencyKey = None,
+) -> Operation:
+    """A new operation that begins at a checkpoint of this one, with its job but for the overrides."""
+    body = await request.body() or b"{}"
+    # The same wish for another operation is another request.
+    whole = b'{"fork": "%s", "wish": %s}' % (str(id).encode(), body)
+    found = await replay(session, submitted_by, idempotency_key, whole)
+    if found is None:
+        wish = ForkRequest.model_validate_json(body)
+        forked = await fork_if_there(session, id, wish, submitted_by, idempotency_key, whole)
+        if forked is not None:
+            after.add_task(dispatcher.wake)
+            return await queries.get(session, forked)
+        found = await replay(session, submitted_by, idempotency_key, whole)
+    return await _replayed(session, response, found)
+
+
 @router.get("/{id}/attempts", responses=refusals(401, 404))
 async def get_attempts(id: UUID, session: SessionDep, _: CallerDep) -> Attempts:
     return await queries.attempts(session, id)
@@ -165,6 +191,13 @@ def _known(statuses: str | None) -> str | None:
     if unknown:
         raise OpsError(ErrorCode.INVALID, f"status: no such status {', '.join(unknown)}; there are {', '.join(Status)}")
     return statuses or None
+
+
+async def _replayed(session: AsyncSession, response: Response, found: UUID | None) -> Operation:
+    if found is None:
+        raise OpsError(ErrorCode.UNAVAILABLE, "a concurrent request with this key has just gone; try again")
+    response.status_code = 200
+    return await queries.get(session, found)
 
 
 def _spec(body: bytes) -> JobSpec:

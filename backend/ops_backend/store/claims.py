@@ -5,7 +5,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, in_lineage, plain, record, statement
+from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
 from ops_contract.agents import CheckpointRef
 from ops_contract.jobs import Job
 from ops_contract.reports import Fault
@@ -18,6 +18,8 @@ TRY_CLAIM_LOCK = statement(f"SELECT pg_try_advisory_xact_lock({CLAIM_LOCK})")
 
 # A slot is free while the hold it was last given to is not alive. `auto` wants a GPU slot and takes a CPU slot only
 # where no live worker offers this workload a GPU at all. A frozen number of threads prefers a slot of that many cores.
+# A fork without a checkpoint of its own is handed its fork point even if that was marked corrupt meanwhile: the worker
+# then refuses it, and the fork fails. Without one it would begin at step 0, which nobody asked for.
 CLAIM = statement(f"""
     WITH offered AS MATERIALIZED (
         SELECT s.incarnation, s.index, s.device, s.cores, w.url, w.secret, w.workloads,
@@ -28,7 +30,7 @@ CLAIM = statement(f"""
           FROM slots s JOIN workers w USING (incarnation)
          WHERE NOT w.draining AND w.last_seen_at > now() - make_interval(secs => :lease_s)
     ), chosen AS MATERIALIZED (
-        SELECT o.id, o.resume_checkpoint_id, slot.*
+        SELECT o.id, o.resume_checkpoint_id, o.forked_from_checkpoint_id, slot.*
           FROM operations o
           CROSS JOIN LATERAL (
             SELECT f.incarnation, f.index, f.device, f.cores, f.url, f.secret
@@ -46,15 +48,14 @@ CLAIM = statement(f"""
          LIMIT 1
            FOR NO KEY UPDATE OF o SKIP LOCKED
     ), checkpoint AS MATERIALIZED (
-        SELECT c.id
-          FROM checkpoints c JOIN chosen ON c.operation_id = chosen.id
-         WHERE c.status = 'committed' AND {in_lineage("c")}
+        SELECT c.id, c.id = chosen.forked_from_checkpoint_id AS is_fork_point
+          FROM checkpoints c JOIN chosen ON {continues("chosen")} OR c.id = chosen.forked_from_checkpoint_id
          ORDER BY coalesce(c.id = chosen.resume_checkpoint_id, false) DESC, {NEWEST_FIRST}
          LIMIT 1
     ), pinned AS (
         UPDATE checkpoints c SET pinned_at = now()
-          FROM checkpoint WHERE c.id = checkpoint.id AND c.status = 'committed'
-        RETURNING c.id, c.path, c.step, c.epoch, c.phase, c.size_bytes, c.manifest_sha256
+          FROM checkpoint WHERE c.id = checkpoint.id AND (c.status = 'committed' OR checkpoint.is_fork_point)
+        RETURNING c.id, c.operation_id, c.path, c.step, c.epoch, c.phase, c.size_bytes, c.manifest_sha256
     ), moved AS (
         UPDATE operations o
            SET status = 'running', attempt = o.attempt + 1, event_seq = o.event_seq + 1, not_before = NULL,
@@ -81,8 +82,9 @@ CLAIM = statement(f"""
     )
     SELECT moved.id AS operation_id, moved.attempt, moved.job, moved.incarnation, moved.index, moved.url, moved.secret,
            pinned.id AS checkpoint_id, pinned.path, pinned.step, pinned.epoch, pinned.phase, pinned.size_bytes,
-           pinned.manifest_sha256
+           pinned.manifest_sha256, parent.job AS parent_job
       FROM moved LEFT JOIN pinned ON true
+      LEFT JOIN operations parent ON parent.id = pinned.operation_id AND parent.id <> moved.id
 """)
 
 REFUSE = statement(f"""
@@ -126,6 +128,7 @@ class Claim:
     secret: str
     job: Job
     checkpoint: CheckpointRef | None
+    parent_job: Job | None
 
 
 async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
@@ -147,6 +150,7 @@ async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
         secret=row["secret"],
         job=Job.model_validate(row["job"]),
         checkpoint=checkpoint,
+        parent_job=Job.model_validate(row["parent_job"]) if row["parent_job"] else None,
     )
 
 

@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.sql import in_lineage, statement
+from ops_backend.store.sql import continues, statement
 from ops_backend.store.transitions import not_found
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.operations import (
@@ -21,6 +21,7 @@ from ops_contract.operations import (
     EnergyView,
     Events,
     EventView,
+    ForkedFrom,
     LineageEntry,
     MetricNames,
     MetricPoints,
@@ -52,9 +53,11 @@ GET = statement(f"""
              WHERE x.operation_id = o.id AND x.exactness IS NOT NULL ORDER BY x.number DESC LIMIT 1) AS exactness,
            c.id AS checkpoint_id, c.checkpoint_type, c.created_at AS checkpoint_created_at,
            c.epoch AS checkpoint_epoch, c.step AS checkpoint_step,
+           fork.operation_id AS fork_operation_id, fork.step AS fork_step,
            (SELECT array_agg(x.start_step ORDER BY x.number) FROM attempts x WHERE x.operation_id = o.id) AS starts
       FROM operations o {_PROGRESS}
       LEFT JOIN checkpoints c ON c.id = coalesce(o.resume_checkpoint_id, a.checkpoint_id)
+      LEFT JOIN checkpoints fork ON fork.id = o.forked_from_checkpoint_id
      WHERE o.id = :id
 """)
 
@@ -96,8 +99,9 @@ METRIC = statement("""
 """)
 
 CHECKPOINTS = statement(f"""
-    SELECT c.*, c.status = 'committed' AND {in_lineage("c")} AS in_lineage
-      FROM checkpoints c WHERE c.operation_id = :id ORDER BY c.created_at, c.step
+    SELECT c.*, {continues("o")} AS in_lineage
+      FROM operations o JOIN checkpoints c ON c.operation_id = o.id OR c.id = o.forked_from_checkpoint_id
+     WHERE o.id = :id ORDER BY c.created_at, c.step
 """)
 
 EVENTS = statement("SELECT * FROM events WHERE operation_id = :id AND seq > :after ORDER BY seq LIMIT 1000")
@@ -145,6 +149,7 @@ async def get(session: AsyncSession, id: UUID) -> Operation:
         exactness=row.exactness,
         energy=EnergyView(reason=NOT_MEASURED),
         resumed_from=_resumed_from(row),
+        forked_from=_forked_from(row),
         lineage=lineage(row.starts or []),
     )
 
@@ -293,6 +298,14 @@ def _resumed_from(row: Row[Any]) -> ResumedFrom | None:
         created_at=row.checkpoint_created_at,
         epoch=row.checkpoint_epoch,
         step=row.checkpoint_step,
+    )
+
+
+def _forked_from(row: Row[Any]) -> ForkedFrom | None:
+    if row.forked_from_checkpoint_id is None:
+        return None
+    return ForkedFrom(
+        operation_id=row.fork_operation_id, checkpoint_id=row.forked_from_checkpoint_id, step=row.fork_step
     )
 
 

@@ -78,6 +78,16 @@ def in_lineage(checkpoint: str) -> str:
                        AND later.number > {checkpoint}.attempt AND later.start_step < {checkpoint}.step)"""
 
 
+def continues(operation: str) -> str:
+    """True for a committed row `c` that the operation goes on from: its own on the lineage, or its fork point.
+
+    `operation` has id and forked_from_checkpoint_id.
+    """
+    return f"""
+        c.status = 'committed' AND (c.operation_id = {operation}.id AND {in_lineage("c")}
+                                    OR c.id = {operation}.forked_from_checkpoint_id)"""
+
+
 # What evaluates a step comes after what updates it; of equals the newest is taken.
 NEWEST_FIRST = "c.step DESC, c.phase = 'evaluate' DESC, c.attempt DESC, c.created_at DESC"
 

@@ -62,30 +62,29 @@ async def submit_if_new(
 
     Raises 422 for an unknown workload or a config that its schema refuses.
     """
-    job = Job(
-        kind=spec.kind,
-        workload=spec.workload,
-        config=await _resolved_config(session, spec),
-        execution=spec.execution,
-    )
-    operation_id = uuid4()
-    submitted: UUID | None = await session.scalar(
-        SUBMIT,
-        {
-            "id": operation_id,
-            "name": spec.name or f"{spec.workload}-{str(operation_id)[:8]}",
-            "kind": spec.kind,
-            "workload": spec.workload,
-            "job": plain(job),
-            "labels": spec.labels,
-            "priority": spec.priority,
-            "max_retries": spec.max_retries,
-            "submitted_by": submitted_by,
-            "idempotency_key": key,
-            "body_sha256": body_sha256(body),
-        },
-    )
+    config = await resolved_config(session, spec)
+    submitted: UUID | None = await session.scalar(SUBMIT, new_operation(spec, config, submitted_by, key, body))
     return submitted
+
+
+def new_operation(
+    spec: JobSpec, config: dict[str, Any], submitted_by: str, key: str | None, body: bytes
+) -> dict[str, Any]:
+    """The columns that come from its submitter."""
+    id = uuid4()
+    return {
+        "id": id,
+        "name": spec.name or f"{spec.workload}-{str(id)[:8]}",
+        "kind": spec.kind,
+        "workload": spec.workload,
+        "job": plain(Job(kind=spec.kind, workload=spec.workload, config=config, execution=spec.execution)),
+        "labels": spec.labels,
+        "priority": spec.priority,
+        "max_retries": spec.max_retries,
+        "submitted_by": submitted_by,
+        "idempotency_key": key,
+        "body_sha256": body_sha256(body),
+    }
 
 
 def body_sha256(body: bytes) -> str:
@@ -95,7 +94,8 @@ def body_sha256(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
 
 
-async def _resolved_config(session: AsyncSession, spec: JobSpec) -> dict[str, Any]:
+async def resolved_config(session: AsyncSession, spec: JobSpec, path: str = "config") -> dict[str, Any]:
+    """The config with its defaults. Raises 422; `path` is where the submitter wrote it."""
     schema = await session.scalar(FIND_WORKLOAD, {"name": spec.workload})
     if schema is None:
         known = list(await session.scalars(KNOWN_WORKLOADS))
@@ -107,11 +107,12 @@ async def _resolved_config(session: AsyncSession, spec: JobSpec) -> dict[str, An
     config = {**defaults, **spec.config}
     errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(config), key=lambda e: list(e.absolute_path))
     if errors:
-        problems = [{"field": _path(e), "problem": e.message} for e in errors]
-        first = problems[0]
-        raise OpsError(ErrorCode.INVALID, f"{first['field']}: {first['problem']}", errors=problems)
+        raise invalid([(".".join([path, *map(str, e.absolute_path)]), e.message) for e in errors])
     return config
 
 
-def _path(error: jsonschema.ValidationError) -> str:
-    return ".".join(["config", *(str(part) for part in error.absolute_path)])
+def invalid(problems: list[tuple[str, str]]) -> OpsError:
+    """422 for (field, problem) pairs, the first one in words."""
+    field, problem = problems[0]
+    errors = [{"field": field, "problem": problem} for field, problem in problems]
+    return OpsError(ErrorCode.INVALID, f"{field}: {problem}", errors=errors)

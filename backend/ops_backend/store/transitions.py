@@ -6,7 +6,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, in_lineage, plain, record, statement
+from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import CANCELLABLE, RESUMABLE, Status
 from ops_contract.operations import ResumeAccepted, ResumedFrom
@@ -19,7 +19,8 @@ MAX_LOST_WITHOUT_PROGRESS = 3
 # hand or when the lineage has no other. Backoff doubles per failure and is spread over ±50 %.
 FINISH = statement(f"""
     WITH {LOCK_HOLDS}, target AS MATERIALIZED (
-        SELECT id, status, attempt, failures, max_retries, resume_checkpoint_id, resume_explicit
+        SELECT id, status, attempt, failures, max_retries, resume_checkpoint_id, resume_explicit,
+               forked_from_checkpoint_id
           FROM operations
          WHERE id = :id AND attempt = :attempt AND status IN ('running', 'cancelling')
            AND (SELECT bool_or(incarnation = :incarnation AND last_seq = :seq - 1) FROM locked)
@@ -38,8 +39,7 @@ FINISH = statement(f"""
             ELSE 'retry' END AS event,
             t.resume_explicit AND t.resume_checkpoint_id = closed.checkpoint_id OR NOT EXISTS (
                 SELECT FROM checkpoints c
-                 WHERE c.operation_id = t.id AND c.status = 'committed' AND c.id IS DISTINCT FROM closed.checkpoint_id
-                   AND {in_lineage("c")}) AS nothing_before
+                 WHERE {continues("t")} AND c.id IS DISTINCT FROM closed.checkpoint_id) AS nothing_before
           FROM target t, closed
     ), marked AS (
         UPDATE checkpoints c SET status = 'corrupt'
@@ -138,14 +138,13 @@ REQUEST_CANCEL = statement(f"""
 # newest of the lineage. An abandoned branch cannot be resumed, only forked: its steps no longer count.
 RESUME = statement(f"""
     WITH target AS MATERIALIZED (
-        SELECT id, status, resume_checkpoint_id FROM operations
+        SELECT id, status, resume_checkpoint_id, forked_from_checkpoint_id FROM operations
          WHERE id = :id AND status IN ('failed', 'cancelled')
            FOR NO KEY UPDATE
     ), chosen AS MATERIALIZED (
         SELECT c.id
-          FROM checkpoints c JOIN target t ON c.operation_id = t.id
-         WHERE c.status = 'committed' AND {in_lineage("c")}
-           AND (CAST(:checkpoint_id AS uuid) IS NULL OR c.id = :checkpoint_id)
+          FROM checkpoints c JOIN target t ON {continues("t")}
+         WHERE (CAST(:checkpoint_id AS uuid) IS NULL OR c.id = :checkpoint_id)
          ORDER BY coalesce(c.id = t.resume_checkpoint_id, false) DESC, {NEWEST_FIRST}
          LIMIT 1
     ), pinned AS (
@@ -171,10 +170,10 @@ RESUME = statement(f"""
 EXPLAIN = statement(f"""
     SELECT o.status,
            EXISTS (SELECT FROM checkpoints c
-                    WHERE c.operation_id = o.id AND c.status = 'committed'
+                    WHERE (c.operation_id = o.id OR c.id = o.forked_from_checkpoint_id) AND c.status = 'committed'
                       AND (CAST(:checkpoint_id AS uuid) IS NULL OR c.id = :checkpoint_id)) AS has_checkpoint,
            EXISTS (SELECT FROM checkpoints c
-                    WHERE c.operation_id = o.id AND c.status = 'committed' AND {in_lineage("c")}
+                    WHERE {continues("o")}
                       AND (CAST(:checkpoint_id AS uuid) IS NULL OR c.id = :checkpoint_id)) AS in_lineage
       FROM operations o WHERE o.id = :id
 """)

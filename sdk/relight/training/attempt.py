@@ -20,6 +20,7 @@ from relight.manifest import Manifest
 from relight.training import numerics
 from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
+from relight.training.fork import forked_tree
 from relight.training.loop import Loop, Why
 from relight.training.order import DataOrder
 from relight.training.randomness import Stream, derive, seed_everything
@@ -91,6 +92,8 @@ class Attempt:
         about = self._about(workload, before)
         steps_total = _steps_total(self._knobs, len(training))
         live, scheduler_steps = self._live(workload, steps_total)
+        if tree is not None and (parent := self._start.parent_job):
+            tree = forked_tree(tree, live, scheduler_steps, parent, self._start.job)
         reporter = Reporter(self._sink, steps_total, self._clock)
         cursor = Cursor() if tree is None else _put_back(tree, live, reporter)
         self._tell_started(about, before, cursor)

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from ops_contract.agents import CheckpointRef
 from ops_contract.lifecycle import Phase
-from relight.manifest import CHUNK_BYTES, MANIFEST, CheckpointCorrupt, FileEntry, Manifest, open_file, opened
+from relight.manifest import (
+    CHUNK_BYTES,
+    MANIFEST,
+    CheckpointCorrupt,
+    FileEntry,
+    Manifest,
+    open_file,
+    opened,
+    read_chunk,
+)
 from relight.training import tensorfile
 from relight.training.codec import CodecError, Encoded, decode
 
@@ -164,17 +173,6 @@ def _read(directory: int, name: str, entry: FileEntry) -> Tensor:
     contents = torch.empty(entry.size_bytes, dtype=torch.uint8)
     buffer = contents.numpy().data
     with open(open_file(directory, name, entry), "rb", buffering=0) as file:
-        for i, wanted in enumerate(entry.sha256):
-            chunk = buffer[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES]
-            _read_whole(file.fileno(), name, chunk)
-            if sha256(chunk).hexdigest() != wanted:
-                raise CheckpointCorrupt(f"{name} differs from what was written, in bytes from {i * CHUNK_BYTES}")
+        for i in range(len(entry.sha256)):
+            read_chunk(file.fileno(), name, entry, i, buffer[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES])
     return contents
-
-
-def _read_whole(file: int, name: str, into: memoryview) -> None:
-    while into:
-        n = os.readv(file, [into])
-        if n == 0:
-            raise CheckpointCorrupt(f"{name} ends before its size")
-        into = into[n:]

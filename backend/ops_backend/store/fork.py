@@ -1,0 +1,126 @@
+"""fork: – → pending, a new operation that begins at a checkpoint of another; the checkpoint is pinned by it."""
+
+from typing import Any
+from uuid import UUID
+
+from pydantic import ValidationError
+from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ops_backend.store.sql import NEWEST_FIRST, continues, record, statement
+from ops_backend.store.submit import invalid, new_operation, resolved_config
+from ops_backend.store.transitions import not_found
+from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.jobs import Execution, Job, JobSpec
+from ops_contract.operations import ForkRequest
+
+# One that is named may lie on a branch that a resume left behind: the fork has a lineage of its own.
+FIND_FORK_POINT = statement(f"""
+    SELECT o.job, o.labels, o.priority, o.max_retries, c.id AS checkpoint_id, c.step, c.epoch, writer.job AS writer_job
+      FROM operations o
+      LEFT JOIN LATERAL (
+        SELECT c.id, c.operation_id, c.step, c.epoch
+          FROM checkpoints c
+         WHERE c.status = 'committed' AND (c.operation_id = o.id OR c.id = o.forked_from_checkpoint_id)
+           AND CASE WHEN CAST(:checkpoint_id AS uuid) IS NULL THEN {continues("o")} ELSE c.id = :checkpoint_id END
+         ORDER BY {NEWEST_FIRST}
+         LIMIT 1
+      ) c ON true
+      LEFT JOIN operations writer ON writer.id = c.operation_id
+     WHERE o.id = :id
+""")
+
+DETAIL = """(SELECT jsonb_build_object('forked_from', jsonb_build_object(
+                'operation_id', operation_id, 'checkpoint_id', id, 'step', step)) FROM pinned)"""
+
+# Retention moves a row on from `committed` under the same row's lock: either it is pinned here, or nothing is made.
+FORK = statement(f"""
+    WITH pinned AS (
+        UPDATE checkpoints SET pinned_at = now() WHERE id = :checkpoint_id AND status = 'committed'
+        RETURNING id, operation_id, step
+    ), moved AS (
+        INSERT INTO operations (id, name, kind, workload, job, labels, priority, max_retries, submitted_by,
+                                idempotency_key, body_sha256, forked_from_checkpoint_id, status, event_seq)
+        SELECT :id, :name, :kind, :workload, :job, :labels, :priority, :max_retries, :submitted_by,
+               :idempotency_key, :body_sha256, pinned.id, 'pending', 1
+          FROM pinned
+        ON CONFLICT (submitted_by, idempotency_key) DO NOTHING
+        RETURNING id, event_seq, attempt, NULL::text AS from_status, status
+    ), told AS (
+        {record("'submit'", DETAIL)}
+    )
+    SELECT (SELECT id FROM moved) AS id, EXISTS (SELECT FROM pinned) AS pinned
+""")
+
+# What a checkpoint is counted or kept in: under other values it would mean something else. Before the first update
+# there is nothing of it yet.
+_FIXED = {
+    "seed": "the order of the samples within the epoch follows from it",
+    "batch_size": "steps and the position in the epoch are counted in it",
+    "accumulate_grad_batches": "steps and the position in the epoch are counted in it",
+    "optimizer": "the checkpoint holds the other optimizer's state",
+}
+
+
+async def fork_if_there(
+    session: AsyncSession, id: UUID, wish: ForkRequest, submitted_by: str, key: str | None, body: bytes
+) -> UUID | None:
+    """Insert the fork; None when a concurrent request with the same key was first.
+
+    Raises 404 without the operation or the checkpoint, 422 for overrides that cannot be carried over.
+    """
+    point = (await session.execute(FIND_FORK_POINT, {"id": id, "checkpoint_id": wish.from_checkpoint})).one_or_none()
+    if point is None:
+        raise not_found(id)
+    if point.checkpoint_id is None:
+        raise _no_checkpoint(wish)
+    spec = _forked_spec(point, wish)
+    _check_carried_over(spec.execution, point)
+    config = await resolved_config(session, spec, "overrides.config")
+    values = new_operation(spec, config, submitted_by, key, body) | {"checkpoint_id": point.checkpoint_id}
+    made = (await session.execute(FORK, values)).one()
+    if not made.pinned:
+        raise _no_checkpoint(wish)
+    forked: UUID | None = made.id
+    return forked
+
+
+def _forked_spec(point: Row[Any], wish: ForkRequest) -> JobSpec:
+    """The parent's job with the overrides in it, checked as a submit is."""
+    parent, new = Job.model_validate(point.job), wish.overrides
+    merged = {
+        "kind": parent.kind,
+        "workload": parent.workload,
+        "config": parent.config | new.config,
+        "execution": parent.execution.model_dump() | new.execution,
+        "labels": point.labels | new.labels,
+        "priority": point.priority if new.priority is None else new.priority,
+        "max_retries": point.max_retries if new.max_retries is None else new.max_retries,
+        "name": wish.name,
+    }
+    try:
+        return JobSpec.model_validate(merged)
+    except ValidationError as error:
+        problems = [(".".join(["overrides", *map(str, e["loc"])]), e["msg"]) for e in error.errors()]
+        raise invalid(problems) from error
+
+
+def _check_carried_over(new: Execution, point: Row[Any]) -> None:
+    """Raises 422 where the checkpoint would mean something else, or nothing would be left to train."""
+    old = Job.model_validate(point.writer_job).execution
+    problems = [
+        (name, f"cannot change from {getattr(old, name)} at step {point.step}: {why}; fork a checkpoint of step 0")
+        for name, why in _FIXED.items()
+        if point.step > 0 and getattr(new, name) != getattr(old, name)
+    ]
+    if new.max_epochs <= point.epoch:
+        problems.append(("max_epochs", f"the checkpoint is at the end of epoch {point.epoch}; give more than that"))
+    if new.max_steps is not None and new.max_steps <= point.step:
+        problems.append(("max_steps", f"the checkpoint is at step {point.step}; give more than that, or null"))
+    if problems:
+        raise invalid([(f"overrides.execution.{name}", problem) for name, problem in problems])
+
+
+def _no_checkpoint(wish: ForkRequest) -> OpsError:
+    what = "no such committed checkpoint" if wish.from_checkpoint else "no committed checkpoint yet"
+    return OpsError(ErrorCode.NO_CHECKPOINT, f"this operation has {what}; look with `ops checkpoints list`")
