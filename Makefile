@@ -2,7 +2,7 @@
 BIN := .venv/bin
 TEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo up lint test test-all chaos constraints
+.PHONY: help setup demo up lint test test-all bench chaos constraints
 
 help:
 	@echo "make demo      a training is killed, goes on elsewhere, and is compared bit for bit (about 2 minutes)"
@@ -36,6 +36,9 @@ test-all: lint
 # SEED=… plays a schedule of faults again, FAULTS=… makes it longer.
 chaos: setup
 	$(TEST) -s --timeout 3600 tests/chaos
+
+bench: setup
+	$(BIN)/python benchmarks/checkpoint_stall.py
 
 constraints:
 	deploy/constraints.sh 2.13.0

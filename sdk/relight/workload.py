@@ -74,7 +74,11 @@ class Workload(ABC, Generic[C]):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean over the batch's units, a scalar, and further scalars to report; both stay on the device."""
+        """The mean over the batch's units, a scalar, and further scalars to report; both stay on the device.
+
+        Parameters that the optimizer updates are left as they are, for a checkpoint may be copied beside this:
+        `after_step` is the place to change them.
+        """
 
     def data_digest(self) -> str | None:
         """Names the data: a run is not resumed on other data. Called after `data`."""

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from training_child import Operation
 from ops_contract.jobs import CheckpointEvery, Execution
 from ops_contract.lifecycle import CheckpointType, Outcome
 from ops_contract.pipe import FromTrainer, Hello, ProgressNow, RunJob, Stop, from_trainer, line
-from ops_contract.reports import CheckpointSaved, Finish, Metrics, Started
+from ops_contract.reports import CheckpointSaved, Finish, Metrics, Note, Started
 from ops_contract.wire import Wire
 from ops_worker.trainer import AgentPipe, run
 
@@ -333,6 +334,47 @@ def test_a_full_disk_says_so_and_may_be_tried_again(tmp_path: Path, monkeypatch:
     assert finish.error is not None
     assert (finish.error.code, finish.permanent) == ("disk_full", False)
     assert "make room" in finish.error.message
+
+
+@pytest.mark.usefixtures("numerics_given_back")
+def test_a_disk_that_fills_up_beside_the_training_fails_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+
+    def full(fd: int, data: Any) -> int:
+        if threading.current_thread().name == "checkpoint-writer":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data)
+
+    monkeypatch.setattr("relight.training.checkpoint.os.write", full)
+    operation = digits(tmp_path, Execution(max_epochs=100_000, checkpoint_every=CheckpointEvery(steps=2)))
+
+    finish = run_here(operation)
+
+    assert finish.error is not None
+    assert (finish.error.code, finish.permanent) == ("disk_full", False)
+    assert [path.name for path in (tmp_path / str(operation.id)).iterdir()] == ["1-0"]
+
+
+def test_lines_of_two_threads_stay_whole() -> None:
+    in_fd, out_fd = os.pipe()
+
+    class OutOnly(AgentPipe):
+        def __init__(self) -> None:
+            self._out_fd = out_fd
+            self._sending = threading.Lock()
+
+    pipe = OutOnly()
+    long = Note(message="x" * 3_000)  # together more than a pipe holds: writes are cut anywhere
+    senders = [threading.Thread(target=lambda: [pipe.report(long) for _ in range(100)]) for _ in range(2)]
+    for sender in senders:
+        sender.start()
+    with open(in_fd, "rb") as lines:
+        received = [from_trainer.validate_json(lines.readline()) for _ in range(200)]
+    for sender in senders:
+        sender.join()
+    os.close(out_fd)
+
+    assert received == [long] * 200
 
 
 @pytest.mark.usefixtures("numerics_given_back")

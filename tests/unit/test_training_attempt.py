@@ -230,13 +230,13 @@ def test_a_resumed_attempt_told_to_stop_at_once_does_nothing_but_end(
 
 
 def test_metrics_wait_for_the_clock_but_never_for_a_checkpoint(operation: Operation) -> None:
-    operation.execution = Execution(batch_size=2, max_epochs=2, checkpoint_every=CheckpointEvery(steps=3))
+    operation.execution = Execution(batch_size=2, max_epochs=2, checkpoint_every=CheckpointEvery(steps=4))
 
     _, reports = attempt(operation, Tiny, clock=lambda: 0.0)
 
     sent = [report.series[0].steps for report in reports if isinstance(report, Metrics)]
-    assert sent == [[0, 1, 2], [3, 4, 5], [6, 7]]
-    assert [saved.step for saved in operation.checkpoints] == [0, 3, 6, 8]
+    assert sent == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [saved.step for saved in operation.checkpoints] == [0, 4, 8]
 
 
 def test_progress_says_rate_and_time_left(operation: Operation) -> None:

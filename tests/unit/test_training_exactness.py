@@ -128,7 +128,9 @@ def test_saving_every_step_equals_saving_never(make: Maker, uninterrupted: Calla
     often = uninterrupted("zoo", checkpoint_every=CheckpointEvery(steps=1))
     never = uninterrupted("zoo", checkpoint_every=CheckpointEvery(epochs=1000))
 
-    assert (len(often.checkpoints), len(never.checkpoints)) == (16, 2)
+    # Those of steps between may be passed over when the disk is slower than the steps; epochs' ends are not.
+    assert {saved.step for saved in often.checkpoints} >= {0, 1, 5, 10, 15}
+    assert [saved.step for saved in never.checkpoints] == [0, 15]
     assert_equal(often, never)
 
 

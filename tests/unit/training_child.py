@@ -10,6 +10,7 @@ from hashlib import sha256
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Lock
 from typing import Any, ClassVar, Literal
 from uuid import UUID, uuid4
 
@@ -290,9 +291,11 @@ class _ConnectionSink(Listed):
     def __init__(self, connection: Connection) -> None:
         super().__init__()
         self.connection = connection
+        self.sending = Lock()
 
     def report(self, report: Report) -> None:
-        self.connection.send_bytes(report.model_dump_json().encode())
+        with self.sending:
+            self.connection.send_bytes(report.model_dump_json().encode())
 
 
 def ticking() -> Callable[[], float]:

@@ -115,6 +115,7 @@ class AgentPipe:
         self._out_fd = out_fd
         self._jobs: SimpleQueue[RunJob] = SimpleQueue()
         self._why: Literal["cancelled", "preempted"] | None = None
+        self._sending = threading.Lock()  # a line is written whole, whichever thread reports
         for fd in (in_fd, out_fd):
             os.set_inheritable(fd, False)  # a process that user code starts must not keep them open
         # Its own thread: an agent that waits for us to read never blocks us while we wait for it.
@@ -135,8 +136,9 @@ class AgentPipe:
     def send(self, message: Wire) -> None:
         data = memoryview(line(message))
         try:
-            while data:
-                data = data[os.write(self._out_fd, data) :]
+            with self._sending:
+                while data:
+                    data = data[os.write(self._out_fd, data) :]
         except BrokenPipeError:
             os._exit(1)
 

@@ -73,9 +73,10 @@ class Attempt:
         numerics.configure(self._threads(before), self._knobs.deterministic)
         with numerics.operators_noted(lambda message: self._sink.report(Note(message=message))):
             loop = self._build(config, before, tree)
-            if tree is None:
-                loop.saver.save(CheckpointType.INITIAL, loop.cursor, {})
-            return Outcome(loop.run() or Outcome.COMPLETED)
+            with loop.saver:
+                if tree is None:
+                    loop.saver.save(CheckpointType.INITIAL, loop.cursor, {})
+                return Outcome(loop.run() or Outcome.COMPLETED)
 
     def _threads(self, before: Manifest | None) -> int:
         """Sums depend on the number of threads: what the first attempt's slot decided holds for its successors."""

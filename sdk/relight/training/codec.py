@@ -31,10 +31,14 @@ class CodecError(Exception):
 
 @dataclass(frozen=True)
 class Encoded:
-    """`document` is JSON; `tensors` are dense, and share memory with the live state: write before the next update."""
+    """`document` is JSON; `tensors` are dense and share memory with the live state: write or copy before it changes.
+
+    `shown_at` has every path of the tree at which a stored tensor's memory is seen.
+    """
 
     document: bytes
     tensors: dict[str, Tensor]
+    shown_at: dict[str, list[str]]
 
 
 def encode(tree: Any) -> Encoded:
@@ -42,7 +46,7 @@ def encode(tree: Any) -> Encoded:
     encoder = _Encoder()
     document = encoder.value(tree, "", 0)
     tensors = encoder.place()
-    return Encoded(json.dumps(document, allow_nan=False, ensure_ascii=True).encode(), tensors)
+    return Encoded(json.dumps(document, allow_nan=False, ensure_ascii=True).encode(), tensors, encoder.shown_at)
 
 
 def decode(document: bytes, tensors: Mapping[str, Tensor]) -> Any:
@@ -79,6 +83,7 @@ class _Encoder:
     def __init__(self) -> None:
         self._leaves: list[tuple[str, Tensor, dict[str, Any]]] = []
         self._stored: dict[str, Tensor] = {}
+        self.shown_at: dict[str, list[str]] = {}
 
     def value(self, value: Any, path: str, depth: int) -> Any:
         if depth > _MAX_DEPTH:
@@ -165,6 +170,7 @@ class _Encoder:
         for leaves in shared.values():
             cover, start_bytes = _cover([tensor for _, tensor, _ in leaves])
             name = self._store(leaves[0][0], cover)
+            self.shown_at[name] = [path for path, _, _ in leaves]
             for _, tensor, record in leaves:
                 offset_bytes = tensor.storage_offset() * tensor.itemsize - start_bytes
                 record.update(

@@ -63,6 +63,7 @@ class Loop:
         """The rest of the cursor's epoch, or of the run."""
         self.live.model.train()
         for window in self._windows():
+            self.saver.raise_failure()
             self._poll()
             self._update(window)
             self._end_step()
@@ -93,6 +94,7 @@ class Loop:
             nn.utils.clip_grad_norm_(model.parameters(), self.knobs.gradient_clip)
         samples = sum(batch.samples for batch in window)
         self.reporter.add_step(step, float(optimizer.param_groups[0]["lr"]), samples)
+        self.saver.seal()
         optimizer.step()
         self.workload.after_step(model, step)
         consumed = self.cursor.samples_in_epoch + samples
@@ -117,7 +119,7 @@ class Loop:
         if last:
             self._save(CheckpointType.FINAL)
         elif self._is_due(epoch_ends):
-            self._save(CheckpointType.PERIODIC)
+            self._save(CheckpointType.PERIODIC, measured=bool(measured))
 
     def _evaluate(self, validation: DataOrder) -> dict[str, float]:
         self.reporter.flush(self.cursor)
@@ -141,11 +143,11 @@ class Loop:
             return self.cursor.step % every.steps == 0
         return epoch_ends and every.epochs is not None and self.cursor.epoch % every.epochs == 0
 
-    def _save(self, why: CheckpointType) -> None:
+    def _save(self, why: CheckpointType, *, measured: bool = False) -> None:
         # Everything before the checkpoint's step is sent before the checkpoint: what it resumes from is complete.
         self.reporter.flush(self.cursor)
         reported = self.reporter.newest(self.cursor.step) if self.cursor.phase is Phase.EVALUATE else {}
-        self.saver.save(why, self.cursor, reported)
+        self.saver.save(why, self.cursor, reported, measured=measured)
 
     def _poll(self) -> None:
         if why := self.should_stop():

@@ -14,7 +14,7 @@ _RESERVED = frozenset({"loss", "learning_rate"})
 
 
 class Sink(Protocol):
-    """Where reports go, in their order. Called from the training thread."""
+    """Where reports go, in their order. Called from the training thread, and `report` from the saver's too."""
 
     def report(self, report: Report) -> None: ...
 

@@ -1,40 +1,138 @@
-"""Publishing a training's state, and the report that commits it."""
+"""Publishing a training's state, periodic saves beside the training, and the report that commits each."""
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 from uuid import uuid4
 
+from torch import Tensor
+
 from ops_contract.lifecycle import CheckpointType
-from ops_contract.reports import CheckpointSaved
+from ops_contract.reports import CheckpointSaved, Note
 from relight.manifest import Manifest
-from relight.training.checkpoint import publish
+from relight.training import snapshot
+from relight.training.checkpoint import Published, publish
 from relight.training.codec import CodecError, Encoded, encode
 from relight.training.faults import TrainingFault
 from relight.training.reporting import Sink
+from relight.training.snapshot import Snapshot
 from relight.training.state import Cursor, Live
+from relight.training.writer import Writer
 
 log = logging.getLogger(__name__)
 
 
-class Saver:
-    """Writes `live` under `root`. `about` names the attempt; a cursor is saved once, `saved` being the newest."""
+@dataclass(frozen=True)
+class _Periodic:
+    """A snapshot on its way to the disk; `versions` are those of its sources when it was begun.
 
-    def __init__(self, root: Path, about: Manifest, live: Live, sink: Sink, saved: Cursor | None) -> None:
+    `measured`: an evaluation says how good it is, so that retention counts on it.
+    """
+
+    cursor: Cursor
+    measured: bool
+    snapshot: Snapshot
+    versions: list[int]
+
+
+class Saver:
+    """Writes `live` under `root`. `about` names the attempt; a cursor is saved once, `saved` being the newest.
+
+    Periodic saves are copied and then written by a thread; every other save returns when it is committed. Use it as a
+    context: leaving waits for what is being written, which is a good checkpoint however the training ended.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        about: Manifest,
+        live: Live,
+        sink: Sink,
+        saved: Cursor | None,
+        publish: Callable[[Path, Manifest, Encoded], Published] = publish,
+        available_bytes: Callable[[], int | None] = snapshot.available_bytes,
+    ) -> None:
         self._root = root
         self._about = about
         self._live = live
         self._sink = sink
-        self._saved = saved
+        self._newest = saved
+        self._publish = publish
+        self._available_bytes = available_bytes
+        self._writer = Writer[_Periodic](self._write)
+        self._copying: _Periodic | None = None
+        self._free: list[Tensor] = []
+        self._copies_all_at_once = False
+        self._told_no_memory = False
 
-    def save(self, why: CheckpointType, cursor: Cursor, reported: dict[str, float]) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.seal()
+        self._writer.close()
+        if error is None:
+            self._writer.raise_failure()
+
+    def save(self, why: CheckpointType, cursor: Cursor, reported: dict[str, float], *, measured: bool = False) -> None:
         """`reported` is what the successor sends again. A boundary that is on disk already needs no second copy.
 
-        Raises TrainingFault for state that the codec does not know, and OSError.
+        A save takes the place of a periodic one that still waits to be written; for one that was `measured` it waits.
+        Raises TrainingFault for state that the codec does not know, and OSError, also that of an earlier save.
         """
-        if cursor == self._saved:
+        self.seal()
+        if cursor != self._newest:
+            encoded = self._encoded(cursor, reported)
+            memory = self._memory(encoded) if why is CheckpointType.PERIODIC else None
+            if memory is not None:
+                self._begin(cursor, measured, encoded, memory)
+            else:
+                self._save_now(why, cursor, encoded)
+        elif why is not CheckpointType.PERIODIC:
+            self._writer.wait()
+
+    def seal(self) -> None:
+        """Before an update changes parameters: what was begun at the last boundary is copied when this returns."""
+        periodic, self._copying = self._copying, None
+        if periodic is None:
             return
-        published = publish(self._root, self._manifest(cursor), self._encoded(cursor, reported))
-        self._saved = cursor
+        periodic.snapshot.seal()
+        if self._copies_all_at_once or periodic.versions == snapshot.versions(self._live):
+            self._writer.put(periodic)
+        else:
+            self._discard(periodic)
+
+    def raise_failure(self) -> None:
+        """Raises the error of a periodic save that could not be written."""
+        self._writer.raise_failure()
+
+    def _begin(self, cursor: Cursor, measured: bool, encoded: Encoded, memory: Tensor) -> None:
+        may_wait = set() if self._copies_all_at_once else snapshot.changed_by_updates_only(encoded, self._live)
+        versions = snapshot.versions(self._live)
+        self._copying = _Periodic(cursor, measured, Snapshot(encoded, memory, may_wait), versions)
+        self._newest = cursor
+        self._writer.help(self._copying.snapshot.help)
+
+    def _save_now(self, why: CheckpointType, cursor: Cursor, encoded: Encoded) -> None:
+        """From the live state. It comes after the one that is being written, and in place of one that waits."""
+        self._reclaim()
+        self._writer.wait()
+        self._commit(why, cursor, encoded)
+        self._newest = cursor
+
+    def _write(self, periodic: _Periodic) -> None:
+        """In the writer's thread."""
+        periodic.snapshot.arrived()
+        self._commit(CheckpointType.PERIODIC, periodic.cursor, periodic.snapshot.state)
+        self._free.append(periodic.snapshot.memory)
+
+    def _commit(self, why: CheckpointType, cursor: Cursor, state: Encoded) -> None:
+        published = self._publish(self._root, self._manifest(cursor), state)
         log.info("published %s, %d bytes", published.path, published.size_bytes)
         self._sink.report(
             CheckpointSaved(
@@ -48,6 +146,56 @@ class Saver:
                 manifest_sha256=published.manifest_sha256,
             )
         )
+
+    def _memory(self, encoded: Encoded) -> Tensor | None:
+        """For a snapshot: that of one that waits, free, or new. There are two at most, as one is written at a time.
+
+        None when there is too little; half of what is available is left to the training.
+        """
+        self._reclaim()
+        size_bytes = snapshot.size_bytes(encoded)
+        while self._free:
+            memory = self._free.pop()
+            if memory.nbytes >= size_bytes:
+                return memory
+        available_bytes = self._available_bytes()
+        if available_bytes is None or 2 * size_bytes <= available_bytes:
+            return snapshot.allocate(encoded)
+        self._tell_no_memory(size_bytes, available_bytes)
+        return None
+
+    def _reclaim(self) -> None:
+        """Let nothing wait to be written."""
+        waiting = self._writer.withdraw()
+        if waiting is None:
+            return
+        if waiting.measured:
+            self._writer.put(waiting)
+            self._writer.wait()
+        else:
+            self._free.append(waiting.snapshot.memory)
+
+    def _tell_no_memory(self, size_bytes: int, available_bytes: int) -> None:
+        if not self._told_no_memory:
+            self._told_no_memory = True
+            self._note(
+                f"training waits while checkpoints are written: a copy of the state takes {size_bytes / 1e9:.2f} GB, "
+                f"more than half of the {available_bytes / 1e9:.2f} GB of memory that are available"
+            )
+
+    def _discard(self, periodic: _Periodic) -> None:
+        """What was copied may be of two steps; nothing has been written of it."""
+        self._free.append(periodic.snapshot.memory)
+        self._newest = None
+        self._copies_all_at_once = True
+        self._note(
+            f"the checkpoint of step {periodic.cursor.step} was dropped: parameters changed between two updates; "
+            "from now on training waits for every copy; change parameters in after_step() to avoid that"
+        )
+
+    def _note(self, message: str) -> None:
+        log.warning("%s", message)
+        self._sink.report(Note(message=message))
 
     def _encoded(self, cursor: Cursor, reported: dict[str, float]) -> Encoded:
         try:
