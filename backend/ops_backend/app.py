@@ -1,4 +1,4 @@
-"""The FastAPI app and the two loops that run beside it."""
+"""The FastAPI app and the three loops that run beside it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,6 +12,7 @@ from ops_backend.dispatcher import Dispatcher
 from ops_backend.reaper import Reaper
 from ops_backend.routes import agents, catalog, errors, health, operations
 from ops_backend.settings import Settings
+from ops_backend.sweeper import Sweeper
 from ops_contract.wire import API_PREFIX
 
 # Long enough for a worker that checks a manifest on a slow disk; a worker that takes longer is left to the lease.
@@ -37,7 +38,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     async with httpx.AsyncClient(timeout=WORKER_TIMEOUT_S, trust_env=False) as http:
         app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings)
         reaper = Reaper(sessions, settings.lease_s, settings.tick_s, dispatcher.wake)
-        loops = [asyncio.create_task(dispatcher.run()), asyncio.create_task(reaper.run())]
+        sweeper = Sweeper(sessions, settings.storage_root, settings.tick_s)
+        loops = [asyncio.create_task(loop.run()) for loop in (dispatcher, reaper, sweeper)]
         yield
         for loop in loops:
             loop.cancel()

@@ -104,6 +104,11 @@ Index(
     operations.c.forked_from_checkpoint_id,
     postgresql_where=operations.c.forked_from_checkpoint_id.is_not(None),
 )
+Index(
+    "ix_operations_resume_choice",
+    operations.c.resume_checkpoint_id,
+    postgresql_where=operations.c.resume_checkpoint_id.is_not(None),
+)
 
 workers = Table(
     "workers",
@@ -141,7 +146,7 @@ workloads = Table(
     Column("name", Text, primary_key=True),
     Column("title", Text, nullable=False),
     Column("config_schema", JSON, nullable=False),  # not jsonb: its fields keep the order they were written in
-    Column("reports", JSONB, nullable=False),
+    Column("reports", JSON, nullable=False),  # the first metric is the one that is monitored by default
     _instant("updated_at", default_now=True, nullable=False),
 )
 
@@ -151,7 +156,8 @@ attempts = Table(
     Column("operation_id", Uuid, ForeignKey("operations.id"), primary_key=True),
     Column("number", Integer, primary_key=True),
     Column("incarnation", Uuid, ForeignKey("workers.incarnation"), nullable=False),
-    Column("checkpoint_id", Uuid, ForeignKey("checkpoints.id", use_alter=True)),
+    # What it started from; null as well when that has been deleted since.
+    Column("checkpoint_id", Uuid, ForeignKey("checkpoints.id", ondelete="SET NULL", use_alter=True)),
     Column("start_step", BigInteger, nullable=False),
     _instant("claimed_at", default_now=True, nullable=False),
     _instant("started_at"),
@@ -163,6 +169,8 @@ attempts = Table(
     Column("exactness", JSONB),
     one_of("outcome", Outcome),
 )
+
+Index("ix_attempts_checkpoint", attempts.c.checkpoint_id, postgresql_where=attempts.c.checkpoint_id.is_not(None))
 
 holds = Table(
     "holds",
@@ -199,6 +207,8 @@ checkpoints = Table(
     Column("path", Text, nullable=False, unique=True),
     Column("size_bytes", BigInteger, nullable=False),
     Column("manifest_sha256", Text, nullable=False),
+    Column("monitored", Double),
+    # Retention leaves it alone while this is set.
     _instant("pinned_at"),
     _instant("created_at", default_now=True, nullable=False),
     ForeignKeyConstraint(["operation_id", "attempt"], ["attempts.operation_id", "attempts.number"]),
@@ -207,6 +217,8 @@ checkpoints = Table(
     one_of("phase", Phase),
 )
 Index("ix_checkpoints_newest", checkpoints.c.operation_id, checkpoints.c.step.desc())
+Index("ix_checkpoints_pinned", checkpoints.c.id, postgresql_where=checkpoints.c.pinned_at.is_not(None))
+Index("ix_checkpoints_deleting", checkpoints.c.id, postgresql_where=checkpoints.c.status == text("'deleting'"))
 
 metrics = Table(
     "metrics",

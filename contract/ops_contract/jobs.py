@@ -1,9 +1,9 @@
 """What a user submits, and the job that it resolves to."""
 
 from enum import StrEnum
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ops_contract.lifecycle import Kind
 from ops_contract.wire import Name, Wire
@@ -18,6 +18,7 @@ class Accelerator(StrEnum):
 
 
 class OptimizerName(StrEnum):
+    ADAM = "adam"
     ADAMW = "adamw"
     SGD = "sgd"
 
@@ -27,6 +28,10 @@ class SchedulerName(StrEnum):
 
     CONSTANT = "constant"
     COSINE = "cosine"  # linear warm-up over 5 % of the steps, then half a cosine to zero
+    ONECYCLE = (
+        "onecycle"  # up to the learning rate over 30 % of the steps, then down to almost nothing; momentum against it
+    )
+    MULTISTEP = "multistep"  # a tenth of it from each milestone on
 
 
 class CheckpointEvery(Wire):
@@ -40,6 +45,9 @@ class CheckpointEvery(Wire):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps")
         return self
+
+
+Milestone = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class Execution(Wire):
@@ -60,7 +68,58 @@ class Execution(Wire):
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     optimizer: OptimizerName = OptimizerName.ADAMW
     scheduler: SchedulerName = SchedulerName.CONSTANT
+    scheduler_milestones: list[Milestone] | None = Field(
+        None, max_length=1000, validate_default=True, description="optimizer updates, rising; for multistep"
+    )
     checkpoint_every: CheckpointEvery = CheckpointEvery(epochs=1)
+    checkpoint_monitor: Name | None = Field(
+        None,
+        description="what early stopping and top-k look at; null is the first metric that the workload reports",
+    )
+    checkpoint_mode: Literal["min", "max"] | None = Field(
+        None, description="which way is better; null is what the workload says of the metric"
+    )
+    checkpoint_save_top_k: int = Field(
+        -1, ge=-1, le=1_000_000, description="how many of the best checkpoints are kept; -1 keeps all"
+    )
+    checkpoint_save_last: bool = Field(
+        True, description="keep the last checkpoint of a completed run, even when it is none of the best"
+    )
+    early_stop_patience: int | None = Field(
+        None, ge=1, le=1_000_000, description="evaluations in a row without improvement that end the run"
+    )
+    early_stop_min_delta: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="an improvement is larger than this"
+    )
+
+    @field_validator("scheduler_milestones")
+    @classmethod
+    def _for_multistep(cls, milestones: list[int] | None, info: ValidationInfo) -> list[int] | None:
+        multistep = info.data.get("scheduler") is SchedulerName.MULTISTEP
+        if milestones is not None and not multistep:
+            raise ValueError("does nothing without scheduler multistep")
+        if multistep and not milestones:
+            raise ValueError("scheduler multistep needs at least one milestone")
+        if milestones is not None and milestones != sorted(set(milestones)):
+            raise ValueError("give each milestone once, the earlier first")
+        return milestones
+
+    @field_validator("checkpoint_save_last")
+    @classmethod
+    def _something_is_kept(cls, save_last: bool, info: ValidationInfo) -> bool:
+        top_k = info.data.get("checkpoint_save_top_k")
+        if not save_last and top_k == -1:
+            raise ValueError("false does nothing while checkpoint_save_top_k is -1, which keeps all")
+        if not save_last and top_k == 0:
+            raise ValueError("false with checkpoint_save_top_k 0 would keep nothing of a completed run")
+        return save_last
+
+    @field_validator("early_stop_min_delta")
+    @classmethod
+    def _with_patience(cls, min_delta: float, info: ValidationInfo) -> float:
+        if min_delta and info.data.get("early_stop_patience", 0) is None:
+            raise ValueError("does nothing without early_stop_patience")
+        return min_delta
 
 
 class JobSpec(Wire):

@@ -174,6 +174,7 @@ class CheckpointView(Wire):
     path: str
     size_bytes: int
     manifest_sha256: str
+    monitored: float | None
     in_lineage: bool
     created_at: datetime
 

@@ -76,6 +76,9 @@ class CheckpointSaved(Wire):
     path: Name
     size_bytes: int = Field(ge=0)
     manifest_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    monitored: float | None = Field(
+        None, description="the monitored metric of this very state; null where not measured"
+    )
 
 
 class Note(Wire):

@@ -91,22 +91,32 @@ class Workload(ABC, Generic[C]):
         return default_collate(items)
 
     def optimizer(self, model: nn.Module, knobs: Execution) -> Optimizer:
-        """AdamW, or SGD with momentum 0.9, at the knobs' learning rate."""
-        from torch.optim import SGD, AdamW
+        """Adam, AdamW, or SGD with momentum 0.9, at the knobs' learning rate."""
+        from torch.optim import SGD, Adam, AdamW
 
-        if knobs.optimizer is OptimizerName.SGD:
-            return SGD(model.parameters(), lr=knobs.learning_rate, momentum=0.9)
-        return AdamW(model.parameters(), lr=knobs.learning_rate)
+        match knobs.optimizer:
+            case OptimizerName.SGD:
+                return SGD(model.parameters(), lr=knobs.learning_rate, momentum=0.9)
+            case OptimizerName.ADAM:
+                return Adam(model.parameters(), lr=knobs.learning_rate)
+            case OptimizerName.ADAMW:
+                return AdamW(model.parameters(), lr=knobs.learning_rate)
 
     def scheduler(
         self, optimizer: Optimizer, knobs: Execution, steps_total: int
     ) -> tuple[LRScheduler | ReduceLROnPlateau, str] | None:
         """The scheduler and when it steps: "step", "epoch", or after an evaluation with the metric of this name."""
-        from torch.optim.lr_scheduler import LambdaLR
+        from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
 
-        if knobs.scheduler is SchedulerName.CONSTANT:
-            return None
-        return LambdaLR(optimizer, WarmupCosine(steps_total)), "step"
+        match knobs.scheduler:
+            case SchedulerName.CONSTANT:
+                return None
+            case SchedulerName.COSINE:
+                return LambdaLR(optimizer, WarmupCosine(steps_total)), "step"
+            case SchedulerName.ONECYCLE:
+                return OneCycleLR(optimizer, max_lr=knobs.learning_rate, total_steps=steps_total), "step"
+            case SchedulerName.MULTISTEP:
+                return MultiStepLR(optimizer, knobs.scheduler_milestones or [], gamma=0.1), "step"
 
     def units(self, batch: Any) -> int:
         """Tokens or samples in a batch: the weight of its mean. By default the length of its first tensor."""

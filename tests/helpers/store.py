@@ -164,7 +164,9 @@ def losses(*points: tuple[int, float], name: str = "loss") -> Metrics:
     return Metrics(series=[Series.of(name, list(points))])
 
 
-def saved(held: Held, step: int, *, phase: Phase = Phase.UPDATE, epoch: int = 0) -> CheckpointSaved:
+def saved(
+    held: Held, step: int, *, phase: Phase = Phase.UPDATE, epoch: int = 0, monitored: float | None = None
+) -> CheckpointSaved:
     suffix = "-evaluate" if phase is Phase.EVALUATE else ""
     return CheckpointSaved(
         checkpoint_id=uuid4(),
@@ -175,6 +177,7 @@ def saved(held: Held, step: int, *, phase: Phase = Phase.UPDATE, epoch: int = 0)
         path=f"{held.operation_id}/{held.attempt}-{step}{suffix}",
         size_bytes=1,
         manifest_sha256="0" * 64,
+        monitored=monitored,
     )
 
 

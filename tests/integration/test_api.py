@@ -1,14 +1,16 @@
 """The HTTP face of the store: shapes, codes, filters, tags. The app on a real database, called without a socket."""
 
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import httpx
 import pytest
 
-from helpers.store import Store, losses, saved, started
+from helpers.store import TOY, Store, losses, saved, started
 from ops_backend.app import create_app
 from ops_backend.settings import Settings, SettingsError
 from ops_contract.errors import ErrorBody
@@ -22,7 +24,8 @@ MISSING = "00000000-0000-0000-0000-000000000000"
 @asynccontextmanager
 async def serving(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
     # The dispatcher looks for work when it starts and when it is woken, but not while a test looks on.
-    app = create_app(Settings(database_url=database_url, api_token=TOKEN, poll_s=3600))
+    storage = Path(tempfile.gettempdir())  # nothing is retired here
+    app = create_app(Settings(database_url=database_url, api_token=TOKEN, storage_root=storage, poll_s=3600))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     headers = {"Authorization": f"Bearer {TOKEN}"}
     async with (
@@ -80,6 +83,22 @@ async def test_errors_have_one_shape(
         ({"execution": {"max_epoch": 3}}, "execution.max_epoch"),
         ({"execution": {"learning_rate": "NaN"}}, "execution.learning_rate"),
         ({"execution": {"checkpoint_every": {"steps": 5, "epochs": 1}}}, "execution.checkpoint_every"),
+        ({"execution": {"checkpoint_monitor": "loss"}}, "execution.checkpoint_monitor"),
+        ({"execution": {"checkpoint_save_last": False}}, "execution.checkpoint_save_last"),
+        (
+            {"execution": {"checkpoint_save_top_k": 0, "checkpoint_save_last": False}},
+            "execution.checkpoint_save_last",
+        ),
+        ({"execution": {"checkpoint_save_top_k": -2}}, "execution.checkpoint_save_top_k"),
+        ({"execution": {"checkpoint_mode": "median"}}, "execution.checkpoint_mode"),
+        ({"execution": {"early_stop_patience": 0}}, "execution.early_stop_patience"),
+        ({"execution": {"early_stop_min_delta": 0.1}}, "execution.early_stop_min_delta"),
+        ({"execution": {"early_stop_patience": 1, "early_stop_min_delta": -0.1}}, "execution.early_stop_min_delta"),
+        ({"execution": {"scheduler": "multistep"}}, "execution.scheduler_milestones"),
+        ({"execution": {"scheduler_milestones": [5]}}, "execution.scheduler_milestones"),
+        ({"execution": {"scheduler": "multistep", "scheduler_milestones": []}}, "execution.scheduler_milestones"),
+        ({"execution": {"scheduler": "multistep", "scheduler_milestones": [9, 5]}}, "execution.scheduler_milestones"),
+        ({"execution": {"optimizer": "adamm"}}, "execution.optimizer"),
         ({"config": {"hiden": 3}}, "config"),
         ({"config": {"depth": "deep"}}, "config.depth"),
         ({"name": "a\x00b"}, "name"),
@@ -109,7 +128,7 @@ async def offered(api: httpx.AsyncClient) -> str:
         "host": "h",
         "url": "http://127.0.0.1:1",
         "slots": [{"index": 0, "device": "cuda", "device_uuid": "GPU-1", "cores": 1}],
-        "workloads": [{"name": "deep", "config_schema": schema, "reports": {"val_loss": "min"}}],
+        "workloads": [{"name": "deep", "config_schema": schema, "reports": {"val_score": "max", "error": "min"}}],
     }
     (await api.post("/workers", json=worker)).raise_for_status()
     (await api.post(f"/workers/{worker['incarnation']}/heartbeat", json={"draining": True})).raise_for_status()
@@ -192,6 +211,42 @@ async def test_a_fork_is_made_once_per_key_parent_and_wish(store: Store, databas
         for at, body in ((path, wish | {"name": "other"}), (other, wish)):
             assert refusal(await api.post(f"{at}/fork", json=body, headers=key)) == (409, "idempotency_conflict")
         assert refusal(await api.post(f"{path}/fork", json={"from_checkpoint": MISSING})) == (404, "no_checkpoint")
+
+
+async def test_the_monitored_metric_is_resolved_by_what_the_workload_reports(
+    api: httpx.AsyncClient, offered: str
+) -> None:
+    async def resolved(**execution: Any) -> tuple[str, str]:
+        made = await api.post("/operations", json={"workload": offered, "execution": execution})
+        job = made.json()["job"]["execution"]
+        return job["checkpoint_monitor"], job["checkpoint_mode"]
+
+    assert await resolved(early_stop_patience=2) == ("val_score", "max")  # the first, though longer than the second
+    assert await resolved(checkpoint_monitor="error") == ("error", "min")
+    assert await resolved(checkpoint_mode="min") == ("val_score", "min")
+
+
+async def test_a_metric_that_is_not_reported_is_refused_with_those_that_are(
+    api: httpx.AsyncClient, offered: str
+) -> None:
+    answer = await api.post("/operations", json={"workload": offered, "execution": {"checkpoint_monitor": "loss"}})
+
+    message = "execution.checkpoint_monitor: this workload does not report 'loss'; it reports val_score, error"
+    assert answer.json()["error"]["message"] == message
+
+
+@pytest.mark.parametrize("knob", [{"checkpoint_mode": "min"}, {"checkpoint_save_top_k": 1}, {"early_stop_patience": 1}])
+async def test_what_needs_a_metric_is_refused_where_none_is_reported(
+    api: httpx.AsyncClient, store: Store, knob: dict[str, Any]
+) -> None:
+    await store.worker(workloads=[TOY])
+
+    answer = await api.post("/operations", json={"workload": "toy", "execution": knob})
+
+    assert refusal(answer) == (422, "invalid")
+    assert answer.json()["error"]["details"]["errors"][0]["field"] == f"execution.{next(iter(knob))}"
+    plain = {"checkpoint_save_top_k": 0, "checkpoint_every": {"steps": 1}}
+    assert (await api.post("/operations", json={"workload": "toy", "execution": plain})).status_code == 201
 
 
 async def test_without_the_token_nothing_is_told(api: httpx.AsyncClient) -> None:
@@ -310,7 +365,7 @@ async def test_the_health_checks_need_no_token(api: httpx.AsyncClient) -> None:
 
 async def test_a_database_that_is_away_is_a_503_with_retry_after(tmp_path: Any) -> None:
     url = f"postgresql+asyncpg://relight:x@/relight?host={tmp_path}"
-    app = create_app(Settings(database_url=url, api_token=TOKEN))
+    app = create_app(Settings(database_url=url, api_token=TOKEN, storage_root=tmp_path))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -322,5 +377,5 @@ async def test_a_database_that_is_away_is_a_503_with_retry_after(tmp_path: Any) 
 
 
 def test_a_missing_setting_is_named() -> None:
-    with pytest.raises(SettingsError, match=r"OPS_DATABASE_URL.*OPS_API_TOKEN.*OPS_LEASE_S"):
+    with pytest.raises(SettingsError, match=r"OPS_DATABASE_URL.*OPS_API_TOKEN.*OPS_STORAGE_ROOT.*OPS_LEASE_S"):
         Settings.from_env({"OPS_LEASE_S": "soon", "OPS_PORT": "1"})

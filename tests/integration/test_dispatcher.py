@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,7 +25,12 @@ class Deliveries:
         self._answer = answer
         self._delivered = asyncio.Condition()
         settings = Settings(
-            database_url=database_url, api_token="x" * 16, lease_s=LEASE_S, slot_rest_s=3600, poll_s=0.01
+            database_url=database_url,
+            api_token="x" * 16,
+            storage_root=Path("/"),
+            lease_s=LEASE_S,
+            slot_rest_s=3600,
+            poll_s=0.01,
         )
         http = httpx.AsyncClient(transport=httpx.MockTransport(self._receive))
         self._dispatcher = Dispatcher(store.sessions, http, settings)

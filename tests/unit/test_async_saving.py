@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from training_child import Listed
 
+from ops_contract.jobs import Execution
 from ops_contract.lifecycle import CheckpointType, Phase
 from ops_contract.reports import CheckpointSaved, Note
 from relight.manifest import Manifest
 from relight.training import checkpoint
 from relight.training.checkpoint import Published
 from relight.training.codec import Encoded, decode
+from relight.training.monitor import Monitor
 from relight.training.saving import Saver
 from relight.training.snapshot import Snapshot, allocate
 from relight.training.state import Cursor, Live
@@ -102,7 +104,7 @@ class Training:
         torch.manual_seed(0)
         self.root = root
         self.net = Net()
-        self.live = Live(self.net, torch.optim.AdamW(self.net.parameters(), lr=0.1), None, {})
+        self.live = Live(self.net, torch.optim.AdamW(self.net.parameters(), lr=0.1), None, {}, Monitor(Execution()))
         self.disk = Disk()
         self.sink = Listed()
         self.step = 0
@@ -122,8 +124,8 @@ class Training:
             self.step += 1
             self.was[self.step] = bits(self.live.capture())
 
-    def save(self, why: CheckpointType = PERIODIC, *, measured: bool = False) -> None:
-        self.saver.save(why, Cursor(step=self.step), {}, measured=measured)
+    def save(self, why: CheckpointType = PERIODIC, *, monitored: float | None = None) -> None:
+        self.saver.save(why, Cursor(step=self.step), {}, monitored)
 
     @property
     def saved(self) -> list[tuple[int, CheckpointType]]:
@@ -190,7 +192,7 @@ def test_a_save_whose_metric_is_known_is_not_passed_over(training: Training) -> 
     training.update()
     training.save()
     training.update()
-    training.save(measured=True)
+    training.save(monitored=1.0)
     training.update()
     training.disk.until_begun(1)
     threading.Timer(0, training.disk.let).start()

@@ -263,6 +263,7 @@ def saved_as(id: UUID, **changes: Any) -> CheckpointView:
         "path": "nowhere/1-3",
         "size_bytes": 10,
         "manifest_sha256": "0" * 64,
+        "monitored": None,
         "in_lineage": True,
         "created_at": "2026-01-01T00:00:00Z",
     }

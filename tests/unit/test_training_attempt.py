@@ -1,7 +1,7 @@
 """One attempt: what it does, tells and refuses; in this process, for nothing here is killed."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +285,104 @@ def test_other_numerics_make_it_best_effort_and_say_which(operation: Operation) 
 
     assert reports[0].exactness.promise == "best_effort"
     assert reports[0].exactness.reasons == ["threads was 2 and is 1"]
+
+
+class Scripted(Tiny):
+    """Evaluates to what `SCRIPT` says of the epoch."""
+
+    SCRIPT = (5.0, 4.0, 4.5, 3.0, 3.5, 3.5)
+
+    def data(self) -> tuple[MapDataset, MapDataset | None]:
+        return RandomItems(4), RandomItems(2)
+
+    def state(self) -> dict[str, Any]:
+        self.epochs = Epochs()
+        return {"epochs": self.epochs}
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        self.epochs.done = step // 2
+
+    def evaluate(self, model: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
+        return {"val_loss": self.SCRIPT[self.epochs.done]}
+
+
+class Epochs:
+    done = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+
+
+def scripted(root: Path, **knobs: Any) -> Operation:
+    monitoring = {"checkpoint_monitor": "val_loss", "checkpoint_mode": "min", "max_epochs": 6}
+    return Operation(root, "scripted", execution=Execution.model_validate({"batch_size": 2} | monitoring | knobs))
+
+
+def values(operation: Operation) -> list[tuple[int, float | None]]:
+    return [(saved.step, saved.monitored) for saved in operation.checkpoints]
+
+
+def test_a_checkpoint_carries_what_was_measured_on_that_very_state(tmp_path: Path) -> None:
+    operation = scripted(tmp_path, checkpoint_every=CheckpointEvery(steps=3))
+    attempt(operation, Scripted, stop_after=8)
+    attempt(operation, Scripted)
+
+    # Two steps an epoch. The stop came right after an evaluation, where no periodic checkpoint falls.
+    assert values(operation) == [(0, None), (3, None), (6, 4.5), (8, 3.0), (9, None), (12, 3.5)]
+
+
+def test_an_evaluation_that_was_interrupted_measured_nothing(tmp_path: Path) -> None:
+    class Reading(Scripted):
+        def evaluate(self, model: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
+            list(loader)
+            return super().evaluate(model, loader)
+
+    operation = scripted(tmp_path, batch_size=4)
+    attempt(operation, Reading, stop_after=3)  # a step, its evaluation, a step, and here
+
+    assert values(operation) == [(0, None), (1, 5.0), (1, None)]
+
+
+def test_with_top_k_the_best_evaluation_so_far_is_saved_whatever_the_period(tmp_path: Path) -> None:
+    operation = scripted(tmp_path, checkpoint_every=CheckpointEvery(epochs=100), checkpoint_save_top_k=1)
+    attempt(operation, Scripted, stop_after=5)
+    attempt(operation, Scripted)
+
+    assert values(operation) == [(0, None), (2, 5.0), (4, 4.0), (5, None), (8, 3.0), (12, 3.5)]
+
+
+def test_an_early_stop_looks_finished(tmp_path: Path) -> None:
+    operation = scripted(tmp_path, early_stop_patience=1)
+    sink = Listed()
+
+    outcome = Attempt(Scripted, operation.start(), Site(tmp_path, "cpu", 1), sink, lambda: None, ticking()).run()
+
+    assert outcome is Outcome.COMPLETED
+    last = sink.progresses[-1]
+    assert (last.step, last.steps_total, last.eta_s) == (6, 6, 0)
+    assert sink.progresses[0].steps_total == 12
+    notes = [report.message for report in sink.reports if isinstance(report, Note)]
+    assert notes == ["stopped early: val_loss did not improve on 4.0 in one evaluation"]
+
+
+def test_patience_spent_at_the_last_step_is_no_early_stop(tmp_path: Path) -> None:
+    operation = scripted(tmp_path, early_stop_patience=2)
+
+    attempt(operation, Scripted)
+
+    assert operation.checkpoints[-1].step == 12
+    assert not any(isinstance(report, Note) for report in operation.reports)
+
+
+def test_patience_without_validation_data_is_refused(operation: Operation) -> None:
+    operation.execution = Execution(batch_size=2, early_stop_patience=1, checkpoint_monitor="val_loss")
+
+    fault = refused(operation, Tiny)
+
+    assert (fault.code, operation.checkpoints) == ("nothing_to_monitor", [])
 
 
 def test_asking_for_speed_makes_it_best_effort(operation: Operation) -> None:

@@ -54,6 +54,20 @@ CASES: dict[str, dict[str, Any]] = {
             max_epochs=3, batch_size=5, accumulate_grad_batches=2, checkpoint_every=CheckpointEvery(steps=4)
         ),
     },
+    # The metric is noise; the run ends where three evaluations in a row are no better than the best.
+    "early stop": {
+        "workload": "zoo",
+        "config": {"scheduler": "plateau", "samples": 15},
+        "execution": Execution(
+            max_epochs=40,
+            batch_size=5,
+            accumulate_grad_batches=2,
+            checkpoint_monitor="val_noise",
+            checkpoint_mode="min",
+            early_stop_patience=3,
+            checkpoint_every=CheckpointEvery(steps=5),
+        ),
+    },
 }
 
 
@@ -63,7 +77,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Maker:
         case = CASES[workload]
         return Operation(
             root=tmp_path_factory.mktemp(workload),
-            workload=workload,
+            workload=case.get("workload", workload),
             config=case["config"] | (config or {}),
             execution=Execution.model_validate(case["execution"].model_dump() | execution),
         )
@@ -91,7 +105,7 @@ def assert_equal(operation: Operation, reference: Operation) -> None:
 
 
 @pytest.mark.parametrize("kill", KILLS)
-@pytest.mark.parametrize("workload", ["digits", "bytelm", "zoo"])
+@pytest.mark.parametrize("workload", ["digits", "bytelm", "zoo", "early stop"])
 def test_a_run_killed_at_random_reports_equals_an_uninterrupted_one(
     make: Maker, uninterrupted: Callable[..., Operation], workload: str, kill: int
 ) -> None:
@@ -122,6 +136,77 @@ def test_schedulers_by_metric_epoch_and_step_resume_exactly(
     assert operation.attempts == 2
     assert len(set(reference.curves["learning_rate"].values())) == rates
     assert_equal(operation, reference)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "rates"),
+    [
+        # Three updates are 30 % of ten: up from a twenty-fifth to the rate itself, and then down.
+        ({"scheduler": "onecycle"}, {0: 0.04, 2: 1.0, 9: 4e-6}),
+        (
+            {"scheduler": "multistep", "scheduler_milestones": [3, 7]},
+            {0: 1.0, 2: 1.0, 3: 0.1, 6: 0.1, 7: 0.01, 9: 0.01},
+        ),
+    ],
+)
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_optimizers_and_schedulers_by_name_do_what_they_say_and_resume_exactly(
+    make: Maker, uninterrupted: Callable[..., Operation], optimizer: str, knobs: dict[str, Any], rates: dict[int, float]
+) -> None:
+    knobs = knobs | {"optimizer": optimizer, "max_steps": 10, "learning_rate": 0.01}
+    reference = uninterrupted("bytelm", **knobs)
+    operation = make("bytelm", **knobs)
+
+    operation.run(kill_at=lambda n, report: reported_step(report) == 5)
+    operation.run()
+
+    curve = reference.curves["learning_rate"]
+    assert {step: curve[step] / 0.01 for step in rates} == pytest.approx(rates)
+    assert operation.attempts == 2
+    assert_equal(operation, reference)
+
+
+def test_a_run_ends_early_at_the_evaluation_where_patience_is_spent(uninterrupted: Callable[..., Operation]) -> None:
+    """Without periodic checkpoints too."""
+    operation = uninterrupted("early stop", checkpoint_every=CheckpointEvery(epochs=1000))
+
+    evaluations = list(operation.curves["val_noise"].items())
+    best = min(range(len(evaluations)), key=lambda i: evaluations[i][1])
+    assert len(evaluations) - 1 - best == 3 < len(evaluations) < 40
+    assert all(longest_run_without_a_best([v for _, v in evaluations[:n]]) < 3 for n in range(len(evaluations)))
+    last = evaluations[-1][0]
+    assert max(operation.curves["loss"]) == last
+    assert [(saved.step, saved.checkpoint_type) for saved in operation.checkpoints[1:]] == [
+        (last + 1, CheckpointType.FINAL)
+    ]
+    [note] = [report for report in operation.reports if isinstance(report, Note)]
+    assert note.message == (
+        f"stopped early: val_noise did not improve on {evaluations[best][1]} in 3 evaluations in a row"
+    )
+
+
+def test_a_plateau_and_an_early_stop_are_decided_alike_wherever_the_run_was_stopped(
+    make: Maker, uninterrupted: Callable[..., Operation]
+) -> None:
+    reference = uninterrupted("early stop")
+    operation = make("early stop", checkpoint_every=CheckpointEvery(epochs=1000))
+
+    outcomes: list[Outcome | None] = []
+    while not outcomes or outcomes[-1] is not Outcome.COMPLETED:
+        outcomes.append(operation.run(stop_after_polls=5))
+
+    assert len(outcomes) > 3
+    assert len(set(reference.curves["learning_rate"].values())) > 1
+    assert_equal(operation, reference)
+
+
+def test_an_early_stop_whose_finish_was_lost_stays_one(make: Maker, uninterrupted: Callable[..., Operation]) -> None:
+    operation = make("early stop")
+
+    assert operation.run() is Outcome.COMPLETED
+    assert operation.run() is Outcome.COMPLETED
+
+    assert_equal(operation, uninterrupted("early stop"))
 
 
 def test_saving_every_step_equals_saving_never(make: Maker, uninterrupted: Callable[..., Operation]) -> None:
@@ -225,6 +310,14 @@ def test_the_loss_of_a_step_is_reported_once_with_learning_rate_and_extras(
         "val_noise": ends,
     }
     assert not any(isinstance(report, Note) for report in operation.reports)
+
+
+def longest_run_without_a_best(values: list[float]) -> int:
+    best, longest, run = float("inf"), 0, 0
+    for value in values:
+        run = 0 if value < best else run + 1
+        best, longest = min(best, value), max(longest, run)
+    return longest
 
 
 def reported_step(report: Report) -> int:

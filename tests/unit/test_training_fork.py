@@ -13,6 +13,7 @@ from ops_contract.reports import CheckpointSaved, Started
 from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
 from relight.training.fork import forked_tree
+from relight.training.monitor import Monitor
 from relight.training.state import Live
 from relight.workload import Env
 
@@ -145,6 +146,8 @@ def test_what_cannot_be_carried_over_is_refused(
     optimizer = workload.optimizer(model, fork.execution)
     built, when = workload.scheduler(optimizer, fork.execution, 15)
 
+    live = Live(model, optimizer, built, workload.state(), Monitor(fork.execution))
+
     with pytest.raises(TrainingFault, match=words) as refused:
-        forked_tree(tree, Live(model, optimizer, built, workload.state()), when, parent.job(), fork.job())
+        forked_tree(tree, live, when, parent.job(), fork.job())
     assert (refused.value.code, refused.value.permanent) == ("not_forkable", True)

@@ -143,6 +143,9 @@ def test_the_default_optimizers_come_from_the_knobs() -> None:
     adamw = workload.optimizer(model, Execution(learning_rate=0.5))
     sgd = workload.optimizer(model, Execution(optimizer=OptimizerName.SGD, learning_rate=0.25))
 
+    adam = workload.optimizer(model, Execution(optimizer=OptimizerName.ADAM, learning_rate=0.1))
+
+    assert (type(adam), adam.param_groups[0]["lr"]) == (torch.optim.Adam, 0.1)
     assert (type(adamw), adamw.param_groups[0]["lr"]) == (torch.optim.AdamW, 0.5)
     assert (type(sgd), sgd.param_groups[0]["lr"]) == (torch.optim.SGD, 0.25)
     assert workload.scheduler(sgd, Execution(), 10) is None

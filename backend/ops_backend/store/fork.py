@@ -8,7 +8,7 @@ from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import NEWEST_FIRST, continues, record, statement
-from ops_backend.store.submit import invalid, new_operation, resolved_config
+from ops_backend.store.submit import invalid, new_operation, resolved_job
 from ops_backend.store.transitions import not_found
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Execution, Job, JobSpec
@@ -76,8 +76,8 @@ async def fork_if_there(
         raise _no_checkpoint(wish)
     spec = _forked_spec(point, wish)
     _check_carried_over(spec.execution, point)
-    config = await resolved_config(session, spec, "overrides.config")
-    values = new_operation(spec, config, submitted_by, key, body) | {"checkpoint_id": point.checkpoint_id}
+    job = await resolved_job(session, spec, "overrides.")
+    values = new_operation(spec, job, submitted_by, key, body) | {"checkpoint_id": point.checkpoint_id}
     made = (await session.execute(FORK, values)).one()
     if not made.pinned:
         raise _no_checkpoint(wish)

@@ -5,11 +5,12 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ops_backend.store.retention import retire
 from ops_backend.store.sql import plain, record, statement
 from ops_backend.store.transitions import finish_if_held
 from ops_contract.agents import ReportBatch
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.lifecycle import Phase
+from ops_contract.lifecycle import Phase, Status
 from ops_contract.reports import CheckpointSaved, Finish, Metrics, Note, Report, Series, Started
 
 # The update locks the row, so what follows in the transaction is fenced: a reaper that wants to end the hold waits.
@@ -48,9 +49,9 @@ START = statement("""
 
 INSERT_CHECKPOINT = statement("""
     INSERT INTO checkpoints (id, operation_id, attempt, checkpoint_type, status, step, epoch, phase, path, size_bytes,
-                             manifest_sha256)
+                             manifest_sha256, monitored)
     VALUES (:checkpoint_id, :id, :attempt, :checkpoint_type, 'committed', :step, :epoch, :phase, :path, :size_bytes,
-            :manifest_sha256)
+            :manifest_sha256, :monitored)
 """)
 
 # The resumed attempt has a checkpoint of its own now: from here on the lineage decides.
@@ -86,6 +87,8 @@ async def accept(session: AsyncSession, id: UUID, attempt: int, batch: ReportBat
         status = await finish_if_held(session, id, attempt, batch.incarnation, last_seq, finish, backoff_s)
         if status is None:
             await _explain(session, key, last_seq)
+        if status is Status.COMPLETED:
+            await retire(session, id)
     return last_seq
 
 
@@ -129,6 +132,7 @@ async def _write(session: AsyncSession, id: UUID, attempt: int, report: Report) 
             row = report.model_dump(exclude={"kind"}) | {"id": id, "attempt": attempt}
             await session.execute(INSERT_CHECKPOINT, row)
             await session.execute(FORGET_RESUME_CHOICE, {"id": id, "attempt": attempt})
+            await retire(session, id)
         case Note():
             await session.execute(NOTE, {"id": id, "attempt": attempt, "detail": {"message": report.message}})
         case Finish():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 from uuid import UUID, uuid4
@@ -11,13 +12,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import plain, record, statement
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.jobs import Job, JobSpec
+from ops_contract.jobs import Execution, Job, JobSpec
 
 FIND_REPLAY = statement("""
     SELECT id, body_sha256 FROM operations WHERE submitted_by = :submitted_by AND idempotency_key = :idempotency_key
 """)
 
-FIND_WORKLOAD = statement("SELECT config_schema FROM workloads WHERE name = :name")
+FIND_WORKLOAD = statement("SELECT config_schema, reports FROM workloads WHERE name = :name")
 KNOWN_WORKLOADS = statement("SELECT name FROM workloads ORDER BY name")
 
 # A key that another transaction has just taken yields no row here; the caller then reads that one.
@@ -60,16 +61,14 @@ async def submit_if_new(
 ) -> UUID | None:
     """Insert the operation; None when a concurrent request with the same key was first.
 
-    Raises 422 for an unknown workload or a config that its schema refuses.
+    Raises 422 for an unknown workload, a config that its schema refuses, or a metric that it does not report.
     """
-    config = await resolved_config(session, spec)
-    submitted: UUID | None = await session.scalar(SUBMIT, new_operation(spec, config, submitted_by, key, body))
+    job = await resolved_job(session, spec)
+    submitted: UUID | None = await session.scalar(SUBMIT, new_operation(spec, job, submitted_by, key, body))
     return submitted
 
 
-def new_operation(
-    spec: JobSpec, config: dict[str, Any], submitted_by: str, key: str | None, body: bytes
-) -> dict[str, Any]:
+def new_operation(spec: JobSpec, job: Job, submitted_by: str, key: str | None, body: bytes) -> dict[str, Any]:
     """The columns that come from its submitter."""
     id = uuid4()
     return {
@@ -77,7 +76,7 @@ def new_operation(
         "name": spec.name or f"{spec.workload}-{str(id)[:8]}",
         "kind": spec.kind,
         "workload": spec.workload,
-        "job": plain(Job(kind=spec.kind, workload=spec.workload, config=config, execution=spec.execution)),
+        "job": plain(job),
         "labels": spec.labels,
         "priority": spec.priority,
         "max_retries": spec.max_retries,
@@ -94,21 +93,21 @@ def body_sha256(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
 
 
-async def resolved_config(session: AsyncSession, spec: JobSpec, path: str = "config") -> dict[str, Any]:
-    """The config with its defaults. Raises 422; `path` is where the submitter wrote it."""
-    schema = await session.scalar(FIND_WORKLOAD, {"name": spec.workload})
-    if schema is None:
+async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "") -> Job:
+    """With every default. Raises 422; `path` is where in the body the submitter wrote it, with its dot."""
+    workload = (await session.execute(FIND_WORKLOAD, {"name": spec.workload})).one_or_none()
+    if workload is None:
         known = list(await session.scalars(KNOWN_WORKLOADS))
         offer = f"known are: {', '.join(known)}" if known else "none is known yet: start a worker first (`ops worker`)"
         raise OpsError(
             ErrorCode.UNKNOWN_WORKLOAD, f"no worker has offered the workload {spec.workload!r}; {offer}", known=known
         )
-    defaults = {k: p["default"] for k, p in schema.get("properties", {}).items() if "default" in p}
-    config = {**defaults, **spec.config}
-    errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(config), key=lambda e: list(e.absolute_path))
-    if errors:
-        raise invalid([(".".join([path, *map(str, e.absolute_path)]), e.message) for e in errors])
-    return config
+    return Job(
+        kind=spec.kind,
+        workload=spec.workload,
+        config=_resolved_config(spec.config, workload.config_schema, f"{path}config"),
+        execution=_resolved_execution(spec.execution, workload.reports, f"{path}execution"),
+    )
 
 
 def invalid(problems: list[tuple[str, str]]) -> OpsError:
@@ -116,3 +115,33 @@ def invalid(problems: list[tuple[str, str]]) -> OpsError:
     field, problem = problems[0]
     errors = [{"field": field, "problem": problem} for field, problem in problems]
     return OpsError(ErrorCode.INVALID, f"{field}: {problem}", errors=errors)
+
+
+def _resolved_config(given: dict[str, Any], schema: dict[str, Any], path: str) -> dict[str, Any]:
+    """With the schema's defaults. Raises 422 naming the fields that it refuses."""
+    defaults = {k: p["default"] for k, p in schema.get("properties", {}).items() if "default" in p}
+    config = {**defaults, **given}
+    errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(config), key=lambda e: list(e.absolute_path))
+    if errors:
+        raise invalid([(".".join([path, *map(str, e.absolute_path)]), e.message) for e in errors])
+    return config
+
+
+def _resolved_execution(given: Execution, reports: Mapping[str, str], path: str) -> Execution:
+    """With the monitored metric and its direction. Raises 422 for a metric that the workload does not report."""
+    monitor = given.checkpoint_monitor or next(iter(reports), None)
+    if monitor is None:
+        asked = {
+            "checkpoint_mode": given.checkpoint_mode is not None,
+            "checkpoint_save_top_k": given.checkpoint_save_top_k > 0,
+            "early_stop_patience": given.early_stop_patience is not None,
+        }
+        if any(asked.values()):
+            problem = "needs a metric to look at, and this workload reports none"
+            raise invalid([(f"{path}.{name}", problem) for name in asked if asked[name]])
+        return given
+    if monitor not in reports:
+        offer = f"it reports {', '.join(reports)}" if reports else "it reports none"
+        raise invalid([(f"{path}.checkpoint_monitor", f"this workload does not report {monitor!r}; {offer}")])
+    mode = given.checkpoint_mode or reports[monitor]
+    return given.model_copy(update={"checkpoint_monitor": monitor, "checkpoint_mode": mode})

@@ -22,6 +22,7 @@ from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
 from relight.training.fork import forked_tree
 from relight.training.loop import Loop, Why
+from relight.training.monitor import Monitor
 from relight.training.order import DataOrder
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter, Sink
@@ -95,6 +96,7 @@ class Attempt:
         live, scheduler_steps = self._live(workload, steps_total)
         if tree is not None and (parent := self._start.parent_job):
             tree = forked_tree(tree, live, scheduler_steps, parent, self._start.job)
+        live.monitor.check(evaluates=validation is not None)
         reporter = Reporter(self._sink, steps_total, self._clock)
         cursor = Cursor() if tree is None else _put_back(tree, live, reporter)
         self._tell_started(about, before, cursor)
@@ -146,7 +148,7 @@ class Attempt:
         optimizer = workload.optimizer(model, self._knobs)
         scheduled = workload.scheduler(optimizer, self._knobs, steps_total)
         scheduler, when = scheduled or (None, None)
-        return Live(model, optimizer, scheduler, workload.state()), when
+        return Live(model, optimizer, scheduler, workload.state(), Monitor(self._knobs)), when
 
     def _tell_started(self, about: Manifest, before: Manifest | None, cursor: Cursor) -> None:
         digests = {"code_digest": about.code_digest, "data_digest": about.data_digest}

@@ -11,7 +11,7 @@ from relight.training.faults import TrainingFault
 from relight.training.state import Cursor, Live
 
 _LENGTH = ("max_epochs", "max_steps", "batch_size", "accumulate_grad_batches")
-_HYPER_PARAMETERS = ("learning_rate", "optimizer", "scheduler")
+_HYPER_PARAMETERS = ("learning_rate", "optimizer", "scheduler", "scheduler_milestones")
 
 
 def forked_tree(tree: dict[str, Any], live: Live, scheduler_steps: str | None, old: Job, new: Job) -> dict[str, Any]:

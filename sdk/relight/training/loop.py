@@ -1,4 +1,7 @@
-"""The training loop. A step: update, evaluate, scheduler, checkpoint; what lasts is in `Live` and `Cursor`."""
+"""The training loop. A step: update, evaluate, scheduler, early stop, checkpoint.
+
+What lasts is in `Live` and `Cursor`.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -46,13 +49,14 @@ class Loop:
     saver: Saver
     should_stop: Callable[[], Why | None]
     _round_trip_checked: bool = False
+    _monitored: float | None = None  # measured on the weights as they are now
 
     def run(self) -> Why | None:
         """None when the last step is done, else why it stopped; the very boundary where it stopped is then saved."""
         try:
             if self.cursor.phase is Phase.EVALUATE:
                 self._end_step()
-            while self.cursor.step < self.steps_total:
+            while not self._is_over():
                 self._epoch()
         except Interrupted as stop:
             self._save(_STOPPED_BY[stop.why])
@@ -67,8 +71,11 @@ class Loop:
             self._poll()
             self._update(window)
             self._end_step()
-            if self.cursor.step == self.steps_total:
+            if self._is_over():
                 return
+
+    def _is_over(self) -> bool:
+        return self.cursor.step == self.steps_total or self.live.monitor.exhausted
 
     def _windows(self) -> Iterator[list[Batch]]:
         """The batches of one update each. All are fetched before the first runs: their units weigh its gradient."""
@@ -108,18 +115,22 @@ class Loop:
         cursor = self.cursor
         epoch_ends = cursor.samples_in_epoch == len(self.training.dataset)
         last = cursor.step + 1 == self.steps_total
+        self._monitored = None
         measured = self._evaluate(self.validation) if self.validation and (epoch_ends or last) else {}
         self._schedule(epoch_ends, measured)
+        self._monitored = self.live.monitor.judge(measured)
         self.cursor = Cursor(
             step=cursor.step + 1,
             epoch=cursor.epoch + epoch_ends,
             samples_in_epoch=0 if epoch_ends else cursor.samples_in_epoch,
         )
+        if self.live.monitor.exhausted and not last:
+            self.reporter.end_at(self.cursor.step, self.live.monitor.verdict)
         self.reporter.flush_if_due(self.cursor)
-        if last:
+        if self._is_over():
             self._save(CheckpointType.FINAL)
-        elif self._is_due(epoch_ends):
-            self._save(CheckpointType.PERIODIC, measured=bool(measured))
+        elif self._is_due(epoch_ends) or self._is_best():
+            self._save(CheckpointType.PERIODIC)
 
     def _evaluate(self, validation: DataOrder) -> dict[str, float]:
         self.reporter.flush(self.cursor)
@@ -143,11 +154,16 @@ class Loop:
             return self.cursor.step % every.steps == 0
         return epoch_ends and every.epochs is not None and self.cursor.epoch % every.epochs == 0
 
-    def _save(self, why: CheckpointType, *, measured: bool = False) -> None:
+    def _is_best(self) -> bool:
+        """Top-k keeps the best state that was measured, whether or not a periodic checkpoint falls there."""
+        wanted = self.knobs.checkpoint_save_top_k > 0 and self._monitored is not None
+        return wanted and self.live.monitor.is_best
+
+    def _save(self, why: CheckpointType) -> None:
         # Everything before the checkpoint's step is sent before the checkpoint: what it resumes from is complete.
         self.reporter.flush(self.cursor)
         reported = self.reporter.newest(self.cursor.step) if self.cursor.phase is Phase.EVALUATE else {}
-        self.saver.save(why, self.cursor, reported, measured=measured)
+        self.saver.save(why, self.cursor, reported, self._monitored)
 
     def _poll(self) -> None:
         if why := self.should_stop():

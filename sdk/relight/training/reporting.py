@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ops_contract.reports import Metrics, Progress, Report, Series
+from ops_contract.reports import Metrics, Note, Progress, Report, Series
 from relight.training.state import Cursor
 
 FLUSH_S = 0.5
@@ -59,6 +59,11 @@ class Reporter:
     def add_again(self, step: int, values: Mapping[str, float]) -> None:
         """What a predecessor reported of a step that it did not end."""
         self._values.update({(name, step): value for name, value in values.items()})
+
+    def end_at(self, step: int, why: str) -> None:
+        """The run ends before its planned number of steps: what is reported from now on is of a run that long."""
+        self._steps_total = step
+        self._sink.report(Note(message=why))
 
     def flush_if_due(self, cursor: Cursor) -> None:
         if self._clock() - self._flushed_at_s >= FLUSH_S:

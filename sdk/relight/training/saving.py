@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 class _Periodic:
     """A snapshot on its way to the disk; `versions` are those of its sources when it was begun.
 
-    `measured`: an evaluation says how good it is, so that retention counts on it.
+    `monitored` is what an evaluation said of this very state: retention counts on it.
     """
 
     cursor: Cursor
-    measured: bool
+    monitored: float | None
     snapshot: Snapshot
     versions: list[int]
 
@@ -79,10 +79,13 @@ class Saver:
         if error is None:
             self._writer.raise_failure()
 
-    def save(self, why: CheckpointType, cursor: Cursor, reported: dict[str, float], *, measured: bool = False) -> None:
-        """`reported` is what the successor sends again. A boundary that is on disk already needs no second copy.
+    def save(
+        self, why: CheckpointType, cursor: Cursor, reported: dict[str, float], monitored: float | None = None
+    ) -> None:
+        """`reported` is what the successor sends again, `monitored` the metric of this very state.
 
-        A save takes the place of a periodic one that still waits to be written; for one that was `measured` it waits.
+        A boundary that is on disk already needs no second copy. A save takes the place of a periodic one that still
+        waits to be written; for one that has a monitored value it waits.
         Raises TrainingFault for state that the codec does not know, and OSError, also that of an earlier save.
         """
         self.seal()
@@ -90,9 +93,9 @@ class Saver:
             encoded = self._encoded(cursor, reported)
             memory = self._memory(encoded) if why is CheckpointType.PERIODIC else None
             if memory is not None:
-                self._begin(cursor, measured, encoded, memory)
+                self._begin(cursor, monitored, encoded, memory)
             else:
-                self._save_now(why, cursor, encoded)
+                self._save_now(why, cursor, monitored, encoded)
         elif why is not CheckpointType.PERIODIC:
             self._writer.wait()
 
@@ -111,27 +114,27 @@ class Saver:
         """Raises the error of a periodic save that could not be written."""
         self._writer.raise_failure()
 
-    def _begin(self, cursor: Cursor, measured: bool, encoded: Encoded, memory: Tensor) -> None:
+    def _begin(self, cursor: Cursor, monitored: float | None, encoded: Encoded, memory: Tensor) -> None:
         may_wait = set() if self._copies_all_at_once else snapshot.changed_by_updates_only(encoded, self._live)
         versions = snapshot.versions(self._live)
-        self._copying = _Periodic(cursor, measured, Snapshot(encoded, memory, may_wait), versions)
+        self._copying = _Periodic(cursor, monitored, Snapshot(encoded, memory, may_wait), versions)
         self._newest = cursor
         self._writer.help(self._copying.snapshot.help)
 
-    def _save_now(self, why: CheckpointType, cursor: Cursor, encoded: Encoded) -> None:
+    def _save_now(self, why: CheckpointType, cursor: Cursor, monitored: float | None, encoded: Encoded) -> None:
         """From the live state. It comes after the one that is being written, and in place of one that waits."""
         self._reclaim()
         self._writer.wait()
-        self._commit(why, cursor, encoded)
+        self._commit(why, cursor, monitored, encoded)
         self._newest = cursor
 
     def _write(self, periodic: _Periodic) -> None:
         """In the writer's thread."""
         periodic.snapshot.arrived()
-        self._commit(CheckpointType.PERIODIC, periodic.cursor, periodic.snapshot.state)
+        self._commit(CheckpointType.PERIODIC, periodic.cursor, periodic.monitored, periodic.snapshot.state)
         self._free.append(periodic.snapshot.memory)
 
-    def _commit(self, why: CheckpointType, cursor: Cursor, state: Encoded) -> None:
+    def _commit(self, why: CheckpointType, cursor: Cursor, monitored: float | None, state: Encoded) -> None:
         published = self._publish(self._root, self._manifest(cursor), state)
         log.info("published %s, %d bytes", published.path, published.size_bytes)
         self._sink.report(
@@ -144,6 +147,7 @@ class Saver:
                 path=published.path,
                 size_bytes=published.size_bytes,
                 manifest_sha256=published.manifest_sha256,
+                monitored=monitored,
             )
         )
 
@@ -169,7 +173,7 @@ class Saver:
         waiting = self._writer.withdraw()
         if waiting is None:
             return
-        if waiting.measured:
+        if waiting.monitored is not None:
             self._writer.put(waiting)
             self._writer.wait()
         else:

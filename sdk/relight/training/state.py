@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from ops_contract.lifecycle import Phase
 from relight.training.codec import CodecError, decode, digests, encode
 from relight.training.faults import TrainingFault
+from relight.training.monitor import Monitor
 from relight.workload import Stateful
 
 
@@ -43,6 +44,7 @@ class Live:
     optimizer: Optimizer
     scheduler: LRScheduler | ReduceLROnPlateau | None
     registered: Mapping[str, Stateful]
+    monitor: Monitor
 
     def capture(self) -> dict[str, Any]:
         """Shares its tensors with the live objects: encode or copy it before the next step."""
@@ -52,6 +54,7 @@ class Live:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "state": {name: stateful.state_dict() for name, stateful in self.registered.items()},
+            "monitor": self.monitor.state_dict(),
         }
 
     def restore(self, tree: dict[str, Any]) -> None:
@@ -64,6 +67,7 @@ class Live:
             self.scheduler.load_state_dict(tree["scheduler"])
         for name, stateful in self.registered.items():
             stateful.load_state_dict(tree["state"][name])
+        self.monitor.load_state_dict(tree["monitor"])
 
 
 def check_round_trip(live: Live) -> None:

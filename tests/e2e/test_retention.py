@@ -1,0 +1,37 @@
+"""Early stopping and retention in the running service, with the trainer killed in between."""
+
+from helpers.service import Service, eventually, kill
+
+
+def test_an_early_stop_leaves_the_best_and_the_last_on_disk_also_after_a_kill(service: Service) -> None:
+    """Scenario 12."""
+    id = service.submit(
+        max_epochs=100,
+        checkpoint_monitor="val_accuracy",
+        early_stop_patience=3,
+        early_stop_min_delta=0.02,
+        checkpoint_save_top_k=1,
+    )
+    service.until_step(id, 60)
+    kill(service.attempts(id)[-1].trainer_pid)
+
+    operation = service.wait(id, "completed")
+
+    accuracy = dict(service.metric(id, "val_accuracy").points)
+    best, last = max(accuracy, key=lambda step: accuracy[step]), max(accuracy)
+    assert operation.attempt == 2
+    assert last + 1 < 4800
+    assert operation.progress is not None
+    assert (operation.progress.step, operation.progress.percent) == (last + 1, 100)
+    assert "note" in service.events(id)
+
+    operation_directory = service.storage / str(id)
+    eventually(
+        lambda: {path.name.split("-")[1] for path in operation_directory.iterdir()} == {f"{best + 1}", f"{last + 1}"},
+        "nothing but the best and the last checkpoint is on disk",
+        lambda: f"{sorted(operation_directory.iterdir())}, best {best + 1}, last {last + 1}\n{service.logs()}",
+    )
+    eventually(
+        lambda: {saved.step for saved in service.client.checkpoints(id)} == {best + 1, last + 1},
+        "no row but theirs is left",
+    )

@@ -1,0 +1,329 @@
+"""Which checkpoints are kept, on real Postgres; and that nobody resumes from one that goes."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from helpers.store import TOY, Held, Store, at_once, held, saved, started
+from ops_backend.store import queries, retention, transitions
+from ops_backend.sweeper import Sweeper
+from ops_contract.lifecycle import Outcome, Status
+
+LOSS = TOY.model_copy(update={"reports": {"val_loss": "min"}})
+NAN = float("nan")
+
+
+@pytest.fixture
+async def run(store: Store) -> Callable[..., Awaitable[Held]]:
+    """Starts an operation with these knobs."""
+    await store.worker(slots=40, workloads=[LOSS])
+
+    async def run(**execution: Any) -> Held:
+        return await store.running(execution=execution)
+
+    return run
+
+
+async def commit(store: Store, run: Held, *values: tuple[int, float | None]) -> Held:
+    """A checkpoint a step, each with its monitored value."""
+    for step, value in values:
+        run = await store.report(run, saved(run, step, monitored=value))
+    return run
+
+
+async def kept(store: Store, run: Held) -> list[int]:
+    sql = "SELECT step FROM checkpoints WHERE operation_id = :id AND status = 'committed' ORDER BY step"
+    return [row.step for row in await store.fetch(sql, id=run.operation_id)]
+
+
+async def again(store: Store, run: Held) -> Held:
+    """Its next attempt, after this one was lost."""
+    await store.expire(run)
+    await store.lose(run)
+    claim = await store.claim()
+    assert claim is not None
+    return held(claim)
+
+
+async def release(store: Store) -> None:
+    async with store.sessions.begin() as session:
+        await retention.release(session)
+
+
+async def test_of_a_metric_that_improves_the_best_two_and_the_last_remain(store: Store, run: Any) -> None:
+    attempt = await run(checkpoint_save_top_k=2)
+
+    attempt = await commit(store, attempt, (0, None), (10, 0.5), (20, 0.4), (30, 0.3), (40, 0.2), (45, None))
+
+    assert await kept(store, attempt) == [30, 40, 45]
+    attempt = await commit(store, attempt, (50, 0.1))
+    await store.finish(attempt, Outcome.COMPLETED)
+    assert await kept(store, attempt) == [40, 50]
+
+
+@pytest.mark.parametrize(
+    ("execution", "values", "expected"),
+    [
+        ({}, [(0, None), (10, 0.5), (20, 0.6)], [0, 10, 20]),
+        ({"checkpoint_save_top_k": 0}, [(0, None), (10, 0.5), (20, 0.6)], [20]),
+        ({"checkpoint_save_top_k": 1}, [(0, None)], [0]),
+        ({"checkpoint_save_top_k": 1}, [(0, None), (10, 0.1), (20, 0.2), (30, 0.3)], [10, 30]),
+        ({"checkpoint_save_top_k": 1}, [(10, 0.1), (20, 0.1), (30, 0.1)], [10, 30]),
+        (
+            {"checkpoint_save_top_k": 1, "checkpoint_mode": "max"},
+            [(10, 0.1), (20, 0.2), (30, 0.1), (40, None)],
+            [20, 40],
+        ),
+        ({"checkpoint_save_top_k": 2, "checkpoint_mode": "max"}, [(10, 0.1), (20, NAN), (30, None)], [10, 30]),
+        ({"checkpoint_save_top_k": 2}, [(10, 0.1), (20, NAN), (30, None)], [10, 30]),
+    ],
+)
+async def test_what_is_kept(
+    store: Store, run: Any, execution: dict[str, Any], values: list[tuple[int, float | None]], expected: list[int]
+) -> None:
+    attempt = await commit(store, await run(**execution), *values)
+    assert await kept(store, attempt) == expected
+
+
+async def test_without_save_last_the_last_goes_once_nobody_can_resume_from_it(store: Store, run: Any) -> None:
+    attempt = await run(checkpoint_save_top_k=1, checkpoint_save_last=False)
+    attempt = await commit(store, attempt, (10, 0.1), (20, 0.2))
+    assert await kept(store, attempt) == [10, 20]
+
+    await store.finish(attempt, Outcome.COMPLETED)
+
+    assert await kept(store, attempt) == [10]
+
+
+async def test_top_k_is_of_the_lineage_and_survives_a_resume(store: Store, run: Any) -> None:
+    """Scenario 12. What a resume left behind is as good as it may be: it counts no more."""
+    attempt = await run(checkpoint_save_top_k=2)
+    old = saved(attempt, 20, monitored=0.4)
+    attempt = await store.report(attempt, saved(attempt, 10, monitored=0.5), old, saved(attempt, 30, monitored=0.1))
+    await store.cancel(attempt.operation_id)
+    await store.finish(attempt, Outcome.CANCELLED)
+    assert await kept(store, attempt) == [20, 30]
+    assert await store.resume(attempt.operation_id, old.checkpoint_id) is not None
+    claim = await store.claim()
+    assert claim is not None
+
+    resumed = await commit(store, held(claim), (31, 0.45), (32, 0.6))
+
+    assert await kept(store, resumed) == [20, 31, 32]
+
+
+async def test_what_a_live_attempt_started_from_stays_until_it_is_over(store: Store, run: Any) -> None:
+    attempt = await commit(store, await run(checkpoint_save_top_k=0), (10, None))
+    attempt = await again(store, attempt)
+    attempt = await commit(store, attempt, (20, None))
+    await release(store)
+    attempt = await commit(store, attempt, (30, None))
+    assert await kept(store, attempt) == [10, 30]
+
+    attempt = await again(store, attempt)
+    await release(store)
+    attempt = await commit(store, attempt, (40, None))
+    assert await kept(store, attempt) == [30, 40]
+
+    await store.finish(attempt, Outcome.COMPLETED)
+    await release(store)
+    assert await kept(store, attempt) == [40]
+
+
+async def test_the_choice_of_a_resume_stays_pinned_while_it_stands(store: Store, run: Any) -> None:
+    attempt = await commit(store, await run(), (10, None), (20, None))
+    await store.cancel(attempt.operation_id)
+    await store.finish(attempt, Outcome.CANCELLED)
+    [first] = await store.fetch("SELECT id FROM checkpoints WHERE step = 10")
+    await store.resume(attempt.operation_id, first.id)
+    await store.cancel(attempt.operation_id)  # before any claim
+
+    await release(store)
+
+    assert [row.step for row in await store.fetch("SELECT step FROM checkpoints WHERE pinned_at IS NOT NULL")] == [10]
+
+
+async def cancelled_with_surplus(store: Store, run: Any) -> tuple[UUID, UUID]:
+    """A cancelled operation and its checkpoint of step 10, which its retention would give up now."""
+    attempt = await run()
+    surplus = saved(attempt, 10)
+    attempt = await store.report(attempt, surplus, saved(attempt, 20))
+    await store.cancel(attempt.operation_id)
+    await store.finish(attempt, Outcome.CANCELLED)
+    await store.execute("""UPDATE operations SET job = jsonb_set(job, '{execution,checkpoint_save_top_k}', '0')""")
+    return attempt.operation_id, surplus.checkpoint_id
+
+
+async def status_of(store: Store, checkpoint: UUID) -> str:
+    [row] = await store.fetch("SELECT status FROM checkpoints WHERE id = :id", id=checkpoint)
+    return str(row.status)
+
+
+async def until_one_waits_for_a_lock(store: Store) -> None:
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    while not await store.fetch(waiting):  # noqa: ASYNC110 - what is awaited happens in Postgres
+        await asyncio.sleep(0.005)
+
+
+async def test_what_a_resume_has_just_chosen_is_not_retired(store: Store, run: Any) -> None:
+    """Scenario 27."""
+    id, surplus = await cancelled_with_surplus(store, run)
+    async with store.sessions.begin() as resuming, store.sessions.begin() as retiring:
+        assert await transitions.resume_if_ended(resuming, id, surplus) is not None
+        retire = asyncio.create_task(retention.retire(retiring, id))
+        await until_one_waits_for_a_lock(store)
+        await resuming.commit()
+        await retire
+    await release(store)
+
+    claim = await store.claim()
+
+    assert claim is not None
+    assert claim.checkpoint is not None
+    assert claim.checkpoint.checkpoint_id == surplus
+    assert await status_of(store, surplus) == "committed"
+
+
+async def test_what_is_just_retired_is_not_resumed_from(store: Store, run: Any) -> None:
+    id, surplus = await cancelled_with_surplus(store, run)
+    async with store.sessions.begin() as resuming, store.sessions.begin() as retiring:
+        await retention.retire(retiring, id)
+        resume = asyncio.create_task(transitions.resume_if_ended(resuming, id, surplus))
+        await until_one_waits_for_a_lock(store)
+        await retiring.commit()
+        assert await resume is None
+
+    assert (await store.get(id)).status is Status.CANCELLED
+    assert await status_of(store, surplus) == "deleting"
+
+
+async def test_a_pin_renewed_while_the_old_one_is_being_cleared_holds(store: Store, run: Any) -> None:
+    id, surplus = await cancelled_with_surplus(store, run)
+    await store.execute("UPDATE checkpoints SET pinned_at = now() WHERE id = :id", id=surplus)
+    async with store.sessions.begin() as resuming, store.sessions.begin() as clearing:
+        assert await transitions.resume_if_ended(resuming, id, surplus) is not None
+        clear = asyncio.create_task(retention.release(clearing))
+        await until_one_waits_for_a_lock(store)
+        await resuming.commit()
+        await clear
+
+    assert await store.fetch("SELECT 1 FROM checkpoints WHERE id = :id AND pinned_at IS NOT NULL", id=surplus)
+
+
+async def test_many_resumes_and_retentions_at_once_agree(store: Store, run: Any) -> None:
+    ended = [await cancelled_with_surplus(store, run) for _ in range(15)]
+
+    async def retire(id: UUID) -> None:
+        async with store.sessions.begin() as session:
+            await retention.retire(session, id)
+
+    calls = [call for id, surplus in ended for call in (retire(id), store.resume(id, surplus), release(store))]
+    answers = await at_once(*calls)
+
+    assert not [answer for answer in answers if isinstance(answer, BaseException)]
+    for (_, surplus), resumed in zip(ended, answers[1::3], strict=True):
+        assert await status_of(store, surplus) == ("deleting" if resumed is None else "committed")
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    root = tmp_path / "storage"
+    root.mkdir()
+    return root
+
+
+async def published(store: Store, run: Any, storage: Path) -> tuple[Held, list[Path]]:
+    """Three checkpoints with files; the job keeps the last one."""
+    attempt = await run(checkpoint_save_top_k=0)
+    directories = []
+    for step in (0, 10, 20):
+        checkpoint = saved(attempt, step)
+        directories.append(storage / checkpoint.path)
+        directories[-1].mkdir(parents=True)
+        (directories[-1] / "manifest.json").write_text("{}")
+        attempt = await store.report(attempt, checkpoint)
+    return attempt, directories
+
+
+async def rows(store: Store) -> list[int]:
+    return [row.step for row in await store.fetch("SELECT step FROM checkpoints ORDER BY step")]
+
+
+async def test_files_go_and_then_their_rows(store: Store, run: Any, storage: Path) -> None:
+    attempt, directories = await published(store, run, storage)
+
+    await Sweeper(store.sessions, storage, 1.0).sweep()
+
+    assert [directory.exists() for directory in directories] == [False, False, True]
+    assert await rows(store) == [20]
+    assert await kept(store, attempt) == [20]
+
+
+async def test_what_a_crash_left_between_files_and_row_is_finished(store: Store, run: Any, storage: Path) -> None:
+    """Scenario 22."""
+    _, [first, second, _] = await published(store, run, storage)
+    for directory in (first, second):
+        (directory / "manifest.json").unlink()
+    first.rmdir()
+
+    await Sweeper(store.sessions, storage, 1.0).sweep()
+
+    assert not second.exists()
+    assert await rows(store) == [20]
+
+
+async def test_an_attempt_outlives_the_checkpoint_that_it_started_from(store: Store, run: Any, storage: Path) -> None:
+    attempt = await again(store, await commit(store, await run(checkpoint_save_top_k=0), (10, None)))
+    attempt = await commit(store, await store.report(attempt, started(10)), (20, None))
+    await store.finish(attempt, Outcome.COMPLETED)
+
+    await Sweeper(store.sessions, storage, 1.0).sweep()
+
+    assert await rows(store) == [20]
+    async with store.sessions.begin() as session:
+        attempts = (await queries.attempts(session, attempt.operation_id)).items
+    assert [a.start_step for a in attempts] == [0, 10]
+    assert (await store.get(attempt.operation_id)).resumed_from is None
+
+
+async def test_no_symbolic_link_is_followed(store: Store, run: Any, storage: Path, tmp_path: Path) -> None:
+    attempt, [first, second, _] = await published(store, run, storage)
+    elsewhere = tmp_path / "elsewhere"
+    for directory in (first, second):
+        (elsewhere / directory.name).mkdir(parents=True)
+        (elsewhere / directory.name / "mine").write_text("keep")
+    (first / "manifest.json").unlink()
+    first.rmdir()
+    first.symlink_to(elsewhere / first.name)
+    (second / "link").symlink_to(elsewhere / second.name)
+    await Sweeper(store.sessions, storage, 1.0).sweep()
+    assert await rows(store) == [20]
+
+    # The operation's own directory is one that leads out: nothing is deleted, and the row waits.
+    await commit(store, attempt, (30, None))
+    operation = storage / str(attempt.operation_id)
+    operation.rename(elsewhere / "operation")
+    operation.symlink_to(elsewhere / "operation")
+    await Sweeper(store.sessions, storage, 1.0).sweep()
+
+    assert await rows(store) == [20, 30]
+    assert sorted(str(path.relative_to(elsewhere)) for path in elsewhere.rglob("m*")) == [
+        "1-0/mine",
+        "1-10/mine",
+        "operation/1-20/manifest.json",
+    ]
+
+
+async def test_a_storage_that_is_not_mounted_keeps_the_rows(store: Store, run: Any, storage: Path) -> None:
+    _, directories = await published(store, run, storage)
+    await Sweeper(store.sessions, storage / "not mounted", 1.0).sweep()
+    assert await rows(store) == [0, 10, 20]
+
+    await Sweeper(store.sessions, storage, 1.0).sweep()
+
+    assert await rows(store) == [20]
+    assert [directory.exists() for directory in directories] == [False, False, True]
