@@ -327,3 +327,17 @@ async def test_a_storage_that_is_not_mounted_keeps_the_rows(store: Store, run: A
 
     assert await rows(store) == [20]
     assert [directory.exists() for directory in directories] == [False, False, True]
+
+
+async def test_a_fork_point_stays_whatever_its_parent_keeps(store: Store, run: Any) -> None:
+    """Scenario 27: the fork has nothing else to begin from, however long it waits."""
+    attempt = await commit(store, await run(checkpoint_save_top_k=1), (10, 0.1), (20, 0.2))
+    fork = await store.fork(attempt.operation_id, overrides={"labels": {"is": "fork"}})
+    attempt = await commit(store, attempt, (30, 0.3))
+    await store.finish(attempt, Outcome.COMPLETED)
+    await release(store)
+
+    assert await kept(store, attempt) == [10, 20, 30]
+    claim = await store.claim()
+    assert claim is not None
+    assert (claim.operation_id, claim.checkpoint.step if claim.checkpoint else None) == (fork, 20)
