@@ -159,7 +159,7 @@ def test_another_worker_goes_on_when_one_is_killed_with_all_that_it_had(
 ) -> None:
     """Scenario 6."""
     id = service.submit(**LONG)
-    service.until_step(id, 50)
+    service.until_saved(id, attempt=1)
     first = service.attempts(id)[0]
     victim = service.worker_of(first)
     victim.kill()
@@ -170,7 +170,6 @@ def test_another_worker_goes_on_when_one_is_killed_with_all_that_it_had(
     second = service.attempts(id)[1]
     assert (first.worker != second.worker, service.attempts(id)[0].outcome) == (True, "lost")
     assert not alive(first.trainer_pid)
-    assert second.start_step % 20 == 0
     assert second.start_step >= 20
     assert service.curves(id) == undisturbed
     assert service.events(id) == ["submit", "claim", "lost", "claim", "complete"]
@@ -209,32 +208,27 @@ def test_the_same_idempotency_key_from_twenty_clients_makes_one_operation(servic
 
 def test_resume_from_an_old_checkpoint_then_a_crash_goes_on_along_the_new_lineage(service: Service) -> None:
     """Scenario 26."""
-    id = service.submit(**LONG)
-    service.until_step(id, 120)
+    id = service.submit(max_epochs=40)
+    old = service.until_saved(id, attempt=1)[0]
+    service.until_saved(id, attempt=1, number=3)
     service.client.cancel(id)
     service.wait(id, "cancelled")
-    old = next(c for c in service.checkpoints(id) if c.step >= 40)
     abandoned = [c for c in service.checkpoints(id) if c.step > old.step]
-    assert abandoned
+    assert len(abandoned) >= 2
 
     answer = service.client.resume(id, from_checkpoint=old.id)
     assert answer.resumed_from.step == old.step
-    running = service.until(
-        id,
-        lambda o: o.attempt == 2 and any(c.path.split("/")[1].startswith("2-") for c in service.checkpoints(id)),
-        "has saved again",
-    )
+    service.until_saved(id, attempt=2)
+    assert service.get(id).resumed_from == answer.resumed_from
     kill(service.attempts(id)[1].trainer_pid)
     service.wait(id, "completed")
 
     third = service.attempts(id)[2]
     paths = {c.step: c.path.split("/")[1] for c in service.checkpoints(id)}
-    assert running.resumed_from is not None
-    assert running.resumed_from.step == old.step
     assert third.start_step > old.step
     assert paths[third.start_step] == f"2-{third.start_step}"
     assert {c.id for c in abandoned}.isdisjoint({c.id for c in service.checkpoints(id)})
-    assert [step for step, _ in service.metric(id, "loss").points] == list(range(576))
+    assert [step for step, _ in service.metric(id, "loss").points] == list(range(40 * 48))
     refused = post(service, f"/operations/{id}/resume", {"from_checkpoint": str(abandoned[0].id)})
     assert refused.status_code == 409
 
@@ -242,22 +236,25 @@ def test_resume_from_an_old_checkpoint_then_a_crash_goes_on_along_the_new_lineag
 def test_forks_go_on_as_their_parent_did_and_beyond(
     service: Service, undisturbed: dict[str, list[tuple[int, float]]]
 ) -> None:
-    parent = service.submit(max_epochs=1)
-    service.wait(parent, "completed")
-    before = service.get(parent)
-    middle = next(c for c in service.checkpoints(parent) if c.step == 20)
+    stopped, short = service.submit(**LONG), service.submit(max_epochs=1)
+    service.until_step(stopped, 10)
+    service.client.cancel(stopped)
+    service.wait(stopped, "cancelled")
+    service.wait(short, "completed")
+    before = service.get(short)
 
-    again = service.client.fork(parent, middle.id)
-    longer = service.client.fork(parent, overrides={"execution": {"max_epochs": 2}})
+    again = service.client.fork(stopped)
+    longer = service.client.fork(short, overrides={"execution": {"max_epochs": 2}})
 
-    for fork, first, end in ((again, 20, 48), (longer, 48, 96)):
+    for fork, parent, end in ((again, stopped, 576), (longer, short, 96)):
         service.wait(fork.id, "completed")
+        assert fork.forked_from is not None
+        assert fork.forked_from.operation_id == parent
+        first = fork.forked_from.step
         expected = {name: [p for p in points if first <= p[0] < end] for name, points in undisturbed.items()}
         assert service.curves(fork.id) == expected
-        assert fork.forked_from is not None
-        assert (fork.forked_from.operation_id, fork.forked_from.step) == (parent, first)
         assert service.checkpoints(fork.id)[0].operation_id == parent
-    assert service.get(parent) == before
+    assert service.get(short) == before
 
 
 def code(answer: httpx.Response) -> str:

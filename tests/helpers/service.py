@@ -100,6 +100,15 @@ class Service:
 
         return self.until(id, there, f"has run {step} steps")
 
+    def until_saved(self, id: UUID, attempt: int, number: int = 1) -> list[CheckpointView]:
+        """So many checkpoints of an attempt past step 0; when they come, the writer beside the training decides."""
+
+        def look() -> list[CheckpointView] | None:
+            found = [c for c in self.client.checkpoints(id) if c.attempt == attempt and c.step > 0]
+            return found if len(found) >= number else None
+
+        return eventually(look, f"{number} checkpoints are committed", lambda: f"{self.get(id)}\n{self.logs()}")
+
     def attempts(self, id: UUID) -> list[AttemptView]:
         return self.client.attempts(id)
 
