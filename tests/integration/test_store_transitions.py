@@ -342,6 +342,9 @@ async def test_an_abandoned_branch_cannot_be_resumed(store: Store) -> None:
     await store.finish(held(claim), Outcome.FAILED, permanent=True)
 
     assert await store.resume(run.operation_id, abandoned.checkpoint_id) is None
+    async with store.sessions.begin() as session:
+        rows = (await queries.checkpoints(session, run.operation_id)).items
+    assert [(row.step, row.in_lineage) for row in rows] == [(10, True), (30, False)]
 
 
 async def test_what_was_saved_during_evaluation_comes_after_the_update_of_its_step(store: Store) -> None:

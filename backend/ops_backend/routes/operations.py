@@ -8,7 +8,7 @@ from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep
-from ops_backend.routes.errors import refusals
+from ops_backend.routes.errors import read, refusals
 from ops_backend.store import queries
 from ops_backend.store.fork import fork_if_there
 from ops_backend.store.submit import replay, submit_if_new
@@ -50,7 +50,7 @@ async def submit(
     body = await request.body()
     found = await replay(session, submitted_by, idempotency_key, body)
     if found is None:
-        found_or_lost = await submit_if_new(session, _spec(body), submitted_by, idempotency_key, body)
+        found_or_lost = await submit_if_new(session, read(JobSpec, body), submitted_by, idempotency_key, body)
         if found_or_lost is not None:
             after.add_task(dispatcher.wake)
             return await queries.get(session, found_or_lost)
@@ -134,7 +134,7 @@ async def fork_operation(
     whole = b'{"fork": "%s", "wish": %s}' % (str(id).encode(), body)
     found = await replay(session, submitted_by, idempotency_key, whole)
     if found is None:
-        wish = ForkRequest.model_validate_json(body)
+        wish = read(ForkRequest, body)
         forked = await fork_if_there(session, id, wish, submitted_by, idempotency_key, whole)
         if forked is not None:
             after.add_task(dispatcher.wake)
@@ -198,7 +198,3 @@ async def _replayed(session: AsyncSession, response: Response, found: UUID | Non
         raise OpsError(ErrorCode.UNAVAILABLE, "a concurrent request with this key has just gone; try again")
     response.status_code = 200
     return await queries.get(session, found)
-
-
-def _spec(body: bytes) -> JobSpec:
-    return JobSpec.model_validate_json(body)

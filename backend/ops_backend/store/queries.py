@@ -99,7 +99,7 @@ METRIC = statement("""
 """)
 
 CHECKPOINTS = statement(f"""
-    SELECT c.*, {continues("o")} AS in_lineage
+    SELECT c.*, coalesce({continues("o")}, false) AS in_lineage
       FROM operations o JOIN checkpoints c ON c.operation_id = o.id OR c.id = o.forked_from_checkpoint_id
      WHERE o.id = :id ORDER BY c.created_at, c.step
 """)
