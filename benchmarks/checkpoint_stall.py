@@ -24,9 +24,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from ops_contract.jobs import Execution
 from ops_contract.lifecycle import CheckpointType, Phase
 from ops_contract.reports import Progress, Report
 from relight.manifest import Manifest
+from relight.training.monitor import Monitor
 from relight.training.saving import Saver
 from relight.training.state import Cursor, Live
 
@@ -68,7 +70,7 @@ class Bench:
         self.model = nn.Sequential(*layers)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.batch = torch.randn(batch, 1024)
-        self.live = Live(self.model, self.optimizer, None, {})
+        self.live = Live(self.model, self.optimizer, None, {}, Monitor(Execution()))
         self.root = root
         self.saver = Saver(root, ABOUT, self.live, Quiet(), None)
         self.saves = 0
