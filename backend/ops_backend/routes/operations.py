@@ -5,13 +5,12 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep
 from ops_backend.routes.errors import read, refusals
 from ops_backend.store import queries
 from ops_backend.store.fork import fork_if_there
-from ops_backend.store.submit import replay, submit_if_new
+from ops_backend.store.submit import once, submit_if_new
 from ops_backend.store.transitions import cancel_if_live, explain_cancel, explain_resume, resume_if_ended
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import JobSpec
@@ -48,14 +47,14 @@ async def submit(
 ) -> Operation:
     """Submit an operation; the same `Idempotency-Key` and body again give the same operation (200)."""
     body = await request.body()
-    found = await replay(session, submitted_by, idempotency_key, body)
-    if found is None:
-        found_or_lost = await submit_if_new(session, read(JobSpec, body), submitted_by, idempotency_key, body)
-        if found_or_lost is not None:
-            after.add_task(dispatcher.wake)
-            return await queries.get(session, found_or_lost)
-        found = await replay(session, submitted_by, idempotency_key, body)
-    return await _replayed(session, response, found)
+
+    async def make() -> UUID | None:
+        return await submit_if_new(session, read(JobSpec, body), submitted_by, idempotency_key, body)
+
+    id, is_new = await once(session, submitted_by, idempotency_key, body, make)
+    response.status_code = 201 if is_new else 200
+    after.add_task(dispatcher.wake)
+    return await queries.get(session, id)
 
 
 @router.get("", responses=refusals(401, 422))
@@ -132,15 +131,15 @@ async def fork_operation(
     body = await request.body() or b"{}"
     # The same wish for another operation is another request.
     whole = b'{"fork": "%s", "wish": %s}' % (str(id).encode(), body)
-    found = await replay(session, submitted_by, idempotency_key, whole)
-    if found is None:
+
+    async def make() -> UUID | None:
         wish = read(ForkRequest, body)
-        forked = await fork_if_there(session, id, wish, submitted_by, idempotency_key, whole)
-        if forked is not None:
-            after.add_task(dispatcher.wake)
-            return await queries.get(session, forked)
-        found = await replay(session, submitted_by, idempotency_key, whole)
-    return await _replayed(session, response, found)
+        return await fork_if_there(session, id, wish, submitted_by, idempotency_key, whole)
+
+    fork_id, is_new = await once(session, submitted_by, idempotency_key, whole, make)
+    response.status_code = 201 if is_new else 200
+    after.add_task(dispatcher.wake)
+    return await queries.get(session, fork_id)
 
 
 @router.get("/{id}/attempts", responses=refusals(401, 404))
@@ -191,10 +190,3 @@ def _known(statuses: str | None) -> str | None:
     if unknown:
         raise OpsError(ErrorCode.INVALID, f"status: no such status {', '.join(unknown)}; there are {', '.join(Status)}")
     return statuses or None
-
-
-async def _replayed(session: AsyncSession, response: Response, found: UUID | None) -> Operation:
-    if found is None:
-        raise OpsError(ErrorCode.UNAVAILABLE, "a concurrent request with this key has just gone; try again")
-    response.status_code = 200
-    return await queries.get(session, found)

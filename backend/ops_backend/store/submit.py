@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 from uuid import UUID, uuid4
@@ -34,6 +34,21 @@ SUBMIT = statement(f"""
     {record("'submit'", "'{}'")}
     RETURNING operation_id
 """)
+
+
+async def once(
+    session: AsyncSession, submitted_by: str, key: str | None, body: bytes, make: Callable[[], Awaitable[UUID | None]]
+) -> tuple[UUID, bool]:
+    """The operation of this key, and whether `make` has just made it. `make` gives None when another was first."""
+    found = await replay(session, submitted_by, key, body)
+    if found is None:
+        made = await make()
+        if made is not None:
+            return made, True
+        found = await replay(session, submitted_by, key, body)
+    if found is None:
+        raise OpsError(ErrorCode.UNAVAILABLE, "a concurrent request with this key has just gone; try again")
+    return found, False
 
 
 async def replay(session: AsyncSession, submitted_by: str, key: str | None, body: bytes) -> UUID | None:

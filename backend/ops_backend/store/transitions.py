@@ -8,11 +8,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.lifecycle import CANCELLABLE, RESUMABLE, Status
+from ops_contract.lifecycle import CANCELLABLE, RESUMABLE, TRANSITIONS, Status
 from ops_contract.operations import ResumeAccepted, ResumedFrom
 from ops_contract.reports import Finish
 
 MAX_BACKOFF_S = 300
+CHARGED = ", ".join(sorted(f"'{t.event}'" for t in TRANSITIONS if t.charged))
 MAX_LOST_WITHOUT_PROGRESS = 3
 
 # `decided` is the table of the design, top to bottom. A corrupt checkpoint fails the operation when it was chosen by
@@ -47,7 +48,7 @@ FINISH = statement(f"""
     ), moved AS (
         UPDATE operations o
            SET status = n.status, event_seq = o.event_seq + 1,
-               failures = o.failures + (d.event IN ('fail', 'retry'))::int,
+               failures = o.failures + (d.event IN ({CHARGED}))::int,
                not_before = CASE d.event WHEN 'retry' THEN now() + make_interval(secs =>
                    (0.5 + random()) * least({MAX_BACKOFF_S}, :backoff_s * 2.0 ^ least(o.failures, 30))) END,
                resume_checkpoint_id = CASE :outcome WHEN 'checkpoint_corrupt' THEN NULL ELSE o.resume_checkpoint_id END,
