@@ -97,6 +97,7 @@ class Dispatcher:
             job=claim.job,
             checkpoint=claim.checkpoint,
             parent_job=claim.parent_job,
+            accept_changes=claim.accept_changes,
         )
         verb = "resume" if claim.checkpoint else "start"
         try:

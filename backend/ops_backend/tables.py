@@ -79,6 +79,8 @@ operations = Table(
     # Chosen by a resume; cleared when the resumed attempt commits a checkpoint of its own.
     Column("resume_checkpoint_id", Uuid, ForeignKey("checkpoints.id", use_alter=True)),
     _flag("resume_explicit"),
+    # Of code and data, by a resume or a fork; cleared with the choice.
+    _flag("accept_changes"),
     # Another operation's: where the lineage of a fork begins. It is needed as long as this row is.
     Column("forked_from_checkpoint_id", Uuid, ForeignKey("checkpoints.id", use_alter=True)),
     _flag("cancel_force"),

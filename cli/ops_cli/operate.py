@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from relight.client import Client
 
 Watch = Annotated[bool, typer.Option("--watch", help="Follow it to its end; ctrl-C detaches.")]
+AcceptChanges = Annotated[
+    bool, typer.Option("--accept-changes", help="Go on though code or data are no longer the checkpoint's.")
+]
 Pairs = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be repeated.")]
 
 
@@ -106,6 +109,7 @@ def resume(
     from_checkpoint: Annotated[
         str | None, typer.Option(metavar="ID", help="One of `ops checkpoints list`, by a beginning of its id.")
     ] = None,
+    accept_changes: AcceptChanges = False,
     watch: Watch = False,
     json: Json = False,
 ) -> None:
@@ -115,7 +119,7 @@ def resume(
     """
     found = client.resolve(operation_id)
     chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
-    accepted = client.resume(found, chosen.id if chosen else None)
+    accepted = client.resume(found, chosen.id if chosen else None, accept_changes)
     if json:
         print(accepted.model_dump_json())
         return
@@ -135,6 +139,7 @@ def fork(
         list[str] | None,
         typer.Option("--set", metavar="K=V", help="What differs: config.NAME=VALUE or execution.NAME=VALUE."),
     ] = None,
+    accept_changes: AcceptChanges = False,
     name: Annotated[str | None, typer.Option()] = None,
     label: Pairs = None,
     priority: Annotated[int | None, typer.Option(help="Higher runs first.")] = None,
@@ -152,7 +157,7 @@ def fork(
     chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
     flags = {"labels": jobs.labels(label or []) or None, "priority": priority, "max_retries": max_retries}
     overrides = jobs.content_from_flags(flags, settings or [])
-    operation = client.fork(found, chosen.id if chosen else None, overrides, name)
+    operation = client.fork(found, chosen.id if chosen else None, overrides, name, accept_changes=accept_changes)
     if json:
         print(operation.model_dump_json())
         return

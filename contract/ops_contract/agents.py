@@ -119,6 +119,7 @@ class StartTraining(Wire):
     job: Job
     checkpoint: CheckpointRef | None = None
     parent_job: Job | None = Field(None, description="of the run whose checkpoint it is, when a fork begins")
+    accept_changes: bool = Field(False, description="go on though code or data differ from the checkpoint's")
 
 
 class CancelTraining(Wire):

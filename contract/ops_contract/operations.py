@@ -33,7 +33,10 @@ class CancelRequest(Wire):
 
 
 class ResumeRequest(Wire):
+    """`accept_changes`: go on though code or data are not the checkpoint's, until there is one under the new ones."""
+
     from_checkpoint: UUID | None = None
+    accept_changes: bool = False
 
 
 class ResumedFrom(Wire):
@@ -61,9 +64,13 @@ class ForkOverrides(Wire):
 
 
 class ForkRequest(Wire):
-    """`from_checkpoint`: any committed one of the operation; by default the newest of its lineage."""
+    """`from_checkpoint`: any committed one of the operation; by default the newest of its lineage.
+
+    `accept_changes`: as for a resume.
+    """
 
     from_checkpoint: UUID | None = None
+    accept_changes: bool = False
     overrides: ForkOverrides = ForkOverrides()
     name: Name | None = None
 

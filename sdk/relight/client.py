@@ -144,9 +144,15 @@ class Client:
         request = CancelRequest(reason=reason, force=force)
         return self._parse(self._post(f"/operations/{operation_id}/cancel", request), Operation)
 
-    def resume(self, operation_id: UUID | str, from_checkpoint: UUID | str | None = None) -> ResumeAccepted:
-        """From its newest checkpoint, or from the one named."""
-        request = ResumeRequest(from_checkpoint=UUID(str(from_checkpoint)) if from_checkpoint else None)
+    def resume(
+        self, operation_id: UUID | str, from_checkpoint: UUID | str | None = None, accept_changes: bool = False
+    ) -> ResumeAccepted:
+        """From its newest checkpoint, or from the one named.
+
+        `accept_changes`: with other code or data than the checkpoint's too, which is refused otherwise.
+        """
+        chosen = UUID(str(from_checkpoint)) if from_checkpoint else None
+        request = ResumeRequest(from_checkpoint=chosen, accept_changes=accept_changes)
         return self._parse(self._post(f"/operations/{operation_id}/resume", request), ResumeAccepted)
 
     def fork(
@@ -156,13 +162,15 @@ class Client:
         overrides: Mapping[str, Any] | None = None,
         name: str | None = None,
         idempotency_key: str | None = None,
+        accept_changes: bool = False,
     ) -> Operation:
         """A new operation that begins at a checkpoint of this one, by default the newest.
 
         `overrides`: what differs in its job, such as `{"execution": {"max_epochs": 20}}`. The same key and wish again
         give the same operation.
         """
-        given = {"from_checkpoint": from_checkpoint, "overrides": overrides, "name": name}
+        given: dict[str, Any] = {"from_checkpoint": from_checkpoint, "overrides": overrides, "name": name}
+        given["accept_changes"] = accept_changes or None
         wish = ForkRequest.model_validate({key: value for key, value in given.items() if value is not None})
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return self._parse(

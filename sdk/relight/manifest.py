@@ -51,7 +51,7 @@ class Manifest(Wire):
     """Where in its training a checkpoint was taken, under which numerics, and its files.
 
     `step`, `epoch` and `phase` are those of the report that commits it. `numerics` is what decides a run's bits besides
-    code and data: device model, versions, threads.
+    code and data: device model, versions, threads. `code_files` are what `code_digest` is of, by path.
     """
 
     format: Literal[1] = 1
@@ -62,7 +62,9 @@ class Manifest(Wire):
     phase: Phase
     workload: str
     code_digest: str | None
+    code_files: dict[str, Sha256] = {}
     data_digest: str | None
+    training_samples: int | None = None
     numerics: dict[str, str]
     files: dict[FileName, FileEntry]
 

@@ -24,6 +24,8 @@ def test_an_early_stop_leaves_the_best_and_the_last_on_disk_also_after_a_kill(se
     assert operation.progress is not None
     assert (operation.progress.step, operation.progress.percent) == (last + 1, 100)
     assert "note" in service.events(id)
+    assert [step for step, _ in service.metric(id, "loss").points] == list(range(last + 1))
+    assert list(accuracy) == list(range(47, last + 1, 48))
 
     eventually(
         lambda: {saved.step for saved in service.client.checkpoints(id)} == {best + 1, last + 1},

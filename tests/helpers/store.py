@@ -121,9 +121,11 @@ class Store:
         async with self.sessions.begin() as session:
             return await transitions.cancel_if_live(session, id, "", force)
 
-    async def resume(self, id: UUID, from_checkpoint: UUID | None = None) -> ResumeAccepted | None:
+    async def resume(
+        self, id: UUID, from_checkpoint: UUID | None = None, accept_changes: bool = False
+    ) -> ResumeAccepted | None:
         async with self.sessions.begin() as session:
-            return await transitions.resume_if_ended(session, id, from_checkpoint)
+            return await transitions.resume_if_ended(session, id, from_checkpoint, accept_changes)
 
     async def fork(self, id: UUID, key: str | None = None, **wish: Any) -> UUID | None:
         request = ForkRequest.model_validate(wish)

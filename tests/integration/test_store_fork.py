@@ -99,6 +99,20 @@ async def test_the_claim_hands_out_the_parents_checkpoint_until_there_is_an_own_
     assert points == [(20, 1.0), (21, 2.0)]
 
 
+async def test_what_a_fork_accepts_is_for_its_own_attempts_until_a_checkpoint(store: Store) -> None:
+    parent = await parent_of(store, 0, 10)
+    assert await store.fork(parent.operation_id, accept_changes=True) is not None
+
+    first = await store.claim()
+    assert first is not None
+    run = await store.report(held(first), started(10), saved(held(first), 11))
+    await store.finish(run, Outcome.PREEMPTED)
+    second = await store.claim()
+
+    assert second is not None
+    assert (first.accept_changes, second.accept_changes) == (True, False)
+
+
 async def test_a_fork_without_a_checkpoint_of_its_own_is_resumed_from_its_parents(store: Store) -> None:
     parent = await parent_of(store, 0, 10)
     id = await store.fork(parent.operation_id)

@@ -329,6 +329,46 @@ async def test_resume_from_an_old_checkpoint_then_a_crash_stays_on_the_new_linea
     assert curve.points == [(8, 0.8), (9, 0.9), (10, 1.5)]
 
 
+async def test_accepted_changes_stand_until_an_attempt_has_a_checkpoint_of_its_own(store: Store) -> None:
+    await store.worker()
+    run = await store.running()
+    run = await store.report(run, started(), saved(run, 10))
+    await store.finish(run, Outcome.FAILED, permanent=True)
+
+    accepted = []
+    assert await store.resume(run.operation_id, accept_changes=True) is not None
+    for report in (None, losses((10, 1.0)), saved(run, 11), None):
+        claim = await store.claim()
+        assert claim is not None
+        accepted.append(claim.accept_changes)
+        attempt = held(claim)
+        if report is not None:
+            report = saved(attempt, 11) if report.kind == "checkpoint" else report
+            attempt = await store.report(attempt, started(10), report)
+        await store.expire(attempt)
+        await store.lose(attempt)
+        await store.execute("UPDATE operations SET lost_without_progress = 0")
+
+    assert accepted == [True, True, True, False]
+    events = await store.fetch("SELECT detail FROM events WHERE name = 'resume'")
+    assert [detail["accept_changes"] for (detail,) in events] == [True]
+
+
+async def test_a_resume_decides_anew_whether_changes_are_accepted(store: Store) -> None:
+    await store.worker()
+    run = await store.running()
+    run = await store.report(run, saved(run, 10))
+    await store.finish(run, Outcome.FAILED, permanent=True)
+    await store.resume(run.operation_id, accept_changes=True)
+    await store.cancel(run.operation_id)
+
+    await store.resume(run.operation_id)
+
+    claim = await store.claim()
+    assert claim is not None
+    assert not claim.accept_changes
+
+
 async def test_an_abandoned_branch_cannot_be_resumed(store: Store) -> None:
     await store.worker()
     run = await store.running()

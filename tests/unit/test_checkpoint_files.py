@@ -309,17 +309,56 @@ def test_a_hostile_manifest_is_refused(tmp_path: Path, change: Callable[[dict[st
         restore(tmp_path, ref)
 
 
-def test_a_pickle_in_place_of_tensors_is_refused_unread(tmp_path: Path) -> None:
-    ref = published(tmp_path, 5)
-    raw = pickle.dumps(Bomb(tmp_path / "ran"))
-    (tmp_path / ref.path / "state.safetensors").write_bytes(raw)
+def with_file(root: Path, name: str, change: Callable[[bytes], bytes]) -> CheckpointRef:
+    """A checkpoint with another such file, listed as if it had been written so."""
+    ref = published(root, 5)
+    path = root / ref.path / name
+    raw = change(path.read_bytes())
+    path.write_bytes(raw)
     listed = {"size_bytes": len(raw), "sha256": [sha256(raw).hexdigest()]}
-    ref = rewritten(tmp_path, ref, lambda manifest: manifest["files"].update({"state.safetensors": listed}))
+    return rewritten(root, ref, lambda manifest: manifest["files"].update({name: listed}))
+
+
+def test_a_pickle_in_place_of_tensors_is_refused_unread(tmp_path: Path) -> None:
+    ref = with_file(tmp_path, "state.safetensors", lambda raw: pickle.dumps(Bomb(tmp_path / "ran")))
 
     with pytest.raises(CheckpointCorrupt, match="header"):
         restore(tmp_path, ref)
 
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong", "said"),
+    [
+        ("state.safetensors", b'"F32"', b'"F31"', "F31"),
+        ("state.safetensors", b'"F32"', b'"F16"', "are not its shape"),
+        ("state.json", b'"float32"', b'"float31"', "float31"),
+        ("state.json", b'"float32"', b'"float64"', "weight"),
+        ("state.json", b'"float32"', b'"save"', "save"),
+    ],
+)
+def test_a_wrong_dtype_is_refused(tmp_path: Path, name: str, right: bytes, wrong: bytes, said: str) -> None:
+    ref = with_file(tmp_path, name, lambda raw: raw.replace(right, wrong))
+
+    with pytest.raises(CheckpointCorrupt, match=said):
+        restore(tmp_path, ref)
+
+
+@pytest.mark.parametrize("header_bytes", [2**64 - 1, 200_000_000])
+def test_a_huge_header_is_refused_before_it_is_read(tmp_path: Path, header_bytes: int) -> None:
+    ref = with_file(tmp_path, "state.safetensors", lambda raw: header_bytes.to_bytes(8, "little") + raw[8:])
+
+    with pytest.raises(CheckpointCorrupt, match="header"):
+        restore(tmp_path, ref)
+
+
+def test_a_huge_manifest_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifests, "_MAX_MANIFEST_BYTES", 100)
+    ref = published(tmp_path, 5)
+
+    with pytest.raises(CheckpointCorrupt, match="larger than 100 bytes"):
+        check_manifest(tmp_path, ref)
 
 
 class Bomb:

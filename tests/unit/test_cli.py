@@ -59,6 +59,7 @@ class Api:
     submitted: list[dict[str, Any]] = field(default_factory=list)
     cancelled: list[CancelRequest] = field(default_factory=list)
     forked: list[dict[str, Any]] = field(default_factory=list)
+    resumed: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[CheckpointView] = field(default_factory=list)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     workers: list[WorkerView] = field(default_factory=list)
@@ -110,7 +111,8 @@ def app_of(api: Api) -> FastAPI:
         return answer(api.now(id), 202)
 
     @app.post(f"{API_PREFIX}/operations/{{id}}/resume")
-    async def resume(id: UUID) -> Response:
+    async def resume(id: UUID, request: Request) -> Response:
+        api.resumed.append(await request.json())
         return answer(ResumeAccepted(operation_id=id, status=Status.PENDING, resumed_from=RESUMED_FROM), 202)
 
     @app.post(f"{API_PREFIX}/operations/{{id}}/fork")
@@ -411,6 +413,18 @@ def test_resume_says_from_where_and_what_to_do_next(api: Api, ops: Ops) -> None:
 
     assert "epoch 2, step 130" in ran.out
     assert f"ops watch {str(known)[:8]}" in ran.out
+
+
+@pytest.mark.parametrize(("flags", "sent"), [((), False), (("--accept-changes",), True)])
+def test_changed_code_or_data_is_accepted_only_when_asked(
+    api: Api, ops: Ops, flags: tuple[str, ...], sent: bool
+) -> None:
+    known = api.holds(operation(status=Status.FAILED))
+
+    assert ops("resume", known, *flags).code == ExitCode.DONE
+    assert ops("fork", known, *flags).code == ExitCode.DONE
+
+    assert [wish.get("accept_changes", False) for wish in api.resumed + api.forked] == [sent, sent]
 
 
 def test_cancel_passes_reason_and_force_on(api: Api, ops: Ops) -> None:

@@ -41,6 +41,22 @@ def test_patience_ends_a_run_when_it_must_and_not_before(
     assert evaluations_until_exhausted(monitor(**knobs), *values) == ends_at
 
 
+@pytest.mark.parametrize("resumed_after", range(7))
+def test_best_and_patience_survive_a_resume(resumed_after: int) -> None:
+    """Scenario 12: decided alike, whichever evaluation was the last before it."""
+    knobs = {"early_stop_patience": 3, "early_stop_min_delta": 0.5}
+    values = (5.0, 4.0, 3.8, 4.5, 3.4, NAN, 3.3)
+    whole, first, second = (monitor(**knobs) for _ in range(3))
+    expected = [(whole.judge({"m": value}), whole.is_best, whole.exhausted) for value in values]
+
+    evaluations_until_exhausted(first, *values[:resumed_after])
+    second.load_state_dict(first.state_dict())
+
+    decided = [(second.judge({"m": v}), second.is_best, second.exhausted) for v in values[resumed_after:]]
+    assert repr(decided) == repr(expected[resumed_after:])
+    assert second.state_dict() == whole.state_dict()
+
+
 def test_the_best_is_the_best_by_whatever_little() -> None:
     judge = monitor(early_stop_patience=9, early_stop_min_delta=1.0)
     best = [judge.judge({"m": value}) == value and judge.is_best for value in (5.0, 4.9, 4.9, 5.0, NAN, 4.8)]

@@ -14,6 +14,7 @@ from training_child import Listed, Operation, RandomItems, stopping_after, ticki
 from ops_contract.jobs import CheckpointEvery, Execution
 from ops_contract.lifecycle import Outcome
 from ops_contract.reports import Metrics, Note
+from relight.training import numerics
 from relight.training.attempt import Attempt, Site
 from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
@@ -99,6 +100,59 @@ def test_other_data_is_not_resumed_on(operation: Operation) -> None:
 
     assert fault.code == "data_changed"
     assert "was tiny and is other" in fault.message
+    assert f"ops resume {operation.id} --accept-changes" in fault.message
+
+
+def test_accepted_other_data_makes_the_run_best_effort_until_a_checkpoint_knows_it(operation: Operation) -> None:
+    attempt(operation, Tiny, stop_after=1)
+    operation.config, operation.accept_changes = {"digest": "other"}, True
+
+    _, reports = attempt(operation, Tiny, stop_after=2)  # one step
+    operation.accept_changes = False
+    outcome, later = attempt(operation, Tiny)
+
+    assert reports[0].exactness.promise == "best_effort"
+    assert reports[0].exactness.reasons == ["the data's digest was tiny and is other"]
+    assert (outcome, later[0].exactness.promise) == (Outcome.COMPLETED, "promised")
+
+
+class Shorter(Tiny):
+    def data(self) -> tuple[MapDataset, MapDataset | None]:
+        return RandomItems(4), None
+
+
+def test_data_of_another_length_is_refused_once_a_step_was_counted_in_it(operation: Operation) -> None:
+    """Position 6 lies beyond the end of 4 samples: accepted, the epoch would never end."""
+    attempt(operation, Tiny, stop_after=3)
+
+    assert "had 8 samples and has 4" in refused(operation, Shorter).message
+    operation.accept_changes = True
+    fault = refused(operation, Shorter)
+
+    assert fault.code == "data_changed"
+    assert "cannot be accepted at step 3" in fault.message
+
+
+def test_data_of_another_length_can_be_accepted_before_the_first_step(operation: Operation) -> None:
+    attempt(operation, Tiny, stop_after=0)
+    assert refused(operation, Shorter).code == "data_changed"
+    operation.accept_changes = True
+
+    outcome, reports = attempt(operation, Shorter)
+
+    assert (outcome, operation.checkpoints[-1].step) == (Outcome.COMPLETED, 2)
+    assert "had 8 samples and has 4" in reports[0].exactness.reasons[0]
+
+
+def test_another_version_of_relight_is_best_effort(operation: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt(operation, Tiny, stop_after=1)
+    monkeypatch.setattr(numerics, "version", lambda name: "99.0")
+
+    _, reports = attempt(operation, Tiny)
+
+    [reason] = reports[0].exactness.reasons
+    assert reason.startswith("relight was ")
+    assert reason.endswith(" and is 99.0")
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_what_differs(operation: Operation) -> None:

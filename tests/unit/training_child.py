@@ -1,12 +1,13 @@
 """Trainings in processes of their own that tests may kill, and the backend's view of them."""
 
 import multiprocessing
+import os
 import random
+import signal
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from hashlib import sha256
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +26,12 @@ from ops_contract.lifecycle import Kind, Outcome, Phase
 from ops_contract.reports import CheckpointSaved, Finish, Metrics, Progress, Report, Started
 from ops_worker.workloads.bytelm import ByteLM
 from ops_worker.workloads.digits import Digits
+from relight.training import attempt, loop
 from relight.training.attempt import Attempt, Site
+from relight.training.checkpoint import restore
+from relight.training.codec import digests, encode
+from relight.training.reporting import Reporter
+from relight.training.state import Cursor, Live
 from relight.workload import MapDataset, Workload
 
 reports = TypeAdapter[Report](Report)
@@ -39,8 +45,13 @@ processes.set_forkserver_preload(
 
 class ZooConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    scheduler: Literal["plateau", "multistep", "onecycle"] = "plateau"
+    scheduler: Literal["plateau", "multistep", "onecycle", "knobs"] = "plateau"
     samples: int = 45
+    random: bool = True
+    norm: Literal["batch", "layer", "none"] = "batch"
+    tied: bool = True
+    average: bool = True
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class Zoo(Workload[ZooConfig]):
@@ -50,16 +61,18 @@ class Zoo(Workload[ZooConfig]):
     reports: ClassVar[dict[str, Literal["min", "max"]]] = {"val_loss": "min", "val_noise": "min"}
 
     def data(self) -> tuple[MapDataset, MapDataset]:
-        return RandomItems(self.config.samples), RandomItems(10)
+        items = RandomItems if self.config.random else FixedItems
+        return items(self.config.samples), items(10)
 
     def data_digest(self) -> str:
         return f"{self.config.samples} random items"
 
     def collate(self, items: list[Tensor]) -> Tensor:
-        return torch.stack(items) + 0.01 * torch.randn(())
+        noise = 0.01 * torch.randn(()) if self.config.random else 0.0
+        return (torch.stack(items) + noise).to(getattr(torch, self.config.dtype))
 
     def model(self) -> nn.Module:
-        self.net = ZooNet()
+        self.net = ZooNet(self.config).to(getattr(torch, self.config.dtype))
         return self.net
 
     def scheduler(self, optimizer: Any, knobs: Execution, steps_total: int) -> Any:
@@ -69,13 +82,17 @@ class Zoo(Workload[ZooConfig]):
             return ReduceLROnPlateau(optimizer, patience=0, threshold=0.5), "val_loss"
         if self.config.scheduler == "multistep":
             return MultiStepLR(optimizer, [1, 2], gamma=0.3), "epoch"
-        return OneCycleLR(optimizer, max_lr=0.1, total_steps=steps_total + 1), "step"
+        if self.config.scheduler == "onecycle":
+            return OneCycleLR(optimizer, max_lr=0.1, total_steps=steps_total + 1), "step"
+        return super().scheduler(optimizer, knobs, steps_total)
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        noise = random.random() + float(np.random.rand())
+        noise = random.random() + float(np.random.rand()) if self.config.random else 0.0
         return model(batch).square().mean() * (1 + 0.01 * noise), {"scale": self.net.scale}
 
     def after_step(self, model: nn.Module, step: int) -> None:
+        if not self.config.average:
+            return
         self.net.average.lerp_(self.net.scale.detach(), 0.1 + 0.01 * random.random())
         self.history.update(step)
 
@@ -85,7 +102,7 @@ class Zoo(Workload[ZooConfig]):
 
     def state(self) -> dict[str, Any]:
         self.history = History()
-        return {"history": self.history}
+        return {"history": self.history} if self.config.average else {}
 
 
 class RandomItems:
@@ -102,24 +119,33 @@ class RandomItems:
         return torch.randn(8) * noise + index / self.n + torch.rand(70_000).sum() / 1e5
 
 
+class FixedItems(RandomItems):
+    """The same items in every epoch."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.randn(8, generator=torch.Generator().manual_seed(index)) + index / self.n
+
+
 class ZooNet(nn.Module):
     """Tied weights, BatchNorm, dropout, a transposed parameter, and a buffer that `state_dict` leaves out."""
 
     average: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, config: ZooConfig) -> None:
         super().__init__()
         self.first = nn.Linear(8, 8)
         self.second = nn.Linear(8, 8)
-        self.second.weight = self.first.weight
-        self.norm = nn.BatchNorm1d(8)
+        if config.tied:
+            self.second.weight = self.first.weight
+        self.norm = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": nn.Identity}[config.norm](8)
+        self.dropout = nn.Dropout(0.2 if config.random else 0.0)
         self.transposed = nn.Parameter(torch.randn(8, 4).t())
         self.scale = nn.Parameter(torch.ones(()))
         self.register_buffer("average", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.relu(self.norm(self.first(x)))
-        out = nn.functional.dropout(self.second(hidden), 0.2, self.training)
+        out = self.dropout(self.second(hidden))
         return self.scale * out @ self.transposed.t() + self.average
 
 
@@ -161,6 +187,7 @@ class Operation:
     curves: dict[str, dict[int, float]] = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
     forked_from: "tuple[Operation, CheckpointSaved] | None" = None
+    accept_changes: bool = False
 
     def fork(self, at: CheckpointSaved, config: dict[str, Any] | None = None, **execution: Any) -> "Operation":
         """One that begins at a checkpoint of this one."""
@@ -173,16 +200,20 @@ class Operation:
         )
 
     def run(
-        self, kill_at: Callable[[int, Report], bool] = lambda n, report: False, stop_after_polls: int | None = None
+        self,
+        kill_at: Callable[[int, Report], bool] = lambda n, report: False,
+        stop_after_polls: int | None = None,
+        **harm: Any,
     ) -> Outcome | None:
         """One attempt from the newest checkpoint; None when it was killed. `kill_at` sees each report and its number.
 
-        With `stop_after_polls` that many questions whether to stop are answered by no, and the next by yes.
+        With `stop_after_polls` that many questions whether to stop are answered by no, and the next by yes. `harm` is
+        done to the child: see Harm.
         """
         receiver, sender = processes.Pipe(duplex=False)
         start = self.start()
         child = processes.Process(
-            target=_child, args=(start.model_dump_json(), str(self.root), sender, stop_after_polls)
+            target=_child, args=(start.model_dump_json(), str(self.root), sender, stop_after_polls, Harm(**harm))
         )
         child.start()
         sender.close()
@@ -209,6 +240,7 @@ class Operation:
             job=self.job(),
             checkpoint=ref_of(newest) if newest else None,
             parent_job=parent.job() if parent and newest is fork_point else None,
+            accept_changes=self.accept_changes,
         )
 
     def job(self) -> Job:
@@ -241,11 +273,19 @@ class Operation:
         }
 
     def final_state(self) -> dict[str, str]:
-        """Digests of model, optimizer, scheduler, registered state and cursor in the newest checkpoint."""
-        directory = self.root / self.checkpoints[-1].path
-        return {
-            name: sha256((directory / name).read_bytes()).hexdigest() for name in ("state.json", "state.safetensors")
-        }
+        """Digests of model, optimizer, scheduler, registered state, monitor and cursor in the newest checkpoint."""
+        return digests(encode(restore(self.root, ref_of(self.checkpoints[-1]))[1]))
+
+    def differences(self, reference: "Operation") -> list[str]:
+        """What does not have the same bits: names of curves with their first such step, and paths of the state."""
+        mine, theirs = self.bits(), reference.bits()
+        curves = [
+            f"{name} from step {min(step for step, _ in mine.get(name, {}).items() ^ theirs.get(name, {}).items())}"
+            for name in sorted(mine.keys() | theirs.keys())
+            if mine.get(name) != theirs.get(name)
+        ]
+        state, expected = self.final_state(), reference.final_state()
+        return curves + sorted({path for path, _ in state.items() ^ expected.items()})
 
     def _listen(self, receiver: Connection, seen: Callable[[int, Report], None]) -> Outcome | None:
         for n in count():
@@ -309,10 +349,75 @@ def stopping_after(polls: int | None) -> Callable[[], Literal["cancelled"] | Non
     return lambda: "cancelled" if polls is not None and next(asked) >= polls else None
 
 
-def _child(start_json: str, root: str, connection: Connection, stop_after_polls: int | None) -> None:
+@dataclass(frozen=True)
+class Harm:
+    """SIGKILL at the n-th poll whether to stop (before each step, each batch of an evaluation), or the n-th fsync of
+    a save, from 0; a mutant of the engine."""
+
+    die_at_poll: int | None = None
+    die_at_fsync: int | None = None
+    mutant: str | None = None
+
+
+def _child(start_json: str, root: str, connection: Connection, stop_after_polls: int | None, harm: Harm) -> None:
     start = StartTraining.model_validate_json(start_json)
     sink = _ConnectionSink(connection)
     site = Site(Path(root), "cpu", cores=1)
-    should_stop = stopping_after(stop_after_polls)
+    should_stop = _dying(harm.die_at_poll, stopping_after(stop_after_polls))
+    os.fsync = _dying(harm.die_at_fsync, os.fsync)
+    if harm.mutant is not None:
+        _mutate(MUTANTS[harm.mutant])
     outcome = Attempt(WORKLOADS[start.job.workload], start, site, sink, should_stop, ticking()).run()
     sink.report(Finish(outcome=outcome))
+
+
+def _dying(at: int | None, do: Callable[..., Any]) -> Callable[..., Any]:
+    calls = count()
+
+    def dying(*args: Any) -> Any:
+        if next(calls) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return do(*args)
+
+    return dying
+
+
+Mutant = Callable[[dict[str, Any], Live], None]
+
+
+def _mutate(mutant: Mutant) -> None:
+    """What is put back is first spoiled; a run that does not resume is as ever."""
+    put_back = attempt._put_back
+
+    def spoiled(tree: dict[str, Any], live: Live, reporter: Reporter) -> Cursor:
+        mutant(tree, live)
+        return put_back(tree, live, reporter)
+
+    attempt._put_back = spoiled
+
+
+def _unseeded(tree: dict[str, Any], live: Live) -> None:
+    loop.seed_everything = lambda value: None
+
+
+def _steps_back(tree: dict[str, Any], live: Live) -> None:
+    for state in tree["optimizer"]["state"].values():
+        state["step"] = state["step"] - 1
+
+
+MUTANTS: dict[str, Mutant] = {
+    "none": lambda tree, live: None,
+    "scheduler not restored": lambda tree, live: tree.update(scheduler=live.capture()["scheduler"]),
+    "generators not reseeded": _unseeded,
+    "BatchNorm buffer skipped": lambda tree, live: tree["model"].update({"norm.running_var": torch.ones(8)}),
+    "hidden buffer skipped": lambda tree, live: tree["model"].update(average=torch.zeros(())),
+    "one weight skipped": lambda tree, live: tree["model"].update(scale=torch.ones(())),
+    "optimizer step counter off by one": _steps_back,
+    "moments forgotten": lambda tree, live: tree["optimizer"]["state"].clear(),
+    "one batch skipped": lambda tree, live: tree["cursor"].update(
+        samples_in_epoch=tree["cursor"]["samples_in_epoch"] + 5
+    ),
+    "order of another epoch": lambda tree, live: tree["cursor"].update(epoch=tree["cursor"]["epoch"] - 1),
+    "registered state forgotten": lambda tree, live: tree.update(state=live.capture()["state"]),
+    "monitor forgotten": lambda tree, live: tree.update(monitor=live.capture()["monitor"]),
+}

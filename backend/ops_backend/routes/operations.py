@@ -108,10 +108,10 @@ async def resume_operation(
     after: BackgroundTasks,
     wish: ResumeRequest | None = None,
 ) -> ResumeAccepted:
-    from_checkpoint = wish.from_checkpoint if wish else None
-    resumed = await resume_if_ended(session, id, from_checkpoint)
+    wish = wish or ResumeRequest()
+    resumed = await resume_if_ended(session, id, wish.from_checkpoint, wish.accept_changes)
     if resumed is None:
-        raise await explain_resume(session, id, from_checkpoint)
+        raise await explain_resume(session, id, wish.from_checkpoint)
     after.add_task(dispatcher.wake)
     return resumed
 

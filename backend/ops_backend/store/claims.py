@@ -65,7 +65,7 @@ CLAIM = statement(f"""
           FROM chosen
          WHERE o.id = chosen.id AND o.status = 'pending'
            AND (NOT EXISTS (SELECT FROM checkpoint) OR EXISTS (SELECT FROM pinned))
-        RETURNING o.id, o.event_seq, o.attempt, 'pending' AS from_status, o.status, o.job,
+        RETURNING o.id, o.event_seq, o.attempt, 'pending' AS from_status, o.status, o.job, o.accept_changes,
                   chosen.incarnation, chosen.index, chosen.url, chosen.secret
     ), attempted AS (
         INSERT INTO attempts (operation_id, number, incarnation, checkpoint_id, start_step)
@@ -80,7 +80,8 @@ CLAIM = statement(f"""
     ), told AS (
         {record("'claim'", "jsonb_build_object('worker', incarnation)")}
     )
-    SELECT moved.id AS operation_id, moved.attempt, moved.job, moved.incarnation, moved.index, moved.url, moved.secret,
+    SELECT moved.id AS operation_id, moved.attempt, moved.job, moved.accept_changes, moved.incarnation, moved.index,
+           moved.url, moved.secret,
            pinned.id AS checkpoint_id, pinned.path, pinned.step, pinned.epoch, pinned.phase, pinned.size_bytes,
            pinned.manifest_sha256, parent.job AS parent_job
       FROM moved LEFT JOIN pinned ON true
@@ -129,6 +130,7 @@ class Claim:
     job: Job
     checkpoint: CheckpointRef | None
     parent_job: Job | None
+    accept_changes: bool
 
 
 async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
@@ -151,6 +153,7 @@ async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
         job=Job.model_validate(row["job"]),
         checkpoint=checkpoint,
         parent_job=Job.model_validate(row["parent_job"]) if row["parent_job"] else None,
+        accept_changes=row["accept_changes"],
     )
 
 

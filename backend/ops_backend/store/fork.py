@@ -40,9 +40,10 @@ FORK = statement(f"""
         RETURNING id, operation_id, step
     ), moved AS (
         INSERT INTO operations (id, name, kind, workload, job, labels, priority, max_retries, submitted_by,
-                                idempotency_key, body_sha256, forked_from_checkpoint_id, status, event_seq)
+                                idempotency_key, body_sha256, forked_from_checkpoint_id, accept_changes, status,
+                                event_seq)
         SELECT :id, :name, :kind, :workload, :job, :labels, :priority, :max_retries, :submitted_by,
-               :idempotency_key, :body_sha256, pinned.id, 'pending', 1
+               :idempotency_key, :body_sha256, pinned.id, :accept_changes, 'pending', 1
           FROM pinned
         ON CONFLICT (submitted_by, idempotency_key) DO NOTHING
         RETURNING id, event_seq, attempt, NULL::text AS from_status, status
@@ -77,7 +78,8 @@ async def fork_if_there(
     spec = _forked_spec(point, wish)
     _check_carried_over(spec.execution, point)
     job = await resolved_job(session, spec, "overrides.")
-    values = new_operation(spec, job, submitted_by, key, body) | {"checkpoint_id": point.checkpoint_id}
+    values = new_operation(spec, job, submitted_by, key, body)
+    values |= {"checkpoint_id": point.checkpoint_id, "accept_changes": wish.accept_changes}
     made = (await session.execute(FORK, values)).one()
     if not made.pinned:
         raise _no_checkpoint(wish)

@@ -54,10 +54,11 @@ INSERT_CHECKPOINT = statement("""
             :manifest_sha256, :monitored)
 """)
 
-# The resumed attempt has a checkpoint of its own now: from here on the lineage decides.
+# The resumed attempt has a checkpoint of its own now: from here on the lineage decides, and its code and data are the
+# ones to compare with.
 FORGET_RESUME_CHOICE = statement("""
-    UPDATE operations SET resume_checkpoint_id = NULL, resume_explicit = false
-     WHERE id = :id AND attempt = :attempt AND resume_checkpoint_id IS NOT NULL
+    UPDATE operations SET resume_checkpoint_id = NULL, resume_explicit = false, accept_changes = false
+     WHERE id = :id AND attempt = :attempt AND (resume_checkpoint_id IS NOT NULL OR accept_changes)
 """)
 
 NOTE = statement(f"""

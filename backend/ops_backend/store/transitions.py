@@ -135,6 +135,9 @@ REQUEST_CANCEL = statement(f"""
       LEFT JOIN workers w ON w.incarnation = h.incarnation
 """)
 
+RESUME_DETAIL = """(SELECT jsonb_build_object(
+    'checkpoint_id', id, 'step', step, 'accept_changes', CAST(:accept_changes AS boolean)) FROM pinned)"""
+
 # Without a choice of the caller's: the checkpoint of an earlier resume that no attempt has gone past yet, else the
 # newest of the lineage. An abandoned branch cannot be resumed, only forked: its steps no longer count.
 RESUME = statement(f"""
@@ -157,11 +160,12 @@ RESUME = statement(f"""
            SET status = 'pending', event_seq = o.event_seq + 1, failures = 0, lost_without_progress = 0,
                not_before = NULL, error = NULL, ended_at = NULL,
                cancel_force = false, cancel_reason = NULL, exit_unconfirmed = false,
-               resume_checkpoint_id = pinned.id, resume_explicit = CAST(:checkpoint_id AS uuid) IS NOT NULL
+               resume_checkpoint_id = pinned.id, resume_explicit = CAST(:checkpoint_id AS uuid) IS NOT NULL,
+               accept_changes = :accept_changes
           FROM target t, pinned WHERE o.id = t.id
         RETURNING o.id, o.event_seq, o.attempt, t.status AS from_status, o.status
     ), told AS (
-        {record("'resume'", "(SELECT jsonb_build_object('checkpoint_id', id, 'step', step) FROM pinned)")}
+        {record("'resume'", RESUME_DETAIL)}
     )
     SELECT moved.id AS operation_id, moved.status, pinned.id AS checkpoint_id, pinned.checkpoint_type,
            pinned.created_at, pinned.epoch, pinned.step
@@ -240,9 +244,12 @@ async def cancel_if_live(session: AsyncSession, id: UUID, reason: str, force: bo
     return Cancelled(Status(rows[0].status), pushes)
 
 
-async def resume_if_ended(session: AsyncSession, id: UUID, from_checkpoint: UUID | None) -> ResumeAccepted | None:
+async def resume_if_ended(
+    session: AsyncSession, id: UUID, from_checkpoint: UUID | None, accept_changes: bool = False
+) -> ResumeAccepted | None:
     """Move failed, cancelled → pending from a checkpoint, which is pinned in the same statement."""
-    row = (await session.execute(RESUME, {"id": id, "checkpoint_id": from_checkpoint})).mappings().one_or_none()
+    values = {"id": id, "checkpoint_id": from_checkpoint, "accept_changes": accept_changes}
+    row = (await session.execute(RESUME, values)).mappings().one_or_none()
     if row is None:
         return None
     resumed_from = ResumedFrom.model_validate({name: row[name] for name in ResumedFrom.model_fields})

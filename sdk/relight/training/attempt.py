@@ -1,11 +1,9 @@
 """One attempt of a training: build or restore it, run the loop, say how it ended."""
 
-import inspect
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from ops_contract.jobs import Execution
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
 from ops_contract.reports import Note, Started
 from relight.manifest import Manifest
-from relight.training import numerics
+from relight.training import changes, numerics
 from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
 from relight.training.fork import forked_tree
@@ -27,6 +25,7 @@ from relight.training.order import DataOrder
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter, Sink
 from relight.training.saving import Saver
+from relight.training.source import source_digest, source_files
 from relight.training.state import Cursor, Live
 from relight.workload import Env, MapDataset, Workload
 
@@ -91,7 +90,8 @@ class Attempt:
         training, validation = (self._order(workload, dataset) for dataset in workload.data())
         if training is None:
             raise TrainingFault("no_data", "the workload's training data is empty", permanent=True)
-        about = self._about(workload, before)
+        about = self._about(workload, len(training.dataset))
+        accepted = changes.accepted(before, about, self._start) if before is not None else []
         steps_total = _steps_total(self._knobs, len(training))
         live, scheduler_steps = self._live(workload, steps_total)
         if tree is not None and (parent := self._start.parent_job):
@@ -99,7 +99,7 @@ class Attempt:
         live.monitor.check(evaluates=validation is not None)
         reporter = Reporter(self._sink, steps_total, self._clock)
         cursor = Cursor() if tree is None else _put_back(tree, live, reporter)
-        self._tell_started(about, before, cursor)
+        self._tell_started(about, before, accepted, cursor)
         return Loop(
             workload=workload,
             env=self._env,
@@ -120,28 +120,23 @@ class Attempt:
             return None
         return DataOrder(dataset, workload.collate, self._knobs.seed, self._knobs.batch_size, self._knobs.num_workers)
 
-    def _about(self, workload: Workload[Any], before: Manifest | None) -> Manifest:
+    def _about(self, workload: Workload[Any], training_samples: int) -> Manifest:
         """The manifest of this attempt's checkpoints, but for where they are taken and their files."""
-        about = Manifest(
+        code_files = source_files(type(workload))
+        return Manifest(
             operation_id=self._start.operation_id,
             attempt=self._start.attempt,
             step=0,
             epoch=0,
             phase=Phase.UPDATE,
             workload=self._start.job.workload,
-            code_digest=_code_digest(type(workload)),
+            code_digest=source_digest(code_files),
+            code_files=code_files,
             data_digest=workload.data_digest(),
+            training_samples=training_samples,
             numerics=numerics.fingerprint(self._env.device),
             files={},
         )
-        if before is not None and before.data_digest != about.data_digest:
-            raise TrainingFault(
-                "data_changed",
-                f"the data's digest was {before.data_digest} and is {about.data_digest}; "
-                "put the old data back and resume, or submit a new operation for the new data",
-                permanent=True,
-            )
-        return about
 
     def _live(self, workload: Workload[Any], steps_total: int) -> tuple[Live, str | None]:
         model = workload.model().to(self._env.device)
@@ -150,13 +145,13 @@ class Attempt:
         scheduler, when = scheduled or (None, None)
         return Live(model, optimizer, scheduler, workload.state(), Monitor(self._knobs)), when
 
-    def _tell_started(self, about: Manifest, before: Manifest | None, cursor: Cursor) -> None:
+    def _tell_started(self, about: Manifest, before: Manifest | None, accepted: list[str], cursor: Cursor) -> None:
         digests = {"code_digest": about.code_digest, "data_digest": about.data_digest}
         self._sink.report(
             Started(
                 trainer_pid=os.getpid(),
                 start_step=cursor.step,
-                exactness=numerics.exactness(self._knobs, about.numerics, about.code_digest, before),
+                exactness=numerics.exactness(self._knobs, about.numerics, before, accepted),
                 environment={**numerics.environment(self._env.device), **digests},
             )
         )
@@ -174,15 +169,6 @@ def _steps_total(knobs: Execution, batches: int) -> int:
     """An epoch's last window of batches may be short; it still is a step."""
     steps = -(-batches // knobs.accumulate_grad_batches) * knobs.max_epochs
     return min(steps, knobs.max_steps or steps)
-
-
-def _code_digest(workload_type: type[Workload[Any]]) -> str | None:
-    """SHA-256 of the file that defines it; None without one."""
-    try:
-        source = inspect.getsourcefile(workload_type)
-    except TypeError:
-        return None
-    return sha256(Path(source).read_bytes()).hexdigest() if source else None
 
 
 def _put_back(tree: dict[str, Any], live: Live, reporter: Reporter) -> Cursor:

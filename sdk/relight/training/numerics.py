@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,8 +36,12 @@ def warm_up() -> None:
 
 
 def fingerprint(device: torch.device) -> dict[str, str]:
-    """Equal fingerprints, code and data give equal bits. `threads` is the number that sums are split over."""
+    """Equal fingerprints, code and data give equal bits. `threads` is the number that sums are split over.
+
+    `relight` stands for the loop's own code, which the code digest leaves out.
+    """
     return {
+        "relight": version("relight"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -59,15 +64,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def exactness(knobs: Execution, now: dict[str, str], code_digest: str | None, before: Manifest | None) -> Exactness:
-    """Best effort when asked for, or when the predecessor that wrote `before` ran on something else."""
+def exactness(knobs: Execution, now: dict[str, str], before: Manifest | None, accepted: list[str]) -> Exactness:
+    """Best effort when asked for, when the predecessor that wrote `before` ran on something else, or code or data
+    changed and that was accepted."""
     reasons = [] if knobs.deterministic else ["deterministic is false"]
     if before is not None:
         names = sorted(now.keys() | before.numerics.keys())
         pairs = [(name, before.numerics.get(name), now.get(name)) for name in names]
         reasons += [f"{name} was {old} and is {new}" for name, old, new in pairs if old != new]
-        if before.code_digest != code_digest:
-            reasons.append("the workload's source changed")
+    reasons += accepted
     return Exactness(promise="best_effort" if reasons else "promised", reasons=reasons)
 
 
