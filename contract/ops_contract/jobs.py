@@ -91,6 +91,9 @@ class Execution(Wire):
     early_stop_min_delta: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="an improvement is larger than this"
     )
+    stall_timeout_s: float | None = Field(
+        1800.0, gt=0, allow_inf_nan=False, description="no step or validation batch for so long fails the attempt"
+    )
 
     @field_validator("scheduler_milestones")
     @classmethod

@@ -1,5 +1,6 @@
 """Lines of JSON between an agent and its trainer process. The trainer speaks first, with its version."""
 
+import signal
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
@@ -7,6 +8,9 @@ from pydantic import Field, TypeAdapter
 from ops_contract.agents import StartTraining
 from ops_contract.reports import CheckpointSaved, Finish, Metrics, Note, Progress, Started
 from ops_contract.wire import PIPE_VERSION, Wire
+
+# A trainer answers it, whatever it is doing, with the Python stacks of all its threads on stderr.
+STACKS_SIGNAL = signal.SIGUSR1
 
 
 class Hello(Wire):
@@ -22,6 +26,12 @@ class ProgressNow(Wire):
 
     kind: Literal["progress"] = "progress"
     progress: Progress
+
+
+class Alive(Wire):
+    """The training thread gets on. Only it may send this: a helper thread also lives beside a step that hangs."""
+
+    kind: Literal["alive"] = "alive"
 
 
 class RunJob(Wire):
@@ -42,7 +52,7 @@ class Stop(Wire):
 
 
 FromTrainer = Annotated[
-    Hello | ProgressNow | Started | Metrics | CheckpointSaved | Note | Finish, Field(discriminator="kind")
+    Hello | Alive | ProgressNow | Started | Metrics | CheckpointSaved | Note | Finish, Field(discriminator="kind")
 ]
 ToTrainer = Annotated[RunJob | Stop, Field(discriminator="kind")]
 

@@ -68,14 +68,22 @@ class AgentProcess:
         assert answer.status_code == 202, answer.text
         return hold
 
-    def order(self, hold: FakeHold, slot: int = 0, deadline_s: float = 20, **config: Any) -> StartTraining:
+    def order(
+        self,
+        hold: FakeHold,
+        slot: int = 0,
+        deadline_s: float = 20,
+        workload: str = "fake",
+        execution: Execution = Execution(),  # noqa: B008 - frozen
+        **config: Any,
+    ) -> StartTraining:
         return StartTraining(
             incarnation=self.incarnation,
             operation_id=hold.ref.operation_id,
             attempt=hold.ref.attempt,
             slot=slot,
             deadline_s=deadline_s,
-            job=Job(kind=Kind.TRAINING, workload="fake", config=config, execution=Execution()),
+            job=Job(kind=Kind.TRAINING, workload=workload, config=config, execution=execution),
         )
 
     async def cancel(self, hold: FakeHold, *, force: bool = False) -> httpx.Response:

@@ -1,10 +1,11 @@
 """A trainer without torch: speaks the real pipe and does what the job's config says.
 
-`reports` metrics `pause_s` apart, then `end`: finish, wait, exit, crash, garbage, linger,
+`reports` metrics `pause_s` apart, then `end`: finish, fault, wait, exit, crash, garbage, linger,
 child (leaves one behind) or daemon (leaves one in another session). `deaf`: ignores Stop.
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
@@ -13,8 +14,8 @@ import threading
 from uuid import uuid4
 
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
-from ops_contract.pipe import Hello, ProgressNow, RunJob, Stop, line, to_trainer
-from ops_contract.reports import CheckpointSaved, Exactness, Finish, Metrics, Note, Progress, Series, Started
+from ops_contract.pipe import STACKS_SIGNAL, Hello, ProgressNow, RunJob, Stop, line, to_trainer
+from ops_contract.reports import CheckpointSaved, Exactness, Fault, Finish, Metrics, Note, Progress, Series, Started
 from ops_contract.wire import Wire
 
 
@@ -54,6 +55,9 @@ class FakeTrainer:
     def end(self, job: RunJob, how: str) -> None:
         if how == "wait":
             self.stopping.wait()
+        elif how == "fault":
+            self.say(Finish(outcome=Outcome.FAILED, error=Fault(code="exception", message="LookupError: x")))
+            os._exit(0)
         elif how == "exit":
             os._exit(3)
         elif how == "crash":
@@ -108,6 +112,7 @@ def main() -> None:
     parser.add_argument("--in-fd", type=int)
     parser.add_argument("--out-fd", type=int)
     arguments = parser.parse_args()
+    faulthandler.register(STACKS_SIGNAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if arguments.describe:

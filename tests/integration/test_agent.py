@@ -16,6 +16,7 @@ import pytest
 from helpers.agents import AgentProcess, alive, eventually, running_agent
 from helpers.fake_api import FakeApi
 from ops_contract.agents import CancelOrder, CancelTraining, CheckpointRef
+from ops_contract.jobs import Execution
 from ops_contract.lifecycle import Outcome, Phase
 from ops_contract.reports import Finish, Note
 
@@ -115,6 +116,47 @@ async def test_a_trainer_that_ends_without_a_finish_gets_one_that_says_why(share
     assert hold.finish.error.code == code
     assert says in hold.finish.error.message
     assert hold.steps == [0, 1]
+
+
+async def test_a_fault_without_the_last_words_gets_them(shared):
+    hold = await shared.start(end="fault", prints="last words")
+
+    await eventually(lambda: hold.finish)
+
+    assert hold.finish.error.code == "exception"
+    assert "last words" in hold.finish.error.details["log_tail"]
+
+
+async def test_a_silent_trainer_is_killed_says_where_it_hung_and_the_slot_works_again(shared):
+    hold = await shared.start(reports=5, end="wait", execution=Execution(stall_timeout_s=0.5))
+
+    await eventually(lambda: hold.finish)
+    good = await _start_when_free(shared)
+    await eventually(lambda: good.finish)
+
+    assert hold.finish.outcome is Outcome.FAILED
+    assert hold.finish.error.code == "stalled"
+    assert "raise execution.stall_timeout_s" in hold.finish.error.message
+    assert "in end\n" in hold.finish.error.details["log_tail"]
+    assert hold.steps == list(range(5))
+    assert hold.trainer_gone_at_finish
+    assert good.finish == Finish(outcome=Outcome.COMPLETED)
+
+
+async def test_a_trainer_that_is_stopping_has_its_grace_however_silent_it_is(tmp_path):
+    api = FakeApi(cancel_grace_s=4)
+    await api.up()
+    async with running_agent(api, tmp_path) as agent:
+        await agent.ready()
+        hold = api.claim(uuid4(), agent.incarnation)
+        hold.cancelling = CancelOrder(operation_id=hold.ref.operation_id, attempt=1)
+        silent = Execution(stall_timeout_s=0.2)
+        await agent.post("/training/start", agent.order(hold, reports=0, end="wait", deaf=True, execution=silent))
+
+        await eventually(lambda: hold.finish)
+
+    assert (hold.finish.outcome, hold.finish.error.code) == (Outcome.CANCELLED, "killed")
+    await api.down()
 
 
 async def test_what_a_trainer_started_ends_with_it(shared):

@@ -93,6 +93,7 @@ async def test_errors_have_one_shape(
         ({"execution": {"checkpoint_mode": "median"}}, "execution.checkpoint_mode"),
         ({"execution": {"early_stop_patience": 0}}, "execution.early_stop_patience"),
         ({"execution": {"early_stop_min_delta": 0.1}}, "execution.early_stop_min_delta"),
+        ({"execution": {"stall_timeout_s": 0}}, "execution.stall_timeout_s"),
         ({"execution": {"early_stop_patience": 1, "early_stop_min_delta": -0.1}}, "execution.early_stop_min_delta"),
         ({"execution": {"scheduler": "multistep"}}, "execution.scheduler_milestones"),
         ({"execution": {"scheduler_milestones": [5]}}, "execution.scheduler_milestones"),

@@ -1,12 +1,16 @@
 """What the documentation says of the settings is what the code has."""
 
+import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
 
+from ops_backend.dispatcher import UNREACHABLE
 from ops_backend.settings import Settings as BackendSettings
+from ops_contract.errors import HTTP_STATUS
 from ops_worker.settings import Settings as WorkerSettings
 
 ROOT = Path(__file__).parents[2]
@@ -29,3 +33,31 @@ def test_links_between_the_documents_lead_somewhere() -> None:
     for document in documents:
         for target in re.findall(r"\]\((?!http|#)([^)#]+)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_every_error_code_is_in_the_troubleshooting_with_its_cure() -> None:
+    faults, answers = (ROOT / "docs" / "troubleshooting.md").read_text().split("## What the API answers")
+    rows = re.findall(r"^\| (`.+?`) \| .+ \| .+ \|$", faults, flags=re.MULTILINE)
+    listed = {code for row in rows for code in re.findall(r"`(\w+)`", row)}
+    assert {"stalled", "trainer_killed", "data_changed", "refused", "checkpoint_missing"} <= set(fault_codes())
+    assert listed == {*fault_codes(), UNREACHABLE, "lost"}
+    statuses = re.findall(r"^\| `(\w+)` \| (\d+) \| .+ \|$", answers, flags=re.MULTILINE)
+    assert dict(statuses) == {code.value: str(status) for code, status in HTTP_STATUS.items()}
+
+
+def fault_codes() -> Iterator[str]:
+    """Of every fault that the code makes: the first argument or `code`, or what a variable of that name is given."""
+    for package in ("sdk/relight", "worker/ops_worker", "backend/ops_backend"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Fault", "_fault", "TrainingFault"):
+                    named = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
+                    yield from _texts(*node.args[:1], *named)
+                elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "code":
+                    yield from _texts(node.value)
+
+
+def _texts(*nodes: ast.expr) -> Iterator[str]:
+    for node in nodes:
+        branches = (node.body, node.orelse) if isinstance(node, ast.IfExp) else (node,)
+        yield from (n.value for n in branches if isinstance(n, ast.Constant) and isinstance(n.value, str))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import select
 import shutil
@@ -21,7 +22,7 @@ from training_child import Operation
 
 from ops_contract.jobs import CheckpointEvery, Execution
 from ops_contract.lifecycle import CheckpointType, Outcome
-from ops_contract.pipe import FromTrainer, Hello, ProgressNow, RunJob, Stop, from_trainer, line
+from ops_contract.pipe import Alive, FromTrainer, Hello, ProgressNow, RunJob, Stop, from_trainer, line
 from ops_contract.reports import CheckpointSaved, Finish, Metrics, Note, Started
 from ops_contract.wire import Wire
 from ops_worker.trainer import AgentPipe, run
@@ -270,6 +271,7 @@ class InThisProcess(AgentPipe):
 
     def __init__(self) -> None:
         self._why = None
+        self._alive_at_s = -math.inf
         self.sent: list[Wire] = []
 
     def send(self, message: Wire) -> None:
@@ -320,6 +322,58 @@ def test_a_fault_is_its_finish(
     assert said in finish.error.message
     assert ("traceback" in finish.error.details) == (code == "exception")
     assert from_trainer.validate_json(line(finish)) == finish
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+]
+
+
+@pytest.mark.usefixtures("numerics_given_back")
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [*((error, "out_of_memory") for error in OUT_OF_MEMORY), (RuntimeError("memory_format"), "exception")],
+    ids=repr,
+)
+def test_memory_has_a_code_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str
+) -> None:
+    def raise_it(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("ops_worker.workloads.digits.Digits.loss", raise_it)
+
+    finish = run_here(digits(tmp_path, Execution()))
+
+    assert finish.error is not None
+    assert (finish.error.code, finish.permanent) == (code, False)
+    assert ("smaller batch_size" in finish.error.message) == (code == "out_of_memory")
+    assert "raise_it" in finish.error.details["traceback"]
+
+
+@pytest.mark.usefixtures("numerics_given_back")
+def test_what_to_do_is_said_however_much_the_exception_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_it(*_: Any) -> None:
+        raise MemoryError("x" * 100_000)
+
+    monkeypatch.setattr("ops_worker.workloads.digits.Digits.loss", raise_it)
+
+    finish = run_here(digits(tmp_path, Execution()))
+
+    assert finish.error is not None
+    assert finish.error.message.endswith("accumulate_grad_batches needs less")
+    assert len(line(finish)) < 20_000
+
+
+def test_to_ask_whether_to_stop_is_the_sign_of_life() -> None:
+    agent = InThisProcess()
+
+    agent.should_stop()
+
+    assert agent.sent == [Alive()]
 
 
 @pytest.mark.usefixtures("numerics_given_back")

@@ -9,11 +9,13 @@ from typing import Literal
 
 from ops_contract.agents import HoldRef, StartTraining
 from ops_contract.lifecycle import Outcome
-from ops_contract.pipe import Hello, ProgressNow, RunJob, Stop
+from ops_contract.pipe import Alive, Hello, ProgressNow, RunJob, Stop
 from ops_contract.reports import CheckpointSaved, Fault, Finish, Metrics, Note, Started
+from ops_worker.cgroups import oom_kills
 from ops_worker.delivery import Delivery
 from ops_worker.outbox import Outbox
 from ops_worker.slots import Slot
+from ops_worker.stalls import StallClock
 from ops_worker.trainers import PipeGarbage, Trainer
 from ops_worker.waiting import first_of
 
@@ -21,11 +23,14 @@ log = logging.getLogger(__name__)
 
 # How long a trainer may take to exit after its last message.
 LINGER_S = 5.0
+# For a hung trainer to write its stacks. It is not known when it has; one that cannot is killed without.
+STACKS_S = 1.0
 
 _HINTS = {
     signal.SIGKILL: " (out of memory? `dmesg` tells; a smaller batch_size needs less)",
     signal.SIGBUS: " (shared memory full? enlarge /dev/shm, or set num_workers to 0)",
-    signal.SIGSEGV: " (a crash in native code)",
+    signal.SIGSEGV: " (a crash in native code; details.log_tail has the Python line that called it)",
+    signal.SIGABRT: " (native code gave up; details.log_tail has its last words)",
 }
 
 
@@ -50,6 +55,7 @@ class Hold:
         self._outbox = outbox
         self._delivery = delivery
         self._storage_root = storage_root
+        self._stall_timeout_s = order.job.execution.stall_timeout_s
         self._cancel_grace_s = cancel_grace_s
         self._confirmed = asyncio.Event()
         self._halted = asyncio.Event()
@@ -60,6 +66,7 @@ class Hold:
         self._grace: asyncio.TimerHandle | None = None
         self._finish: Finish | None = None
         self._misbehaviour: str | None = None
+        self._stalled = False
         self._log = logging.LoggerAdapter(log, self.ref.model_dump())
 
     async def run(self) -> None:
@@ -158,11 +165,14 @@ class Hold:
 
     async def _supervise(self, trainer: Trainer) -> Finish:
         self._log.info("trainer %d, output in %s", trainer.pid, trainer.log_path)
+        oom_kills_before = oom_kills()
         trainer.send(self._job())
         if self._stop is not None:
             trainer.send(self._stop)
+        stalls = StallClock(self._stall_timeout_s)
         async with asyncio.TaskGroup() as group:
-            relaying = group.create_task(self._relay(trainer))
+            watching = group.create_task(self._watch(trainer, stalls))
+            relaying = group.create_task(self._relay(trainer, stalls))
             ending = group.create_task(trainer.ended())
             await asyncio.wait({relaying, ending}, return_when=asyncio.FIRST_COMPLETED)
             if relaying.done():
@@ -170,18 +180,40 @@ class Hold:
                 if not ending.done() and self._misbehaviour is None:
                     self._misbehaviour = "the end of the pipe, but the process went on"
                 trainer.kill()
-        return self._finish or self._died(trainer, ending.result())
+            await ending
+            watching.cancel()
+        await asyncio.to_thread(trainer.trim_log)
+        finish = self._finish or self._died(ending.result(), oom_kills_before)
+        if finish.error is None:
+            return finish
+        details = {"log_tail": trainer.log_tail()} | finish.error.details
+        return finish.model_copy(update={"error": finish.error.model_copy(update={"details": details})})
+
+    async def _watch(self, trainer: Trainer, stalls: StallClock) -> None:
+        """Keeps its output bounded, and kills it when it hangs. One that was told to stop has its grace instead."""
+        while not stalls.tick() or self._stop is not None:
+            await asyncio.to_thread(trainer.trim_log)
+            await asyncio.sleep(stalls.tick_s)
+        self._stalled = True
+        self._log.warning("killed: no sign of life for %s s", self._stall_timeout_s)
+        trainer.dump_stacks()
+        await asyncio.sleep(STACKS_S)
+        trainer.kill()
 
     def _job(self) -> RunJob:
         offer = self.slot.offer
         return RunJob(start=self._order, storage_root=str(self._storage_root), device=offer.device, cores=offer.cores)
 
-    async def _relay(self, trainer: Trainer) -> None:
+    async def _relay(self, trainer: Trainer, stalls: StallClock) -> None:
         """Reports go to the outbox, until the finish or the end of the pipe. The finish waits for the process."""
         try:
-            while self._finish is None and (messages := await trainer.receive()):
+            # What one says that was taken for hung does not count: the signal for its stacks may have woken it.
+            while self._finish is None and (messages := await trainer.receive()) and not self._stalled:
                 reports = [m for m in messages if isinstance(m, Started | Metrics | CheckpointSaved | Note)]
                 for message in messages:
+                    # Not a checkpoint's report, which comes from the writer's thread.
+                    if isinstance(message, Alive | Started | ProgressNow):
+                        stalls.sign_of_life()
                     if isinstance(message, ProgressNow):
                         self._delivery.progress = message.progress
                     elif isinstance(message, Finish):
@@ -198,20 +230,31 @@ class Hold:
             await self._outbox.add(self.ref, reports)
             self._delivery.news.set()
 
-    def _died(self, trainer: Trainer, status: int) -> Finish:
+    def _died(self, status: int, oom_kills_before: int | None) -> Finish:
         """Why a trainer ended that said nothing about it."""
-        tail = {"log_tail": trainer.log_tail()}
         if self._halted.is_set():
             message = "The worker killed the trainer before it had stopped; a resume goes on from the last checkpoint."
-            return Finish(outcome=self._outcome_if_killed, error=Fault(code="killed", message=message, details=tail))
+            return Finish(outcome=self._outcome_if_killed, error=Fault(code="killed", message=message))
+        return Finish(outcome=Outcome.FAILED, error=self._fault(status, oom_kills_before))
+
+    def _fault(self, status: int, oom_kills_before: int | None) -> Fault:
+        if self._stalled:
+            return Fault(
+                code="stalled",
+                message=f"The trainer was killed: no step or validation batch for {self._stall_timeout_s:g} s. Its "
+                "stacks are in details.log_tail; raise execution.stall_timeout_s if a step may take that long.",
+            )
+        last_words = "Its last output is in details.log_tail."
         if self._misbehaviour is not None:
-            code, what = "trainer_protocol", f"broke the protocol of its pipe and was killed: {self._misbehaviour}"
-        elif status < 0:
-            code, what = "trainer_killed", f"was killed by {_name(-status)}"
-        else:
-            code, what = "trainer_exited", f"exited with code {status} before it was done"
-        message = f"The trainer {what}. Its last output is in details.log_tail."
-        return Finish(outcome=Outcome.FAILED, error=Fault(code=code, message=message, details=tail))
+            message = f"The trainer broke the protocol of its pipe and was killed: {self._misbehaviour}. {last_words}"
+            return Fault(code="trainer_protocol", message=message)
+        if status == -signal.SIGKILL and oom_kills_before is not None and (oom_kills() or 0) > oom_kills_before:
+            advice = "use a smaller batch_size or fewer num_workers, or give the worker's cgroup (container) more"
+            return Fault(code="out_of_memory", message=f"The kernel killed the trainer for memory: {advice}.")
+        if status < 0:
+            return Fault(code="trainer_killed", message=f"The trainer was killed by {_name(-status)}. {last_words}")
+        message = f"The trainer exited with code {status} before it was done. {last_words}"
+        return Fault(code="trainer_exited", message=message)
 
 
 def _name(number: int) -> str:

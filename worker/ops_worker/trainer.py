@@ -7,11 +7,14 @@ installed workloads as JSON and exits.
 import argparse
 import contextlib
 import errno
+import faulthandler
 import inspect
 import os
+import re
 import signal
 import sys
 import threading
+import time
 import traceback
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -22,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ops_contract.agents import WorkloadOffer
 from ops_contract.lifecycle import Outcome
-from ops_contract.pipe import Hello, ProgressNow, RunJob, Stop, line, to_trainer
+from ops_contract.pipe import STACKS_SIGNAL, Alive, Hello, ProgressNow, RunJob, Stop, line, to_trainer
 from ops_contract.reports import Fault, Finish, Progress, Report
 from ops_contract.wire import Wire
 from relight.manifest import CheckpointCorrupt, CheckpointMissing
@@ -32,8 +35,11 @@ from relight.workload import Workload
 
 GROUP = "relight.workloads"
 _MAX_MESSAGE_CHARS = 2_000
+_MAX_SAID_CHARS = 1_800  # of an exception, so that what to do about it still fits
 _MAX_TRACEBACK_CHARS = 8_000
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_MEMORY = re.compile(r"out of memory|(can't|cannot|not enough|unable to) (allocate )?memory", re.IGNORECASE)
+_ALIVE_S = 1.0
 
 
 def main() -> None:
@@ -56,6 +62,8 @@ def serve(in_fd: int, out_fd: int) -> NoReturn:
     # whole process group must not kill what is being saved.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # In C: also when Python code loops or a call never returns. A descriptor of its own: user code may redirect stderr.
+    faulthandler.register(STACKS_SIGNAL, file=os.dup(2), all_threads=True)
     die_with_parent(os.getppid())
     from relight.training.numerics import warm_up
 
@@ -116,6 +124,7 @@ class AgentPipe:
         self._jobs: SimpleQueue[RunJob] = SimpleQueue()
         self._why: Literal["cancelled", "preempted"] | None = None
         self._sending = threading.Lock()  # a line is written whole, whichever thread reports
+        self._alive_at_s = -_ALIVE_S
         for fd in (in_fd, out_fd):
             os.set_inheritable(fd, False)  # a process that user code starts must not keep them open
         # Its own thread: an agent that waits for us to read never blocks us while we wait for it.
@@ -125,6 +134,11 @@ class AgentPipe:
         return self._jobs.get()
 
     def should_stop(self) -> Literal["cancelled", "preempted"] | None:
+        """The training thread asks between steps and validation batches: that it asks is its sign of life."""
+        now_s = time.monotonic()
+        if now_s - self._alive_at_s >= _ALIVE_S:
+            self._alive_at_s = now_s
+            self.send(Alive())
         return self._why
 
     def report(self, report: Report) -> None:
@@ -188,13 +202,19 @@ def _offer(name: str, workload_type: type[Workload[Any]]) -> WorkloadOffer:
 
 def _unexpected(error: BaseException) -> Fault:
     trace = "".join(traceback.format_exception(error))[-_MAX_TRACEBACK_CHARS:]
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return _fault("disk_full", f"{_said(error)}; make room in the storage root", traceback=trace)
-    return _fault("exception", _said(error), traceback=trace)
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _DISK_FULL:
+        return _fault("disk_full", f"{_said(error)}; make room in the storage root, then resume", traceback=trace)
+    # torch's own OutOfMemoryError is a RuntimeError, and its CPU allocator raises no other.
+    no_memory = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or no_memory:
+        advice = "a smaller batch_size with a larger accumulate_grad_batches needs less"
+        return _fault("out_of_memory", f"{_said(error)}; {advice}", traceback=trace)
+    return _fault("exception", f"{_said(error)}; details.traceback says where", traceback=trace)
 
 
 def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}"[:_MAX_SAID_CHARS]
 
 
 def _fault(code: str, message: str, **details: str) -> Fault:

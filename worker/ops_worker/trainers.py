@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import fcntl
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import Self
 
 from pydantic import ValidationError
 
-from ops_contract.pipe import FromTrainer, RunJob, Stop, from_trainer, line
+from ops_contract.pipe import STACKS_SIGNAL, FromTrainer, RunJob, Stop, from_trainer, line
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,13 @@ READ_BYTES = 2**20
 DRAIN_S = 2.0
 LOGS_KEPT = 50
 TAIL_BYTES = 8192
+# Of each trainer's output: the beginning, which says what was run, and the end, which says how it went.
+LOG_HEAD_BYTES = 2**20
+LOG_END_BYTES = 63 * 2**20
+
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class PipeGarbage(Exception):
@@ -64,6 +72,7 @@ class Trainer:
         self._unfinished: list[bytes] = []
         self._garbage: PipeGarbage | None = None
         self._dead = asyncio.Event()
+        self._trimmed_to = LOG_HEAD_BYTES
         self.log_path = log_path
         threading.Thread(target=self._watch, args=(asyncio.get_running_loop(),), daemon=True).start()
 
@@ -128,6 +137,22 @@ class Trainer:
             # Postgres has no NUL in text.
             return output.read().decode(errors="replace").replace("\x00", "�")
         return ""
+
+    def dump_stacks(self) -> None:
+        """Have every thread's Python stack written to its output, whatever it is doing."""
+        if self._process.returncode is None:
+            os.kill(self._process.pid, STACKS_SIGNAL)
+
+    def trim_log(self) -> None:
+        """Free the middle of a long output on the disk, which reads as zeros from then on: offsets stay what they were.
+
+        A file system that cannot (not ext4, xfs, btrfs, tmpfs, NFS 4.2) keeps it all.
+        """
+        with contextlib.suppress(OSError), self.log_path.open("r+b") as output:
+            end = output.seek(0, os.SEEK_END) - LOG_END_BYTES
+            if end > self._trimmed_to:
+                _fallocate(output.fileno(), _PUNCH_HOLE | _KEEP_SIZE, LOG_HEAD_BYTES, end - LOG_HEAD_BYTES)
+                self._trimmed_to = end
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """In a thread, for there is no pidfd in every sandbox. WNOWAIT leaves the reaping to `ended`."""

@@ -1,0 +1,136 @@
+"""Every way in which user code can end or hang a trainer: real agent, real trainer, real user code."""
+
+import sys
+from collections.abc import AsyncIterator
+
+import pytest
+
+from helpers.agents import AgentProcess, eventually, running_agent
+from helpers.fake_api import FakeApi
+from ops_contract.jobs import Execution
+from ops_contract.lifecycle import Outcome
+from ops_contract.reports import Fault, Finish
+
+SITE = '''
+import ctypes, os, sys, threading, time
+import torch
+from pydantic import BaseModel
+from torch import nn
+from relight import Workload
+
+class Config(BaseModel):
+    do: str = "1"
+
+class Fatal(Workload):
+    """Does `do` in its third step."""
+    Config = Config
+    reports = {}
+    steps = 0
+    def data(self): return [torch.ones(2)] * 16, None
+    def model(self): return nn.Linear(2, 1)
+    def loss(self, model, batch):
+        self.steps += 1
+        if self.steps == 3:
+            print("the last words", flush=True)
+            exec(self.config.do)
+        return model(batch).mean(), {}
+'''
+TRAINER = [sys.executable, "-m", "ops_worker.trainer"]
+HANG = Execution(batch_size=1, stall_timeout_s=3)
+
+
+@pytest.fixture(scope="module")
+async def agent(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AgentProcess]:
+    site = tmp_path_factory.mktemp("site")
+    (site / "fatal-1.dist-info").mkdir()
+    (site / "fatal-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fatal\nVersion: 1\n")
+    (site / "fatal-1.dist-info" / "entry_points.txt").write_text("[relight.workloads]\nfatal = fatal:Fatal\n")
+    (site / "fatal.py").write_text(SITE)
+    api = FakeApi()
+    await api.up()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(site))
+        async with running_agent(api, tmp_path_factory.mktemp("agent"), command=TRAINER) as agent:
+            yield await agent.ready()
+    await api.down()
+
+
+async def run(agent: AgentProcess, do: str, execution: Execution = Execution(batch_size=1)) -> Finish:  # noqa: B008
+    hold = await agent.start(workload="fatal", execution=execution, deadline_s=60, do=do)
+    await eventually(lambda: hold.finish, timeout_s=120)
+    assert hold.finish
+    assert hold.trainer_gone_at_finish
+    return hold.finish
+
+
+async def fault(agent: AgentProcess, do: str, execution: Execution = Execution(batch_size=1)) -> Fault:  # noqa: B008
+    finish = await run(agent, do, execution)
+    assert finish.outcome is Outcome.FAILED
+    assert finish.error
+    return finish.error
+
+
+async def test_an_exception_has_its_place_and_the_last_words_and_the_next_job_is_a_good_one(
+    agent: AgentProcess,
+) -> None:
+    error = await fault(agent, "raise LookupError('no such thing')")
+    good = await run(agent, "1")
+
+    assert error.code == "exception"
+    assert error.message == "LookupError: no such thing; details.traceback says where"
+    assert "in loss" in error.details["traceback"]
+    assert error.details["log_tail"].endswith("the last words\n")
+    assert good == Finish(outcome=Outcome.COMPLETED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("do", "code", "message", "last_words"),
+    [
+        ("ctypes.string_at(0)", "trainer_killed", "SIGSEGV", "in loss"),
+        ("os.abort()", "trainer_killed", "SIGABRT", "in loss"),
+        ("sys.exit(3)", "exception", "SystemExit: 3", "the last words"),
+        ("os._exit(3)", "trainer_exited", "code 3", "the last words"),
+        ("while True: pass", "stalled", "raise execution.stall_timeout_s", "in loss"),
+        ("time.sleep(1e6)", "stalled", "no step or validation batch for 3 s", "in loss"),
+        ("lock = threading.Lock(); lock.acquire(); lock.acquire()", "stalled", "3 s", "in loss"),
+        ("ctypes.CDLL(None).pause()", "stalled", "3 s", "in loss"),
+        ("ctypes.PyDLL(None).pause()", "stalled", "3 s", "in loss"),  # in C, and it keeps the GIL
+        ("bytearray(1 << 60)", "out_of_memory", "smaller batch_size", "the last words"),
+        ("torch.empty(1 << 50)", "out_of_memory", "smaller batch_size", "the last words"),
+        ("print('x' * 100_000_000); os._exit(3)", "trainer_exited", "code 3", "xxx"),
+    ],
+)
+async def test_whatever_ends_or_hangs_it_says_so_with_the_last_words_and_the_next_job_runs(
+    agent: AgentProcess, do: str, code: str, message: str, last_words: str
+) -> None:
+    error = await fault(agent, do, HANG)  # which is the next job of the same worker: two good steps come first
+
+    assert error.code == code
+    assert message in error.message
+    assert last_words in error.details["log_tail"]
+
+
+@pytest.mark.slow
+async def test_a_flood_of_output_is_bounded_on_the_disk_and_its_end_and_offsets_are_right(agent: AgentProcess) -> None:
+    error = await fault(agent, "[print('y' * 999_999) for _ in range(200)]; raise LookupError('the end')")
+
+    logs = (agent.state_dir / "logs").glob("*.log")
+    (log,) = [path for path in logs if path.stat().st_size > 200_000_000]
+    assert log.stat().st_blocks * 512 < 70 * 2**20
+    with log.open("rb") as output:
+        assert b"the last words" in output.read(2**20)
+        output.seek(200_000_000)
+        assert output.read(10).strip(b"y\n") == b""
+    assert "yyy" in error.details["log_tail"]
+    assert len(error.details["log_tail"]) <= 8192
+    assert error.message.startswith("LookupError: the end")
+
+
+@pytest.mark.slow
+async def test_steps_that_take_less_than_the_timeout_are_no_stall_however_many(agent: AgentProcess) -> None:
+    slow_steps = "Fatal.loss = lambda self, model, batch: (time.sleep(0.5), model(batch).mean())[1:] + ({},)"
+
+    finish = await run(agent, slow_steps, HANG)
+
+    assert finish == Finish(outcome=Outcome.COMPLETED)
