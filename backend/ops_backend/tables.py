@@ -83,6 +83,8 @@ operations = Table(
     _flag("accept_changes"),
     # Another operation's: where the lineage of a fork begins. It is needed as long as this row is.
     Column("forked_from_checkpoint_id", Uuid, ForeignKey("checkpoints.id", use_alter=True)),
+    # Whose values it is compared with; null for what is no replay.
+    Column("replay_of", Uuid, ForeignKey("operations.id")),
     _flag("cancel_force"),
     Column("cancel_reason", Text),
     _flag("exit_unconfirmed"),
@@ -169,6 +171,7 @@ attempts = Table(
     Column("trainer_pid", Integer),
     Column("environment", JSONB),
     Column("exactness", JSONB),
+    Column("replay", JSONB),
     one_of("outcome", Outcome),
 )
 

@@ -76,6 +76,8 @@ def next_command(operation: "Operation") -> str:
     short = str(operation.id)[:8]
     if operation.status in ("failed", "cancelled"):
         return f"ops resume {short}"
+    if operation.status == "completed" and operation.replay_of:
+        return f"ops attempts {short}"
     if operation.status == "completed":
         return f"ops metrics {short}, ops checkpoints list {short}"
     return f"ops watch {short}"
@@ -106,6 +108,9 @@ def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, s
         "attempt": f"{operation.attempt}, {operation.failures} of {operation.max_retries} retries used",
         "resumed": f"from {show.came_from(resumed)}" if resumed else "",
         "forked": f"from step {forked.step} of {str(forked.operation_id)[:8]}" if forked else "",
+        "replays": f"{str(operation.replay_of)[:8]}, up to step {operation.job.until_step}"
+        if operation.replay_of
+        else "",
         "error": show.plain(show.fault(operation.error)),
         "exactness": show.plain("; ".join([exactness.promise.replace("_", " "), *exactness.reasons]))
         if exactness
@@ -137,13 +142,14 @@ def attempts(client: "Client", operation_id: OperationId, json: Json = False) ->
     if json:
         print(show.json_array(items))
         return
-    table = show.table("#", "WORKER", "STEPS", "TOOK", "OUTCOME", "ERROR", wide="ERROR")
+    table = show.table("#", "WORKER", "STEPS", "TOOK", "OUTCOME", "REPLAYED", "ERROR", wide="ERROR")
     now = datetime.now(UTC)
     for item in items:
         reported = "–" if item.first_step is None else f"{item.first_step}–{item.last_step}"
         took = show.age(item.started_at, item.ended_at or now)
         error = show.cut(show.fault(item.error))
-        table.add_row(str(item.number), show.plain(item.worker), reported, took, item.outcome or "running", error)
+        cells = (reported, took, item.outcome or "running", show.replayed(item.replay), error)
+        table.add_row(str(item.number), show.plain(item.worker), *cells)
     show.print_rich(table)
 
 

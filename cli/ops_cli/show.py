@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from ops_contract.operations import EnergyView, ProgressView, ResumedFrom
+    from ops_contract.operations import EnergyView, ProgressView, ReplayCheck, ResumedFrom
     from ops_contract.reports import Fault
     from ops_contract.wire import Wire
 
@@ -106,6 +106,12 @@ def fault(error: "Fault | None") -> str:
 def came_from(resumed: "ResumedFrom") -> str:
     checkpoint = f"{resumed.checkpoint_type} checkpoint {str(resumed.checkpoint_id)[:8]}"
     return f"epoch {resumed.epoch}, step {resumed.step} ({checkpoint})"
+
+
+def replayed(check: "ReplayCheck | None") -> str:
+    if check is None:
+        return "–"
+    return f"{check.differing} of {check.compared} values differ" if check.differing else f"{check.compared} equal"
 
 
 def coloured(status: str) -> str:

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Protocol, Self
 from uuid import UUID
 
@@ -40,15 +41,21 @@ def watch(
 
 def watch_to_end(client: "Client", operation_id: UUID, view: "View") -> None:
     """Leaves with the exit code that says how it ended."""
+    with detachable(operation_id), view:
+        operation = follow(client, operation_id, view)
+    view.ended(operation)
+    raise typer.Exit(ExitCode.DONE if operation.status == "completed" else ExitCode.FAILED)
+
+
+@contextmanager
+def detachable(operation_id: UUID) -> Iterator[None]:
+    """Ctrl-C leaves the operation alone, and says so."""
     try:
-        with view:
-            operation = follow(client, operation_id, view)
+        yield
     except KeyboardInterrupt:
         short = str(operation_id)[:8]
         print(f"Detached; {short} goes on.\nBack: ops watch {short}    Stop it: ops cancel {short}", file=sys.stderr)
         raise typer.Exit(ExitCode.DETACHED) from None
-    view.ended(operation)
-    raise typer.Exit(ExitCode.DONE if operation.status == "completed" else ExitCode.FAILED)
 
 
 def follow(

@@ -16,6 +16,7 @@ class ErrorCode(StrEnum):
     CHECKPOINT_CORRUPT = "checkpoint_corrupt"
     NOT_CANCELLABLE = "not_cancellable"
     NOT_RESUMABLE = "not_resumable"
+    NOT_REPLAYABLE = "not_replayable"
     IDEMPOTENCY_CONFLICT = "idempotency_conflict"
     FENCED = "fenced"
     OUT_OF_ORDER = "out_of_order"
@@ -37,6 +38,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.CHECKPOINT_CORRUPT: 422,
     ErrorCode.NOT_CANCELLABLE: 409,
     ErrorCode.NOT_RESUMABLE: 409,
+    ErrorCode.NOT_REPLAYABLE: 409,
     ErrorCode.IDEMPOTENCY_CONFLICT: 409,
     ErrorCode.FENCED: 409,
     ErrorCode.OUT_OF_ORDER: 409,

@@ -145,3 +145,6 @@ class Job(Wire):
     workload: str
     config: dict[str, Any]
     execution: Execution
+    until_step: int | None = Field(
+        None, ge=1, lt=2**63, description="a replay ends before this step; schedules go by the whole run all the same"
+    )

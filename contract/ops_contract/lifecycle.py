@@ -31,7 +31,7 @@ RESUMABLE = frozenset({Status.FAILED, Status.CANCELLED})
 
 
 class Event(StrEnum):
-    """Why a row was written to an operation's history. All but NOTE and FORCE may move its status."""
+    """Why a row was written to an operation's history. All but the last three may move its status."""
 
     SUBMIT = "submit"
     CLAIM = "claim"
@@ -46,9 +46,10 @@ class Event(StrEnum):
     PLAN = "plan"
     REDUCE = "reduce"
     CANCEL = "cancel"
-    FORCE = "force"
     RESUME = "resume"
+    FORCE = "force"
     NOTE = "note"
+    REPLAY_DIVERGED = "replay_diverged"  # an attempt that promised exactness reported another value of a step
 
 
 class Outcome(StrEnum):
@@ -129,7 +130,7 @@ TRANSITIONS: tuple[Transition, ...] = (
 
 
 def allowed(source: Status | None, event: Event, target: Status) -> bool:
-    """Whether the table has this move; NOTE and FORCE record without moving."""
-    if event in (Event.NOTE, Event.FORCE):
+    """Whether the table has this move; some events record without moving."""
+    if event in (Event.FORCE, Event.NOTE, Event.REPLAY_DIVERGED):
         return source == target
     return any((t.source, t.event, t.target) == (source, event, target) for t in TRANSITIONS)

@@ -1,8 +1,11 @@
 """What readers of the API see."""
 
+import math
 from datetime import datetime
 from typing import Any, Literal
 from uuid import UUID
+
+from pydantic import Field
 
 from ops_contract.jobs import Job
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
@@ -83,6 +86,52 @@ class ForkedFrom(Wire):
     step: int
 
 
+class ReplayRequest(Wire):
+    """`from_checkpoint`: by default the newest of the lineage with reported steps after it, else the beginning.
+
+    At most `steps` steps are redone, by default all that were reported.
+    """
+
+    from_checkpoint: UUID | None = None
+    steps: int | None = Field(None, ge=1, lt=2**63)
+
+
+class Difference(Wire):
+    """A value that was reported twice with other bits, first by `earlier_attempt` (of the parent, in a replay).
+
+    The bits are big-endian hex: they keep the sign of a zero, which a JSON number in the database does not.
+    """
+
+    name: str
+    step: int
+    earlier_attempt: int
+    was: float
+    now: float
+    was_bits: str
+    now_bits: str
+
+
+class ReplayCheck(Wire):
+    """Values reported again against those reported before. `first_difference` is the first that was reported.
+
+    `largest_difference` is absolute; NaN when one of two differing values was NaN, 0.0 between the two zeros.
+    """
+
+    compared: int = 0
+    differing: int = 0
+    first_difference: Difference | None = None
+    largest_difference: float | None = None
+
+    def __add__(self, later: "ReplayCheck") -> "ReplayCheck":
+        both = [x for x in (self.largest_difference, later.largest_difference) if x is not None]
+        return ReplayCheck(
+            compared=self.compared + later.compared,
+            differing=self.differing + later.differing,
+            first_difference=self.first_difference or later.first_difference,
+            largest_difference=next((x for x in both if math.isnan(x)), max(both, default=None)),
+        )
+
+
 class LineageEntry(Wire):
     """Attempt `attempt` counts from `start_step` until a later one starts; null while it counts for nothing."""
 
@@ -121,6 +170,7 @@ class Operation(OperationSummary):
     energy: EnergyView
     resumed_from: ResumedFrom | None
     forked_from: ForkedFrom | None
+    replay_of: UUID | None
     lineage: list[LineageEntry]
 
 
@@ -130,7 +180,10 @@ class OperationPage(Wire):
 
 
 class AttemptView(Wire):
-    """`first_step` and `last_step` are those it reported; null when it reported none."""
+    """`first_step` and `last_step` are those it reported; null when it reported none.
+
+    `replay` compares what it reported again, of its predecessors or of the run that it replays; null: nothing yet.
+    """
 
     number: int
     worker_id: UUID
@@ -149,6 +202,7 @@ class AttemptView(Wire):
     lost_j: float | None
     energy_reason: str | None
     environment: dict[str, Any] | None
+    replay: ReplayCheck | None
 
 
 class Attempts(Wire):

@@ -29,6 +29,7 @@ from ops_contract.operations import (
     Operation,
     OperationPage,
     OperationSummary,
+    ReplayRequest,
     ResumeAccepted,
     ResumeRequest,
     Workers,
@@ -61,7 +62,8 @@ class Client:
 
     Every call raises OpsError when the server refuses (its `code` says why); Unreachable is the one of them to be
     tried again later. A call is retried, a few times, while no connection comes about or the server says 503. One
-    whose answer got lost is retried only where a repetition changes nothing: reads, submits and forks with their key.
+    whose answer got lost is retried only where a repetition changes nothing: reads, and what makes an operation, with
+    its key.
     """
 
     def __init__(
@@ -175,6 +177,25 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return self._parse(
             self._post(f"/operations/{operation_id}/fork", wish, headers=headers, repeatable=True), Operation
+        )
+
+    def replay(
+        self,
+        operation_id: UUID | str,
+        from_checkpoint: UUID | str | None = None,
+        steps: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> Operation:
+        """A new operation that redoes what this one reported after a checkpoint, by default the newest that has some.
+
+        Wait for its end; then the sum of its attempts' `replay` says how many values differ. At most `steps` steps are
+        redone. The same key and wish again give the same operation.
+        """
+        given = {"from_checkpoint": from_checkpoint, "steps": steps}
+        wish = ReplayRequest.model_validate({key: value for key, value in given.items() if value is not None})
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return self._parse(
+            self._post(f"/operations/{operation_id}/replay", wish, headers=headers, repeatable=True), Operation
         )
 
     def attempts(self, operation_id: UUID | str) -> Sequence[AttemptView]:

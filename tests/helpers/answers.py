@@ -35,6 +35,7 @@ def operation(**changes: Any) -> Operation:
         "energy": EnergyView(reason="not_measured"),
         "resumed_from": None,
         "forked_from": None,
+        "replay_of": None,
         "lineage": [],
     }
     return Operation.model_validate(plain | changes)

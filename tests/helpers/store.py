@@ -1,8 +1,9 @@
 """Drives the store as the API and its loops do: a transaction a call."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID, uuid4
 
 from sqlalchemy import text
@@ -20,7 +21,7 @@ from ops_contract.agents import (
 )
 from ops_contract.jobs import Execution, JobSpec
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase, Status
-from ops_contract.operations import ForkRequest, Operation, ResumeAccepted
+from ops_contract.operations import AttemptView, ForkRequest, Operation, ReplayRequest, ResumeAccepted
 from ops_contract.reports import CheckpointSaved, Exactness, Fault, Finish, Metrics, Progress, Report, Series, Started
 
 LEASE_S = 60.0
@@ -132,6 +133,11 @@ class Store:
         async with self.sessions.begin() as session:
             return await fork.fork_if_there(session, id, request, "me", key, request.model_dump_json().encode())
 
+    async def replay(self, id: UUID, key: str | None = None, **wish: Any) -> UUID | None:
+        request = ReplayRequest.model_validate(wish)
+        async with self.sessions.begin() as session:
+            return await fork.replay_if_there(session, id, request, "me", key, request.model_dump_json().encode())
+
     async def heartbeat(self, incarnation: UUID, *holds: Held, draining: bool = False) -> HeartbeatAnswer:
         listed = [HoldRef(operation_id=h.operation_id, attempt=h.attempt) for h in holds]
         async with self.sessions.begin() as session:
@@ -144,6 +150,10 @@ class Store:
     async def get(self, id: UUID) -> Operation:
         async with self.sessions.begin() as session:
             return await queries.get(session, id)
+
+    async def attempts(self, id: UUID) -> Sequence[AttemptView]:
+        async with self.sessions.begin() as session:
+            return (await queries.attempts(session, id)).items
 
     async def fetch(self, sql: str, **values: Any) -> list[Any]:
         async with self.sessions.begin() as session:
@@ -158,8 +168,9 @@ def held(claim: claims.Claim) -> Held:
     return Held(claim.operation_id, claim.attempt, claim.incarnation)
 
 
-def started(step: int = 0) -> Started:
-    return Started(trainer_pid=1, start_step=step, exactness=Exactness(promise="promised"), environment={})
+def started(step: int = 0, promise: Literal["promised", "best_effort"] = "promised", **environment: Any) -> Started:
+    exactness = Exactness(promise=promise)
+    return Started(trainer_pid=1, start_step=step, exactness=exactness, environment=environment)
 
 
 def losses(*points: tuple[int, float], name: str = "loss") -> Metrics:

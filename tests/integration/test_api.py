@@ -57,6 +57,8 @@ def refusal(answer: httpx.Response) -> tuple[int, str]:
         ("POST", f"/operations/{MISSING}/cancel", None, (404, "not_found")),
         ("POST", f"/operations/{MISSING}/resume", None, (404, "not_found")),
         ("POST", f"/operations/{MISSING}/fork", None, (404, "not_found")),
+        ("POST", f"/operations/{MISSING}/replay", None, (404, "not_found")),
+        ("POST", f"/operations/{MISSING}/replay", {"steps": 0}, (422, "invalid")),
         ("GET", "/operations/not-an-id", None, (422, "invalid")),
         ("GET", "/operations?cursor=nonsense", None, (422, "invalid")),
         ("GET", "/operations?limit=0", None, (422, "invalid")),
@@ -212,6 +214,21 @@ async def test_a_fork_is_made_once_per_key_parent_and_wish(store: Store, databas
         for at, body in ((path, wish | {"name": "other"}), (other, wish)):
             assert refusal(await api.post(f"{at}/fork", json=body, headers=key)) == (409, "idempotency_conflict")
         assert refusal(await api.post(f"{path}/fork", json={"from_checkpoint": MISSING})) == (404, "no_checkpoint")
+
+
+async def test_a_replay_is_made_once_per_key_and_shows_its_parent(store: Store, database_url: str) -> None:
+    path, key = await forkable(store), {"Idempotency-Key": "k"}
+    async with serving(database_url) as api:
+        assert refusal(await api.post(f"{path}/replay", json={})) == (409, "not_replayable")
+        await store.execute("UPDATE holds SET first_step = 0, last_step = 19")
+        made, again = [await api.post(f"{path}/replay", json={"steps": 3}, headers=key) for _ in range(2)]
+        assert (made.status_code, again.status_code) == (201, 200)
+        assert made.json() == again.json()
+        assert path.endswith(made.json()["replay_of"])
+        assert (made.json()["forked_from"]["step"], made.json()["job"]["until_step"]) == (10, 13)
+        for verb in ("replay", "fork"):
+            other = await api.post(f"{path}/{verb}", json={}, headers=key)
+            assert refusal(other) == (409, "idempotency_conflict")
 
 
 async def test_the_monitored_metric_is_resolved_by_what_the_workload_reports(

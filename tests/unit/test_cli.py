@@ -25,15 +25,19 @@ from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import CheckpointEvery, Execution, JobSpec
 from ops_contract.lifecycle import CheckpointType, Phase, Status
 from ops_contract.operations import (
+    Attempts,
+    AttemptView,
     CancelRequest,
     Checkpoints,
     CheckpointView,
+    Difference,
     ForkedFrom,
     MetricNames,
     MetricPoints,
     Operation,
     OperationPage,
     ProgressView,
+    ReplayCheck,
     ResumeAccepted,
     ResumedFrom,
     SlotView,
@@ -60,6 +64,9 @@ class Api:
     cancelled: list[CancelRequest] = field(default_factory=list)
     forked: list[dict[str, Any]] = field(default_factory=list)
     resumed: list[dict[str, Any]] = field(default_factory=list)
+    replayed: list[dict[str, Any]] = field(default_factory=list)
+    replays: list[ReplayCheck | None] = field(default_factory=list)
+    replay_ends: Status = Status.COMPLETED
     checkpoints: list[CheckpointView] = field(default_factory=list)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     workers: list[WorkerView] = field(default_factory=list)
@@ -120,6 +127,19 @@ def app_of(api: Api) -> FastAPI:
         api.forked.append(await request.json())
         made = operation(name="longer", forked_from=ForkedFrom(operation_id=id, checkpoint_id=uuid4(), step=144))
         return answer(api.now(api.holds(made)), 201)
+
+    @app.post(f"{API_PREFIX}/operations/{{id}}/replay")
+    async def replay(id: UUID, request: Request) -> Response:
+        api.replayed.append(await request.json())
+        point = ForkedFrom(operation_id=id, checkpoint_id=uuid4(), step=100)
+        made = operation(replay_of=id, forked_from=point)
+        made = made.model_copy(update={"job": made.job.model_copy(update={"until_step": 161})})
+        api.holds(made.model_copy(update={"status": api.replay_ends}))
+        return answer(made, 201)
+
+    @app.get(f"{API_PREFIX}/operations/{{id}}/attempts")
+    async def attempts(id: UUID) -> Response:
+        return answer(Attempts(items=[attempted(n, check) for n, check in enumerate(api.replays, 1)]))
 
     @app.get(f"{API_PREFIX}/operations/{{id}}/checkpoints")
     async def checkpoints(id: UUID) -> Response:
@@ -250,6 +270,79 @@ def test_fork_sends_what_differs_and_says_where_it_begins(api: Api, ops: Ops) ->
         }
     ]
     assert ops("fork", parent, "--set", "max_epochs=20").code == ExitCode.USAGE
+
+
+DIFFERENT = ReplayCheck(
+    compared=100,
+    differing=2,
+    first_difference=Difference(
+        name="loss", step=112, earlier_attempt=1, was=0.3, now=float("nan"), was_bits="3fd3", now_bits="7ff8"
+    ),
+    largest_difference=float("nan"),
+)
+
+
+def attempted(number: int, check: ReplayCheck | None) -> AttemptView:
+    known = {"number": number, "worker_id": uuid4(), "worker": "w", "host": "h", "start_step": 0, "replay": check}
+    unknown = dict.fromkeys(AttemptView.model_fields.keys() - known.keys())
+    return AttemptView.model_validate({**unknown, **known, "claimed_at": "2026-01-01T00:00:00Z"})
+
+
+def test_replay_waits_and_says_whether_every_value_is_equal_over_all_attempts(api: Api, ops: Ops) -> None:
+    parent = api.holds(operation(status=Status.COMPLETED))
+    api.replays = [ReplayCheck(compared=100), None, ReplayCheck(compared=140)]
+
+    ran = ops("replay", parent, "--steps", 61)
+
+    assert (ran.code, ran.out.splitlines()[-1]) == (0, "steps 100 to 160: all 240 values equal bit for bit")
+    assert api.replayed == [{"steps": 61}]
+    table = ops("attempts", next(id for id in api.states if id != parent)).out
+    assert ("140 equal" in table, "–" in table) == (True, True)
+
+
+def test_replay_says_the_first_difference_and_fails(api: Api, ops: Ops) -> None:
+    parent = api.holds(operation(status=Status.COMPLETED))
+    api.replays = [ReplayCheck(compared=140), DIFFERENT]
+
+    ran, told = ops("replay", parent), ops("replay", parent, "--json")
+
+    assert (ran.code, told.code) == (ExitCode.FAILED, ExitCode.FAILED)
+    assert ran.out.splitlines()[-1] == (
+        "steps 100 to 160: 2 of 240 values differ, first loss at step 112, which was 0.3 (3fd3) and is nan (7ff8); "
+        "largest difference nan"
+    )
+    found = json.loads(told.out)
+    assert (found["compared"], found["differing"], found["first_difference"]["now"]) == (240, 2, "NaN")
+    assert (found["replay_of"], found["status"]) == (str(parent), "completed")
+
+
+@pytest.mark.parametrize(("status", "checks"), [(Status.FAILED, [ReplayCheck(compared=9)]), (Status.COMPLETED, [None])])
+def test_a_replay_that_failed_or_compared_nothing_is_no_proof(
+    api: Api, ops: Ops, status: Status, checks: list[ReplayCheck | None]
+) -> None:
+    parent = api.holds(operation(status=Status.COMPLETED))
+    api.replays, api.replay_ends = checks, status
+
+    assert ops("replay", parent).code == ops("replay", parent, "--json").code == ExitCode.FAILED
+
+
+def test_replay_may_be_left_alone(api: Api, ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = api.holds(operation(status=Status.COMPLETED))
+
+    started, told = ops("replay", parent, "--no-wait"), ops("replay", parent, "--no-wait", "--json")
+    monkeypatch.setattr("ops_cli.replay.follow", interrupt)
+    detached = ops("replay", parent)
+
+    made = [str(id) for id in api.states if id != parent]
+    assert (started.code, told.code, detached.code) == (ExitCode.DONE, ExitCode.DONE, ExitCode.DETACHED)
+    assert made[0] in started.out
+    assert json.loads(told.out)["id"] == made[1]
+    assert f"{made[2][:8]} goes on" in detached.err
+    assert api.cancelled == []
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def saved_as(id: UUID, **changes: Any) -> CheckpointView:

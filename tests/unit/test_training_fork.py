@@ -63,6 +63,20 @@ def test_a_fork_that_changes_nothing_goes_on_as_its_parent_did(completed: Runs, 
     assert fork.final_state() == parent.final_state()
 
 
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_replay_ends_before_its_step_under_the_schedules_of_the_whole_run(completed: Runs, step: int) -> None:
+    parent = completed("onecycle")
+    replay = parent.fork(at(parent, step))
+    replay.until_step = 13
+
+    replay.run(kill_at=lambda n, report: isinstance(report, CheckpointSaved) and report.step == 8)
+    assert replay.run() is Outcome.COMPLETED
+
+    wanted = {name: {s: v for s, v in curve.items() if s < 13} for name, curve in from_step(parent, step).items()}
+    assert replay.bits() == wanted
+    assert replay.checkpoints[-1].step == 13
+
+
 def test_a_fork_of_a_stopped_evaluation_tells_its_step_again(completed: Runs) -> None:
     whole = completed("plateau")
     parent = Operation(whole.root, "zoo", whole.config, whole.execution)

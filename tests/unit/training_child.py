@@ -188,6 +188,7 @@ class Operation:
     reports: list[Report] = field(default_factory=list)
     forked_from: "tuple[Operation, CheckpointSaved] | None" = None
     accept_changes: bool = False
+    until_step: int | None = None
 
     def fork(self, at: CheckpointSaved, config: dict[str, Any] | None = None, **execution: Any) -> "Operation":
         """One that begins at a checkpoint of this one."""
@@ -244,7 +245,13 @@ class Operation:
         )
 
     def job(self) -> Job:
-        return Job(kind=Kind.TRAINING, workload=self.workload, config=self.config, execution=self.execution)
+        return Job(
+            kind=Kind.TRAINING,
+            workload=self.workload,
+            config=self.config,
+            execution=self.execution,
+            until_step=self.until_step,
+        )
 
     def accept(self, report: Report) -> None:
         self.reports.append(report)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
 from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep
 from ops_backend.routes.errors import read, refusals
 from ops_backend.store import queries
-from ops_backend.store.fork import fork_if_there
+from ops_backend.store.fork import fork_if_there, replay_if_there
 from ops_backend.store.submit import once, submit_if_new
 from ops_backend.store.transitions import cancel_if_live, explain_cancel, explain_resume, resume_if_ended
 from ops_contract.errors import ErrorCode, OpsError
@@ -25,6 +25,7 @@ from ops_contract.operations import (
     MetricPoints,
     Operation,
     OperationPage,
+    ReplayRequest,
     ResumeAccepted,
     ResumeRequest,
 )
@@ -129,8 +130,7 @@ async def fork_operation(
 ) -> Operation:
     """A new operation that begins at a checkpoint of this one, with its job but for the overrides."""
     body = await request.body() or b"{}"
-    # The same wish for another operation is another request.
-    whole = b'{"fork": "%s", "wish": %s}' % (str(id).encode(), body)
+    whole = _whole("fork", id, body)
 
     async def make() -> UUID | None:
         wish = read(ForkRequest, body)
@@ -140,6 +140,31 @@ async def fork_operation(
     response.status_code = 201 if is_new else 200
     after.add_task(dispatcher.wake)
     return await queries.get(session, fork_id)
+
+
+@router.post("/{id}/replay", status_code=201, responses={200: {"model": Operation}, **refusals(401, 404, 409, 422)})
+async def replay_operation(
+    id: UUID,
+    request: Request,
+    response: Response,
+    session: SessionDep,
+    submitted_by: CallerDep,
+    dispatcher: DispatcherDep,
+    after: BackgroundTasks,
+    idempotency_key: IdempotencyKey = None,
+) -> Operation:
+    """A new operation that redoes steps of this one; its attempts' `replay` says whether every value was the same."""
+    body = await request.body() or b"{}"
+    whole = _whole("replay", id, body)
+
+    async def make() -> UUID | None:
+        wish = read(ReplayRequest, body)
+        return await replay_if_there(session, id, wish, submitted_by, idempotency_key, whole)
+
+    replay_id, is_new = await once(session, submitted_by, idempotency_key, whole, make)
+    response.status_code = 201 if is_new else 200
+    after.add_task(dispatcher.wake)
+    return await queries.get(session, replay_id)
 
 
 @router.get("/{id}/attempts", responses=refusals(401, 404))
@@ -169,6 +194,11 @@ async def get_checkpoints(id: UUID, session: SessionDep, _: CallerDep) -> Checkp
 @router.get("/{id}/events", responses=refusals(401, 404))
 async def get_events(id: UUID, session: SessionDep, _: CallerDep, after_seq: Annotated[int, Query(ge=0)] = 0) -> Events:
     return await queries.events(session, id, after_seq)
+
+
+def _whole(verb: str, id: UUID, wish: bytes) -> bytes:
+    """What an idempotency key stands for: the same wish for another operation is another request."""
+    return b'{"%s": "%s", "wish": %s}' % (verb.encode(), str(id).encode(), wish)
 
 
 def as_json(body: Wire) -> Response:

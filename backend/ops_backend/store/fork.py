@@ -1,4 +1,4 @@
-"""fork: – → pending, a new operation that begins at a checkpoint of another; the checkpoint is pinned by it."""
+"""fork and replay: – → pending, a new operation that begins at a checkpoint of another, which is pinned by it."""
 
 from typing import Any
 from uuid import UUID
@@ -12,17 +12,27 @@ from ops_backend.store.submit import invalid, new_operation, resolved_job
 from ops_backend.store.transitions import not_found
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Execution, Job, JobSpec
-from ops_contract.operations import ForkRequest
+from ops_contract.operations import ForkRequest, ReplayRequest
+
+# The last step of which the lineage has a report. What evaluates a step does not redo its update.
+_REPORTED = """
+    SELECT max(least(h.last_step, (SELECT min(later.start_step) - 1 FROM attempts later
+                                    WHERE later.operation_id = o.id AND later.number > h.attempt))) AS last_step
+      FROM holds h WHERE h.operation_id = o.id AND h.last_step IS NOT NULL"""
+_REDOES_SOME = "c.step + (c.phase = 'evaluate')::int <= reported.last_step"
 
 # One that is named may lie on a branch that a resume left behind: the fork has a lineage of its own.
 FIND_FORK_POINT = statement(f"""
-    SELECT o.job, o.labels, o.priority, o.max_retries, c.id AS checkpoint_id, c.step, c.epoch, writer.job AS writer_job
+    SELECT o.name, o.job, o.labels, o.priority, o.max_retries, o.forked_from_checkpoint_id, reported.last_step,
+           c.id AS checkpoint_id, c.step, c.epoch, writer.job AS writer_job
       FROM operations o
+     CROSS JOIN LATERAL ({_REPORTED}) reported
       LEFT JOIN LATERAL (
         SELECT c.id, c.operation_id, c.step, c.epoch
           FROM checkpoints c
          WHERE c.status = 'committed' AND (c.operation_id = o.id OR c.id = o.forked_from_checkpoint_id)
-           AND CASE WHEN CAST(:checkpoint_id AS uuid) IS NULL THEN {continues("o")} ELSE c.id = :checkpoint_id END
+           AND CASE WHEN CAST(:checkpoint_id AS uuid) IS NULL THEN {continues("o")} AND (NOT :replays OR {_REDOES_SOME})
+                    ELSE c.id = :checkpoint_id END
          ORDER BY {NEWEST_FIRST}
          LIMIT 1
       ) c ON true
@@ -30,21 +40,22 @@ FIND_FORK_POINT = statement(f"""
      WHERE o.id = :id
 """)
 
-DETAIL = """(SELECT jsonb_build_object('forked_from', jsonb_build_object(
-                'operation_id', operation_id, 'checkpoint_id', id, 'step', step)) FROM pinned)"""
+DETAIL = """jsonb_strip_nulls(jsonb_build_object('replay_of', CAST(:replay_of AS uuid), 'forked_from', (SELECT
+                jsonb_build_object('operation_id', operation_id, 'checkpoint_id', id, 'step', step) FROM pinned)))"""
 
 # Retention moves a row on from `committed` under the same row's lock: either it is pinned here, or nothing is made.
+# Only a replay may have none: it begins where its parent did.
 FORK = statement(f"""
     WITH pinned AS (
         UPDATE checkpoints SET pinned_at = now() WHERE id = :checkpoint_id AND status = 'committed'
         RETURNING id, operation_id, step
     ), moved AS (
         INSERT INTO operations (id, name, kind, workload, job, labels, priority, max_retries, submitted_by,
-                                idempotency_key, body_sha256, forked_from_checkpoint_id, accept_changes, status,
-                                event_seq)
+                                idempotency_key, body_sha256, forked_from_checkpoint_id, replay_of, accept_changes,
+                                status, event_seq)
         SELECT :id, :name, :kind, :workload, :job, :labels, :priority, :max_retries, :submitted_by,
-               :idempotency_key, :body_sha256, pinned.id, :accept_changes, 'pending', 1
-          FROM pinned
+               :idempotency_key, :body_sha256, (SELECT id FROM pinned), :replay_of, :accept_changes, 'pending', 1
+         WHERE CAST(:checkpoint_id AS uuid) IS NULL OR EXISTS (SELECT FROM pinned)
         ON CONFLICT (submitted_by, idempotency_key) DO NOTHING
         RETURNING id, event_seq, attempt, NULL::text AS from_status, status
     ), told AS (
@@ -70,21 +81,66 @@ async def fork_if_there(
 
     Raises 404 without the operation or the checkpoint, 422 for overrides that cannot be carried over.
     """
-    point = (await session.execute(FIND_FORK_POINT, {"id": id, "checkpoint_id": wish.from_checkpoint})).one_or_none()
-    if point is None:
-        raise not_found(id)
+    point = await _find(session, id, wish)
     if point.checkpoint_id is None:
         raise _no_checkpoint(wish)
     spec = _forked_spec(point, wish)
     _check_carried_over(spec.execution, point)
     job = await resolved_job(session, spec, "overrides.")
     values = new_operation(spec, job, submitted_by, key, body)
-    values |= {"checkpoint_id": point.checkpoint_id, "accept_changes": wish.accept_changes}
-    made = (await session.execute(FORK, values)).one()
-    if not made.pinned:
+    values |= {"replay_of": None, "accept_changes": wish.accept_changes}
+    return await _insert(session, wish, point, values)
+
+
+async def replay_if_there(
+    session: AsyncSession, id: UUID, wish: ReplayRequest, submitted_by: str, key: str | None, body: bytes
+) -> UUID | None:
+    """Insert the replay, of the very same job; None when a concurrent request with the same key was first.
+
+    Raises 404 without the operation or the checkpoint, 409 when no step after it has been reported.
+    """
+    point = await _find(session, id, wish)
+    if point.checkpoint_id is None and (wish.from_checkpoint or point.forked_from_checkpoint_id):
         raise _no_checkpoint(wish)
-    forked: UUID | None = made.id
-    return forked
+    spec = _forked_spec(point, ForkRequest(name=f"replay of {point.name}"[:200]))
+    job = _replayed_job(point, wish)
+    values = new_operation(spec, job, submitted_by, key, body) | {"replay_of": id, "accept_changes": False}
+    return await _insert(session, wish, point, values)
+
+
+async def _find(session: AsyncSession, id: UUID, wish: ForkRequest | ReplayRequest) -> Row[Any]:
+    """The parent, and the checkpoint to begin at when there is one. Raises 404."""
+    values = {"id": id, "checkpoint_id": wish.from_checkpoint, "replays": isinstance(wish, ReplayRequest)}
+    point = (await session.execute(FIND_FORK_POINT, values)).one_or_none()
+    if point is None:
+        raise not_found(id)
+    return point
+
+
+async def _insert(
+    session: AsyncSession, wish: ForkRequest | ReplayRequest, point: Row[Any], values: dict[str, Any]
+) -> UUID | None:
+    made = (await session.execute(FORK, values | {"checkpoint_id": point.checkpoint_id})).one()
+    if point.checkpoint_id is not None and not made.pinned:
+        raise _no_checkpoint(wish)
+    inserted: UUID | None = made.id
+    return inserted
+
+
+def _replayed_job(point: Row[Any], wish: ReplayRequest) -> Job:
+    """The parent's, up to the last reported step or so many steps. It keeps no checkpoint but those to go on from."""
+    start, last = point.step or 0, point.last_step
+    if last is None or last < start:
+        raise OpsError(
+            ErrorCode.NOT_REPLAYABLE,
+            f"this operation has reported nothing from step {start} on that could be compared; "
+            "choose an earlier checkpoint (`ops checkpoints list`), or wait until it has",
+            last_step=last,
+        )
+    job = Job.model_validate(point.job)
+    execution = job.execution.model_copy(update={"checkpoint_save_top_k": 0, "checkpoint_save_last": True})
+    until = last + 1 if wish.steps is None else min(last + 1, start + wish.steps)
+    return job.model_copy(update={"execution": execution, "until_step": until})
 
 
 def _forked_spec(point: Row[Any], wish: ForkRequest) -> JobSpec:
@@ -123,6 +179,6 @@ def _check_carried_over(new: Execution, point: Row[Any]) -> None:
         raise invalid([(f"overrides.execution.{name}", problem) for name, problem in problems])
 
 
-def _no_checkpoint(wish: ForkRequest) -> OpsError:
+def _no_checkpoint(wish: ForkRequest | ReplayRequest) -> OpsError:
     what = "no such committed checkpoint" if wish.from_checkpoint else "no committed checkpoint yet"
     return OpsError(ErrorCode.NO_CHECKPOINT, f"this operation has {what}; look with `ops checkpoints list`")

@@ -47,10 +47,12 @@ _PROGRESS = """
          WHERE h.operation_id = o.id AND h.progress IS NOT NULL ORDER BY h.attempt DESC LIMIT 1
     ) told ON true"""
 
+# An attempt that was seen to differ takes the promise from the whole operation, whatever its successors promise.
 GET = statement(f"""
     SELECT o.*, a.start_step, told.attempt AS told_attempt, told.progress,
            (SELECT x.exactness FROM attempts x
-             WHERE x.operation_id = o.id AND x.exactness IS NOT NULL ORDER BY x.number DESC LIMIT 1) AS exactness,
+             WHERE x.operation_id = o.id AND x.exactness IS NOT NULL
+             ORDER BY coalesce((x.replay->>'differing')::int > 0, false) DESC, x.number DESC LIMIT 1) AS exactness,
            c.id AS checkpoint_id, c.checkpoint_type, c.created_at AS checkpoint_created_at,
            c.epoch AS checkpoint_epoch, c.step AS checkpoint_step,
            fork.operation_id AS fork_operation_id, fork.step AS fork_step,
@@ -150,6 +152,7 @@ async def get(session: AsyncSession, id: UUID) -> Operation:
         energy=EnergyView(reason=NOT_MEASURED),
         resumed_from=_resumed_from(row),
         forked_from=_forked_from(row),
+        replay_of=row.replay_of,
         lineage=lineage(row.starts or []),
     )
 
@@ -198,6 +201,7 @@ async def attempts(session: AsyncSession, id: UUID) -> Attempts:
                 lost_j=None,
                 energy_reason=NOT_MEASURED,
                 environment=r.environment,
+                replay=r.replay,
             )
             for r in rows
         ]

@@ -5,6 +5,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ops_backend.store.replay import BEFORE, compare
 from ops_backend.store.retention import retire
 from ops_backend.store.sql import plain, record, statement
 from ops_backend.store.transitions import finish_if_held
@@ -15,7 +16,7 @@ from ops_contract.reports import CheckpointSaved, Finish, Metrics, Note, Report,
 
 # The update locks the row, so what follows in the transaction is fenced: a reaper that wants to end the hold waits.
 # (An INSERT … SELECT … WHERE status = 'running' locks nothing, and a fenced row slips in.)
-ADVANCE = statement("""
+ADVANCE = statement(f"""
     WITH before AS MATERIALIZED (
         SELECT last_seq FROM holds
          WHERE operation_id = :id AND attempt = :attempt AND incarnation = :incarnation
@@ -28,7 +29,7 @@ ADVANCE = statement("""
            checkpoint_step = greatest(h.checkpoint_step, :checkpoint_step)
       FROM before
      WHERE h.operation_id = :id AND h.attempt = :attempt AND h.incarnation = :incarnation
-    RETURNING before.last_seq
+    RETURNING before.last_seq, (SELECT max(h.last_step) FROM {BEFORE}) AS reported_until
 """)
 
 EXPLAIN = statement("""
@@ -81,9 +82,11 @@ async def accept(session: AsyncSession, id: UUID, attempt: int, batch: ReportBat
     finish = batch.reports[-1] if isinstance(batch.reports[-1], Finish) else None
     body = batch.reports[:-1] if finish else batch.reports
     key = {"id": id, "attempt": attempt, "incarnation": batch.incarnation}
-    had = await _advance(session, key, batch, body) if body else batch.first_seq - 1
+    had, reported_until = await _advance(session, key, batch, body) if body else (batch.first_seq - 1, -1)
     for report in body[had - batch.first_seq + 1 :]:
         await _write(session, id, attempt, report)
+        if isinstance(report, Metrics) and (again := [s for s in report.series if s.steps[0] <= reported_until]):
+            await compare(session, id, attempt, again)
     if finish and had < last_seq:
         status = await finish_if_held(session, id, attempt, batch.incarnation, last_seq, finish, backoff_s)
         if status is None:
@@ -93,8 +96,10 @@ async def accept(session: AsyncSession, id: UUID, attempt: int, batch: ReportBat
     return last_seq
 
 
-async def _advance(session: AsyncSession, key: dict[str, Any], batch: ReportBatch, body: list[Report]) -> int:
-    """Take the numbers of `body`; the last number that the hold had before."""
+async def _advance(
+    session: AsyncSession, key: dict[str, Any], batch: ReportBatch, body: list[Report]
+) -> tuple[int, int]:
+    """Take the numbers of `body`; the last number that the hold had before, and the last step reported before it."""
     steps = [step for r in body if isinstance(r, Metrics) for series in r.series for step in series.steps]
     last_seq = batch.first_seq + len(body) - 1
     values = {
@@ -105,8 +110,10 @@ async def _advance(session: AsyncSession, key: dict[str, Any], batch: ReportBatc
         "last_step": max(steps, default=None),
         "checkpoint_step": max((r.step for r in body if isinstance(r, CheckpointSaved)), default=None),
     }
-    had: int | None = await session.scalar(ADVANCE, key | values)
-    return had if had is not None else await _explain(session, key, last_seq)
+    row = (await session.execute(ADVANCE, key | values)).one_or_none()
+    if row is None:
+        return await _explain(session, key, last_seq), -1
+    return row.last_seq, -1 if row.reported_until is None else row.reported_until
 
 
 async def _explain(session: AsyncSession, key: dict[str, Any], last_seq: int) -> int:

@@ -12,12 +12,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ops_backend.store.sql import NEWEST_FIRST, in_lineage, statement
 
 # Kept: the best of the lineage, of equals the earlier; its newest, which a resume would take; whatever is pinned, by a
-# claim, a resume or a fork. A null limit keeps all of the best. NaN is nobody's best.
+# claim, a resume or a fork. Of a replay that is done nothing is kept. A null limit keeps all of the best.
+# NaN is nobody's best.
 RETIRE = statement(f"""
     WITH rule AS MATERIALIZED (
         SELECT id, job->'execution'->>'checkpoint_mode' AS mode,
                (job->'execution'->>'checkpoint_save_top_k')::int AS top_k,
-               status <> 'completed' OR (job->'execution'->>'checkpoint_save_last')::bool AS keeps_last
+               status <> 'completed' OR (job->'execution'->>'checkpoint_save_last')::bool AND replay_of IS NULL
+                   AS keeps_last
           FROM operations WHERE id = :id
     ), lineage AS MATERIALIZED (
         SELECT c.* FROM checkpoints c WHERE c.operation_id = :id AND c.status = 'committed' AND {in_lineage("c")}

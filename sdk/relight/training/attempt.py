@@ -93,11 +93,12 @@ class Attempt:
         about = self._about(workload, len(training.dataset))
         accepted = changes.accepted(before, about, self._start) if before is not None else []
         steps_total = _steps_total(self._knobs, len(training))
+        until_step = min(steps_total, self._start.job.until_step or steps_total)
         live, scheduler_steps = self._live(workload, steps_total)
         if tree is not None and (parent := self._start.parent_job):
             tree = forked_tree(tree, live, scheduler_steps, parent, self._start.job)
         live.monitor.check(evaluates=validation is not None)
-        reporter = Reporter(self._sink, steps_total, self._clock)
+        reporter = Reporter(self._sink, until_step, self._clock)
         cursor = Cursor() if tree is None else _put_back(tree, live, reporter)
         self._tell_started(about, before, accepted, cursor)
         return Loop(
@@ -109,6 +110,7 @@ class Attempt:
             training=training,
             validation=validation,
             steps_total=steps_total,
+            until_step=until_step,
             cursor=cursor,
             reporter=reporter,
             saver=Saver(self._site.storage_root, about, live, self._sink, saved=cursor if before else None),

@@ -34,7 +34,10 @@ class Interrupted(BaseException):
 
 @dataclass
 class Loop:
-    """One attempt's steps from `cursor` to `steps_total`. `scheduler_steps` is when the scheduler does."""
+    """One attempt's steps from `cursor` to `until_step`. `scheduler_steps` is when the scheduler does.
+
+    A replay ends before `steps_total`, which evaluation and schedules go by.
+    """
 
     workload: Workload[Any]
     env: Env
@@ -44,6 +47,7 @@ class Loop:
     training: DataOrder
     validation: DataOrder | None
     steps_total: int
+    until_step: int
     cursor: Cursor
     reporter: Reporter
     saver: Saver
@@ -75,7 +79,7 @@ class Loop:
                 return
 
     def _is_over(self) -> bool:
-        return self.cursor.step == self.steps_total or self.live.monitor.exhausted
+        return self.cursor.step >= self.until_step or self.live.monitor.exhausted
 
     def _windows(self) -> Iterator[list[Batch]]:
         """The batches of one update each. All are fetched before the first runs: their units weigh its gradient."""
