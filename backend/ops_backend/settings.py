@@ -16,7 +16,9 @@ class Settings(BaseModel):
 
     database_url: str = Field(description="postgresql://user:password@host/database, Postgres 15 or newer")
     api_token: str = Field(min_length=16, description="the bearer token of users and workers")
-    storage_root: DirectoryPath = Field(description="where the workers publish checkpoints; old ones are deleted there")
+    storage_root: DirectoryPath = Field(
+        description="where the workers publish checkpoints; old ones are deleted there, and logs written"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8470, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     lease_s: float = Field(15.0, gt=0, description="a worker silent for this long has lost its operations")

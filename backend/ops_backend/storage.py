@@ -1,11 +1,14 @@
-"""The backend's one act on the storage root: deleting checkpoints that retention gave up."""
+"""The backend's two acts on the storage root: deleting checkpoints that retention gave up, and writing logs."""
 
 import os
 import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
+LOGS = "logs"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -21,6 +24,59 @@ def remove_checkpoint(root: Path, path: str) -> None:
         _remove_tree(root, operation, name)
     if os.path.lexists(root / path) or not root.is_dir():
         raise OSError(f"{path} is still there")
+
+
+def write_logs(root: Path, operation: str, files: Mapping[str, Callable[[BinaryIO], None]]) -> None:
+    """Write files for `<operation>/logs/` beside those that are there. Nothing shows before `show_logs`.
+
+    One writer at a time. No symbolic link is followed. Raises OSError; a root that is not there is not made.
+    """
+    with _logs_of(root, operation) as directory:
+        for name, write in files.items():
+            with suppress(FileNotFoundError):
+                os.unlink(_unfinished(name), dir_fd=directory)
+            try:
+                _write(_unfinished(name), write, directory)
+            except OSError:
+                with suppress(OSError):
+                    os.unlink(_unfinished(name), dir_fd=directory)  # a full disk has better use for its room
+                raise
+
+
+def show_logs(root: Path, operation: str, names: list[str]) -> None:
+    """Put what `write_logs` wrote in the place of what was there, each file whole."""
+    with _logs_of(root, operation) as directory:
+        for name in names:
+            os.replace(_unfinished(name), name, src_dir_fd=directory, dst_dir_fd=directory)
+        os.fsync(directory)
+
+
+def _write(name: str, write: Callable[[BinaryIO], None], directory: int) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(name, flags, 0o666, dir_fd=directory), "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _unfinished(name: str) -> str:
+    return f".{name}.tmp"
+
+
+@contextmanager
+def _logs_of(root: Path, operation: str) -> Iterator[int]:
+    """A descriptor of `<operation>/logs`, which is made where it is not there."""
+    at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in (operation, LOGS):
+            with suppress(FileExistsError):
+                os.mkdir(name, dir_fd=at)
+                os.fsync(at)
+            above, at = at, os.open(name, _DIRECTORY, dir_fd=at)
+            os.close(above)
+        yield at
+    finally:
+        os.close(at)
 
 
 def _remove_tree(root: Path, operation: str, name: str) -> None:

@@ -73,6 +73,8 @@ operations = Table(
     Column("status", Text, nullable=False),
     _count("attempt"),
     _count("event_seq"),
+    # The files in logs/ are of this event; null when there are none yet.
+    Column("logged_event_seq", Integer),
     _count("failures"),
     _count("lost_without_progress"),
     _instant("not_before"),
@@ -109,6 +111,13 @@ Index(
     postgresql_where=operations.c.forked_from_checkpoint_id.is_not(None),
 )
 Index(
+    "ix_operations_unlogged",
+    operations.c.id,
+    postgresql_where=text(
+        "status IN ('completed', 'failed', 'cancelled') AND logged_event_seq IS DISTINCT FROM event_seq"
+    ),
+)
+Index(
     "ix_operations_resume_choice",
     operations.c.resume_checkpoint_id,
     postgresql_where=operations.c.resume_checkpoint_id.is_not(None),
@@ -141,7 +150,7 @@ slots = Table(
     Column("operation_id", Uuid),
     Column("attempt", Integer),
     _instant("rests_until"),
-    CheckConstraint("device IN ('cpu', 'cuda')", name="device"),
+    CheckConstraint("device IN ('cpu', 'cuda', 'mps')", name="device"),
 )
 
 workloads = Table(

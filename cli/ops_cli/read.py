@@ -88,7 +88,8 @@ def _waits_for(operation: "Operation", workers: "Sequence[WorkerView]") -> str:
     slots = [slot for worker in workers if worker.live and not worker.draining for slot in worker.slots]
     if not slots:
         return "a worker: none is live; `ops up` starts one, or `ops worker`"
-    if operation.job.execution.accelerator == "cuda" and not any(slot.device == "cuda" for slot in slots):
+    wanted = operation.job.execution.accelerator
+    if wanted in ("cuda", "mps") and not any(slot.device == wanted for slot in slots):
         return "a GPU: no live worker offers one"
     if all(slot.operation_id for slot in slots):
         return f"a free slot: {len(slots)} of {len(slots)} taken"
@@ -118,6 +119,7 @@ def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, s
         "energy": show.energy(operation.energy),
         "submitted": f"{show.age(operation.created_at, now)} ago by {show.plain(operation.submitted_by)}",
         "ran for": show.duration(_took_s(operation, now)) if operation.started_at else "",
+        "logs": f"{operation.logs}/ in the storage root" if operation.logs else "",
         "labels": show.plain(", ".join(f"{key}={value}" for key, value in operation.labels.items())),
     }
 

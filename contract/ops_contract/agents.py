@@ -15,7 +15,7 @@ class SlotOffer(Wire):
     """One place for one trainer. A CPU slot is known by incarnation and index, a GPU slot by host and uuid."""
 
     index: int = Field(ge=0)
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda", "mps"]
     device_uuid: Name | None = None
     cores: int = Field(ge=1)
 

@@ -15,6 +15,15 @@ class Accelerator(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+    MPS = "mps"
+
+
+class Logger(StrEnum):
+    """What is written below the storage root, in `<operation>/logs/`, when the operation has ended."""
+
+    CSV = "csv"  # metrics.csv and hparams.yaml
+    TENSORBOARD = "tensorboard"  # an event file and hparams.yaml
+    NONE = "none"
 
 
 class OptimizerName(StrEnum):
@@ -54,6 +63,7 @@ class Execution(Wire):
     """How to run it. Every default is part of the stored job."""
 
     accelerator: Accelerator = Accelerator.AUTO
+    devices: int = Field(1, ge=1, description="how many of them one operation trains on")
     deterministic: bool = True
     seed: int = Field(0, ge=0, lt=2**63)
     threads: int | None = Field(
@@ -94,6 +104,14 @@ class Execution(Wire):
     stall_timeout_s: float | None = Field(
         1800.0, gt=0, allow_inf_nan=False, description="no step or validation batch for so long fails the attempt"
     )
+    logger: Logger = Field(Logger.CSV, description="the files that are written when the operation has ended")
+
+    @field_validator("devices")
+    @classmethod
+    def _one_device(cls, devices: int) -> int:
+        if devices > 1:
+            raise ValueError("no worker runs an operation on more than one device yet; give 1")
+        return devices
 
     @field_validator("scheduler_milestones")
     @classmethod

@@ -160,6 +160,8 @@ class OperationSummary(Wire):
 
 
 class Operation(OperationSummary):
+    """`logs` is where its files are, below the storage root; null until those of its newest end are written."""
+
     job: Job
     max_retries: int
     failures: int
@@ -172,6 +174,7 @@ class Operation(OperationSummary):
     forked_from: ForkedFrom | None
     replay_of: UUID | None
     lineage: list[LineageEntry]
+    logs: str | None = None
 
 
 class OperationPage(Wire):
@@ -260,7 +263,7 @@ class Events(Wire):
 
 class SlotView(Wire):
     index: int
-    device: Literal["cpu", "cuda"]
+    device: Literal["cpu", "cuda", "mps"]
     device_uuid: str | None
     cores: int
     operation_id: UUID | None

@@ -20,11 +20,17 @@ def post(service: Service, path: str, body: Any = None, **headers: str) -> httpx
 
 
 @pytest.fixture(scope="package")
-def undisturbed(shared_service: Service) -> dict[str, list[tuple[int, float]]]:
-    """Every value of every metric of a run that nobody disturbed."""
+def undisturbed_id(shared_service: Service) -> UUID:
+    """A run that nobody disturbed."""
     id = shared_service.submit(**LONG)
     shared_service.wait(id, "completed")
-    return shared_service.curves(id)
+    return id
+
+
+@pytest.fixture(scope="package")
+def undisturbed(shared_service: Service, undisturbed_id: UUID) -> dict[str, list[tuple[int, float]]]:
+    """Every value of every metric of it."""
+    return shared_service.curves(undisturbed_id)
 
 
 def test_a_training_completes_and_its_last_checkpoint_scores(service: Service) -> None:
@@ -45,7 +51,7 @@ def test_a_training_completes_and_its_last_checkpoint_scores(service: Service) -
     assert operation.exactness is not None
     assert operation.exactness.promise == "promised"
     assert operation.job.execution.threads == 1
-    assert service.events(id) == ["submit", "claim", "complete"]
+    assert service.events(id) == ["submit", "claim", "note", "complete"]  # auto is the CPU
 
 
 def test_five_concurrent_cancels_and_resumes_have_one_winner_each(service: Service) -> None:
@@ -72,6 +78,7 @@ def test_what_cannot_be_resumed_is_refused_and_untouched(service: Service) -> No
         service.until_step(blocker, 1)
     queued = service.submit()
     assert post(service, f"/operations/{queued}/cancel").json()["status"] == "cancelled"
+    service.until_logged(queued)
 
     before = service.http.get(f"/operations/{queued}")
     nothing_saved = post(service, f"/operations/{queued}/resume")
@@ -172,11 +179,11 @@ def test_another_worker_goes_on_when_one_is_killed_with_all_that_it_had(
     assert not alive(first.trainer_pid)
     assert second.start_step >= 20
     assert service.curves(id) == undisturbed
-    assert service.events(id) == ["submit", "claim", "lost", "claim", "complete"]
+    assert service.events(id) == ["submit", "claim", "note", "lost", "claim", "note", "complete"]
 
 
 def test_a_killed_trainer_is_told_at_once_and_retried(
-    service: Service, undisturbed: dict[str, list[tuple[int, float]]]
+    service: Service, undisturbed_id: UUID, undisturbed: dict[str, list[tuple[int, float]]]
 ) -> None:
     """Scenario 14: the agent reports the signal."""
     id = service.submit(**LONG)
@@ -190,6 +197,8 @@ def test_a_killed_trainer_is_told_at_once_and_retried(
     assert (error.code, "SIGKILL" in error.message) == ("trainer_killed", True)
     assert (operation.failures, operation.attempt) == (1, 2)
     assert service.curves(id) == undisturbed
+    assert metrics_csv(service, id) == metrics_csv(service, undisturbed_id)
+    assert metrics_csv(service, id).startswith("epoch,step,learning_rate,loss,val_accuracy,val_loss\n0,0,0.01,")
 
 
 def test_the_same_idempotency_key_from_twenty_clients_makes_one_operation(service: Service) -> None:
@@ -241,7 +250,7 @@ def test_forks_go_on_as_their_parent_did_and_beyond(
     service.client.cancel(stopped)
     service.wait(stopped, "cancelled")
     service.wait(short, "completed")
-    before = service.get(short)
+    before = service.until_logged(short)
 
     again = service.client.fork(stopped)
     longer = service.client.fork(short, overrides={"execution": {"max_epochs": 2}})
@@ -255,6 +264,10 @@ def test_forks_go_on_as_their_parent_did_and_beyond(
         assert service.curves(fork.id) == expected
         assert service.checkpoints(fork.id)[0].operation_id == parent
     assert service.get(short) == before
+
+
+def metrics_csv(service: Service, id: UUID) -> str:
+    return (service.storage / str(service.until_logged(id).logs) / "metrics.csv").read_text()
 
 
 def code(answer: httpx.Response) -> str:

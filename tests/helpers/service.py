@@ -94,6 +94,9 @@ class Service:
 
         return eventually(look, f"operation {what}", lambda: f"{self.get(id)}\n{self.logs()}")
 
+    def until_logged(self, id: UUID) -> Operation:
+        return self.until(id, lambda o: o.logs is not None, "has its files in logs/")
+
     def until_step(self, id: UUID, step: int) -> Operation:
         def there(operation: Operation) -> bool:
             return operation.status == "running" and (operation.progress.step or 0) >= step  # type: ignore[union-attr]

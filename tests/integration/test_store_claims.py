@@ -1,7 +1,10 @@
 """Who gets which slot."""
 
-from helpers.store import TOY, Held, Store, held, threads
+import pytest
+
+from helpers.store import TOY, Held, Store, held, saved, started, threads
 from ops_contract.agents import WorkloadOffer
+from ops_contract.errors import OpsError
 from ops_contract.lifecycle import Outcome
 
 GPU = {"device_uuid": "GPU-1"}
@@ -49,9 +52,34 @@ async def test_a_job_for_the_cpu_leaves_the_gpu_alone(store: Store) -> None:
 
 
 async def test_a_job_for_cuda_never_runs_on_a_cpu(store: Store) -> None:
+    gone = await store.worker("gpu", device="cuda", slot=GPU)
+    await store.execute("UPDATE workers SET last_seen_at = now() - interval '1 h' WHERE incarnation = :i", i=gone)
     await store.worker("cpu")
     await store.submit(**on("cuda"))
     assert await store.claim() is None
+
+
+@pytest.mark.parametrize("accelerator", ["cuda", "mps"])
+async def test_a_gpu_that_no_worker_has_ever_offered_is_refused(store: Store, accelerator: str) -> None:
+    await store.worker("cpu")
+    with pytest.raises(
+        OpsError, match=rf"^execution\.accelerator: no worker has ever offered a {accelerator} device; "
+    ):
+        await store.submit(**on(accelerator))
+    run = await store.running()
+    await store.report(run, started(), saved(run, 0))
+    with pytest.raises(OpsError, match=r"overrides\.execution\.accelerator: no worker"):
+        await store.fork(run.operation_id, overrides=on(accelerator))
+    assert len(await store.fetch("SELECT id FROM operations")) == 1
+
+
+async def test_mps_goes_to_mps_and_auto_prefers_it_to_a_cpu(store: Store) -> None:
+    await store.worker("cpu")
+    mac = await store.worker("mac", device="mps", slots=2)
+    await store.submit(**on("mps"))
+    await store.submit(**on("auto"))
+    claims = [await store.claim(), await store.claim()]
+    assert [claim and claim.incarnation for claim in claims] == [mac, mac]
 
 
 async def test_higher_priority_goes_first_then_the_older(store: Store) -> None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from training_child import Operation
 
-from ops_contract.jobs import CheckpointEvery, Execution
+from ops_contract.jobs import Accelerator, CheckpointEvery, Execution
 from ops_contract.lifecycle import CheckpointType, Outcome
 from ops_contract.pipe import Alive, FromTrainer, Hello, ProgressNow, RunJob, Stop, from_trainer, line
 from ops_contract.reports import CheckpointSaved, Finish, Metrics, Note, Started
@@ -171,8 +171,10 @@ def test_one_job_from_hello_to_exit(trainer: Trainer, tmp_path: Path) -> None:
     trainer.run(operation)
     messages = trainer.until(lambda message: isinstance(message, Finish))
 
-    assert isinstance(messages[0], Started)
-    assert messages[0].trainer_pid == trainer.process.pid
+    note, first = messages[:2]
+    assert isinstance(note, Note)  # auto is the CPU here
+    assert isinstance(first, Started)
+    assert first.trainer_pid == trainer.process.pid
     assert messages[-1] == Finish(outcome=Outcome.COMPLETED)
     for message in messages:
         if isinstance(message, (Started, Metrics, CheckpointSaved)):
@@ -278,10 +280,9 @@ class InThisProcess(AgentPipe):
         self.sent.append(message)
 
 
-def run_here(operation: Operation) -> Finish:
-    return run(
-        RunJob(start=operation.start(), storage_root=str(operation.root), device="cpu", cores=1), InThisProcess()
-    )
+def run_here(operation: Operation, agent: InThisProcess | None = None) -> Finish:
+    job = RunJob(start=operation.start(), storage_root=str(operation.root), device="cpu", cores=1)
+    return run(job, agent or InThisProcess())
 
 
 @pytest.fixture
@@ -374,6 +375,36 @@ def test_to_ask_whether_to_stop_is_the_sign_of_life() -> None:
     agent.should_stop()
 
     assert agent.sent == [Alive()]
+
+
+@pytest.mark.usefixtures("numerics_given_back")
+@pytest.mark.parametrize(
+    ("built", "available", "said"),
+    [(False, False, "is not compiled for CUDA"), (True, False, "finds no CUDA device"), (True, True, "finds CUDA")],
+)
+def test_auto_on_a_cpu_says_so_once_an_attempt_and_what_torch_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: bool, available: bool, said: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    operation = digits(tmp_path, Execution(max_steps=1))
+
+    for _ in range(2):  # the second attempt resumes
+        agent = InThisProcess()
+        assert run_here(operation, agent).outcome is Outcome.COMPLETED
+        [note] = [message.message for message in agent.sent if isinstance(message, Note)]
+        assert note.startswith("accelerator auto resolved to cpu: no live worker offers a GPU for this workload; ")
+        assert note.endswith(f" here {said}")
+        for message in agent.sent:
+            if isinstance(message, Started | Metrics | CheckpointSaved):
+                operation.accept(message)
+
+
+@pytest.mark.usefixtures("numerics_given_back")
+def test_a_job_for_the_cpu_has_nothing_to_say_about_it(tmp_path: Path) -> None:
+    agent = InThisProcess()
+    run_here(digits(tmp_path, Execution(max_steps=1, accelerator=Accelerator.CPU)), agent)
+    assert not any(isinstance(message, Note) for message in agent.sent)
 
 
 @pytest.mark.usefixtures("numerics_given_back")

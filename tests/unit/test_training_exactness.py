@@ -286,6 +286,7 @@ def test_the_loss_of_a_step_is_reported_once_with_learning_rate_and_extras(
     assert steps == {
         "loss": every,
         "learning_rate": every,
+        "epoch": every,
         "scale": every,
         "val_loss": ends,
         "val_noise": ends,

@@ -24,9 +24,10 @@ from typing import Any, Literal, NoReturn
 from pydantic import TypeAdapter, ValidationError
 
 from ops_contract.agents import WorkloadOffer
+from ops_contract.jobs import Accelerator
 from ops_contract.lifecycle import Outcome
 from ops_contract.pipe import STACKS_SIGNAL, Alive, Hello, ProgressNow, RunJob, Stop, line, to_trainer
-from ops_contract.reports import Fault, Finish, Progress, Report
+from ops_contract.reports import Fault, Finish, Note, Progress, Report
 from ops_contract.wire import Wire
 from relight.manifest import CheckpointCorrupt, CheckpointMissing
 from relight.process import die_with_parent
@@ -80,6 +81,8 @@ def run(job: RunJob, agent: "AgentPipe") -> Finish:
     try:
         workload_type = find_workload(job.start.job.workload)
         site = Site(Path(job.storage_root), job.device, job.cores)
+        if job.start.job.execution.accelerator is Accelerator.AUTO and job.device == "cpu":
+            agent.report(Note(message=_fell_back()))
         outcome = Attempt(workload_type, job.start, site, agent, agent.should_stop).run()
         return Finish(outcome=outcome)
     except (CheckpointMissing, CheckpointCorrupt) as error:
@@ -100,6 +103,19 @@ def find_workload(name: str) -> type[Workload[Any]]:
     known = ", ".join(sorted(entry.name for entry in entry_points(group=GROUP))) or "none"
     raise TrainingFault(
         "unknown_workload", f"no workload {name!r} is installed here; there are: {known}", permanent=True
+    )
+
+
+def _fell_back() -> str:
+    """What `auto` came to on a CPU slot, for the operation's events."""
+    import torch
+
+    built = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]  # torch's own
+    found = torch.cuda.is_available()
+    torch_says = "finds CUDA" if found else "finds no CUDA device" if built else "is not compiled for CUDA"
+    return (
+        "accelerator auto resolved to cpu: no live worker offers a GPU for this workload; "
+        f"torch {torch.__version__} here {torch_says}"
     )
 
 

@@ -37,8 +37,8 @@ CLAIM = statement(f"""
               FROM offered f
              WHERE f.free AND o.workload = ANY (f.workloads)
                AND CASE o.job->'execution'->>'accelerator'
-                     WHEN 'auto' THEN f.device = 'cuda' OR NOT EXISTS (
-                          SELECT FROM offered g WHERE g.device = 'cuda' AND o.workload = ANY (g.workloads))
+                     WHEN 'auto' THEN f.device <> 'cpu' OR NOT EXISTS (
+                          SELECT FROM offered g WHERE g.device <> 'cpu' AND o.workload = ANY (g.workloads))
                      ELSE f.device = o.job->'execution'->>'accelerator' END
              ORDER BY f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index
              LIMIT 1

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -10,9 +11,11 @@ from uuid import UUID
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ops_backend.storage import LOGS
 from ops_backend.store.sql import continues, statement
 from ops_backend.store.transitions import not_found
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.jobs import Logger
 from ops_contract.operations import (
     Attempts,
     AttemptView,
@@ -154,6 +157,7 @@ async def get(session: AsyncSession, id: UUID) -> Operation:
         forked_from=_forked_from(row),
         replay_of=row.replay_of,
         lineage=lineage(row.starts or []),
+        logs=_logs(row),
     )
 
 
@@ -217,14 +221,7 @@ async def metric(session: AsyncSession, id: UUID, name: str, after_step: int) ->
     """The points after a step that count: each attempt's from its start until a later one starts."""
     counts = {entry.attempt: entry for entry in lineage(await _starts(session, id))}
     rows = (await session.execute(METRIC, {"id": id, "name": name})).all()
-    points: list[tuple[int, float]] = []
-    for row in rows:
-        end = counts[row.attempt].end_step
-        points += [
-            (step, value)
-            for step, value in zip(row.steps, row.values, strict=True)
-            if step > after_step and (end is None or step < end)
-        ]
+    points = [(s, v) for row in rows for s, v in counted(row, counts[row.attempt].end_step) if s > after_step]
     starts = [(e.start_step, e.attempt) for e in counts.values() if e.end_step is None or e.start_step < e.end_step]
     return MetricPoints(name=name, points=points, attempt_starts=starts)
 
@@ -270,6 +267,12 @@ def lineage(starts: list[int]) -> list[LineageEntry]:
     return entries
 
 
+def counted(row: Row[Any], end_step: int | None) -> Iterator[tuple[int, float]]:
+    """The points of a row of metrics that count: those before a later attempt starts."""
+    points = zip(row.steps, row.values, strict=True)
+    return ((step, value) for step, value in points if end_step is None or step < end_step)
+
+
 async def _starts(session: AsyncSession, id: UUID) -> list[int]:
     row = (await session.execute(STARTS, {"id": id})).one_or_none()
     if row is None:
@@ -311,6 +314,11 @@ def _forked_from(row: Row[Any]) -> ForkedFrom | None:
     return ForkedFrom(
         operation_id=row.fork_operation_id, checkpoint_id=row.forked_from_checkpoint_id, step=row.fork_step
     )
+
+
+def _logs(row: Row[Any]) -> str | None:
+    written = row.logged_event_seq == row.event_seq and row.job["execution"].get("logger") != Logger.NONE
+    return f"{row.id}/{LOGS}" if written else None
 
 
 def _cursor(row: Row[Any]) -> str:

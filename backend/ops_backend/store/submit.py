@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import plain, record, statement
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.jobs import Execution, Job, JobSpec
+from ops_contract.jobs import Accelerator, Execution, Job, JobSpec
 
 FIND_REPLAY = statement("""
     SELECT id, body_sha256 FROM operations WHERE submitted_by = :submitted_by AND idempotency_key = :idempotency_key
@@ -20,6 +20,8 @@ FIND_REPLAY = statement("""
 
 FIND_WORKLOAD = statement("SELECT config_schema, reports FROM workloads WHERE name = :name")
 KNOWN_WORKLOADS = statement("SELECT name FROM workloads ORDER BY name")
+
+EVER_OFFERED = statement("SELECT EXISTS (SELECT FROM slots WHERE device = :device)")
 
 # A key that another transaction has just taken yields no row here; the caller then reads that one.
 SUBMIT = statement(f"""
@@ -76,7 +78,8 @@ async def submit_if_new(
 ) -> UUID | None:
     """Insert the operation; None when a concurrent request with the same key was first.
 
-    Raises 422 for an unknown workload, a config that its schema refuses, or a metric that it does not report.
+    Raises 422 for an unknown workload, a config that its schema refuses, a metric that it does not report, or a GPU
+    that nobody has.
     """
     job = await resolved_job(session, spec)
     submitted: UUID | None = await session.scalar(SUBMIT, new_operation(spec, job, submitted_by, key, body))
@@ -117,6 +120,7 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "") -> 
         raise OpsError(
             ErrorCode.UNKNOWN_WORKLOAD, f"no worker has offered the workload {spec.workload!r}; {offer}", known=known
         )
+    await _check_accelerator(session, spec.execution.accelerator, f"{path}execution")
     return Job(
         kind=spec.kind,
         workload=spec.workload,
@@ -130,6 +134,15 @@ def invalid(problems: list[tuple[str, str]]) -> OpsError:
     field, problem = problems[0]
     errors = [{"field": field, "problem": problem} for field, problem in problems]
     return OpsError(ErrorCode.INVALID, f"{field}: {problem}", errors=errors)
+
+
+async def _check_accelerator(session: AsyncSession, accelerator: Accelerator, path: str) -> None:
+    """Raises 422 for a GPU that no worker has ever offered."""
+    if accelerator in (Accelerator.AUTO, Accelerator.CPU):
+        return
+    if not await session.scalar(EVER_OFFERED, {"device": accelerator}):
+        problem = f"no worker has ever offered a {accelerator} device; start a worker with one first, or use auto"
+        raise invalid([(f"{path}.accelerator", problem)])
 
 
 def _resolved_config(given: dict[str, Any], schema: dict[str, Any], path: str) -> dict[str, Any]:

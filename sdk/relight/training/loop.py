@@ -104,7 +104,7 @@ class Loop:
         if self.knobs.gradient_clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), self.knobs.gradient_clip)
         samples = sum(batch.samples for batch in window)
-        self.reporter.add_step(step, float(optimizer.param_groups[0]["lr"]), samples)
+        self.reporter.add_step(step, self.cursor.epoch, float(optimizer.param_groups[0]["lr"]), samples)
         self.saver.seal()
         optimizer.step()
         self.workload.after_step(model, step)

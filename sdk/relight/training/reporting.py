@@ -10,7 +10,7 @@ from ops_contract.reports import Metrics, Note, Progress, Report, Series
 from relight.training.state import Cursor
 
 FLUSH_S = 0.5
-_RESERVED = frozenset({"loss", "learning_rate"})
+_RESERVED = frozenset({"loss", "learning_rate", "epoch", "step"})  # "step" heads a column of metrics.csv
 
 
 class Sink(Protocol):
@@ -47,7 +47,8 @@ class Reporter:
             copied = value.detach().to(torch.float64, copy=True).reshape(())
             self._parts.setdefault((name, step), []).append((units, copied))
 
-    def add_step(self, step: int, learning_rate: float, samples: int) -> None:
+    def add_step(self, step: int, epoch: int, learning_rate: float, samples: int) -> None:
+        self._values["epoch", step] = float(epoch)
         self._values["learning_rate", step] = learning_rate
         self._steps += 1
         self._samples += samples
