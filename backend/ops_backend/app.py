@@ -1,4 +1,4 @@
-"""The FastAPI app and the four loops that run beside it."""
+"""The FastAPI app and the loops that run beside it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from ops_backend.database import make_engine, make_sessions
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.exporter import Exporter
+from ops_backend.orphans import OrphanSweeper
 from ops_backend.reaper import Reaper
 from ops_backend.routes import agents, catalog, errors, health, operations
 from ops_backend.settings import Settings
@@ -40,8 +41,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings)
         reaper = Reaper(sessions, settings.lease_s, settings.tick_s, dispatcher.wake)
         sweeper = Sweeper(sessions, settings.storage_root, settings.tick_s)
+        orphans = OrphanSweeper(sessions, settings.storage_root, settings.orphan_sweep_s)
         exporter = Exporter(sessions, settings.storage_root, settings.tick_s)
-        loops = [asyncio.create_task(loop.run()) for loop in (dispatcher, reaper, sweeper, exporter)]
+        loops = [asyncio.create_task(loop.run()) for loop in (dispatcher, reaper, sweeper, orphans, exporter)]
         yield
         for loop in loops:
             loop.cancel()

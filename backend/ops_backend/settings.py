@@ -26,6 +26,7 @@ class Settings(BaseModel):
     poll_s: float = Field(0.5, gt=0, description="how often the dispatcher looks for work unprompted")
     slot_rest_s: float = Field(5.0, ge=0, description="how long a slot that refused is left alone")
     retry_backoff_s: float = Field(2.0, ge=0, description="before the first retry; doubles up to five minutes")
+    orphan_sweep_s: float = Field(600.0, gt=0, description="how often directories that a crash left are looked for")
     db_pool_size: int = Field(10, ge=1, description="connections to the database")
 
     @field_validator("database_url")

@@ -1,15 +1,54 @@
-"""The backend's two acts on the storage root: deleting checkpoints that retention gave up, and writing logs."""
+"""The backend's acts on the storage root: deleting what is given up, finding what may be nobody's, writing logs."""
 
+import heapq
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from uuid import UUID
 
 LOGS = "logs"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPERATION = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_PUBLISHED = re.compile(r"([1-9][0-9]{0,8})-(?:0|[1-9][0-9]{0,18})(?:-evaluate|-model)?(?:\.tmp)?")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A directory that bears a name as trainers give them. `path` is relative to the root."""
+
+    operation_id: UUID
+    attempt: int
+    path: str
+
+
+def published_in(root: Path, after: str, limit: int) -> tuple[list[Found], str]:
+    """What trainers published, or began to, in the first `limit` operations behind the name `after`; and the last name.
+
+    That is "" when there are no more. Other names, files and symbolic links are passed over, and an operation whose
+    directory cannot be read now. Raises OSError for a root that cannot, or is not there.
+    """
+    with os.scandir(root) as entries:
+        names = heapq.nsmallest(limit, (e.name for e in entries if e.name > after and _is_ours(e, _OPERATION)))
+    found = []
+    for name in names:
+        with suppress(OSError), os.scandir(root / name) as entries:
+            found += [
+                Found(UUID(name), int(match[1]), f"{name}/{entry.name}")
+                for entry in entries
+                if (match := _is_ours(entry, _PUBLISHED))
+            ]
+    return found, names[-1] if len(names) == limit else ""
+
+
+def _is_ours(entry: os.DirEntry[str], pattern: re.Pattern[str]) -> re.Match[str] | None:
+    match = pattern.fullmatch(entry.name)
+    return match if match and entry.is_dir(follow_symlinks=False) else None
 
 
 def remove_checkpoint(root: Path, path: str) -> None:

@@ -234,6 +234,23 @@ Index("ix_checkpoints_newest", checkpoints.c.operation_id, checkpoints.c.step.de
 Index("ix_checkpoints_pinned", checkpoints.c.id, postgresql_where=checkpoints.c.pinned_at.is_not(None))
 Index("ix_checkpoints_deleting", checkpoints.c.id, postgresql_where=checkpoints.c.status == text("'deleting'"))
 
+artifacts = Table(
+    "artifacts",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("operation_id", Uuid, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("step", BigInteger, nullable=False),
+    Column("path", Text, nullable=False, unique=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sha256", Text, nullable=False),
+    _instant("created_at", default_now=True, nullable=False),
+    # One of a name: a later attempt's takes the place of what an attempt left that did not complete.
+    UniqueConstraint("operation_id", "name"),
+    ForeignKeyConstraint(["operation_id", "attempt"], ["attempts.operation_id", "attempts.number"]),
+)
+
 metrics = Table(
     "metrics",
     metadata,

@@ -1,6 +1,7 @@
-"""Looking after checkpoints: which there are, and whether their files are what was committed."""
+"""Looking after what operations leave: their checkpoints (which there are, whether good, deleting) and artifacts."""
 
 import json as json_text
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,9 +23,11 @@ CheckpointId = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="The checkpoints of an operation: list them, verify their files.")
+    group = typer.Typer(no_args_is_help=True, help="The checkpoints of an operation: list, verify or delete them.")
     group.command("list")(list_checkpoints)
     group.command()(verify)
+    group.command()(delete)
+    app.command()(artifacts)
     app.add_typer(group, name="checkpoints")
 
 
@@ -73,6 +76,56 @@ def verify(
     else:
         _print_problems(problems)
     if any(problem for _, problem in problems):
+        raise typer.Exit(ExitCode.FAILED)
+
+
+@with_client
+def delete(
+    client: "Client",
+    operation_id: OperationId,
+    checkpoint: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="By a beginning of its id.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Delete the last one without asking.")] = False,
+) -> None:
+    """Delete checkpoints of an operation, files and all.
+
+    One that is needed is kept: by a fork, a resume, a running attempt, or as the newest of a live operation.
+    """
+    found = client.resolve(operation_id)
+    items = client.checkpoints(found)
+    chosen = {item.id: item for item in (find(items, prefix) for prefix in checkpoint)}
+    left = [item for item in items if item.in_lineage and item.id not in chosen]
+    if not yes and not left and any(item.in_lineage for item in chosen.values()):
+        _confirm(f"After this {str(found)[:8]} can neither be resumed nor forked: its training is lost. Delete?")
+    ids = show.shortest(item.id for item in items)
+    for item in chosen.values():
+        client.delete_checkpoint(found, item.id)
+        print(f"Deleted {ids[item.id]} (step {item.step}, {show.size(item.size_bytes)})")
+
+
+@with_client
+def artifacts(client: "Client", operation_id: OperationId, json: Json = False) -> None:
+    """The files that a completed operation left: its final model, as safetensors.
+
+    Their paths are below the storage root.
+    """
+    items = client.artifacts(client.resolve(operation_id))
+    if json:
+        print(show.json_array(items))
+        return
+    if not items:
+        print("No artifact: a training leaves its model when it completes.")
+        return
+    table = show.table("NAME", "STEP", "SIZE", "SHA256", "PATH", right=("STEP", "SIZE"), wide="PATH")
+    for item in items:
+        table.add_row(item.name, str(item.step), show.size(item.size_bytes), item.sha256[:12], item.path)
+    show.print_rich(table)
+
+
+def _confirm(question: str) -> None:
+    """Raises BadParameter where nobody can answer, and Exit for a no."""
+    if not sys.stdin.isatty():
+        raise typer.BadParameter(f"{question} Nobody is here to answer: say --yes")
+    if not typer.confirm(question):
         raise typer.Exit(ExitCode.FAILED)
 
 

@@ -17,6 +17,7 @@ class ErrorCode(StrEnum):
     NOT_CANCELLABLE = "not_cancellable"
     NOT_RESUMABLE = "not_resumable"
     NOT_REPLAYABLE = "not_replayable"
+    CHECKPOINT_IN_USE = "checkpoint_in_use"
     IDEMPOTENCY_CONFLICT = "idempotency_conflict"
     FENCED = "fenced"
     OUT_OF_ORDER = "out_of_order"
@@ -39,6 +40,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.NOT_CANCELLABLE: 409,
     ErrorCode.NOT_RESUMABLE: 409,
     ErrorCode.NOT_REPLAYABLE: 409,
+    ErrorCode.CHECKPOINT_IN_USE: 409,
     ErrorCode.IDEMPOTENCY_CONFLICT: 409,
     ErrorCode.FENCED: 409,
     ErrorCode.OUT_OF_ORDER: 409,

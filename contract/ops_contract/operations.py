@@ -247,6 +247,24 @@ class Checkpoints(Wire):
     items: list[CheckpointView]
 
 
+class ArtifactView(Wire):
+    """A file of a completed operation. `path` is relative to the storage root."""
+
+    id: UUID
+    operation_id: UUID
+    attempt: int
+    name: str
+    step: int
+    path: str
+    size_bytes: int
+    sha256: str
+    created_at: datetime
+
+
+class Artifacts(Wire):
+    items: list[ArtifactView]
+
+
 class EventView(Wire):
     seq: int
     at: datetime

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from ops_contract.agents import StartTraining
-from ops_contract.reports import CheckpointSaved, Finish, Metrics, Note, Progress, Started
+from ops_contract.reports import ArtifactSaved, CheckpointSaved, Finish, Metrics, Note, Progress, Started
 from ops_contract.wire import PIPE_VERSION, Wire
 
 # A trainer answers it, whatever it is doing, with the Python stacks of all its threads on stderr.
@@ -52,7 +52,8 @@ class Stop(Wire):
 
 
 FromTrainer = Annotated[
-    Hello | Alive | ProgressNow | Started | Metrics | CheckpointSaved | Note | Finish, Field(discriminator="kind")
+    Hello | Alive | ProgressNow | Started | Metrics | CheckpointSaved | ArtifactSaved | Note | Finish,
+    Field(discriminator="kind"),
 ]
 ToTrainer = Annotated[RunJob | Stop, Field(discriminator="kind")]
 

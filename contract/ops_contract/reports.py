@@ -81,6 +81,18 @@ class CheckpointSaved(Wire):
     )
 
 
+class ArtifactSaved(Wire):
+    """A file that a completed run leaves, published under the storage root; `sha256` is of the whole file."""
+
+    kind: Literal["artifact"] = "artifact"
+    artifact_id: UUID
+    name: Literal["model.safetensors"]
+    step: Step
+    path: Name
+    size_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class Note(Wire):
     """A fact for the operation's history, such as a fallback."""
 
@@ -110,4 +122,4 @@ class Finish(Wire):
     error: Fault | None = None
 
 
-Report = Annotated[Started | Metrics | CheckpointSaved | Note | Finish, Field(discriminator="kind")]
+Report = Annotated[Started | Metrics | CheckpointSaved | ArtifactSaved | Note | Finish, Field(discriminator="kind")]

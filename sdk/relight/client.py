@@ -16,6 +16,8 @@ from ops_contract.errors import ErrorBody, ErrorCode, OpsError
 from ops_contract.jobs import JobSpec
 from ops_contract.lifecycle import TERMINAL, Kind, Status
 from ops_contract.operations import (
+    Artifacts,
+    ArtifactView,
     Attempts,
     AttemptView,
     CancelRequest,
@@ -212,6 +214,14 @@ class Client:
 
     def checkpoints(self, operation_id: UUID | str) -> Sequence[CheckpointView]:
         return self._get(f"/operations/{operation_id}/checkpoints", Checkpoints).items
+
+    def delete_checkpoint(self, operation_id: UUID | str, checkpoint_id: UUID | str) -> None:
+        """It can no longer be used; its files go soon after. Refused with `checkpoint_in_use` while it is needed."""
+        self._call("DELETE", f"/operations/{operation_id}/checkpoints/{checkpoint_id}")
+
+    def artifacts(self, operation_id: UUID | str) -> Sequence[ArtifactView]:
+        """The files that a completed operation left: its final model. None of a live, failed or cancelled one."""
+        return self._get(f"/operations/{operation_id}/artifacts", Artifacts).items
 
     def metric_names(self, operation_id: UUID | str) -> Sequence[str]:
         return self._get(f"/operations/{operation_id}/metrics", MetricNames).names

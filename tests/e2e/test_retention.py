@@ -1,5 +1,7 @@
 """Early stopping and retention in the running service, with the trainer killed in between."""
 
+import safetensors.torch
+
 from helpers.service import Service, eventually, kill
 
 
@@ -32,7 +34,9 @@ def test_an_early_stop_leaves_the_best_and_the_last_on_disk_also_after_a_kill(se
         lambda: {saved.step for saved in service.client.checkpoints(id)} == {best + 1, last + 1},
         "no row but theirs is left",
     )
-    kept = {saved.path.split("/")[1] for saved in service.client.checkpoints(id)}
+    [model] = service.client.artifacts(id)
+    kept = {saved.path.split("/")[1] for saved in (*service.client.checkpoints(id), model)}
     on_disk = {path.name for path in (service.storage / str(id)).iterdir()} - {"logs"}
     assert kept <= on_disk
+    assert safetensors.torch.load_file(service.storage / model.path)
     assert len(on_disk - kept) <= 1  # what the kill left half-way is nobody's

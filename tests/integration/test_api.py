@@ -13,9 +13,9 @@ import pytest
 from helpers.store import TOY, Store, losses, saved, started
 from ops_backend.app import create_app
 from ops_backend.settings import Settings, SettingsError
-from ops_contract.errors import ErrorBody
+from ops_contract.errors import ErrorBody, OpsError
 from ops_contract.lifecycle import Outcome
-from ops_contract.reports import Progress
+from ops_contract.reports import ArtifactSaved, Progress
 
 TOKEN = "a token of the tests"
 MISSING = "00000000-0000-0000-0000-000000000000"
@@ -53,6 +53,8 @@ def refusal(answer: httpx.Response) -> tuple[int, str]:
         ("GET", f"/operations/{MISSING}/metrics", None, (404, "not_found")),
         ("GET", f"/operations/{MISSING}/metrics?name=loss", None, (404, "not_found")),
         ("GET", f"/operations/{MISSING}/checkpoints", None, (404, "not_found")),
+        ("GET", f"/operations/{MISSING}/artifacts", None, (404, "not_found")),
+        ("DELETE", f"/operations/{MISSING}/checkpoints/{MISSING}", None, (404, "not_found")),
         ("GET", f"/operations/{MISSING}/events", None, (404, "not_found")),
         ("POST", f"/operations/{MISSING}/cancel", None, (404, "not_found")),
         ("POST", f"/operations/{MISSING}/resume", None, (404, "not_found")),
@@ -402,3 +404,45 @@ async def test_a_database_that_is_away_is_a_503_with_retry_after(tmp_path: Any) 
 def test_a_missing_setting_is_named() -> None:
     with pytest.raises(SettingsError, match=r"OPS_DATABASE_URL.*OPS_API_TOKEN.*OPS_STORAGE_ROOT.*OPS_LEASE_S"):
         Settings.from_env({"OPS_LEASE_S": "soon", "OPS_PORT": "1"})
+
+
+async def test_a_checkpoint_is_deleted_and_the_final_model_listed(api: httpx.AsyncClient, store: Store) -> None:
+    await store.worker()
+    run = await store.running()
+    older, newer = saved(run, 0), saved(run, 9)
+    place = f"{run.operation_id}/1-9-model/model.safetensors"
+    model = ArtifactSaved(
+        artifact_id=older.checkpoint_id, name="model.safetensors", step=9, path=place, size_bytes=7, sha256="a" * 64
+    )
+    elsewhere = model.model_copy(update={"path": f"{run.operation_id}/2-9-model/model.safetensors"})
+    with pytest.raises(OpsError, match=f"this artifact belongs at {place}"):
+        await store.report(run, elsewhere)
+    run = await store.report(run, older, newer, model)
+    of = f"/operations/{run.operation_id}"
+
+    assert refusal(await api.delete(f"{of}/checkpoints/{newer.checkpoint_id}")) == (409, "checkpoint_in_use")
+    assert (await api.delete(f"{of}/checkpoints/{older.checkpoint_id}")).status_code == 204
+    assert refusal(await api.delete(f"{of}/checkpoints/{older.checkpoint_id}")) == (404, "no_checkpoint")
+    assert (await api.get(f"{of}/artifacts")).json()["items"] == [], "it may not be the last one"
+    await store.finish(run, Outcome.COMPLETED)
+
+    [listed] = (await api.get(f"{of}/artifacts")).json()["items"]
+    assert (listed["path"], listed["size_bytes"], listed["attempt"]) == (place, 7, 1)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.CANCELLED, Outcome.FAILED])
+async def test_an_operation_that_did_not_complete_has_no_artifact(
+    api: httpx.AsyncClient, store: Store, outcome: Outcome
+) -> None:
+    await store.worker()
+    run = await store.running()
+    place = f"{run.operation_id}/1-9-model/model.safetensors"
+    model = ArtifactSaved(
+        artifact_id=run.operation_id, name="model.safetensors", step=9, path=place, size_bytes=7, sha256="a" * 64
+    )
+    run = await store.report(run, model)
+    await store.cancel(run.operation_id)
+
+    await store.finish(run, outcome)
+
+    assert (await api.get(f"/operations/{run.operation_id}/artifacts")).json()["items"] == []

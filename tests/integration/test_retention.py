@@ -9,9 +9,10 @@ from uuid import UUID
 import pytest
 
 from helpers.store import TOY, Held, Store, at_once, held, saved, started
-from ops_backend.store import queries, retention, transitions
+from ops_backend.store import fork, queries, retention, transitions
 from ops_backend.sweeper import Sweeper
 from ops_contract.lifecycle import Outcome, Status
+from ops_contract.operations import ForkRequest
 
 LOSS = TOY.model_copy(update={"reports": {"val_loss": "min"}})
 NAN = float("nan")
@@ -229,6 +230,178 @@ async def test_many_resumes_and_retentions_at_once_agree(store: Store, run: Any)
         assert await status_of(store, surplus) == ("deleting" if resumed is None else "committed")
 
 
+async def corrupted(store: Store, run: Held, step: int) -> None:
+    sql = "UPDATE checkpoints SET status = 'corrupt' WHERE operation_id = :id AND step = :step"
+    await store.execute(sql, id=run.operation_id, step=step)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "outcome", "expected"),
+    [
+        (1, Outcome.COMPLETED, "deleting"),
+        (1, Outcome.CANCELLED, "corrupt"),
+        (1, Outcome.FAILED, "corrupt"),
+        (-1, Outcome.COMPLETED, "corrupt"),
+    ],
+)
+async def test_corrupt_ones_stay_until_the_operation_is_completed_and_its_job_does_not_keep_all(
+    store: Store, run: Any, top_k: int, outcome: Outcome, expected: str
+) -> None:
+    attempt = await run(checkpoint_save_top_k=top_k)
+    attempt = await store.report(attempt, bad := saved(attempt, 10))
+    await corrupted(store, attempt, 10)
+    attempt = await commit(store, attempt, (20, None), (30, None))
+    assert await status_of(store, bad.checkpoint_id) == "corrupt"
+    if outcome is Outcome.CANCELLED:
+        await store.cancel(attempt.operation_id)
+
+    await store.finish(attempt, outcome, **({"permanent": True} if outcome is Outcome.FAILED else {}))
+
+    assert await status_of(store, bad.checkpoint_id) == expected
+
+
+async def delete(store: Store, run: Held, checkpoint: UUID) -> str:
+    """The code of the refusal; "" when it is deleted."""
+    async with store.sessions.begin() as session:
+        if await retention.delete_if_unused(session, run.operation_id, checkpoint):
+            return ""
+        return (await retention.explain_delete(session, run.operation_id, checkpoint)).code
+
+
+async def test_a_checkpoint_is_deleted_once_and_a_corrupt_one_too(store: Store, run: Any, storage: Path) -> None:
+    attempt = await run()
+    first, second, third = (saved(attempt, step) for step in (0, 10, 20))
+    for checkpoint in (first, second, third):
+        (storage / checkpoint.path).mkdir(parents=True)
+    attempt = await store.report(attempt, first, second, third)
+    await corrupted(store, attempt, 0)
+
+    assert [await delete(store, attempt, c.checkpoint_id) for c in (first, second, second)] == ["", "", "no_checkpoint"]
+    await Sweeper(store.sessions, storage, 1.0).sweep()
+
+    assert await rows(store) == [20]
+    assert [(storage / c.path).exists() for c in (first, second, third)] == [False, False, True]
+    assert await delete(store, attempt, second.checkpoint_id) == "no_checkpoint"
+
+
+async def test_what_is_needed_is_not_deleted(store: Store, run: Any) -> None:
+    attempt = await run()
+    first, newest = saved(attempt, 0), saved(attempt, 10)
+    attempt = await store.report(attempt, first, newest)
+    assert await delete(store, attempt, newest.checkpoint_id) == "checkpoint_in_use", "a live one goes on from it"
+
+    second = await again(store, attempt)
+    second = await store.report(second, after := saved(second, 20))
+    assert await delete(store, second, newest.checkpoint_id) == "checkpoint_in_use", "its attempt lives"
+
+    await store.cancel(second.operation_id)
+    await store.finish(second, Outcome.CANCELLED)
+    await release(store)
+    forked = await store.fork(second.operation_id, from_checkpoint=after.checkpoint_id)
+    assert await delete(store, second, after.checkpoint_id) == "checkpoint_in_use", "a fork begins at it"
+    assert await store.resume(second.operation_id, first.checkpoint_id) is not None
+    assert await delete(store, second, first.checkpoint_id) == "checkpoint_in_use", "a resume chose it"
+
+    stranger = Held(forked or second.operation_id, 1, second.incarnation)
+    assert await delete(store, stranger, newest.checkpoint_id) == "no_checkpoint"
+    assert await delete(store, second, newest.checkpoint_id) == ""
+
+
+async def test_the_only_checkpoint_of_an_ended_operation_can_be_deleted(store: Store, run: Any) -> None:
+    attempt = await run()
+    attempt = await store.report(attempt, only := saved(attempt, 10))
+    await store.finish(attempt, Outcome.FAILED, permanent=True)
+
+    assert await delete(store, attempt, only.checkpoint_id) == ""
+
+    assert await store.resume(attempt.operation_id) is None
+
+
+async def test_deletions_racing_with_resumes_and_forks_agree(store: Store, run: Any) -> None:
+    """Scenario 27: whoever comes first, what was chosen is still there."""
+    ended = [await cancelled_with_surplus(store, run) for _ in range(15)]
+    runs = [Held(id, 1, surplus) for id, surplus in ended]
+
+    answers = await at_once(
+        *(
+            call
+            for one, (id, surplus) in zip(runs, ended, strict=True)
+            for call in (
+                store.resume(id, surplus),
+                store.fork(id, from_checkpoint=surplus, overrides={"labels": {"is": "fork"}}),
+                *(delete(store, one, surplus) for _ in range(3)),
+            )
+        )
+    )
+
+    for i, (_, surplus) in enumerate(ended):
+        resumed, forked, *deleted = answers[5 * i : 5 * i + 5]
+        used = resumed is not None or isinstance(forked, UUID)
+        assert deleted.count("") == (not used)
+        assert await status_of(store, surplus) == ("committed" if used else "deleting")
+
+
+async def test_what_a_resume_has_just_chosen_is_not_deleted(store: Store, run: Any) -> None:
+    id, surplus = await cancelled_with_surplus(store, run)
+    async with store.sessions.begin() as resuming, store.sessions.begin() as deleting:
+        assert await transitions.resume_if_ended(resuming, id, surplus) is not None
+        task = asyncio.create_task(retention.delete_if_unused(deleting, id, surplus))
+        await until_one_waits_for_a_lock(store)
+        await resuming.commit()
+        assert not await task
+
+    assert await status_of(store, surplus) == "committed"
+
+
+async def test_what_a_fork_has_just_pinned_is_not_deleted(store: Store, run: Any) -> None:
+    id, surplus = await cancelled_with_surplus(store, run)
+    wish = ForkRequest(from_checkpoint=surplus)
+    async with store.sessions.begin() as forking, store.sessions.begin() as deleting:
+        assert await fork.fork_if_there(forking, id, wish, "me", None, b"") is not None
+        task = asyncio.create_task(retention.delete_if_unused(deleting, id, surplus))
+        await until_one_waits_for_a_lock(store)
+        await forking.commit()
+        assert not await task
+
+    assert await status_of(store, surplus) == "committed"
+
+
+async def test_a_resume_waits_for_a_deletion_and_takes_nothing_that_goes(store: Store, run: Any) -> None:
+    id, surplus = await cancelled_with_surplus(store, run)
+    async with store.sessions.begin() as resuming, store.sessions.begin() as deleting:
+        assert await retention.delete_if_unused(deleting, id, surplus)
+        task = asyncio.create_task(transitions.resume_if_ended(resuming, id, surplus))
+        await until_one_waits_for_a_lock(store)
+        await deleting.commit()
+        assert await task is None
+
+    assert (await store.get(id)).status is Status.CANCELLED
+
+
+async def test_an_older_one_stays_until_the_attempt_has_restored_the_newest(store: Store, run: Any) -> None:
+    """If the newest is corrupt, the older one is what is left: without it the operation would begin at step 0."""
+    attempt = await run()
+    older, newest = saved(attempt, 10), saved(attempt, 20)
+    attempt = await again(store, await store.report(attempt, older, newest))
+    assert await delete(store, attempt, older.checkpoint_id) == "checkpoint_in_use"
+
+    attempt = await commit(store, attempt, (30, None))
+
+    assert await delete(store, attempt, older.checkpoint_id) == ""
+
+
+async def test_what_a_live_operation_left_behind_may_go(store: Store, run: Any) -> None:
+    attempt = await run()
+    first, abandoned = saved(attempt, 10), saved(attempt, 20)
+    attempt = await store.report(attempt, first, abandoned)
+    await store.cancel(attempt.operation_id)
+    await store.finish(attempt, Outcome.CANCELLED)
+    await store.resume(attempt.operation_id, first.checkpoint_id)
+    assert await store.claim() is not None
+
+    assert await delete(store, attempt, abandoned.checkpoint_id) == ""
+
+
 @pytest.fixture
 def storage(tmp_path: Path) -> Path:
     root = tmp_path / "storage"
@@ -332,7 +505,7 @@ async def test_a_storage_that_is_not_mounted_keeps_the_rows(store: Store, run: A
 async def test_a_fork_point_stays_whatever_its_parent_keeps(store: Store, run: Any) -> None:
     """Scenario 27: the fork has nothing else to begin from, however long it waits."""
     attempt = await commit(store, await run(checkpoint_save_top_k=1), (10, 0.1), (20, 0.2))
-    fork = await store.fork(attempt.operation_id, overrides={"labels": {"is": "fork"}})
+    forked = await store.fork(attempt.operation_id, overrides={"labels": {"is": "fork"}})
     attempt = await commit(store, attempt, (30, 0.3))
     await store.finish(attempt, Outcome.COMPLETED)
     await release(store)
@@ -340,4 +513,4 @@ async def test_a_fork_point_stays_whatever_its_parent_keeps(store: Store, run: A
     assert await kept(store, attempt) == [10, 20, 30]
     claim = await store.claim()
     assert claim is not None
-    assert (claim.operation_id, claim.checkpoint.step if claim.checkpoint else None) == (fork, 20)
+    assert (claim.operation_id, claim.checkpoint.step if claim.checkpoint else None) == (forked, 20)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -25,6 +26,8 @@ from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import CheckpointEvery, Execution, JobSpec
 from ops_contract.lifecycle import CheckpointType, Phase, Status
 from ops_contract.operations import (
+    Artifacts,
+    ArtifactView,
     Attempts,
     AttemptView,
     CancelRequest,
@@ -68,6 +71,8 @@ class Api:
     replays: list[ReplayCheck | None] = field(default_factory=list)
     replay_ends: Status = Status.COMPLETED
     checkpoints: list[CheckpointView] = field(default_factory=list)
+    artifacts: list[ArtifactView] = field(default_factory=list)
+    deleted: list[UUID] = field(default_factory=list)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     workers: list[WorkerView] = field(default_factory=list)
     refusal: OpsError | None = None
@@ -144,6 +149,17 @@ def app_of(api: Api) -> FastAPI:
     @app.get(f"{API_PREFIX}/operations/{{id}}/checkpoints")
     async def checkpoints(id: UUID) -> Response:
         return answer(Checkpoints(items=api.checkpoints))
+
+    @app.delete(f"{API_PREFIX}/operations/{{id}}/checkpoints/{{checkpoint_id}}")
+    async def delete_checkpoint(id: UUID, checkpoint_id: UUID) -> Response:
+        if api.refusal:
+            raise api.refusal
+        api.deleted.append(checkpoint_id)
+        return Response(status_code=204)
+
+    @app.get(f"{API_PREFIX}/operations/{{id}}/artifacts")
+    async def artifacts(id: UUID) -> Response:
+        return answer(Artifacts(items=api.artifacts))
 
     @app.get(f"{API_PREFIX}/operations/{{id}}/metrics")
     async def metrics(id: UUID, name: str | None = None) -> Response:
@@ -593,3 +609,72 @@ def test_status_says_what_a_pending_operation_waits_for(
     id = api.holds(operation(status=Status.PENDING, job=job))
     api.workers = workers
     assert said in " ".join(ops("status", id).out.split())
+
+
+def test_delete_takes_several_and_tells_what_is_refused(api: Api, ops: Ops) -> None:
+    known = api.holds(operation())
+    first, second, third = api.checkpoints = [saved_as(uuid4()) for _ in range(3)]
+
+    ran = ops("checkpoints", "delete", known, first.id, second.id, first.id)
+
+    assert (ran.code, api.deleted) == (ExitCode.DONE, [first.id, second.id])
+    assert ran.out.count("Deleted") == 2
+    assert ops("checkpoints", "delete", known, second.id, "0bad").code == ExitCode.NOT_FOUND
+    api.refusal, api.deleted = None, []
+    api.refusal = OpsError(ErrorCode.CHECKPOINT_IN_USE, "a fork begins at it")
+    assert ops("checkpoints", "delete", known, third.id, "--yes").code == ExitCode.CONFLICT
+    assert api.deleted == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "arguments", "code", "goes"),
+    [
+        (None, [], ExitCode.USAGE, False),
+        (None, ["--yes"], ExitCode.DONE, True),
+        ("y", [], ExitCode.DONE, True),
+        ("n", [], ExitCode.FAILED, False),
+    ],
+)
+def test_deleting_the_last_one_to_go_on_from_asks_first(
+    api: Api,
+    ops: Ops,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str | None,
+    arguments: list[str],
+    code: ExitCode,
+    goes: bool,
+) -> None:
+    known = api.holds(operation())
+    last = saved_as(uuid4())
+    api.checkpoints = [last, saved_as(uuid4(), in_lineage=False)]
+    terminal = StringIO(f"{answer}\n")
+    monkeypatch.setattr(terminal, "isatty", lambda: answer is not None)
+    monkeypatch.setattr(sys, "stdin", terminal)
+
+    ran = ops("checkpoints", "delete", known, last.id, *arguments)
+
+    assert (ran.code, api.deleted) == (code, [last.id] if goes else [])
+    assert ("neither be resumed nor forked" in ran.out + ran.err) == (not arguments)
+
+
+def test_artifacts_lists_what_an_operation_left(api: Api, ops: Ops) -> None:
+    known = api.holds(operation())
+    assert "when it completes" in ops("artifacts", known).out
+    place = f"{known}/2-144-model/model.safetensors"
+    made = ArtifactView(
+        id=uuid4(),
+        operation_id=known,
+        attempt=2,
+        name="model.safetensors",
+        step=144,
+        path=place,
+        size_bytes=12_000,
+        sha256="a" * 64,
+        created_at="2026-01-01T00:00:00Z",
+    )
+    api.artifacts = [made]
+
+    assert json.loads(ops("artifacts", known, "--json").out) == [made.model_dump(mode="json")]
+    shown = ops("artifacts", known).out
+    assert "model.safetensors" in shown
+    assert "12 kB" in shown

@@ -335,12 +335,15 @@ class Listed:
 
 
 class _ConnectionSink(Listed):
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, die_unreported: int | None) -> None:
         super().__init__()
+        self.die_unreported = die_unreported
         self.connection = connection
         self.sending = Lock()
 
     def report(self, report: Report) -> None:
+        if isinstance(report, CheckpointSaved) and report.step == self.die_unreported:
+            os.kill(os.getpid(), signal.SIGKILL)
         with self.sending:
             self.connection.send_bytes(report.model_dump_json().encode())
 
@@ -359,16 +362,17 @@ def stopping_after(polls: int | None) -> Callable[[], Literal["cancelled"] | Non
 @dataclass(frozen=True)
 class Harm:
     """SIGKILL at the n-th poll whether to stop (before each step, each batch of an evaluation), or the n-th fsync of
-    a save, from 0; a mutant of the engine."""
+    a save, from 0; where the checkpoint of a step, published already, would be reported; a mutant of the engine."""
 
     die_at_poll: int | None = None
     die_at_fsync: int | None = None
+    die_unreported: int | None = None
     mutant: str | None = None
 
 
 def _child(start_json: str, root: str, connection: Connection, stop_after_polls: int | None, harm: Harm) -> None:
     start = StartTraining.model_validate_json(start_json)
-    sink = _ConnectionSink(connection)
+    sink = _ConnectionSink(connection, harm.die_unreported)
     site = Site(Path(root), "cpu", cores=1)
     should_stop = _dying(harm.die_at_poll, stopping_after(stop_after_polls))
     os.fsync = _dying(harm.die_at_fsync, os.fsync)

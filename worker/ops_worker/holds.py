@@ -10,7 +10,7 @@ from typing import Literal
 from ops_contract.agents import HoldRef, StartTraining
 from ops_contract.lifecycle import Outcome
 from ops_contract.pipe import Alive, Hello, ProgressNow, RunJob, Stop
-from ops_contract.reports import CheckpointSaved, Fault, Finish, Metrics, Note, Started
+from ops_contract.reports import ArtifactSaved, CheckpointSaved, Fault, Finish, Metrics, Note, Report, Started
 from ops_worker.cgroups import oom_kills
 from ops_worker.delivery import Delivery
 from ops_worker.outbox import Outbox
@@ -209,7 +209,8 @@ class Hold:
         try:
             # What one says that was taken for hung does not count: the signal for its stacks may have woken it.
             while self._finish is None and (messages := await trainer.receive()) and not self._stalled:
-                reports = [m for m in messages if isinstance(m, Started | Metrics | CheckpointSaved | Note)]
+                kinds = Started | Metrics | CheckpointSaved | ArtifactSaved | Note
+                reports = [m for m in messages if isinstance(m, kinds)]
                 for message in messages:
                     # Not a checkpoint's report, which comes from the writer's thread.
                     if isinstance(message, Alive | Started | ProgressNow):
@@ -225,7 +226,7 @@ class Hold:
             self._misbehaviour = str(garbage)
             trainer.kill()
 
-    async def _store(self, reports: Sequence[Started | Metrics | CheckpointSaved | Note | Finish]) -> None:
+    async def _store(self, reports: Sequence[Report]) -> None:
         if reports and not self._fenced.is_set():
             await self._outbox.add(self.ref, reports)
             self._delivery.news.set()

@@ -10,12 +10,14 @@ from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep
 from ops_backend.routes.errors import read, refusals
 from ops_backend.store import queries
 from ops_backend.store.fork import fork_if_there, replay_if_there
+from ops_backend.store.retention import delete_if_unused, explain_delete
 from ops_backend.store.submit import once, submit_if_new
 from ops_backend.store.transitions import cancel_if_live, explain_cancel, explain_resume, resume_if_ended
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import JobSpec
 from ops_contract.lifecycle import Kind, Status
 from ops_contract.operations import (
+    Artifacts,
     Attempts,
     CancelRequest,
     Checkpoints,
@@ -189,6 +191,19 @@ async def get_metrics(
 @router.get("/{id}/checkpoints", responses=refusals(401, 404))
 async def get_checkpoints(id: UUID, session: SessionDep, _: CallerDep) -> Checkpoints:
     return await queries.checkpoints(session, id)
+
+
+@router.delete("/{id}/checkpoints/{checkpoint_id}", status_code=204, responses=refusals(401, 404, 409))
+async def delete_checkpoint(id: UUID, checkpoint_id: UUID, session: SessionDep, _: CallerDep) -> None:
+    """Give up a checkpoint: it can no longer be used. Its files go within seconds, and its row after them."""
+    if not await delete_if_unused(session, id, checkpoint_id):
+        raise await explain_delete(session, id, checkpoint_id)
+
+
+@router.get("/{id}/artifacts", responses=refusals(401, 404))
+async def get_artifacts(id: UUID, session: SessionDep, _: CallerDep) -> Artifacts:
+    """The files that a completed operation left: `model.safetensors`, its final model."""
+    return await queries.artifacts(session, id)
 
 
 @router.get("/{id}/events", responses=refusals(401, 404))

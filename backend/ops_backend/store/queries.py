@@ -17,6 +17,8 @@ from ops_backend.store.transitions import not_found
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Logger
 from ops_contract.operations import (
+    Artifacts,
+    ArtifactView,
     Attempts,
     AttemptView,
     Checkpoints,
@@ -107,6 +109,12 @@ CHECKPOINTS = statement(f"""
     SELECT c.*, coalesce({continues("o")}, false) AS in_lineage
       FROM operations o JOIN checkpoints c ON c.operation_id = o.id OR c.id = o.forked_from_checkpoint_id
      WHERE o.id = :id ORDER BY c.created_at, c.step
+""")
+
+# Those of the attempt that completed it.
+ARTIFACTS = statement("""
+    SELECT x.* FROM artifacts x JOIN operations o ON o.id = x.operation_id AND o.attempt = x.attempt
+     WHERE o.id = :id AND o.status = 'completed' ORDER BY x.name
 """)
 
 EVENTS = statement("SELECT * FROM events WHERE operation_id = :id AND seq > :after ORDER BY seq LIMIT 1000")
@@ -230,6 +238,12 @@ async def checkpoints(session: AsyncSession, id: UUID) -> Checkpoints:
     await _starts(session, id)
     rows = (await session.execute(CHECKPOINTS, {"id": id})).mappings()
     return Checkpoints(items=[CheckpointView(**{f: row[f] for f in CheckpointView.model_fields}) for row in rows])
+
+
+async def artifacts(session: AsyncSession, id: UUID) -> Artifacts:
+    await _starts(session, id)
+    rows = (await session.execute(ARTIFACTS, {"id": id})).mappings()
+    return Artifacts(items=[ArtifactView(**row) for row in rows])
 
 
 async def events(session: AsyncSession, id: UUID, after: int) -> Events:

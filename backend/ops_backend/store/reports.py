@@ -12,7 +12,7 @@ from ops_backend.store.transitions import finish_if_held
 from ops_contract.agents import ReportBatch
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Phase, Status
-from ops_contract.reports import CheckpointSaved, Finish, Metrics, Note, Report, Series, Started
+from ops_contract.reports import ArtifactSaved, CheckpointSaved, Finish, Metrics, Note, Report, Series, Started
 
 # The update locks the row, so what follows in the transaction is fenced: a reaper that wants to end the hold waits.
 # (An INSERT … SELECT … WHERE status = 'running' locks nothing, and a fenced row slips in.)
@@ -55,6 +55,15 @@ INSERT_CHECKPOINT = statement("""
             :manifest_sha256, :monitored)
 """)
 
+# What an attempt left that published it and died before its finish is replaced; its files are then nobody's.
+PUT_ARTIFACT = statement("""
+    INSERT INTO artifacts (id, operation_id, attempt, name, step, path, size_bytes, sha256)
+    VALUES (:artifact_id, :id, :attempt, :name, :step, :path, :size_bytes, :sha256)
+    ON CONFLICT (operation_id, name) DO UPDATE
+       SET id = excluded.id, attempt = excluded.attempt, step = excluded.step, path = excluded.path,
+           size_bytes = excluded.size_bytes, sha256 = excluded.sha256, created_at = now()
+""")
+
 # The resumed attempt has a checkpoint of its own now: from here on the lineage decides, and its code and data are the
 # ones to compare with.
 FORGET_RESUME_CHOICE = statement("""
@@ -75,7 +84,7 @@ async def accept(session: AsyncSession, id: UUID, attempt: int, batch: ReportBat
     """Write what is new in the batch and return the hold's last sequence number; what it already had is skipped.
 
     Raises 404 without such a hold, 409 `fenced` when it has ended, 409 `out_of_order` when a number is missing,
-    422 for a finish that is not the last, or a checkpoint outside its place.
+    422 for a finish that is not the last, or a checkpoint or artifact outside its place.
     """
     _check(id, attempt, batch)
     last_seq = batch.first_seq + len(batch.reports) - 1
@@ -141,6 +150,8 @@ async def _write(session: AsyncSession, id: UUID, attempt: int, report: Report) 
             await session.execute(INSERT_CHECKPOINT, row)
             await session.execute(FORGET_RESUME_CHOICE, {"id": id, "attempt": attempt})
             await retire(session, id)
+        case ArtifactSaved():
+            await session.execute(PUT_ARTIFACT, report.model_dump(exclude={"kind"}) | {"id": id, "attempt": attempt})
         case Note():
             await session.execute(NOTE, {"id": id, "attempt": attempt, "detail": {"message": report.message}})
         case Finish():
@@ -162,11 +173,13 @@ def _check(id: UUID, attempt: int, batch: ReportBatch) -> None:
     if any(isinstance(r, Finish) for r in batch.reports[:-1]):
         raise OpsError(ErrorCode.INVALID, "reports: a finish must be the last of its batch")
     for report in batch.reports:
-        if isinstance(report, CheckpointSaved) and report.path != _place(id, attempt, report):
-            raise OpsError(ErrorCode.INVALID, f"path: this checkpoint belongs at {_place(id, attempt, report)}")
+        if isinstance(report, CheckpointSaved | ArtifactSaved) and report.path != _place(id, attempt, report):
+            raise OpsError(ErrorCode.INVALID, f"path: this {report.kind} belongs at {_place(id, attempt, report)}")
 
 
-def _place(id: UUID, attempt: int, report: CheckpointSaved) -> str:
+def _place(id: UUID, attempt: int, report: CheckpointSaved | ArtifactSaved) -> str:
     """No text of a client's becomes a path: it is derived, and compared."""
+    if isinstance(report, ArtifactSaved):
+        return f"{id}/{attempt}-{report.step}-model/{report.name}"
     suffix = "-evaluate" if report.phase is Phase.EVALUATE else ""
     return f"{id}/{attempt}-{report.step}{suffix}"

@@ -44,6 +44,7 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "names": ARRAY(Text),
     "next_seq": BigInteger(),
     "outcome": Text(),
+    "paths": ARRAY(Text),
     "permanent": Boolean(),
     "progress": JSONB(none_as_null=True),
     "q": Text(),

@@ -18,6 +18,7 @@ from relight.manifest import Manifest
 from relight.training import changes, numerics
 from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
+from relight.training.final import publish_model
 from relight.training.fork import forked_tree
 from relight.training.loop import Loop, Why
 from relight.training.monitor import Monitor
@@ -76,7 +77,16 @@ class Attempt:
             with loop.saver:
                 if tree is None:
                     loop.saver.save(CheckpointType.INITIAL, loop.cursor, {})
-                return Outcome(loop.run() or Outcome.COMPLETED)
+                why = loop.run()
+            if why is None and self._start.job.until_step is None:  # a replay leaves nothing
+                self._publish_model(loop)
+            return Outcome(why or Outcome.COMPLETED)
+
+    def _publish_model(self, loop: Loop) -> None:
+        """By every attempt that comes to the end, one that had no step left too: the one before may have died here."""
+        start, step = self._start, loop.cursor.step
+        model = loop.live.model
+        self._sink.report(publish_model(self._site.storage_root, start.operation_id, start.attempt, step, model))
 
     def _threads(self, before: Manifest | None) -> int:
         """Sums depend on the number of threads: what the first attempt's slot decided holds for its successors."""

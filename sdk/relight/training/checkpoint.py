@@ -25,9 +25,8 @@ from relight.manifest import (
     CheckpointCorrupt,
     FileEntry,
     Manifest,
-    open_file,
     opened,
-    read_chunk,
+    read_chunks,
 )
 from relight.training import tensorfile
 from relight.training.codec import CodecError, Encoded, decode
@@ -51,19 +50,14 @@ def publish(root: Path, about: Manifest, state: Encoded) -> Published:
     `about` is the manifest but for its files. Raises OSError; what was written is then removed.
     """
     name = _directory_name(about)
-    with _operation_directory(root, str(about.operation_id)) as parent:
-        with _scratch(parent, f"{name}.tmp") as scratch:
-            files = {
-                DOCUMENT: _write(scratch, DOCUMENT, [memoryview(state.document)]),
-                TENSORS: _write(scratch, TENSORS, tensorfile.chunks(state.tensors)),
-            }
-            manifest = about.model_copy(update={"files": files})
-            raw = manifest.model_dump_json(indent=1).encode()
-            _write(scratch, MANIFEST, [memoryview(raw)])
-            os.fsync(scratch)
-            # Fails when the name is taken: one attempt publishes a step once.
-            os.rename(f"{name}.tmp", name, src_dir_fd=parent, dst_dir_fd=parent)
-        os.fsync(parent)
+    with published_directory(root, str(about.operation_id), name) as directory:
+        files = {
+            DOCUMENT: write_file(directory, DOCUMENT, [memoryview(state.document)]),
+            TENSORS: write_file(directory, TENSORS, tensorfile.chunks(state.tensors)),
+        }
+        manifest = about.model_copy(update={"files": files})
+        raw = manifest.model_dump_json(indent=1).encode()
+        write_file(directory, MANIFEST, [memoryview(raw)])
     return Published(f"{about.operation_id}/{name}", manifest.size_bytes + len(raw), sha256(raw).hexdigest())
 
 
@@ -79,6 +73,18 @@ def restore(root: Path, ref: CheckpointRef) -> tuple[Manifest, Any]:
         return manifest, decode(document, tensorfile.parse(contents[TENSORS]))
     except (CodecError, tensorfile.TensorFileError, KeyError) as error:
         raise CheckpointCorrupt(f"{ref.path}: {error}") from error
+
+
+@contextmanager
+def published_directory(root: Path, operation: str, name: str) -> Iterator[int]:
+    """A directory to write files in; when the block is done it has its name, durably. If it fails nothing is left."""
+    with _operation_directory(root, operation) as parent:
+        with _scratch(parent, f"{name}.tmp") as scratch:
+            yield scratch
+            os.fsync(scratch)
+            # Fails when the name is taken: one attempt publishes a step once.
+            os.rename(f"{name}.tmp", name, src_dir_fd=parent, dst_dir_fd=parent)
+        os.fsync(parent)
 
 
 def _directory_name(about: Manifest) -> str:
@@ -125,7 +131,7 @@ def _scratch(parent: int, name: str) -> Iterator[int]:
         os.close(directory)
 
 
-def _write(directory: int, name: str, parts: Iterable[memoryview]) -> FileEntry:
+def write_file(directory: int, name: str, parts: Iterable[memoryview]) -> FileEntry:
     """One new file, fsynced, and the hashes of its chunks."""
     chunks = _ChunkHashes()
     file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=directory)
@@ -172,7 +178,5 @@ def _read_all(directory: int, files: Mapping[str, FileEntry]) -> dict[str, Tenso
 def _read(directory: int, name: str, entry: FileEntry) -> Tensor:
     contents = torch.empty(entry.size_bytes, dtype=torch.uint8)
     buffer = contents.numpy().data
-    with open(open_file(directory, name, entry), "rb", buffering=0) as file:
-        for i in range(len(entry.sha256)):
-            read_chunk(file.fileno(), name, entry, i, buffer[i * CHUNK_BYTES : (i + 1) * CHUNK_BYTES])
+    read_chunks(directory, name, entry, lambda start, end: buffer[start:end])
     return contents

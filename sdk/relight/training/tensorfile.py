@@ -22,6 +22,9 @@ _NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the package's own limit
@@ -31,14 +34,14 @@ class TensorFileError(Exception):
     """The bytes are not a safetensors file; says what is wrong with them."""
 
 
-def chunks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+def chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[memoryview]:
     """The file's bytes: header, then each tensor. A dtype that the format lacks goes as U8 with its bytes.
 
     Tensors must be dense in row-major order.
     """
     # Largest items first, as the package does: every tensor is then aligned to its item size.
     ordered = sorted(tensors.items(), key=lambda item: (-_stored(item[1]).itemsize, item[0]))
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name, tensor in ordered:
         stored = _stored(tensor)
