@@ -98,6 +98,7 @@ class Dispatcher:
             checkpoint=claim.checkpoint,
             parent_job=claim.parent_job,
             accept_changes=claim.accept_changes,
+            record=claim.record,
         )
         verb = "resume" if claim.checkpoint else "start"
         try:

@@ -184,6 +184,7 @@ attempts = Table(
     one_of("outcome", Outcome),
 )
 
+Index("ix_attempts_started", attempts.c.started_at.desc(), postgresql_where=attempts.c.started_at.is_not(None))
 Index("ix_attempts_checkpoint", attempts.c.checkpoint_id, postgresql_where=attempts.c.checkpoint_id.is_not(None))
 
 holds = Table(

@@ -145,9 +145,9 @@ class Demonstration:
         return self._to_completion(self._client.submit(job).id, "undisturbed")
 
     def _due_to_die(self, operation: "Operation") -> bool:
-        every = operation.job.execution.checkpoint_every.steps
+        every = CHECKPOINT_STEPS.get(operation.workload, OTHER_CHECKPOINT_STEPS)
         progress = operation.progress
-        if every is None or progress is None or (progress.step or 0) < every * CHECKPOINTS_BEFORE_KILL:
+        if progress is None or (progress.step or 0) < every * CHECKPOINTS_BEFORE_KILL:
             return False
         periodic = [c for c in self._client.checkpoints(operation.id) if c.checkpoint_type == "periodic"]
         # Half-way to the next one, so that there are steps to redo.

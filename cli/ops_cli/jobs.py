@@ -51,11 +51,15 @@ def parsed_value(text: str) -> Any:
         return text
 
 
-def checkpoint_every(text: str) -> dict[str, int]:
-    """`200steps` or `1epochs`, singular too."""
-    match = re.fullmatch(r"(\d+) ?(step|epoch)s?", text)
+def checkpoint_every(text: str) -> dict[str, int] | str:
+    """`auto`, or `200steps`, `1epochs`, `30seconds`, singular too."""
+    if text == "auto":
+        return text
+    match = re.fullmatch(r"(\d+) ?(step|epoch|second)s?", text)
     if match is None:
-        raise OpsError(ErrorCode.INVALID, f"--checkpoint-every {text}: write it like 200steps or 1epoch")
+        raise OpsError(
+            ErrorCode.INVALID, f"--checkpoint-every {text}: write it like 200steps, 1epoch or 30seconds, or auto"
+        )
     return {f"{match[2]}s": int(match[1])}
 
 

@@ -56,7 +56,9 @@ def train(
     learning_rate: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; else the slot's cores.")] = None,
-    checkpoint_every: Annotated[str | None, typer.Option(metavar="PERIOD", help="200steps, or 1epoch.")] = None,
+    checkpoint_every: Annotated[
+        str | None, typer.Option(metavar="PERIOD", help="auto, 200steps, 1epoch or 30seconds.")
+    ] = None,
     name: Annotated[str | None, typer.Option()] = None,
     label: Pairs = None,
     priority: Annotated[int | None, typer.Option(help="Higher runs first.")] = None,

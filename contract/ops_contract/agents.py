@@ -104,6 +104,13 @@ class CheckpointRef(Wire):
     manifest_sha256: str
 
 
+class FailureRecord(Wire):
+    """How long attempts of late ran in all, and how many of them ended by losing work."""
+
+    running_s: float = Field(0.0, ge=0, allow_inf_nan=False)
+    failures: int = Field(0, ge=0)
+
+
 class StartTraining(Wire):
     """POST /training/start on a worker (and /training/resume, with a checkpoint).
 
@@ -120,6 +127,7 @@ class StartTraining(Wire):
     checkpoint: CheckpointRef | None = None
     parent_job: Job | None = Field(None, description="of the run whose checkpoint it is, when a fork begins")
     accept_changes: bool = Field(False, description="go on though code or data differ from the checkpoint's")
+    record: FailureRecord = Field(FailureRecord(), description="of this service; for checkpoint_every auto")
 
 
 class CancelTraining(Wire):

@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ops_contract.lifecycle import Kind
 from ops_contract.wire import Name, Wire
@@ -41,19 +41,35 @@ class SchedulerName(StrEnum):
         "onecycle"  # up to the learning rate over 30 % of the steps, then down to almost nothing; momentum against it
     )
     MULTISTEP = "multistep"  # a tenth of it from each milestone on
+    PLATEAU = "plateau"  # a tenth of it after more than ten evaluations without improvement of the monitored metric
 
 
 class CheckpointEvery(Wire):
-    """A period: every n epochs or every n steps, exactly one of them."""
+    """A period: every n epochs, steps or seconds, exactly one of them."""
 
     epochs: int | None = Field(None, ge=1)
     steps: int | None = Field(None, ge=1)
+    seconds: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="at the first step after so long without a save"
+    )
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give exactly one of epochs and steps")
+        if [self.epochs, self.steps, self.seconds].count(None) != 2:
+            raise ValueError("give exactly one of epochs, steps and seconds")
         return self
+
+
+def _period_or_auto(value: Any) -> Any:
+    """Here, and not by the union: its errors would name its members instead of the field."""
+    if isinstance(value, str) and value != "auto":
+        raise ValueError("give auto, or a period: {epochs: n}, {steps: n} or {seconds: n}")
+    return value if isinstance(value, str) else CheckpointEvery.model_validate(value)
+
+
+def _as_text(value: Any) -> Any:
+    """YAML and `--set` take 16 for a number."""
+    return str(value) if type(value) is int else value
 
 
 Milestone = Annotated[int, Field(ge=1, lt=2**63)]
@@ -64,6 +80,11 @@ class Execution(Wire):
 
     accelerator: Accelerator = Accelerator.AUTO
     devices: int = Field(1, ge=1, description="how many of them one operation trains on")
+    precision: Annotated[Literal["32", "bf16", "16"], BeforeValidator(_as_text)] = Field(
+        "32",
+        description="of forward, loss and evaluation; parameters and optimizer stay float32. bf16 and 16 are torch's "
+        "autocast, 16 with scaled gradients, where an update whose gradients overflow is skipped and counts as a step",
+    )
     deterministic: bool = True
     seed: int = Field(0, ge=0, lt=2**63)
     threads: int | None = Field(
@@ -81,7 +102,9 @@ class Execution(Wire):
     scheduler_milestones: list[Milestone] | None = Field(
         None, max_length=1000, validate_default=True, description="optimizer updates, rising; for multistep"
     )
-    checkpoint_every: CheckpointEvery = CheckpointEvery(epochs=1)
+    checkpoint_every: Annotated[CheckpointEvery | Literal["auto"], BeforeValidator(_period_or_auto)] = Field(
+        "auto", description="auto weighs what a save costs this run against what failures lose (Young 1974, Daly 2006)"
+    )
     checkpoint_monitor: Name | None = Field(
         None,
         description="what early stopping and top-k look at; null is the first metric that the workload reports",
@@ -89,8 +112,12 @@ class Execution(Wire):
     checkpoint_mode: Literal["min", "max"] | None = Field(
         None, description="which way is better; null is what the workload says of the metric"
     )
-    checkpoint_save_top_k: int = Field(
-        -1, ge=-1, le=1_000_000, description="how many of the best checkpoints are kept; -1 keeps all"
+    checkpoint_save_top_k: int | None = Field(
+        None,
+        ge=-1,
+        le=1_000_000,
+        description="how many of the best checkpoints are kept; -1 keeps all. null is -1 with a period that was "
+        "given; with checkpoint_every auto it is 1, or 0 where the workload reports no metric",
     )
     checkpoint_save_last: bool = Field(
         True, description="keep the last checkpoint of a completed run, even when it is none of the best"

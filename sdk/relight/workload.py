@@ -106,7 +106,7 @@ class Workload(ABC, Generic[C]):
         self, optimizer: Optimizer, knobs: Execution, steps_total: int
     ) -> tuple[LRScheduler | ReduceLROnPlateau, str] | None:
         """The scheduler and when it steps: "step", "epoch", or after an evaluation with the metric of this name."""
-        from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR
+        from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, OneCycleLR, ReduceLROnPlateau
 
         match knobs.scheduler:
             case SchedulerName.CONSTANT:
@@ -117,6 +117,9 @@ class Workload(ABC, Generic[C]):
                 return OneCycleLR(optimizer, max_lr=knobs.learning_rate, total_steps=steps_total), "step"
             case SchedulerName.MULTISTEP:
                 return MultiStepLR(optimizer, knobs.scheduler_milestones or [], gamma=0.1), "step"
+            case SchedulerName.PLATEAU:
+                plateau = ReduceLROnPlateau(optimizer, knobs.checkpoint_mode or "min", factor=0.1, patience=10)
+                return plateau, knobs.checkpoint_monitor or ""
 
     def units(self, batch: Any) -> int:
         """Tokens or samples in a batch: the weight of its mean. By default the length of its first tensor."""

@@ -72,6 +72,8 @@ class Store:
 
     async def submit(self, key: str | None = None, **spec: Any) -> UUID:
         body = b'{"workload": "toy"}'
+        # A period of its own, so that all its checkpoints are kept.
+        spec["execution"] = {"checkpoint_every": {"epochs": 1}} | spec.get("execution", {})
         async with self.sessions.begin() as session:
             found = await submit.replay(session, "me", key, body)
             made = found or await submit.submit_if_new(

@@ -88,7 +88,14 @@ async def test_errors_have_one_shape(
         ({"execution": {"learning_rate": "NaN"}}, "execution.learning_rate"),
         ({"execution": {"checkpoint_every": {"steps": 5, "epochs": 1}}}, "execution.checkpoint_every"),
         ({"execution": {"checkpoint_monitor": "loss"}}, "execution.checkpoint_monitor"),
-        ({"execution": {"checkpoint_save_last": False}}, "execution.checkpoint_save_last"),
+        ({"execution": {"checkpoint_every": {"seconds": 0}}}, "execution.checkpoint_every.seconds"),
+        ({"execution": {"checkpoint_every": "weekly"}}, "execution.checkpoint_every"),
+        ({"execution": {"checkpoint_every": 5}}, "execution.checkpoint_every"),
+        ({"execution": {"precision": 8}}, "execution.precision"),
+        (
+            {"execution": {"checkpoint_save_last": False, "checkpoint_every": {"epochs": 1}}},
+            "execution.checkpoint_save_last",
+        ),
         (
             {"execution": {"checkpoint_save_top_k": 0, "checkpoint_save_last": False}},
             "execution.checkpoint_save_last",
@@ -251,6 +258,22 @@ async def test_the_monitored_metric_is_resolved_by_what_the_workload_reports(
     assert await resolved(checkpoint_mode="min") == ("val_score", "min")
 
 
+async def test_what_is_kept_follows_from_the_period_and_the_metrics(
+    api: httpx.AsyncClient, store: Store, offered: str
+) -> None:
+    async def kept(workload: str, **execution: Any) -> tuple[Any, int]:
+        made = await api.post("/operations", json={"workload": workload, "execution": execution})
+        job = made.json()["job"]["execution"]
+        return job["checkpoint_every"], job["checkpoint_save_top_k"]
+
+    await store.worker(workloads=[TOY])
+
+    assert await kept(offered) == ("auto", 1)
+    assert await kept("toy") == ("auto", 0)
+    assert await kept(offered, checkpoint_save_top_k=-1) == ("auto", -1)
+    assert (await kept(offered, checkpoint_every={"seconds": 2}))[1] == -1
+
+
 async def test_a_metric_that_is_not_reported_is_refused_with_those_that_are(
     api: httpx.AsyncClient, offered: str
 ) -> None:
@@ -260,7 +283,16 @@ async def test_a_metric_that_is_not_reported_is_refused_with_those_that_are(
     assert answer.json()["error"]["message"] == message
 
 
-@pytest.mark.parametrize("knob", [{"checkpoint_mode": "min"}, {"checkpoint_save_top_k": 1}, {"early_stop_patience": 1}])
+@pytest.mark.parametrize(
+    "knob",
+    [
+        {"checkpoint_mode": "min"},
+        {"checkpoint_save_top_k": 1},
+        {"early_stop_patience": 1},
+        {"scheduler": "plateau"},
+        {"checkpoint_save_last": False},
+    ],
+)
 async def test_what_needs_a_metric_is_refused_where_none_is_reported(
     api: httpx.AsyncClient, store: Store, knob: dict[str, Any]
 ) -> None:

@@ -147,3 +147,25 @@ async def test_a_restarted_worker_inherits_nothing(store: Store) -> None:
     claim = await store.claim()
     assert claim is not None
     assert held(claim).incarnation == second
+
+
+async def test_a_claim_brings_how_long_attempts_ran_and_how_many_lost_work(store: Store) -> None:
+    await store.worker(slots=9)
+    ends = [Outcome.COMPLETED, Outcome.FAILED, Outcome.PREEMPTED, None, "lost", "unstarted"]
+    for end in ends:
+        run = await store.running(max_retries=0)
+        if end != "unstarted":
+            run = await store.report(run, started())
+            await store.execute("UPDATE attempts SET started_at = now() - interval '1 h' WHERE ended_at IS NULL")
+        if end == "lost":
+            await store.expire(run)
+            await store.lose(run)
+        elif end is not None:
+            await store.finish(run, Outcome.FAILED if end == "unstarted" else Outcome(end))
+
+    await store.submit()
+    claim = await store.claim()
+
+    assert claim is not None
+    assert claim.record.failures == 2
+    assert claim.record.running_s == pytest.approx(5 * 3600, abs=60)

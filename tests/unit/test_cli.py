@@ -238,6 +238,8 @@ def test_train_sends_what_was_typed_and_no_default(api: Api, ops: Ops) -> None:
         (["--set", "execution.max_epochs=0"], "execution.max_epochs"),
         (["--max-epochs", "3", "--set", "execution.max_epochs=4"], "twice"),
         (["--checkpoint-every", "20"], "200steps"),
+        (["--checkpoint-every", "sometimes"], "auto"),
+        (["--set", "execution.checkpoint_every=sometimes"], "execution.checkpoint_every"),
         (["--label", "team"], "KEY=VALUE"),
         (["--no-such-option"], "--no-such-option"),
     ],
@@ -248,6 +250,16 @@ def test_a_mistyped_job_is_a_usage_error_that_says_how(api: Api, ops: Ops, argum
     assert ran.code == ExitCode.USAGE
     assert words in ran.err
     assert not api.submitted
+
+
+@pytest.mark.parametrize(
+    ("period", "sent"), [("auto", "auto"), ("30seconds", {"seconds": 30}), ("1epoch", {"epochs": 1})]
+)
+def test_a_period_is_a_number_of_something_or_auto(api: Api, ops: Ops, period: str, sent: Any) -> None:
+    assert ops("train", "digits", "--checkpoint-every", period, "--set", "execution.precision=16").code == ExitCode.DONE
+
+    assert JobSpec.model_validate(api.submitted[0]).execution.precision == "16"
+    assert api.submitted[0]["execution"]["checkpoint_every"] == sent
 
 
 @pytest.mark.parametrize(

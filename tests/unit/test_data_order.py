@@ -155,6 +155,18 @@ def test_fetching_runs_on_one_thread_and_gives_the_others_back() -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_fetching_within_an_autocast_is_as_precise_as_without(num_workers: int) -> None:
+    class Products(Recorded):
+        def __getitem__(self, index: int) -> Any:
+            return torch.ones(2, 2) @ torch.ones(2, 2)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        [batch] = order_of(Products(1), num_workers=num_workers).validation()
+
+    assert batch.data[0][0].dtype is torch.float32
+
+
 def test_a_short_last_batch_says_how_many_samples_it_has() -> None:
     assert [batch.samples for batch in order_of(Recorded(11)).training(0, 0)] == [4, 4, 3]
     assert len(order_of(Recorded(11))) == 3

@@ -85,9 +85,13 @@ def test_what_was_judged_by_another_metric_is_not_taken_over() -> None:
 
 
 def test_a_metric_that_is_needed_and_not_measured_ends_the_run_for_good() -> None:
-    judge = monitor(checkpoint_save_top_k=1)
+    for judge in (monitor(checkpoint_save_top_k=1, checkpoint_every={"epochs": 1}), monitor(scheduler="plateau")):
+        needs_a_metric(judge)
+    assert monitor(checkpoint_save_top_k=1).judge({"other": 1.0}) is None  # with auto nobody asked for it
+
+
+def needs_a_metric(judge: Monitor) -> None:
     for broken in (lambda: judge.judge({"other": 1.0}), lambda: judge.check(evaluates=False)):
         with pytest.raises(TrainingFault) as caught:
             broken()
         assert caught.value.permanent
-    assert monitor().judge({"other": 1.0}) is None

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -245,6 +246,7 @@ def test_an_operator_without_a_deterministic_kernel_is_noted_and_runs(operation:
         def after_step(self, model: nn.Module, step: int) -> None:
             torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))
 
+    operation.execution = Execution(batch_size=2, checkpoint_every=EPOCH)
     outcome, reports = attempt(operation, Undetermined)
 
     notes = [report.message for report in reports if isinstance(report, Note)]
@@ -370,6 +372,9 @@ class Epochs:
         self.done = state["done"]
 
 
+EPOCH = CheckpointEvery(epochs=1)
+
+
 def scripted(root: Path, **knobs: Any) -> Operation:
     monitoring = {"checkpoint_monitor": "val_loss", "checkpoint_mode": "min", "max_epochs": 6}
     return Operation(root, "scripted", execution=Execution.model_validate({"batch_size": 2} | monitoring | knobs))
@@ -394,7 +399,7 @@ def test_an_evaluation_that_was_interrupted_measured_nothing(tmp_path: Path) -> 
             list(loader)
             return super().evaluate(model, loader)
 
-    operation = scripted(tmp_path, batch_size=4)
+    operation = scripted(tmp_path, batch_size=4, checkpoint_every=EPOCH)
     attempt(operation, Reading, stop_after=3)  # a step, its evaluation, a step, and here
 
     assert values(operation) == [(0, None), (1, 5.0), (1, None)]
@@ -409,7 +414,7 @@ def test_with_top_k_the_best_evaluation_so_far_is_saved_whatever_the_period(tmp_
 
 
 def test_an_early_stop_looks_finished(tmp_path: Path) -> None:
-    operation = scripted(tmp_path, early_stop_patience=1)
+    operation = scripted(tmp_path, early_stop_patience=1, checkpoint_every=EPOCH)
     sink = Listed()
 
     outcome = Attempt(Scripted, operation.start(), Site(tmp_path, "cpu", 1), sink, lambda: None, ticking()).run()
@@ -423,7 +428,7 @@ def test_an_early_stop_looks_finished(tmp_path: Path) -> None:
 
 
 def test_patience_spent_at_the_last_step_is_no_early_stop(tmp_path: Path) -> None:
-    operation = scripted(tmp_path, early_stop_patience=2)
+    operation = scripted(tmp_path, early_stop_patience=2, checkpoint_every=EPOCH)
 
     attempt(operation, Scripted)
 
@@ -477,3 +482,68 @@ def test_started_names_the_process_and_where_it_runs(operation: Operation) -> No
     assert started.environment["data_digest"] == "tiny"
     assert started.environment["torch"] == torch.__version__
     assert len(started.environment["code_digest"]) == 64
+
+
+class Overflowing(Tiny):
+    """Gradients that no scale brings into float16, at these steps."""
+
+    overflow_at: ClassVar[set[int]] = set()
+    done: ClassVar[list[float]] = []
+
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = model(batch).float().square().mean() * 1e-4
+        return loss * (float("inf") if len(self.done) in self.overflow_at else 1.0), {}
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        self.done.append(float(next(model.parameters()).detach().sum()))
+
+
+def test_an_update_whose_gradients_overflow_is_skipped_and_still_a_step(operation: Operation) -> None:
+    operation.execution = Execution(batch_size=1, precision="16", max_epochs=2, scheduler="cosine")
+    whole = Operation(operation.root, "tiny", execution=operation.execution)
+    Overflowing.overflow_at, Overflowing.done = {0, 2}, []
+    attempt(whole, Overflowing)
+    steps, Overflowing.done = Overflowing.done, []
+    attempt(operation, Overflowing, stop_after=3)
+    attempt(operation, Overflowing)
+
+    assert sorted(whole.curves["loss"]) == list(range(len(steps)))
+    assert [now == before for before, now in pairwise(steps)][:3] == [False, True, False]
+    assert scale(whole) == scale(operation) == 65536 / 4
+    assert (operation.attempts, operation.bits()) == (2, whole.bits())
+    assert operation.final_state() == whole.final_state()
+
+
+def scale(operation: Operation) -> float:
+    ref = operation.start().checkpoint
+    assert ref is not None
+    found: float = restore(operation.root, ref)[1]["scaler"]["scale"]
+    operation.attempts -= 1
+    return found
+
+
+def test_a_plateau_divides_the_rate_when_the_metric_stopped_improving_and_not_before(tmp_path: Path) -> None:
+    class Flat(Scripted):
+        def evaluate(self, model: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
+            return {"val_loss": 1.0}
+
+    whole = scripted(tmp_path, scheduler="plateau", max_epochs=14, learning_rate=0.5)
+    stopped = scripted(tmp_path, scheduler="plateau", max_epochs=14, learning_rate=0.5)
+    attempt(whole, Flat)
+    attempt(stopped, Flat, stop_after=15)
+    attempt(stopped, Flat)
+
+    # Two steps an epoch: the twelfth evaluation is the eleventh that does not improve on the first.
+    rates = whole.curves["learning_rate"]
+    assert [rates[step] for step in (0, 23, 24, 27)] == pytest.approx([0.5, 0.5, 0.05, 0.05])
+    assert stopped.bits() == whole.bits()
+
+
+def test_auto_says_its_interval_with_the_reasons_once(tmp_path: Path) -> None:
+    operation = scripted(tmp_path)
+
+    _, reports = attempt(operation, Scripted, clock=lambda: 0.0)
+
+    [note] = [report.message for report in reports if isinstance(report, Note)]
+    assert note.startswith("a checkpoint every 1 s: one stops training for 0 ms")
+    assert "of 0 ms of attempts 0 were lost or failed (mean time between failures 24 h" in note

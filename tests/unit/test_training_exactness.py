@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from training_child import Operation
 
+from ops_contract.agents import FailureRecord
 from ops_contract.jobs import CheckpointEvery, Execution, SchedulerName
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
 from ops_contract.reports import Metrics, Note, Report, Started
@@ -80,6 +81,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Maker:
             workload=case.get("workload", workload),
             config=case["config"] | (config or {}),
             execution=Execution.model_validate(case["execution"].model_dump() | execution),
+            record=FailureRecord(failures=10**6),  # auto saves as often as it may
         )
 
     return make
@@ -186,14 +188,46 @@ def test_an_early_stop_whose_finish_was_lost_stays_one(make: Maker, uninterrupte
 
 
 def test_saving_every_step_equals_saving_never(make: Maker, uninterrupted: Callable[..., Operation]) -> None:
-    monitor = {"checkpoint_monitor": "val_loss", "checkpoint_mode": "min"}
-    often = uninterrupted("zoo", checkpoint_every=CheckpointEvery(steps=1), **monitor)
-    never = uninterrupted("zoo", checkpoint_every=CheckpointEvery(epochs=1000), **monitor)
+    measured = {"checkpoint_monitor": "val_loss", "checkpoint_mode": "min"}
+    often = uninterrupted("zoo", checkpoint_every=CheckpointEvery(steps=1), **measured)
+    never = uninterrupted("zoo", checkpoint_every=CheckpointEvery(epochs=1000), **measured)
 
     # Those of steps between may be passed over when the disk is slower than the steps; epochs' ends are not.
     assert {saved.step for saved in often.checkpoints} >= {0, 1, 5, 10, 15}
     assert [saved.step for saved in never.checkpoints] == [0, 15]
     assert_equal(often, never)
+
+
+@pytest.mark.parametrize("every", ["auto", {"seconds": 5}])
+def test_saving_by_time_equals_saving_never(uninterrupted: Callable[..., Operation], every: Any) -> None:
+    by_time = uninterrupted("zoo", checkpoint_every=every)
+    never = uninterrupted("zoo", checkpoint_every=CheckpointEvery(epochs=1000))
+
+    assert CheckpointType.PERIODIC in {saved.checkpoint_type for saved in by_time.checkpoints}
+    assert_equal(by_time, never)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"precision": "bf16", "num_workers": 2},
+        {"precision": "16", "gradient_clip": 1.0, "checkpoint_every": {"steps": 1}},
+        {"precision": "16", "checkpoint_every": "auto"},
+    ],
+)
+def test_mixed_precision_and_time_resume_exactly(
+    make: Maker, uninterrupted: Callable[..., Operation], knobs: dict[str, Any]
+) -> None:
+    reference = uninterrupted("zoo", **knobs | {"num_workers": 0, "checkpoint_every": {"epochs": 1000}})
+    operation = make("zoo", **knobs)
+
+    assert operation.run(stop_after_polls=8) is Outcome.CANCELLED  # the first update of the second epoch
+    operation.run(kill_at=lambda n, report: reported_step(report) == 7)
+    operation.run()
+
+    assert operation.attempts == 3
+    assert_equal(operation, reference)
+    assert operation.bits()["loss"] != uninterrupted("zoo").bits()["loss"]
 
 
 @pytest.mark.parametrize("num_workers", [2, 4])

@@ -129,6 +129,17 @@ def test_hyper_parameters_are_those_of_the_new_job(completed: Runs) -> None:
     assert fork.bits()["loss"][9] != parent.bits()["loss"][9]
 
 
+def test_a_fork_may_change_the_precision(completed: Runs) -> None:
+    parent = completed("multistep")
+    half = parent.fork(at(parent, 4), precision="16")
+    assert half.run() is Outcome.COMPLETED
+    back = half.fork(half.checkpoints[-1], precision="32", max_epochs=4)
+    assert back.run() is Outcome.COMPLETED
+
+    assert half.bits()["loss"] != from_step(parent, 4)["loss"]
+    assert sorted(back.curves["loss"]) == list(range(15, 20))
+
+
 def test_a_fork_of_step_0_is_a_run_of_the_new_job(completed: Runs) -> None:
     changes = {"batch_size": 9, "accumulate_grad_batches": 1, "optimizer": "sgd", "learning_rate": 0.02}
     anew = completed("onecycle", **changes)

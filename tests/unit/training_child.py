@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from torch import Tensor, nn
 
-from ops_contract.agents import CheckpointRef, StartTraining
+from ops_contract.agents import CheckpointRef, FailureRecord, StartTraining
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Outcome, Phase
 from ops_contract.reports import CheckpointSaved, Finish, Metrics, Progress, Report, Started
@@ -181,6 +181,7 @@ class Operation:
     workload: str
     config: dict[str, Any] = field(default_factory=dict)
     execution: Execution = field(default_factory=Execution)
+    record: FailureRecord = field(default_factory=FailureRecord)
     id: UUID = field(default_factory=uuid4)
     attempts: int = 0
     checkpoints: list[CheckpointSaved] = field(default_factory=list)
@@ -242,6 +243,7 @@ class Operation:
             checkpoint=ref_of(newest) if newest else None,
             parent_job=parent.job() if parent and newest is fork_point else None,
             accept_changes=self.accept_changes,
+            record=self.record,
         )
 
     def job(self) -> Job:

@@ -6,7 +6,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
-from ops_contract.agents import CheckpointRef
+from ops_contract.agents import CheckpointRef, FailureRecord
 from ops_contract.jobs import Job
 from ops_contract.reports import Fault
 
@@ -88,6 +88,14 @@ CLAIM = statement(f"""
       LEFT JOIN operations parent ON parent.id = pinned.operation_id AND parent.id <> moved.id
 """)
 
+# Of all operations, the newest attempts whose trainer had started: what ended before had no work to lose.
+FAILURE_RECORD = statement("""
+    SELECT coalesce(sum(extract(epoch FROM coalesce(ended_at, now()) - started_at)), 0)::float8 AS running_s,
+           count(*) FILTER (WHERE outcome IN ('lost', 'failed')) AS failures
+      FROM (SELECT started_at, ended_at, outcome FROM attempts
+             WHERE started_at IS NOT NULL ORDER BY started_at DESC LIMIT 1000) newest
+""")
+
 REFUSE = statement(f"""
     WITH {LOCK_HOLDS}, target AS MATERIALIZED (
         SELECT id, status FROM operations
@@ -131,6 +139,7 @@ class Claim:
     checkpoint: CheckpointRef | None
     parent_job: Job | None
     accept_changes: bool
+    record: FailureRecord
 
 
 async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
@@ -154,7 +163,14 @@ async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
         checkpoint=checkpoint,
         parent_job=Job.model_validate(row["parent_job"]) if row["parent_job"] else None,
         accept_changes=row["accept_changes"],
+        record=await failure_record(session),
     )
+
+
+async def failure_record(session: AsyncSession) -> FailureRecord:
+    """How often attempts on this service lose work; running ones count as far as they are."""
+    row = (await session.execute(FAILURE_RECORD)).mappings().one()
+    return FailureRecord(**row)
 
 
 async def refuse_if_held(session: AsyncSession, claim: Claim, *, error: Fault, rest_s: float) -> str | None:

@@ -8,11 +8,12 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import jsonschema
+from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import plain, record, statement
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.jobs import Accelerator, Execution, Job, JobSpec
+from ops_contract.jobs import Accelerator, Execution, Job, JobSpec, SchedulerName
 
 FIND_REPLAY = statement("""
     SELECT id, body_sha256 FROM operations WHERE submitted_by = :submitted_by AND idempotency_key = :idempotency_key
@@ -156,20 +157,40 @@ def _resolved_config(given: dict[str, Any], schema: dict[str, Any], path: str) -
 
 
 def _resolved_execution(given: Execution, reports: Mapping[str, str], path: str) -> Execution:
-    """With the monitored metric and its direction. Raises 422 for a metric that the workload does not report."""
+    """With the monitored metric, its direction, and what is kept.
+
+    Raises 422 for a metric that the workload does not report, and where nothing would be kept.
+    """
     monitor = given.checkpoint_monitor or next(iter(reports), None)
     if monitor is None:
         asked = {
             "checkpoint_mode": given.checkpoint_mode is not None,
-            "checkpoint_save_top_k": given.checkpoint_save_top_k > 0,
+            "checkpoint_save_top_k": (given.checkpoint_save_top_k or 0) > 0,
             "early_stop_patience": given.early_stop_patience is not None,
+            "scheduler": given.scheduler is SchedulerName.PLATEAU,
         }
         if any(asked.values()):
             problem = "needs a metric to look at, and this workload reports none"
             raise invalid([(f"{path}.{name}", problem) for name in asked if asked[name]])
-        return given
+        return _with(given, path, checkpoint_save_top_k=_top_k(given, 0))
     if monitor not in reports:
         offer = f"it reports {', '.join(reports)}" if reports else "it reports none"
         raise invalid([(f"{path}.checkpoint_monitor", f"this workload does not report {monitor!r}; {offer}")])
     mode = given.checkpoint_mode or reports[monitor]
-    return given.model_copy(update={"checkpoint_monitor": monitor, "checkpoint_mode": mode})
+    top_k = _top_k(given, 1)
+    return _with(given, path, checkpoint_monitor=monitor, checkpoint_mode=mode, checkpoint_save_top_k=top_k)
+
+
+def _top_k(given: Execution, with_auto: int) -> int:
+    """Nobody counted how many checkpoints `auto` makes; who gave a period did."""
+    if given.checkpoint_save_top_k is not None:
+        return given.checkpoint_save_top_k
+    return with_auto if given.checkpoint_every == "auto" else -1
+
+
+def _with(given: Execution, path: str, **resolved: Any) -> Execution:
+    """Checked again: what was left open may contradict what was given."""
+    try:
+        return Execution.model_validate(given.model_dump() | resolved)
+    except ValidationError as error:
+        raise invalid([(".".join([path, *map(str, e["loc"])]), e["msg"]) for e in error.errors()]) from error

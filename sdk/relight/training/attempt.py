@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ValidationError
+from torch.amp import GradScaler
 
 from ops_contract.agents import StartTraining
 from ops_contract.jobs import Execution
@@ -20,6 +22,7 @@ from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
 from relight.training.final import publish_model
 from relight.training.fork import forked_tree
+from relight.training.interval import Pace
 from relight.training.loop import Loop, Why
 from relight.training.monitor import Monitor
 from relight.training.order import DataOrder
@@ -41,7 +44,7 @@ class Site:
 
 
 class Attempt:
-    """`clock` is monotonic, in seconds; it decides when metrics are sent, nothing else."""
+    """`clock` is monotonic, in seconds; it decides when metrics are sent and when to save by time, nothing else."""
 
     def __init__(
         self,
@@ -70,10 +73,12 @@ class Attempt:
         if ref is not None and (why := self._should_stop()):
             return Outcome(why)  # what it would restore is where it stops
         config = _checked_config(self._workload_type, self._start.job.config)
+        begun_at_s = self._clock()
         before, tree = restore(self._site.storage_root, ref) if ref is not None else (None, None)
+        restored_s = self._clock() - begun_at_s
         numerics.configure(self._threads(before), self._knobs.deterministic)
-        with numerics.operators_noted(lambda message: self._sink.report(Note(message=message))):
-            loop = self._build(config, before, tree)
+        with numerics.operators_noted(self._note):
+            loop = self._build(config, before, tree, restored_s)
             with loop.saver:
                 if tree is None:
                     loop.saver.save(CheckpointType.INITIAL, loop.cursor, {})
@@ -93,7 +98,12 @@ class Attempt:
         frozen = before.numerics.get("threads") if before else None
         return self._knobs.threads or int(frozen or self._site.cores)
 
-    def _build(self, config: BaseModel, before: Manifest | None, tree: dict[str, Any] | None) -> Loop:
+    def _note(self, message: str) -> None:
+        self._sink.report(Note(message=message))
+
+    def _build(
+        self, config: BaseModel, before: Manifest | None, tree: dict[str, Any] | None, restored_s: float
+    ) -> Loop:
         """Everything under the build seed, then the restored state in place of the initial one."""
         seed_everything(derive(self._env.seed, Stream.BUILD))
         workload = self._workload_type(config, self._env)
@@ -111,6 +121,15 @@ class Attempt:
         reporter = Reporter(self._sink, until_step, self._clock)
         cursor = Cursor() if tree is None else _put_back(tree, live, reporter)
         self._tell_started(about, before, accepted, cursor)
+        saver = Saver(
+            self._site.storage_root,
+            about,
+            live,
+            self._sink,
+            saved=cursor if before else None,
+            clock=self._clock,
+            restored_s=restored_s,
+        )
         return Loop(
             workload=workload,
             env=self._env,
@@ -123,7 +142,8 @@ class Attempt:
             until_step=until_step,
             cursor=cursor,
             reporter=reporter,
-            saver=Saver(self._site.storage_root, about, live, self._sink, saved=cursor if before else None),
+            saver=saver,
+            pace=Pace(self._knobs.checkpoint_every, self._start.record, saver.times, self._clock, self._note),
             should_stop=self._should_stop,
         )
 
@@ -155,7 +175,14 @@ class Attempt:
         optimizer = workload.optimizer(model, self._knobs)
         scheduled = workload.scheduler(optimizer, self._knobs, steps_total)
         scheduler, when = scheduled or (None, None)
-        return Live(model, optimizer, scheduler, workload.state(), Monitor(self._knobs)), when
+        return Live(model, optimizer, scheduler, workload.state(), Monitor(self._knobs), self._scaler()), when
+
+    def _scaler(self) -> GradScaler | None:
+        if self._knobs.precision != "16":
+            return None
+        # A first update that is skipped looks to torch like a scheduler that steps before the optimizer.
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before")
+        return GradScaler(self._env.device.type)
 
     def _tell_started(self, about: Manifest, before: Manifest | None, accepted: list[str], cursor: Cursor) -> None:
         digests = {"code_digest": about.code_digest, "data_digest": about.data_digest}

@@ -6,12 +6,13 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ops_contract.jobs import Job
+from ops_contract.jobs import Job, SchedulerName
 from relight.training.faults import TrainingFault
 from relight.training.state import Cursor, Live
 
 _LENGTH = ("max_epochs", "max_steps", "batch_size", "accumulate_grad_batches")
 _HYPER_PARAMETERS = ("learning_rate", "optimizer", "scheduler", "scheduler_milestones")
+_JUDGED_BY = ("checkpoint_monitor", "checkpoint_mode")
 
 
 def forked_tree(tree: dict[str, Any], live: Live, scheduler_steps: str | None, old: Job, new: Job) -> dict[str, Any]:
@@ -20,7 +21,8 @@ def forked_tree(tree: dict[str, Any], live: Live, scheduler_steps: str | None, o
     A job that changes nothing of it gets the checkpoint as it is, and goes on bit for bit. Raises a permanent
     TrainingFault where the optimizer or the scheduler cannot be carried over.
     """
-    changed = old.config != new.config or _differ(old, new, _HYPER_PARAMETERS)
+    judged_anew = new.execution.scheduler is SchedulerName.PLATEAU and _differ(old, new, _JUDGED_BY)
+    changed = old.config != new.config or _differ(old, new, _HYPER_PARAMETERS) or judged_anew
     follows_length = live.scheduler is not None and not isinstance(live.scheduler, ReduceLROnPlateau)
     if not changed and not (follows_length and _differ(old, new, _LENGTH)):
         return tree
@@ -44,7 +46,7 @@ def _advance(scheduler: LRScheduler | ReduceLROnPlateau | None, when: str | None
     if isinstance(scheduler, ReduceLROnPlateau):
         raise _not_carried_over(
             "a scheduler that goes by metrics cannot be rebuilt for other hyper-parameters; fork with config, "
-            "learning_rate and scheduler as they were, or from the checkpoint of step 0"
+            "learning_rate, scheduler and its metric as they were, or from the checkpoint of step 0"
         )
     if scheduler is None:
         return

@@ -4,6 +4,7 @@ What lasts is in `Live` and `Cursor`.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ops_contract.jobs import Execution
+from ops_contract.jobs import CheckpointEvery, Execution
 from ops_contract.lifecycle import CheckpointType, Phase
+from relight.training.interval import Pace
 from relight.training.order import Batch, DataOrder, to_device
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter
@@ -22,6 +24,7 @@ from relight.workload import Env, Workload
 
 Why = Literal["cancelled", "preempted"]
 _STOPPED_BY: dict[Why, CheckpointType] = {"cancelled": CheckpointType.CANCEL, "preempted": CheckpointType.PREEMPT}
+_AUTOCAST = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
 class Interrupted(BaseException):
@@ -51,6 +54,7 @@ class Loop:
     cursor: Cursor
     reporter: Reporter
     saver: Saver
+    pace: Pace
     should_stop: Callable[[], Why | None]
     _round_trip_checked: bool = False
     _monitored: float | None = None  # measured on the weights as they are now
@@ -93,26 +97,45 @@ class Loop:
             yield window
 
     def _update(self, window: list[Batch]) -> None:
-        model, optimizer, step = self.live.model, self.live.optimizer, self.cursor.step
+        model, optimizer, scaler, step = self.live.model, self.live.optimizer, self.live.scaler, self.cursor.step
         units = [self.workload.units(batch.data) for batch in window]
         optimizer.zero_grad(set_to_none=True)
         for micro, batch in enumerate(window):
             seed_everything(derive(self.env.seed, Stream.TRAIN, step, micro, self.env.rank))
-            loss, extras = self.workload.loss(model, to_device(batch.data, self.env.device))
-            (loss * (units[micro] / sum(units))).backward()  # type: ignore[no-untyped-call]  # torch's own
+            with self._autocast():
+                loss, extras = self.workload.loss(model, to_device(batch.data, self.env.device))
+            part = loss * (units[micro] / sum(units))
+            (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]  # torch's own
             self.reporter.add_micro_batch(step, units[micro], loss, extras)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
         if self.knobs.gradient_clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), self.knobs.gradient_clip)
         samples = sum(batch.samples for batch in window)
         self.reporter.add_step(step, self.cursor.epoch, float(optimizer.param_groups[0]["lr"]), samples)
         self.saver.seal()
-        optimizer.step()
+        changed = self._apply()
         self.workload.after_step(model, step)
         consumed = self.cursor.samples_in_epoch + samples
         self.cursor = replace(self.cursor, samples_in_epoch=consumed, phase=Phase.EVALUATE)
-        if not self._round_trip_checked:
+        if changed and not self._round_trip_checked:
             check_round_trip(self.live)
             self._round_trip_checked = True
+
+    def _apply(self) -> bool:
+        """One update. False when gradients overflowed: then it was skipped, and the scale is halved."""
+        optimizer, scaler = self.live.optimizer, self.live.scaler
+        if scaler is None:
+            optimizer.step()
+            return True
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        return scaler.get_scale() >= scale
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        dtype = _AUTOCAST.get(self.knobs.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.env.device.type, dtype)
 
     def _end_step(self) -> None:
         """What follows an update, up to the next one's boundary."""
@@ -139,7 +162,7 @@ class Loop:
     def _evaluate(self, validation: DataOrder) -> dict[str, float]:
         self.reporter.flush(self.cursor)
         self.live.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast():
             measured = self.workload.evaluate(self.live.model, _ValidationLoader(self, validation))
         self.reporter.add_evaluation(self.cursor.step, measured)
         return measured
@@ -154,13 +177,15 @@ class Loop:
 
     def _is_due(self, epoch_ends: bool) -> bool:
         every = self.knobs.checkpoint_every
+        if not isinstance(every, CheckpointEvery) or every.seconds is not None:
+            return self.pace.is_due()
         if every.steps is not None:
             return self.cursor.step % every.steps == 0
         return epoch_ends and every.epochs is not None and self.cursor.epoch % every.epochs == 0
 
     def _is_best(self) -> bool:
         """Top-k keeps the best state that was measured, whether or not a periodic checkpoint falls there."""
-        wanted = self.knobs.checkpoint_save_top_k > 0 and self._monitored is not None
+        wanted = (self.knobs.checkpoint_save_top_k or 0) > 0 and self._monitored is not None
         return wanted and self.live.monitor.is_best
 
     def _save(self, why: CheckpointType) -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ops_contract.jobs import Execution
+from ops_contract.jobs import Execution, SchedulerName
 from relight.training.faults import TrainingFault
 
 
@@ -19,7 +19,13 @@ class Monitor:
         self._maximize = knobs.checkpoint_mode == "max"
         self._min_delta = knobs.early_stop_min_delta
         self._patience = knobs.early_stop_patience
-        self._required = knobs.early_stop_patience is not None or knobs.checkpoint_save_top_k > 0
+        # With checkpoint_every auto, 1 is what nobody asked for: a run without validation data does without.
+        unasked = int(knobs.checkpoint_every == "auto")
+        self._required = (
+            knobs.early_stop_patience is not None
+            or knobs.scheduler is SchedulerName.PLATEAU
+            or (knobs.checkpoint_save_top_k or 0) > unasked
+        )
         self.best: float | None = None
         self.is_best = False  # the newest evaluation, that is
         self._improved_to: float | None = None
@@ -82,5 +88,7 @@ class Monitor:
 
 def _missing(why: str) -> TrainingFault:
     return TrainingFault(
-        "nothing_to_monitor", f"early_stop_patience and checkpoint_save_top_k need a metric: {why}", permanent=True
+        "nothing_to_monitor",
+        f"early_stop_patience, checkpoint_save_top_k and scheduler plateau need a metric: {why}",
+        permanent=True,
     )

@@ -111,7 +111,8 @@ class _Fetcher(Dataset[Batch]):
         self.collate_stream = collate_stream
 
     def __getitem__(self, key: _Key) -> Batch:
-        with _one_thread():
+        # An evaluation fetches within its autocast, a training step does not, and a loader process inherits either.
+        with _one_thread(), torch.autocast("cpu", enabled=False):
             items = [self._item(key.epoch, index) for index in key.indices.tolist()]
             seed_everything(derive(self.seed, self.collate_stream, *key.epoch, key.batch))
             return Batch(len(items), self.collate(items))

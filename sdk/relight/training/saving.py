@@ -1,6 +1,7 @@
 """Publishing a training's state, periodic saves beside the training, and the report that commits each."""
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from relight.training import snapshot
 from relight.training.checkpoint import Published, publish
 from relight.training.codec import CodecError, Encoded, encode
 from relight.training.faults import TrainingFault
+from relight.training.interval import SaveTimes
 from relight.training.reporting import Sink
 from relight.training.snapshot import Snapshot
 from relight.training.state import Cursor, Live
@@ -36,6 +38,7 @@ class _Periodic:
     monitored: float | None
     snapshot: Snapshot
     versions: list[int]
+    begun_at_s: float
 
 
 class Saver:
@@ -43,6 +46,7 @@ class Saver:
 
     Periodic saves are copied and then written by a thread; every other save returns when it is committed. Use it as a
     context: leaving waits for what is being written, which is a good checkpoint however the training ended.
+    `times` tells what saves cost, `restored_s` being what reading `saved` took.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class Saver:
         saved: Cursor | None,
         publish: Callable[[Path, Manifest, Encoded], Published] = publish,
         available_bytes: Callable[[], int | None] = snapshot.available_bytes,
+        clock: Callable[[], float] = time.monotonic,
+        restored_s: float = 0.0,
     ) -> None:
         self._root = root
         self._about = about
@@ -62,6 +68,9 @@ class Saver:
         self._newest = saved
         self._publish = publish
         self._available_bytes = available_bytes
+        self._clock = clock
+        self.times = SaveTimes(saved_at_s=clock(), whole_s=restored_s)
+        self._stood_still_s = 0.0  # in the save that is being copied
         self._writer = Writer[_Periodic](self._write)
         self._copying: _Periodic | None = None
         self._free: list[Tensor] = []
@@ -90,12 +99,13 @@ class Saver:
         """
         self.seal()
         if cursor != self._newest:
+            begun_at_s = self._clock()
             encoded = self._encoded(cursor, reported)
             memory = self._memory(encoded) if why is CheckpointType.PERIODIC else None
             if memory is not None:
-                self._begin(cursor, monitored, encoded, memory)
+                self._begin(cursor, monitored, encoded, memory, begun_at_s)
             else:
-                self._save_now(why, cursor, monitored, encoded)
+                self._save_now(why, cursor, monitored, encoded, begun_at_s)
         elif why is not CheckpointType.PERIODIC:
             self._writer.wait()
 
@@ -104,7 +114,9 @@ class Saver:
         periodic, self._copying = self._copying, None
         if periodic is None:
             return
+        begun_at_s = self._clock()
         periodic.snapshot.seal()
+        self.times.add_stall(self._stood_still_s + self._clock() - begun_at_s)
         if self._copies_all_at_once or periodic.versions == snapshot.versions(self._live):
             self._writer.put(periodic)
         else:
@@ -114,25 +126,36 @@ class Saver:
         """Raises the error of a periodic save that could not be written."""
         self._writer.raise_failure()
 
-    def _begin(self, cursor: Cursor, monitored: float | None, encoded: Encoded, memory: Tensor) -> None:
+    def _begin(
+        self, cursor: Cursor, monitored: float | None, encoded: Encoded, memory: Tensor, begun_at_s: float
+    ) -> None:
         may_wait = set() if self._copies_all_at_once else snapshot.changed_by_updates_only(encoded, self._live)
         versions = snapshot.versions(self._live)
-        self._copying = _Periodic(cursor, monitored, Snapshot(encoded, memory, may_wait), versions)
+        self._copying = _Periodic(cursor, monitored, Snapshot(encoded, memory, may_wait), versions, begun_at_s)
         self._newest = cursor
         self._writer.help(self._copying.snapshot.help)
+        self.times.saved_at_s = self._clock()
+        self._stood_still_s = self.times.saved_at_s - begun_at_s
 
-    def _save_now(self, why: CheckpointType, cursor: Cursor, monitored: float | None, encoded: Encoded) -> None:
+    def _save_now(
+        self, why: CheckpointType, cursor: Cursor, monitored: float | None, encoded: Encoded, begun_at_s: float
+    ) -> None:
         """From the live state. It comes after the one that is being written, and in place of one that waits."""
         self._reclaim()
         self._writer.wait()
         self._commit(why, cursor, monitored, encoded)
         self._newest = cursor
+        self.times.saved_at_s = self._clock()
+        self.times.commit_s = self.times.whole_s = self.times.saved_at_s - begun_at_s
+        if why is CheckpointType.PERIODIC:
+            self.times.add_stall(self.times.whole_s)
 
     def _write(self, periodic: _Periodic) -> None:
         """In the writer's thread."""
         periodic.snapshot.arrived()
         self._commit(CheckpointType.PERIODIC, periodic.cursor, periodic.monitored, periodic.snapshot.state)
         self._free.append(periodic.snapshot.memory)
+        self.times.commit_s = self._clock() - periodic.begun_at_s
 
     def _commit(self, why: CheckpointType, cursor: Cursor, monitored: float | None, state: Encoded) -> None:
         published = self._publish(self._root, self._manifest(cursor), state)

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -45,6 +46,7 @@ class Live:
     scheduler: LRScheduler | ReduceLROnPlateau | None
     registered: Mapping[str, Stateful]
     monitor: Monitor
+    scaler: GradScaler | None = None
 
     def capture(self) -> dict[str, Any]:
         """Shares its tensors with the live objects: encode or copy it before the next step."""
@@ -55,6 +57,7 @@ class Live:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "state": {name: stateful.state_dict() for name, stateful in self.registered.items()},
             "monitor": self.monitor.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
     def restore(self, tree: dict[str, Any]) -> None:
@@ -68,6 +71,9 @@ class Live:
         for name, stateful in self.registered.items():
             stateful.load_state_dict(tree["state"][name])
         self.monitor.load_state_dict(tree["monitor"])
+        # A fork may change the precision, and then begins with a fresh one. Older checkpoints have none.
+        if self.scaler is not None and tree.get("scaler"):
+            self.scaler.load_state_dict(tree["scaler"])
 
 
 def check_round_trip(live: Live) -> None:
