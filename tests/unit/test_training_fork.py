@@ -31,7 +31,7 @@ def completed(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         if key not in known:
             knobs = Execution.model_validate(ZOO.model_dump() | execution)
             known[key] = Operation(tmp_path_factory.mktemp("zoo"), "zoo", {"scheduler": scheduler}, knobs)
-            assert known[key].run() is Outcome.COMPLETED
+            assert known[key].run(waits=True) is Outcome.COMPLETED
         return known[key]
 
     return completed

@@ -31,6 +31,7 @@ from relight.training.attempt import Attempt, Site
 from relight.training.checkpoint import restore
 from relight.training.codec import digests, encode
 from relight.training.reporting import Reporter
+from relight.training.saving import Saver
 from relight.training.state import Cursor, Live
 from relight.workload import MapDataset, Workload
 
@@ -364,11 +365,15 @@ def stopping_after(polls: int | None) -> Callable[[], Literal["cancelled"] | Non
 @dataclass(frozen=True)
 class Harm:
     """SIGKILL at the n-th poll whether to stop (before each step, each batch of an evaluation), or the n-th fsync of
-    a save, from 0; where the checkpoint of a step, published already, would be reported; a mutant of the engine."""
+    a save, from 0; where the checkpoint of a step, published already, would be reported; a mutant of the engine.
+
+    With `waits` training waits for every save: none is passed over.
+    """
 
     die_at_poll: int | None = None
     die_at_fsync: int | None = None
     die_unreported: int | None = None
+    waits: bool = False
     mutant: str | None = None
 
 
@@ -378,6 +383,8 @@ def _child(start_json: str, root: str, connection: Connection, stop_after_polls:
     site = Site(Path(root), "cpu", cores=1)
     should_stop = _dying(harm.die_at_poll, stopping_after(stop_after_polls))
     os.fsync = _dying(harm.die_at_fsync, os.fsync)
+    if harm.waits:
+        Saver._memory = lambda self, encoded: None
     if harm.mutant is not None:
         _mutate(MUTANTS[harm.mutant])
     outcome = Attempt(WORKLOADS[start.job.workload], start, site, sink, should_stop, ticking()).run()
