@@ -1,7 +1,10 @@
 """Every way in which user code can end or hang a trainer: real agent, real trainer, real user code."""
 
+import os
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -40,19 +43,49 @@ HANG = Execution(batch_size=1, stall_timeout_s=3)
 
 
 @pytest.fixture(scope="module")
-async def agent(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AgentProcess]:
+def workloads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A distribution with the workload above, for agents started meanwhile."""
     site = tmp_path_factory.mktemp("site")
     (site / "fatal-1.dist-info").mkdir()
     (site / "fatal-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fatal\nVersion: 1\n")
     (site / "fatal-1.dist-info" / "entry_points.txt").write_text("[relight.workloads]\nfatal = fatal:Fatal\n")
     (site / "fatal.py").write_text(SITE)
-    api = FakeApi()
-    await api.up()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(site))
-        async with running_agent(api, tmp_path_factory.mktemp("agent"), command=TRAINER) as agent:
-            yield await agent.ready()
+        yield
+
+
+@pytest.fixture(scope="module")
+async def agent(workloads: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AgentProcess]:
+    api = FakeApi()
+    await api.up()
+    async with running_agent(api, tmp_path_factory.mktemp("agent"), command=TRAINER) as agent:
+        yield await agent.ready()
     await api.down()
+
+
+@pytest.fixture
+def small_cgroup() -> Iterator[Path]:
+    """One of our own that may use 1 GiB of memory."""
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    version_1 = [path for _, controllers, path in lines if "memory" in controllers.split(",")]
+    path, root = (version_1[0], "/sys/fs/cgroup/memory") if version_1 else (lines[0][2], "/sys/fs/cgroup")
+    group = Path(root) / path.lstrip("/") / f"relight-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made here: {error}")
+    try:
+        limit = group / ("memory.limit_in_bytes" if version_1 else "memory.max")
+        if not limit.exists():
+            pytest.skip("the memory controller is not handed down to cgroups of our own")
+        limit.write_text(str(2**30))
+        yield group
+        deadline_s = time.monotonic() + 20
+        while (group / "cgroup.procs").read_text() and time.monotonic() < deadline_s:
+            time.sleep(0.01)  # the trainers end when they notice that their agent has
+    finally:
+        group.rmdir()
 
 
 async def run(agent: AgentProcess, do: str, execution: Execution = Execution(batch_size=1)) -> Finish:  # noqa: B008
@@ -134,3 +167,22 @@ async def test_steps_that_take_less_than_the_timeout_are_no_stall_however_many(a
     finish = await run(agent, slow_steps, HANG)
 
     assert finish == Finish(outcome=Outcome.COMPLETED)
+
+
+@pytest.mark.slow
+async def test_a_kill_by_the_kernel_for_memory_is_told_as_such_and_the_next_job_runs(
+    workloads: None, small_cgroup: Path, tmp_path: Path
+) -> None:
+    api = FakeApi()
+    await api.up()
+    async with running_agent(api, tmp_path, command=TRAINER) as agent:
+        (small_cgroup / "cgroup.procs").write_text(str(agent.process.pid))  # before it has children
+        await agent.ready()
+        error = await fault(agent, "hoard = [b'x' * 2**26 + bytes([i]) for i in range(64)]")
+        good = await run(agent, "1")
+    await api.down()
+
+    assert error.code == "out_of_memory"
+    assert error.message.startswith("The kernel killed the trainer for memory: use a smaller batch_size")
+    assert error.details["log_tail"].endswith("the last words\n")
+    assert good == Finish(outcome=Outcome.COMPLETED)

@@ -95,6 +95,6 @@ async def test_a_workload_that_is_secretly_not_pure_is_seen(
 
     check = (await store.attempts(id))[1].replay
     assert check is not None
-    assert (check.compared, check.differing) == (8, differing)  # loss and learning rate of steps 2 to 5
+    assert (check.compared, check.differing) == (12, differing)  # loss, learning rate and epoch of steps 2 to 5
     found = await store.fetch("SELECT detail FROM events WHERE name = 'replay_diverged'")
     assert [(detail["name"], detail["step"]) for (detail,) in found] == [("loss", 2)] * events
