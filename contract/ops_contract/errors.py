@@ -84,3 +84,8 @@ class OpsError(Exception):
 
     def body(self) -> ErrorBody:
         return ErrorBody(error=ErrorDetail(code=self.code, message=self.message, details=self.details))
+
+
+def without_prefix(message: str) -> str:
+    """What a validator of ours said, as it said it: pydantic puts the kind of exception before it."""
+    return message.removeprefix("Value error, ")

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
-from ops_contract.errors import HTTP_STATUS, ErrorBody, ErrorCode, OpsError
+from ops_contract.errors import HTTP_STATUS, ErrorBody, ErrorCode, OpsError, without_prefix
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ async def _answer(_: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    problems = [{"field": _path(e["loc"]), "problem": e["msg"]} for e in error.errors()]
+    problems = [{"field": _path(e["loc"]), "problem": without_prefix(e["msg"])} for e in error.errors()]
     first = problems[0]
     return await _answer(request, OpsError(ErrorCode.INVALID, f"{first['field']}: {first['problem']}", errors=problems))
 

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ops_backend.store.sql import NEWEST_FIRST, continues, record, statement
 from ops_backend.store.submit import invalid, new_operation, resolved_job
 from ops_backend.store.transitions import not_found
-from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.errors import ErrorCode, OpsError, without_prefix
 from ops_contract.jobs import Execution, Job, JobSpec
 from ops_contract.operations import ForkRequest, ReplayRequest
 
@@ -159,7 +159,7 @@ def _forked_spec(point: Row[Any], wish: ForkRequest) -> JobSpec:
     try:
         return JobSpec.model_validate(merged)
     except ValidationError as error:
-        problems = [(".".join(["overrides", *map(str, e["loc"])]), e["msg"]) for e in error.errors()]
+        problems = [(".".join(["overrides", *map(str, e["loc"])]), without_prefix(e["msg"])) for e in error.errors()]
         raise invalid(problems) from error
 
 

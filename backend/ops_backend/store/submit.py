@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import plain, record, statement
-from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.errors import ErrorCode, OpsError, without_prefix
 from ops_contract.jobs import Accelerator, Execution, Job, JobSpec, SchedulerName
 
 FIND_REPLAY = statement("""
@@ -193,4 +193,6 @@ def _with(given: Execution, path: str, **resolved: Any) -> Execution:
     try:
         return Execution.model_validate(given.model_dump() | resolved)
     except ValidationError as error:
-        raise invalid([(".".join([path, *map(str, e["loc"])]), e["msg"]) for e in error.errors()]) from error
+        raise invalid(
+            [(".".join([path, *map(str, e["loc"])]), without_prefix(e["msg"])) for e in error.errors()]
+        ) from error
