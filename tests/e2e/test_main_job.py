@@ -6,31 +6,14 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
-import pytest
 
 from helpers.scoring import score
-from helpers.service import Service, alive, kill
+from helpers.service import LONG, Service, alive, kill
 from ops_contract.lifecycle import Phase
-
-LONG = {"max_epochs": 12}  # 576 steps of a few milliseconds: long enough to be stopped in the middle
 
 
 def post(service: Service, path: str, body: Any = None, **headers: str) -> httpx.Response:
     return service.http.post(path, json=body, headers=headers)
-
-
-@pytest.fixture(scope="package")
-def undisturbed_id(shared_service: Service) -> UUID:
-    """A run that nobody disturbed."""
-    id = shared_service.submit(**LONG)
-    shared_service.wait(id, "completed")
-    return id
-
-
-@pytest.fixture(scope="package")
-def undisturbed(shared_service: Service, undisturbed_id: UUID) -> dict[str, list[tuple[int, float]]]:
-    """Every value of every metric of it."""
-    return shared_service.curves(undisturbed_id)
 
 
 def test_a_training_completes_and_its_last_checkpoint_scores(service: Service) -> None:

@@ -21,6 +21,7 @@ from relight.client import Client
 T = TypeVar("T")
 WAIT_S = 60.0
 LEASE_S = 3.0
+LONG = {"max_epochs": 12}  # 576 steps of a few milliseconds: long enough to be stopped in the middle
 
 
 class Service:
