@@ -94,10 +94,14 @@ class ArtifactSaved(Wire):
 
 
 class Note(Wire):
-    """A fact for the operation's history, such as a fallback."""
+    """A fact for the operation's history, such as a fallback.
+
+    `inexact` is why the attempt is best effort from now on.
+    """
 
     kind: Literal["note"] = "note"
     message: Text
+    inexact: Text | None = None
 
 
 class Fault(Wire):

@@ -8,6 +8,7 @@ from helpers.store import Held, Store, at_once, held, losses, saved, started
 from ops_backend.store import queries
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Outcome, Phase, Status
+from ops_contract.reports import Exactness, Note
 
 
 async def statuses(store: Store, held: Held) -> list[tuple[str, str | None, str]]:
@@ -456,3 +457,16 @@ async def test_a_checkpoint_outside_its_place_is_refused(store: Store) -> None:
     with pytest.raises(OpsError) as refused:
         await store.report(run, elsewhere)
     assert refused.value.code is ErrorCode.INVALID
+
+
+async def test_what_makes_an_attempt_inexact_ends_its_promise_once_for_each_reason(store: Store) -> None:
+    await store.worker()
+    run = await store.running()
+
+    run = await store.report(run, started())
+    for reason in ("put_ has no kernel", "sort has no kernel", "put_ has no kernel"):
+        run = await store.report(run, Note(message=reason, inexact=reason))
+
+    exactness = (await store.get(run.operation_id)).exactness
+    assert exactness == Exactness(promise="best_effort", reasons=["put_ has no kernel", "sort has no kernel"])
+    assert [name for name, _, _ in await statuses(store, run)].count("note") == 3

@@ -14,7 +14,7 @@ from training_child import Listed, Operation, RandomItems, stopping_after, ticki
 
 from ops_contract.jobs import CheckpointEvery, Execution
 from ops_contract.lifecycle import Outcome
-from ops_contract.reports import Metrics, Note
+from ops_contract.reports import Metrics, Note, Started
 from relight.training import numerics
 from relight.training.attempt import Attempt, Site
 from relight.training.checkpoint import restore
@@ -249,10 +249,23 @@ def test_an_operator_without_a_deterministic_kernel_is_noted_and_runs(operation:
     operation.execution = Execution(batch_size=2, checkpoint_every=EPOCH)
     outcome, reports = attempt(operation, Undetermined)
 
-    notes = [report.message for report in reports if isinstance(report, Note)]
+    [note] = [report for report in reports if isinstance(report, Note)]
     assert outcome is Outcome.COMPLETED
-    assert len(notes) == 1
-    assert "put_ has no deterministic kernel" in notes[0]
+    assert note.inexact == "put_ has no deterministic kernel on this device"
+    assert note.message == f"exactness is best effort: {note.inexact}"
+
+
+def test_such_an_operator_before_the_start_is_among_its_reasons(operation: Operation) -> None:
+    class Undetermined(Tiny):
+        def model(self) -> nn.Module:
+            torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))
+            return super().model()
+
+    _, reports = attempt(operation, Undetermined)
+
+    [started] = [report for report in reports if isinstance(report, Started)]
+    assert started.exactness.promise == "best_effort"
+    assert started.exactness.reasons == ["put_ has no deterministic kernel on this device"]
 
 
 def test_a_loss_that_is_no_number_is_reported_and_does_not_stop_the_run(operation: Operation) -> None:

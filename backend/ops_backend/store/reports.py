@@ -71,6 +71,13 @@ FORGET_RESUME_CHOICE = statement("""
      WHERE id = :id AND attempt = :attempt AND (resume_checkpoint_id IS NOT NULL OR accept_changes)
 """)
 
+BREAK_PROMISE = statement("""
+    UPDATE attempts
+       SET exactness = jsonb_build_object(
+               'promise', 'best_effort', 'reasons', (exactness->'reasons') || to_jsonb(CAST(:reason AS text)))
+     WHERE operation_id = :id AND number = :attempt AND NOT (exactness->'reasons') ? :reason
+""")
+
 NOTE = statement(f"""
     WITH moved AS (
         UPDATE operations SET event_seq = event_seq + 1 WHERE id = :id AND attempt = :attempt
@@ -154,6 +161,8 @@ async def _write(session: AsyncSession, id: UUID, attempt: int, report: Report) 
             await session.execute(PUT_ARTIFACT, report.model_dump(exclude={"kind"}) | {"id": id, "attempt": attempt})
         case Note():
             await session.execute(NOTE, {"id": id, "attempt": attempt, "detail": {"message": report.message}})
+            if report.inexact:
+                await session.execute(BREAK_PROMISE, {"id": id, "attempt": attempt, "reason": report.inexact})
         case Finish():
             raise AssertionError("a finish ends its batch and is not written here")
 

@@ -63,6 +63,7 @@ class Attempt:
         self._sink = sink
         self._should_stop = should_stop
         self._clock = clock
+        self._inexact: list[str] = []
 
     def run(self) -> Outcome:
         """COMPLETED, CANCELLED or PREEMPTED.
@@ -77,7 +78,7 @@ class Attempt:
         before, tree = restore(self._site.storage_root, ref) if ref is not None else (None, None)
         restored_s = self._clock() - begun_at_s
         numerics.configure(self._threads(before), self._knobs.deterministic)
-        with numerics.operators_noted(self._note):
+        with numerics.operators_noted(self._operator):
             loop = self._build(config, before, tree, restored_s)
             with loop.saver:
                 if tree is None:
@@ -100,6 +101,11 @@ class Attempt:
 
     def _note(self, message: str) -> None:
         self._sink.report(Note(message=message))
+
+    def _operator(self, reason: str) -> None:
+        """It may come before the attempt says that it started, or after."""
+        self._inexact.append(reason)
+        self._sink.report(Note(message=f"exactness is best effort: {reason}", inexact=reason))
 
     def _build(
         self, config: BaseModel, before: Manifest | None, tree: dict[str, Any] | None, restored_s: float
@@ -190,7 +196,7 @@ class Attempt:
             Started(
                 trainer_pid=os.getpid(),
                 start_step=cursor.step,
-                exactness=numerics.exactness(self._knobs, about.numerics, before, accepted),
+                exactness=numerics.exactness(self._knobs, about.numerics, before, accepted + self._inexact),
                 environment={**numerics.environment(self._env.device), **digests},
             )
         )

@@ -64,15 +64,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def exactness(knobs: Execution, now: dict[str, str], before: Manifest | None, accepted: list[str]) -> Exactness:
-    """Best effort when asked for, when the predecessor that wrote `before` ran on something else, or code or data
-    changed and that was accepted."""
+def exactness(knobs: Execution, now: dict[str, str], before: Manifest | None, more: list[str]) -> Exactness:
+    """Best effort when asked for, when the predecessor that wrote `before` ran on something else, and for `more`."""
     reasons = [] if knobs.deterministic else ["deterministic is false"]
     if before is not None:
         names = sorted(now.keys() | before.numerics.keys())
         pairs = [(name, before.numerics.get(name), now.get(name)) for name in names]
         reasons += [f"{name} was {old} and is {new}" for name, old, new in pairs if old != new]
-    reasons += accepted
+    reasons += more
     return Exactness(promise="best_effort" if reasons else "promised", reasons=reasons)
 
 
@@ -96,7 +95,7 @@ def operators_noted(note: Callable[[str], None]) -> Iterator[None]:
                 show(message, category, filename, lineno, file, line)
             elif found[1] not in seen:
                 seen.add(found[1])
-                note(f"exactness is best effort: {found[1]} has no deterministic kernel on this device")
+                note(f"{found[1]} has no deterministic kernel on this device")
 
         warnings.showwarning = watch
         warnings.filterwarnings("default", message=_NO_KERNEL.pattern)
