@@ -48,7 +48,14 @@ def fingerprint(device: torch.device) -> dict[str, str]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "matmul_precision": torch.get_float32_matmul_precision(),
+        **(_cuda_numerics() if device.type == "cuda" else {}),
     }
+
+
+def _cuda_numerics() -> dict[str, str]:
+    cudnn = torch.backends.cudnn
+    version = cudnn.version()  # type: ignore[no-untyped-call]  # torch's own
+    return {"cuda": str(torch.version.cuda), "cudnn": str(version), "cudnn_tf32": str(cudnn.allow_tf32)}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
