@@ -7,7 +7,7 @@ import pytest
 
 from helpers.databases import Databases, embedded_postgres
 from helpers.store import Store
-from ops_backend.database import make_engine, make_sessions
+from ops_backend.database import Sessions
 
 # A shell that runs the tests in the background ignores SIGINT, and processes that we start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +31,6 @@ async def database_url(databases: Databases) -> str:
 
 @pytest.fixture
 async def store(database_url: str) -> AsyncIterator[Store]:
-    engine = make_engine(database_url, pool_size=20)
-    yield Store(make_sessions(engine))
-    await engine.dispose()
+    sessions = Sessions(database_url, pool_size=20)
+    yield Store(sessions)
+    await sessions.dispose()

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 import httpx
 from fastapi import FastAPI
 
-from ops_backend.database import make_engine, make_sessions
+from ops_backend.database import Limits, Sessions
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.exporter import Exporter
 from ops_backend.orphans import OrphanSweeper
@@ -19,6 +19,10 @@ from ops_contract.wire import API_PREFIX
 
 # Long enough for a worker that checks a manifest on a slow disk; a worker that takes longer is left to the lease.
 WORKER_TIMEOUT_S = 10.0
+# For heartbeats and the loops, beside OPS_DB_POOL_SIZE for requests, and one for the exporter.
+VITAL_CONNECTIONS = 8
+# The logs of a large operation are read and written in one transaction, which holds no lock that others want.
+EXPORT_S = 600.0
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -35,18 +39,21 @@ def create_app(settings: Settings) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
-    engine = make_engine(settings.database_url, settings.db_pool_size)
-    app.state.sessions = sessions = make_sessions(engine)
+    url, limits = settings.database_url, settings.db_limits
+    app.state.sessions = requests = Sessions(url, settings.db_pool_size, limits)
+    app.state.vital_sessions = sessions = Sessions(url, VITAL_CONNECTIONS, limits)
+    patient = Sessions(url, 1, Limits(limits.wait_s, EXPORT_S))
     async with httpx.AsyncClient(timeout=WORKER_TIMEOUT_S, trust_env=False) as http:
         app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings)
         reaper = Reaper(sessions, settings.lease_s, settings.tick_s, dispatcher.wake)
         sweeper = Sweeper(sessions, settings.storage_root, settings.tick_s)
         orphans = OrphanSweeper(sessions, settings.storage_root, settings.orphan_sweep_s)
-        exporter = Exporter(sessions, settings.storage_root, settings.tick_s)
+        exporter = Exporter(patient, settings.storage_root, settings.tick_s)
         loops = [asyncio.create_task(loop.run()) for loop in (dispatcher, reaper, sweeper, orphans, exporter)]
         yield
         for loop in loops:
             loop.cancel()
             with suppress(asyncio.CancelledError):
                 await loop
-    await engine.dispose()
+    for pool in (requests, sessions, patient):
+        await pool.dispose()

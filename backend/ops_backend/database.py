@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,28 +17,61 @@ from sqlalchemy.pool import NullPool
 
 OLDEST_POSTGRES = 15
 
-Sessions = async_sessionmaker[AsyncSession]
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a transaction waits for a connection or a lock, and how long it takes at most."""
+
+    wait_s: float
+    transaction_s: float
 
 
-def make_engine(url: str, pool_size: int) -> AsyncEngine:
+UNHURRIED = Limits(wait_s=30.0, transaction_s=60.0)
+
+
+class Sessions:
+    """Transactions on one pool of connections, each ended by its limit whatever the database does."""
+
+    def __init__(self, url: str, pool_size: int, limits: Limits = UNHURRIED) -> None:
+        self._engine = _engine(url, pool_size, limits)
+        self._make = async_sessionmaker(self._engine, expire_on_commit=False)
+        self._transaction_s = limits.transaction_s
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncSession]:
+        """Committed at the end. Raises TimeoutError: then it is not known whether it was."""
+        # A database that is frozen, or beyond a dead network, keeps no limit of its own.
+        async with asyncio.timeout(self._transaction_s), self._make.begin() as session:
+            yield session
+
+    async def dispose(self) -> None:
+        await self._engine.dispose()
+
+
+def _engine(url: str, pool_size: int, limits: Limits) -> AsyncEngine:
+    # In ms. Without a client (frozen, or its network is gone) the database itself ends what holds locks.
+    transaction, wait = str(round(limits.transaction_s * 1000)), str(round(limits.wait_s * 1000))
     engine = create_async_engine(
         url,
         pool_size=pool_size,
         max_overflow=0,
-        pool_timeout=5,
+        pool_timeout=limits.wait_s,
+        pool_pre_ping=True,
         # NaN is not JSON, and Postgres refuses it: better a loud error here than a row that cannot be read.
         json_serializer=partial(json.dumps, allow_nan=False),
         connect_args={
-            "timeout": 5,
-            "server_settings": {"application_name": "relight", "timezone": "UTC"},
+            "timeout": limits.wait_s,
+            "server_settings": {
+                "application_name": "relight",
+                "timezone": "UTC",
+                "lock_timeout": wait,
+                "statement_timeout": transaction,
+                "idle_in_transaction_session_timeout": transaction,
+            },
         },
     )
     event.listen(engine.sync_engine, "connect", _decode_json)
     return engine
-
-
-def make_sessions(engine: AsyncEngine) -> Sessions:
-    return async_sessionmaker(engine, expire_on_commit=False)
 
 
 def alembic_config(url: str) -> Config:

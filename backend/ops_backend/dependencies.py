@@ -30,13 +30,15 @@ def dispatcher_of(request: Request) -> Dispatching:
     return cast(Dispatching, request.app.state.dispatcher)
 
 
-def sessions_of(request: Request) -> Sessions:
-    return cast(Sessions, request.app.state.sessions)
-
-
 async def session_of(request: Request) -> AsyncIterator[AsyncSession]:
     """One transaction a request, committed before the answer is sent; an error rolls it back."""
-    async with sessions_of(request).begin() as session:
+    async with cast(Sessions, request.app.state.sessions).begin() as session:
+        yield session
+
+
+async def vital_session_of(request: Request) -> AsyncIterator[AsyncSession]:
+    """The same, for what keeps leases alive: no load of requests can keep it waiting for a connection."""
+    async with cast(Sessions, request.app.state.vital_sessions).begin() as session:
         yield session
 
 
@@ -53,4 +55,5 @@ async def caller(request: Request, settings: Annotated[Settings, Depends(setting
 SettingsDep = Annotated[Settings, Depends(settings_of)]
 DispatcherDep = Annotated[Dispatching, Depends(dispatcher_of)]
 SessionDep = Annotated[AsyncSession, Depends(session_of, scope="function")]
+VitalSessionDep = Annotated[AsyncSession, Depends(vital_session_of, scope="function")]
 CallerDep = Annotated[str, Depends(caller)]

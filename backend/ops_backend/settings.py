@@ -6,6 +6,8 @@ from typing import Self
 
 from pydantic import BaseModel, DirectoryPath, Field, ValidationError, field_validator
 
+from ops_backend.database import Limits
+
 
 class SettingsError(Exception):
     """A setting is missing or wrong; the message names the variable."""
@@ -27,7 +29,7 @@ class Settings(BaseModel):
     slot_rest_s: float = Field(5.0, ge=0, description="how long a slot that refused is left alone")
     retry_backoff_s: float = Field(2.0, ge=0, description="before the first retry; doubles up to five minutes")
     orphan_sweep_s: float = Field(600.0, gt=0, description="how often directories that a crash left are looked for")
-    db_pool_size: int = Field(10, ge=1, description="connections to the database")
+    db_pool_size: int = Field(10, ge=1, description="connections to the database for requests; nine more are its own")
 
     @field_validator("database_url")
     @classmethod
@@ -46,6 +48,11 @@ class Settings(BaseModel):
     @property
     def tick_s(self) -> float:
         return min(1.0, self.lease_s / 5)
+
+    @property
+    def db_limits(self) -> Limits:
+        """A transaction that hangs on a hold leaves its worker time for another beat within the lease."""
+        return Limits(wait_s=self.lease_s / 4, transaction_s=self.lease_s / 2)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Self:

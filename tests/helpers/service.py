@@ -43,11 +43,24 @@ class Service:
     def start(self, workers: int) -> None:
         self._port = free_port()
         self.restart_server()
-        self.client = Client(self._url, self.token)
-        self.http = httpx.Client(
-            base_url=self._url + API_PREFIX, headers={"Authorization": f"Bearer {self.token}"}, trust_env=False
-        )
+        self.connect(self._url)
         self.have_workers(workers)
+
+    def connect(self, url: str) -> None:
+        """The address that users and new workers have from now on."""
+        self._url = url
+        self.client = Client(url, self.token)
+        self.http = httpx.Client(
+            base_url=url + API_PREFIX, headers={"Authorization": f"Bearer {self.token}"}, trust_env=False
+        )
+
+    def replica(self) -> Child:
+        """A second API on the same database, at an address of its own, which is in `ready`."""
+        environ = self._server_environ() | {"OPS_PORT": "0"}
+        replica = Child("replica", ("ops_backend", "server"), lambda: environ, self.directory / "replica.log")
+        replica.start()
+        eventually(lambda: replica.ready, "the replica is ready", self.logs)
+        return replica
 
     def restart_server(self) -> None:
         """At the address that its workers know."""

@@ -181,6 +181,7 @@ async def test_a_trainer_that_lingers_after_its_finish_is_killed_and_the_finish_
 
 
 async def test_lost_answers_count_nothing_twice(shared):
+    """Scenario 16."""
     hold = shared.api.claim(uuid4(), shared.incarnation)
     hold.lose_answers = 3
     await shared.post("/training/start", shared.order(hold, reports=20, pause_s=0.01))
@@ -266,6 +267,7 @@ async def test_a_trainer_that_does_not_stop_is_killed(shared, force):
 
 
 async def test_the_same_start_again_is_the_same_run(shared):
+    """Scenario 20."""
     hold = shared.api.claim(uuid4(), shared.incarnation)
     order = shared.order(hold, end="wait")
 
@@ -291,6 +293,7 @@ async def test_a_taken_slot_is_busy_and_a_free_one_is_not(shared):
 
 
 async def test_another_incarnation_or_an_older_attempt_is_stale(shared):
+    """Scenario 20."""
     hold = await shared.start(attempt=2)
     await eventually(lambda: hold.finish)
     older = shared.order(hold).model_copy(update={"attempt": 1})
@@ -302,6 +305,7 @@ async def test_another_incarnation_or_an_older_attempt_is_stale(shared):
 
 
 async def test_a_start_that_arrives_after_its_attempt_ended_never_runs(shared):
+    """Scenario 20."""
     hold = shared.api.claim(uuid4(), shared.incarnation)
     hold.ended = True
 
@@ -314,6 +318,7 @@ async def test_a_start_that_arrives_after_its_attempt_ended_never_runs(shared):
 
 
 async def test_a_start_that_cannot_be_confirmed_before_its_deadline_never_runs(shared):
+    """Scenario 20."""
     hold = shared.api.claim(uuid4(), shared.incarnation)
     shared.api.beats_fail = True
     await shared.post("/training/start", shared.order(hold, deadline_s=0.2))

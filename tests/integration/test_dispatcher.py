@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
-from helpers.store import LEASE_S, Store, held, saved, started
+from helpers.store import LEASE_S, Held, Store, held, saved, started
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings
-from ops_contract.lifecycle import Status
+from ops_contract.lifecycle import Outcome, Status
 
 Answer = Callable[[httpx.Request], httpx.Response]
 
@@ -128,6 +128,7 @@ async def test_a_checkpoint_that_the_worker_cannot_use_is_marked_and_the_one_bef
 
 
 async def test_two_dispatchers_deliver_every_operation_once(store: Store, database_url: str) -> None:
+    """Scenario 25."""
     await store.worker(slots=8)
     ids = [await store.submit() for _ in range(8)]
     seen: list[str] = []
@@ -144,6 +145,23 @@ async def test_two_dispatchers_deliver_every_operation_once(store: Store, databa
 
     assert sorted(seen) == sorted(map(str, ids))
     assert await store.claim() is None
+
+
+async def test_a_start_whose_answer_was_lost_is_the_one_run(store: Store, database_url: str) -> None:
+    """Scenario 20: the worker has it and reports; nobody sends it again."""
+    worker = await store.worker()
+    id = await store.submit()
+    async with Deliveries(store, database_url, fails(httpx.ReadTimeout)) as deliveries:
+        await deliveries.settled(1)
+        run = await store.report(Held(id, 1, worker), started())
+        assert (await store.heartbeat(worker, run)).ended == []
+        await store.finish(run, Outcome.COMPLETED)
+        await store.submit()
+        sent = await deliveries.settled(2)
+
+    assert [order["operation_id"] for _, order in sent].count(str(id)) == 1
+    operation = await store.get(id)
+    assert (operation.status, operation.attempt) == (Status.COMPLETED, 1)
 
 
 async def test_the_slot_of_a_refused_start_is_given_to_nobody_while_it_rests(store: Store) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from helpers.databases import Databases
 from helpers.store import Store, at_once, held, losses, saved, started
-from ops_backend.database import make_engine, make_sessions
+from ops_backend.database import Sessions
 from ops_backend.store import queries
 from ops_contract.lifecycle import Outcome, Status
 
@@ -44,8 +44,8 @@ def postgres_15() -> Iterator[str]:
 
 
 async def test_the_store_runs_on_postgres_15(postgres_15: str) -> None:
-    engine = make_engine(await Databases(postgres_15).fresh(), pool_size=8)
-    store = Store(make_sessions(engine))
+    sessions = Sessions(await Databases(postgres_15).fresh(), pool_size=8)
+    store = Store(sessions)
     worker = await store.worker()
     run = await store.running()
     run = await store.report(run, started(), losses((0, 1.0)), saved(run, 0), saved(run, 1))
@@ -73,4 +73,4 @@ async def test_the_store_runs_on_postgres_15(postgres_15: str) -> None:
         assert len((await queries.checkpoints(session, run.operation_id)).items) == 2
         assert len((await queries.attempts(session, run.operation_id)).items) == 4
         assert len((await queries.workers(session, 60.0)).items) == 1
-    await engine.dispose()
+    await sessions.dispose()

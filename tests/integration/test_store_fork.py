@@ -226,8 +226,7 @@ async def test_a_fork_that_waited_for_retention_is_refused(store: Store) -> None
     """Scenario 27: the row is locked by a retirement that commits while the fork waits."""
     parent = await parent_of(store, 10)
     [point] = await checkpoints(store, parent.operation_id)
-    async with store.sessions() as retention:
-        await retention.begin()
+    async with store.sessions.begin() as retention:
         await retention.execute(text(RETIRE), {"id": point.id})
         fork = asyncio.create_task(store.fork(parent.operation_id))
         waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"

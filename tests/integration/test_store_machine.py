@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 
 from helpers.databases import Databases
 from helpers.store import Held, Store, at_once, held, saved, started
-from ops_backend.database import make_engine, make_sessions
+from ops_backend.database import Sessions
 from ops_backend.store import claims, reports, sql, transitions
 from ops_backend.store.claims import Claim
 from ops_contract.errors import OpsError
@@ -169,7 +169,7 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self._runner = asyncio.Runner()
-        self._engine: Any = None
+        self._sessions: Sessions | None = None
         self.model = Model()
         self.run = Held(None, 0, None)  # type: ignore[arg-type]
 
@@ -179,8 +179,8 @@ class StoreMachine(RuleBasedStateMachine):
         self._runner.run(self._submit())
 
     async def _open(self) -> None:
-        self._engine = make_engine(await self.databases.fresh(), pool_size=6)
-        self.store = Store(make_sessions(self._engine))
+        self._sessions = Sessions(await self.databases.fresh(), pool_size=6)
+        self.store = Store(self._sessions)
         await self.store.worker()
 
     async def _submit(self) -> None:
@@ -216,12 +216,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def history_is_a_path_of_the_table(self) -> None:
-        if self._engine is not None:
+        if self._sessions is not None:
             self._runner.run(self._check_history())
 
     def teardown(self) -> None:
-        if self._engine is not None:
-            self._runner.run(self._engine.dispose())
+        if self._sessions is not None:
+            self._runner.run(self._sessions.dispose())
         self._runner.close()
 
     def _set_lease(self, lease: str) -> None:

@@ -35,6 +35,9 @@ from relight.manifest import CheckpointCorrupt, CheckpointMissing, check_manifes
 log = logging.getLogger(__name__)
 
 REGISTER_CAP_S = 5.0
+# The longest pause after a beat that failed, in leases. An API that was away for less than half a lease gives no grace,
+# so the last beat before (a third of a lease ago), that half and this pause have to fit into one.
+BEAT_RETRY_LEASES = 1 / 12
 # A start or cancel may overtake the answer to the registration that carries the secret.
 SECRET_S = 5.0
 # After the grace: for the kernel to end what was killed, and one try to send their finishes.
@@ -210,7 +213,7 @@ class Agent:
         self._terms = await self._register(workloads)
         self._registered.set()
         on_ready()
-        trouble, backoff = Trouble("heartbeat", log), Backoff(self._terms.heartbeat_s)
+        trouble, backoff = Trouble("heartbeat", log), Backoff(self._terms.lease_s * BEAT_RETRY_LEASES)
         while True:
             self._beat_now.clear()
             pause_s = self._terms.heartbeat_s

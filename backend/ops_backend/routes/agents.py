@@ -5,7 +5,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Path
 
-from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep, SettingsDep
+from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep, SettingsDep, VitalSessionDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import workers
 from ops_backend.store.reports import accept
@@ -24,7 +24,7 @@ router = APIRouter(tags=["agents"])
 
 @router.post("/workers", status_code=201, responses=refusals(401, 409, 422))
 async def register(
-    worker: WorkerRegistration, session: SessionDep, _: CallerDep, settings: SettingsDep
+    worker: WorkerRegistration, session: VitalSessionDep, _: CallerDep, settings: SettingsDep
 ) -> WorkerRegistered:
     secret = await workers.register(session, worker, settings.lease_s)
     return WorkerRegistered(
@@ -37,7 +37,7 @@ async def register(
 
 @router.post("/workers/{incarnation}/heartbeat", responses=refusals(401, 404, 422))
 async def heartbeat(
-    incarnation: UUID, beat: Heartbeat, session: SessionDep, _: CallerDep, settings: SettingsDep
+    incarnation: UUID, beat: Heartbeat, session: VitalSessionDep, _: CallerDep, settings: SettingsDep
 ) -> HeartbeatAnswer:
     return await workers.heartbeat(session, incarnation, beat, settings.lease_s)
 

@@ -16,9 +16,9 @@ from ops_contract.errors import HTTP_STATUS, ErrorBody, ErrorCode, OpsError, wit
 log = logging.getLogger(__name__)
 
 _BAD_VALUE = ("22", "23")  # data exception, integrity constraint violation
-# No state at all (the connection is gone), connection exception, insufficient resources, operator intervention,
-# transaction rolled back.
-_AWAY = ("", "08", "53", "57", "40")
+# Connection exception, insufficient resources, operator intervention (a statement that took too long is one),
+# transaction rolled back, a standby, idle for too long, a lock that others hold for too long.
+_AWAY = ("08", "53", "57", "40", "25006", "25P03", "55P03")
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -72,19 +72,21 @@ async def _plain(request: Request, error: Exception) -> JSONResponse:
 async def _database(request: Request, error: Exception) -> JSONResponse:
     """By the class of its SQLSTATE: a value it refuses is the sender's fault, a statement it refuses is ours."""
     assert isinstance(error, DBAPIError)
-    state = str(getattr(error.orig, "sqlstate", None) or "")[:2]
-    if state in _BAD_VALUE:
+    state = str(getattr(error.orig, "sqlstate", None) or "")
+    if state.startswith(_BAD_VALUE):
         log.warning("refused by the database: %s", error.orig)
         return await _answer(request, OpsError(ErrorCode.INVALID, f"the database refused a value: {error.orig}"))
-    if error.connection_invalidated or state in _AWAY:
+    if error.connection_invalidated or not state or state.startswith(_AWAY):  # no state: the connection is gone
         return await _away(request, error)
     log.error("a statement of ours failed", exc_info=error)
     return await _unexpected(request, error)
 
 
 async def _away(request: Request, error: Exception) -> JSONResponse:
-    log.warning("database away: %r", error)
-    return await _answer(request, OpsError(ErrorCode.UNAVAILABLE, "the database is away; try again in a moment"))
+    log.warning("database away or busy: %r", error)
+    return await _answer(
+        request, OpsError(ErrorCode.UNAVAILABLE, "the database is away or busy; try again in a moment")
+    )
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

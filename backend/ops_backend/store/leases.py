@@ -8,15 +8,17 @@ from ops_backend.store.sql import statement
 
 # A gap since anybody's last tick means that nobody could renew (database away, laptop asleep, clock stepped, all
 # backends restarted): everybody gets a whole lease before anybody is reaped. The first tick ever counts as a gap.
+# A tick a little in the future is that of another backend, which began later and was first.
 TICK = statement("""
     INSERT INTO service AS s (id, last_tick_at, grace_until)
     VALUES (1, now(), now() + make_interval(secs => :lease_s))
     ON CONFLICT (id) DO UPDATE
        SET last_tick_at = now(),
            grace_until = CASE
-               WHEN s.last_tick_at > now() OR now() - s.last_tick_at > make_interval(secs => :lease_s / 2)
+               WHEN abs(extract(epoch FROM now() - s.last_tick_at)) > :lease_s / 2
                THEN now() + make_interval(secs => :lease_s) ELSE s.grace_until END
-    RETURNING grace_until > now() AS grace
+    RETURNING grace_until > now() AS grace,
+              (SELECT last_tick_at - now() > make_interval(secs => :lease_s / 2) FROM service) AS stepped_back
 """)
 
 EXPIRED = statement("""
@@ -25,12 +27,26 @@ EXPIRED = statement("""
      LIMIT 1000
 """)
 
+# What was written before the clock went back lies too far in the future: a dead worker's lease would last for hours.
+MEND = statement("""
+    WITH leases AS (
+        UPDATE holds SET lease_expires_at = now() + make_interval(secs => :lease_s)
+         WHERE ended_at IS NULL AND lease_expires_at > now() + make_interval(secs => :lease_s)
+    ), rests AS (
+        UPDATE slots SET rests_until = NULL WHERE rests_until > now()
+    )
+    UPDATE operations SET not_before = NULL WHERE status = 'pending' AND not_before > now()
+""")
+
 PING = statement("SELECT last_tick_at FROM service")
 
 
 async def tick(session: AsyncSession, lease_s: float) -> bool:
     """Say that a reaper is alive; True while nobody may be reaped."""
-    return bool(await session.scalar(TICK, {"lease_s": lease_s}))
+    row = (await session.execute(TICK, {"lease_s": lease_s})).one()
+    if row.stepped_back:
+        await session.execute(MEND, {"lease_s": lease_s})
+    return bool(row.grace)
 
 
 async def expired(session: AsyncSession) -> list[tuple[UUID, int]]:
