@@ -133,9 +133,12 @@ workers = Table(
     Column("secret", Text, nullable=False),
     Column("workloads", ARRAY(Text), nullable=False),
     Column("versions", JSONB, nullable=False),
+    # What it says of itself, and what an operator wishes: neither overwrites the other.
     _flag("draining"),
+    Column("drain", Text),
     _instant("registered_at", default_now=True, nullable=False),
     _instant("last_seen_at", default_now=True, nullable=False),
+    CheckConstraint("drain IN ('finish', 'preempt')", name="drain"),
 )
 
 slots = Table(

@@ -10,7 +10,7 @@ from ops_cli import show
 from ops_cli.connect import Json, OperationId, with_client
 
 if TYPE_CHECKING:
-    from ops_contract.operations import Operation, SlotView, WorkerView, WorkloadView
+    from ops_contract.operations import AttemptView, Operation, WorkerView, WorkloadView
     from relight.client import Client
 
 LAST_POINTS = 20
@@ -18,7 +18,7 @@ LAST_POINTS = 20
 
 def register(app: typer.Typer) -> None:
     app.command("list")(list_operations)
-    for command in (status, attempts, events, metrics, workers, workloads):
+    for command in (status, attempts, events, metrics, workloads):
         app.command()(command)
 
 
@@ -86,14 +86,16 @@ def next_command(operation: "Operation") -> str:
 def _waits_for(operation: "Operation", workers: "Sequence[WorkerView]") -> str:
     """What keeps it from starting; empty when nothing is known to."""
     slots = [slot for worker in workers if worker.live and not worker.draining for slot in worker.slots]
+    drained = ", ".join(worker.name for worker in workers if worker.live and worker.drain)
+    undrain = f"a drained worker: {drained}; `ops workers undrain NAME`, or start another" if drained else ""
     if not slots:
-        return "a worker: none is live; `ops up` starts one, or `ops worker`"
+        return undrain or "a worker: none is live; `ops up` starts one, or `ops worker`"
     wanted = operation.job.execution.accelerator
     if wanted in ("cuda", "mps") and not any(slot.device == wanted for slot in slots):
-        return "a GPU: no live worker offers one"
+        return undrain or "a GPU: no live worker offers one"
     if all(slot.operation_id for slot in slots):
         return f"a free slot: {len(slots)} of {len(slots)} taken"
-    return ""
+    return undrain
 
 
 def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, str]:
@@ -144,15 +146,23 @@ def attempts(client: "Client", operation_id: OperationId, json: Json = False) ->
     if json:
         print(show.json_array(items))
         return
-    table = show.table("#", "WORKER", "STEPS", "TOOK", "OUTCOME", "REPLAYED", "ERROR", wide="ERROR")
+    table = show.table("#", "WORKER", "STEPS", "TOOK", "OUTCOME", "REPLAYED", "WHY", wide="WHY")
     now = datetime.now(UTC)
     for item in items:
         reported = "–" if item.first_step is None else f"{item.first_step}–{item.last_step}"
         took = show.age(item.started_at, item.ended_at or now)
-        error = show.cut(show.fault(item.error))
-        cells = (reported, took, item.outcome or "running", show.replayed(item.replay), error)
+        cells = (reported, took, item.outcome or "running", show.replayed(item.replay), show.cut(_reason(item)))
         table.add_row(str(item.number), show.plain(item.worker), *cells)
     show.print_rich(table)
+
+
+def _reason(attempt: "AttemptView") -> str:
+    """Of an end without a fault too."""
+    if attempt.error is not None:
+        return show.fault(attempt.error)
+    return {"preempted": "handed back: its worker stops or drains", "cancelled": "stopped as asked"}.get(
+        attempt.outcome or "", ""
+    )
 
 
 @with_client
@@ -210,37 +220,6 @@ def metrics(
             last_step = str(each.points[-1][0]) if each.points else "–"
             table.add_row(show.plain(each.name), str(len(each.points)), *map(show.number, ends), last_step)
         show.print_rich(table)
-
-
-@with_client
-def workers(client: "Client", json: Json = False) -> None:
-    """The workers, and what their slots run."""
-    items = client.workers()
-    if json:
-        print(show.json_array(items))
-        return
-    if not items:
-        print("No worker has registered. Start one: ops worker (with `ops up` they come by themselves)")
-        return
-    table = show.table("WORKER", "STATE", "HOST", "SLOT", "SEEN", right=("SEEN",), wide="HOST")
-    now = datetime.now(UTC)
-    for item in items:
-        seen = show.age(item.last_seen_at, now)
-        for slot in item.slots:
-            table.add_row(show.plain(item.name), _state(item), show.cut(item.host), _slot(slot), seen)
-    show.print_rich(table)
-
-
-def _state(worker: "WorkerView") -> str:
-    if not worker.live:
-        return "[red]gone[/]"
-    return "[yellow]draining[/]" if worker.draining else "[green]live[/]"
-
-
-def _slot(slot: "SlotView") -> str:
-    device = f"{slot.cores} cores" if slot.device == "cpu" else f"{slot.device} {slot.index}"
-    device = "1 core" if device == "1 cores" else device
-    return f"{device}: {str(slot.operation_id)[:8]} attempt {slot.attempt}" if slot.operation_id else f"{device}: free"
 
 
 @with_client

@@ -62,6 +62,10 @@ class Heartbeat(Wire):
     draining: bool = False
 
 
+# An operator's wish: take no more work, and `finish` what there is, or checkpoint and hand it back (`preempt`).
+Drain = Literal["finish", "preempt"]
+
+
 class CancelOrder(HoldRef):
     reason: str = ""
     force: bool = False
@@ -72,6 +76,7 @@ class HeartbeatAnswer(Wire):
 
     ended: list[HoldRef] = []
     cancelling: list[CancelOrder] = []
+    drain: Drain | None = None
 
 
 class ReportBatch(Wire):

@@ -7,6 +7,7 @@ from uuid import UUID
 
 from pydantic import Field
 
+from ops_contract.agents import Drain
 from ops_contract.jobs import Job
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
 from ops_contract.reports import Exactness, Fault
@@ -288,8 +289,17 @@ class SlotView(Wire):
     attempt: int | None
 
 
+class DrainRequest(Wire):
+    """POST /workers/{id}/drain."""
+
+    preempt: bool = Field(False, description="hand back what runs, from a checkpoint, instead of letting it finish")
+
+
 class WorkerView(Wire):
-    """`live` while its last heartbeat is younger than a lease."""
+    """`live` while its last heartbeat is younger than a lease; `draining` while no more work goes to it.
+
+    `drain` is what an operator wishes; None while it drains by itself, because its process is ending.
+    """
 
     id: UUID
     name: str
@@ -297,6 +307,7 @@ class WorkerView(Wire):
     url: str
     live: bool
     draining: bool
+    drain: Drain | None
     registered_at: datetime
     last_seen_at: datetime
     versions: dict[str, str]

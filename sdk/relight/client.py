@@ -23,6 +23,7 @@ from ops_contract.operations import (
     CancelRequest,
     Checkpoints,
     CheckpointView,
+    DrainRequest,
     Events,
     EventView,
     ForkRequest,
@@ -234,6 +235,32 @@ class Client:
     def workers(self) -> Sequence[WorkerView]:
         return self._get("/workers", Workers).items
 
+    def find_worker(self, name_or_id: str) -> WorkerView:
+        """By its name or the beginning of its id; a live one before those that are gone.
+
+        Raises OpsError `not_found`, or `invalid` with `candidates` when there are several.
+        """
+        found = [w for w in self.workers() if w.name == name_or_id or _begins(w.id, name_or_id)]
+        matches = [worker for worker in found if worker.live] or found
+        if not matches:
+            raise OpsError(ErrorCode.NOT_FOUND, f"no worker {name_or_id!r}; see `ops workers`")
+        if len(matches) > 1:
+            ids = [str(worker.id) for worker in matches]
+            message = f"{len(ids)} workers are called {name_or_id!r}: name one by its id, of {', '.join(ids)}"
+            raise OpsError(ErrorCode.INVALID, message, candidates=ids)
+        return matches[0]
+
+    def drain(self, worker_id: UUID | str, preempt: bool = False) -> WorkerView:
+        """Gives it no more work. What runs there finishes; with `preempt` it checkpoints and goes on elsewhere.
+
+        Until `undrain`, or until the worker is restarted: that makes it another one.
+        """
+        wish = DrainRequest(preempt=preempt)
+        return self._parse(self._post(f"/workers/{worker_id}/drain", wish, repeatable=True), WorkerView)
+
+    def undrain(self, worker_id: UUID | str) -> WorkerView:
+        return self._parse(self._call("POST", f"/workers/{worker_id}/undrain", repeatable=True), WorkerView)
+
     def workloads(self) -> Sequence[WorkloadView]:
         return self._get("/workloads", Workloads).items
 
@@ -334,6 +361,10 @@ class Client:
             f"{self.server.url} ({self.server.origin}) answered HTTP {response.status_code} in a way this client does"
             " not understand: it is no Relight server, or one of another version. Check --url and `ops --version`."
         )
+
+
+def _begins(id: UUID, prefix: str) -> bool:
+    return len(prefix) >= SHORTEST_PREFIX and str(id).startswith(prefix.lower())
 
 
 def _ambiguous(prefix: str, matches: list[str]) -> OpsError:

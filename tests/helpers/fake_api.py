@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from ops_contract.agents import (
     CancelOrder,
+    Drain,
     Heartbeat,
     HeartbeatAnswer,
     HoldRef,
@@ -68,6 +69,7 @@ class FakeApi:
         self.registrations: list[WorkerRegistration] = []
         self.known: set[UUID] = set()
         self.draining: set[UUID] = set()
+        self.drain: Drain | None = None
         self.beats_fail = False
         self._app = self._routes()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -124,6 +126,7 @@ class FakeApi:
         return HeartbeatAnswer(
             ended=[ref for ref in beat.holds if ref not in refs],
             cancelling=[hold.cancelling for hold in alive if hold.cancelling],
+            drain=self.drain,
         )
 
     async def _reports(self, id: UUID, attempt: int, batch: ReportBatch) -> Response:

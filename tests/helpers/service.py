@@ -21,7 +21,7 @@ from relight.client import Client
 T = TypeVar("T")
 WAIT_S = 60.0
 LEASE_S = 3.0
-LONG = {"max_epochs": 12}  # 576 steps of a few milliseconds: long enough to be stopped in the middle
+LONG = {"max_epochs": 12}  # of digits: 576 steps of a few milliseconds, enough to be stopped in the middle
 
 
 class Service:
@@ -74,10 +74,15 @@ class Service:
                 worker.close()
         self.workers = [worker for worker in self.workers if worker.running]
         fresh = [self._worker() for _ in range(number - len(self.workers))]
-        for worker in fresh:
-            worker.start()
-        for worker in fresh:
-            eventually(lambda w=worker: w.ready, f"{worker.name} is ready")
+        start(*fresh)
+
+    def only_worker(self, **settings: str) -> Child:
+        """Kill all others."""
+        for worker in self.workers:
+            worker.kill()
+        worker = self._worker(**settings)
+        start(worker)
+        return worker
 
     def stop(self) -> None:
         for child in (*self.workers, self.server):
@@ -145,7 +150,7 @@ class Service:
         parts = [f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(self.directory.glob("*.log"))]
         return "\n".join(parts)
 
-    def _worker(self) -> Child:
+    def _worker(self, **settings: str) -> Child:
         name = f"worker-{len(list(self.directory.glob('worker-*.log'))) + 1}"
         log = self.directory / f"{name}.log"
         log.touch()
@@ -154,6 +159,7 @@ class Service:
             "OPS_WORKER_NAME": name,
             "OPS_WORKER_STATE_DIR": str(self.directory / name),
             "OPS_CPU_CORES": "1",
+            **settings,
         }
         worker = Child(name, ("ops_worker",), lambda: environ, log)
         self.workers.append(worker)
@@ -182,6 +188,13 @@ def running_service(directory: Path, database_url: str, workers: int) -> Iterato
         yield service
     finally:
         service.stop()
+
+
+def start(*workers: Child) -> None:
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        eventually(lambda w=worker: w.ready, f"{worker.name} is ready")
 
 
 def eventually(look: Callable[[], T | None], what: str, told: Callable[[], str] = str) -> T:

@@ -11,6 +11,7 @@ from sqlalchemy import text
 from ops_backend.database import Sessions
 from ops_backend.store import claims, fork, leases, queries, reports, submit, transitions, workers
 from ops_contract.agents import (
+    Drain,
     Heartbeat,
     HeartbeatAnswer,
     HoldRef,
@@ -144,6 +145,10 @@ class Store:
         listed = [HoldRef(operation_id=h.operation_id, attempt=h.attempt) for h in holds]
         async with self.sessions.begin() as session:
             return await workers.heartbeat(session, incarnation, Heartbeat(holds=listed, draining=draining), LEASE_S)
+
+    async def drain(self, incarnation: UUID, wish: Drain | None) -> None:
+        async with self.sessions.begin() as session:
+            await workers.drain(session, incarnation, wish)
 
     async def tick(self, lease_s: float = LEASE_S) -> bool:
         async with self.sessions.begin() as session:

@@ -6,8 +6,9 @@ import os
 import signal
 import sqlite3
 import stat
+import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -439,6 +440,56 @@ async def test_registers_again_when_the_api_knows_it_no_more(api, tmp_path):
     assert {worker.incarnation for worker in api.registrations} == {agent.incarnation}
 
 
+# ---- the disk of the outbox
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 16 MB (the log of SQLite alone takes 4), under the outbox alone."""
+    place = tmp_path / "outbox"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "relight-test", place]
+    if (mounted := subprocess.run(mount, capture_output=True, text=True)).returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+async def test_a_full_disk_of_the_outbox_pauses_the_training_and_loses_nothing(api, tmp_path, small_disk):
+    async with running_agent(api, tmp_path) as agent:
+        await agent.ready()
+        hold = await agent.start(reports=2000, pause_s=0.001, execution=Execution(stall_timeout_s=1.0))
+        await eventually(lambda: len(hold.steps) > 10)
+        _fill(small_disk / "ballast")
+        await eventually(lambda: _log(agent).count("free some space there, trying again") >= 3)
+        beats = hold.beats
+        await eventually(lambda: hold.beats > beats)
+        assert alive(hold.started.trainer_pid)
+        (small_disk / "ballast").unlink()
+        await eventually(lambda: hold.finish, timeout_s=60)
+
+    assert hold.finish == Finish(outcome=Outcome.COMPLETED)
+    assert hold.steps == list(range(2000))
+
+
+@pytest.mark.slow
+async def test_an_agent_that_finds_its_disk_full_says_where(api, tmp_path, small_disk):
+    _fill(small_disk / "ballast")
+    async with running_agent(api, tmp_path) as agent:
+        code = await agent.exit_code()
+    assert code == 1
+    assert "make room there, or set OPS_WORKER_STATE_DIR" in _log(agent).splitlines()[-1]
+    (small_disk / "ballast").unlink()
+    async with running_agent(api, tmp_path) as successor:
+        await successor.ready()
+
+
+def _fill(ballast: Path) -> None:
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(65536)):
+            pass
+
+
 # ---- ends of an agent
 
 
@@ -548,6 +599,33 @@ async def test_a_second_signal_kills_at_once_and_what_cannot_be_sent_waits_for_t
     await api.down()
 
 
+async def test_a_drained_worker_finishes_or_hands_back_what_it_has_and_works_again(shared):
+    hold, other, deaf = await shared.start(end="wait"), None, None
+    await eventually(lambda: hold.steps)
+    try:
+        shared.api.drain = "finish"
+        await eventually(lambda: "drain, and finish what runs" in _log(shared))
+        assert hold.finish is None
+        shared.api.drain = "preempt"
+        await eventually(lambda: hold.finish)
+        late = await shared.start(end="wait")  # as when it was claimed just before the wish
+        await eventually(lambda: late.finish)
+        shared.api.drain = None
+        await eventually(lambda: "drain no longer" in _log(shared))
+        other, deaf = await shared.start(), await shared.start(slot=1, end="wait", deaf=True)
+        await eventually(lambda: other.finish and deaf.steps)
+        shared.api.drain = "preempt"
+        await eventually(lambda: deaf.finish)
+    finally:
+        shared.api.drain = None
+
+    assert hold.finish == Finish(outcome=Outcome.PREEMPTED)
+    assert hold.accepted[-2].kind == "checkpoint"
+    assert late.finish.outcome is Outcome.PREEMPTED
+    assert other.finish == Finish(outcome=Outcome.COMPLETED)
+    assert (deaf.finish.outcome, deaf.finish.error.code) == (Outcome.PREEMPTED, "killed")
+
+
 async def test_the_end_of_stdin_ends_an_agent_that_was_told_so(api, tmp_path):
     async with running_agent(api, tmp_path, "--exit-on-eof") as agent:
         await agent.ready()
@@ -591,6 +669,10 @@ async def test_a_slot_whose_trainers_die_before_they_are_ready_refuses_with_the_
 def _trainer_reached(agent: AgentProcess, step: int) -> bool:
     """Whether a trainer has said that much, whoever has heard it."""
     return any(f"step {step}\n" in log.read_text() for log in (agent.state_dir / "logs").glob("*.log"))
+
+
+def _log(agent: AgentProcess) -> str:
+    return (agent.state_dir / "agent.log").read_text()
 
 
 def _last_stored(agent: AgentProcess) -> int:

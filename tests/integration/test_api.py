@@ -373,6 +373,32 @@ async def test_the_same_incarnation_registers_twice_with_one_secret_but_a_device
     assert "secret" not in view
 
 
+async def test_drain_and_undrain_may_be_repeated_and_show_in_the_list(api: httpx.AsyncClient, store: Store) -> None:
+    worker = await store.worker()
+    wishes: list[tuple[str, Any]] = [
+        ("drain", None),
+        ("drain", {}),
+        ("drain", {"preempt": True}),
+        ("undrain", None),
+        ("undrain", None),
+    ]
+
+    answers = [await api.post(f"/workers/{worker}/{path}", json=body) for path, body in wishes]
+
+    assert [(a.status_code, a.json()["drain"], a.json()["draining"]) for a in answers] == [
+        (200, "finish", True),
+        (200, "finish", True),
+        (200, "preempt", True),
+        (200, None, False),
+        (200, None, False),
+    ]
+    await store.heartbeat(worker, draining=True)
+    [view] = (await api.get("/workers")).json()["items"]
+    assert (view["draining"], view["drain"]) == (True, None)
+    assert refusal(await api.post(f"/workers/{uuid4()}/drain")) == (404, "not_found")
+    assert refusal(await api.post(f"/workers/{worker}/drain", json={"preempt": "hard"})) == (422, "invalid")
+
+
 async def test_non_finite_numbers_are_strings_and_every_bit_is_kept(store: Store, database_url: str) -> None:
     await store.worker()
     run = await store.running()

@@ -1,8 +1,11 @@
 """Who gets which slot."""
 
+import asyncio
+
 import pytest
 
-from helpers.store import TOY, Held, Store, held, saved, started, threads
+from helpers.store import LEASE_S, TOY, Held, Store, held, saved, started, threads
+from ops_backend.store import claims
 from ops_contract.agents import WorkloadOffer
 from ops_contract.errors import OpsError
 from ops_contract.lifecycle import Outcome
@@ -29,6 +32,17 @@ async def test_auto_waits_for_a_busy_gpu_rather_than_crawl_on_a_cpu(store: Store
     await store.running()
     await store.submit()
     assert await store.claim() is None
+
+
+async def test_auto_waits_for_a_drained_gpu_and_a_job_for_the_cpu_does_not(store: Store) -> None:
+    cpu, gpu = await store.worker("cpu"), await store.worker("gpu", device="cuda", slot=GPU)
+    await store.drain(gpu, "preempt")
+    await store.submit()
+    assert await store.claim() is None
+    await store.submit(**on("cpu"))
+    claim = await store.claim()
+    assert claim is not None
+    assert claim.incarnation == cpu
 
 
 async def test_auto_falls_back_to_the_cpu_where_no_live_worker_has_a_gpu(store: Store) -> None:
@@ -125,6 +139,40 @@ async def test_a_draining_or_silent_worker_gets_nothing(store: Store) -> None:
     await store.execute("UPDATE workers SET last_seen_at = now() - interval '1 h' WHERE incarnation = :i", i=silent)
     await store.submit()
     assert await store.claim() is None
+
+
+async def test_a_drained_worker_gets_nothing_until_undrained_whatever_it_says_of_itself(store: Store) -> None:
+    worker = await store.worker()
+    await store.submit()
+    await store.drain(worker, "finish")
+    assert (await store.heartbeat(worker)).drain == "finish"
+    assert await store.claim() is None
+    await store.drain(worker, "preempt")
+    assert (await store.heartbeat(worker)).drain == "preempt"
+    await store.drain(worker, None)
+    assert (await store.heartbeat(worker)).drain is None
+    assert await store.claim() is not None
+
+
+async def test_a_restarted_worker_is_not_drained(store: Store) -> None:
+    await store.drain(await store.worker("w"), "finish")
+    restarted = await store.worker("w")
+    await store.submit()
+    claim = await store.claim()
+    assert claim is not None
+    assert claim.incarnation == restarted
+
+
+async def test_a_drain_waits_for_the_claim_that_does_not_see_it(store: Store) -> None:
+    """So that after its answer nothing more is claimed for that worker."""
+    worker = await store.worker()
+    await store.submit()
+    async with store.sessions.begin() as session:
+        assert await claims.claim_next(session, LEASE_S)
+        draining = asyncio.create_task(store.drain(worker, "finish"))
+        while not await store.fetch("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"):
+            assert not draining.done()
+    await draining
 
 
 async def test_a_slot_is_free_again_when_its_hold_has_ended(store: Store) -> None:

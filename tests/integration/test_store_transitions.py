@@ -173,6 +173,10 @@ async def test_a_run_that_is_lost_three_times_without_progress_fails(store: Stor
     error = (await store.get(run.operation_id)).error
     assert error is not None
     assert error.code == "lost"
+    assert "3 attempts were lost one after the other without a new checkpoint" in error.message
+    assert {a.error.message for a in await store.attempts(run.operation_id) if a.error} == {
+        "the worker stopped renewing its lease: its host, agent or network died"
+    }
 
 
 async def test_losses_with_progress_in_between_never_add_up(store: Store) -> None:

@@ -34,6 +34,7 @@ from ops_contract.operations import (
     Checkpoints,
     CheckpointView,
     Difference,
+    DrainRequest,
     ForkedFrom,
     MetricNames,
     MetricPoints,
@@ -75,6 +76,7 @@ class Api:
     deleted: list[UUID] = field(default_factory=list)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     workers: list[WorkerView] = field(default_factory=list)
+    drained: list[tuple[UUID, str | None]] = field(default_factory=list)
     refusal: OpsError | None = None
 
     def holds(self, *states: Operation) -> UUID:
@@ -170,6 +172,16 @@ def app_of(api: Api) -> FastAPI:
     @app.get(f"{API_PREFIX}/workers")
     async def workers() -> Response:
         return answer(Workers(items=api.workers))
+
+    @app.post(f"{API_PREFIX}/workers/{{id}}/drain")
+    async def drain(id: UUID, wish: DrainRequest) -> Response:
+        api.drained.append((id, "preempt" if wish.preempt else "finish"))
+        return answer(next(worker for worker in api.workers if worker.id == id))
+
+    @app.post(f"{API_PREFIX}/workers/{{id}}/undrain")
+    async def undrain(id: UUID) -> Response:
+        api.drained.append((id, None))
+        return answer(next(worker for worker in api.workers if worker.id == id))
 
     return app
 
@@ -600,7 +612,7 @@ def test_help_waits_for_no_heavy_import() -> None:
 
 def worker(**changes: Any) -> WorkerView:
     slot = SlotView(index=0, device="cpu", device_uuid=None, cores=1, operation_id=changes.pop("runs", None), attempt=1)
-    plain = {"id": uuid4(), "name": "w", "host": "h", "url": "http://h", "live": True, "draining": False}
+    plain = {"id": uuid4(), "name": "w", "host": "h", "url": "http://h", "live": True, "draining": False, "drain": None}
     times = dict.fromkeys(("registered_at", "last_seen_at"), "2026-01-01T00:00:00Z")
     return WorkerView.model_validate(plain | times | {"versions": {}, "slots": [slot]} | changes)
 
@@ -610,6 +622,7 @@ def worker(**changes: Any) -> WorkerView:
     [
         ([], "auto", "waits for a worker: none is live"),
         ([worker(live=False), worker(draining=True)], "auto", "waits for a worker: none is live"),
+        ([worker(draining=True, drain="finish")], "auto", "waits for a drained worker: w; `ops workers undrain"),
         ([worker()], "cuda", "waits for a GPU: no live worker offers one"),
         ([worker(runs=uuid4())], "auto", "waits for a free slot: 1 of 1 taken"),
     ],
@@ -621,6 +634,55 @@ def test_status_says_what_a_pending_operation_waits_for(
     id = api.holds(operation(status=Status.PENDING, job=job))
     api.workers = workers
     assert said in " ".join(ops("status", id).out.split())
+
+
+def test_drain_finds_the_live_worker_by_name_or_id_and_says_what_becomes_of_its_work(api: Api, ops: Ops) -> None:
+    gone, live, idle = worker(name="a", live=False), worker(name="a", runs=uuid4()), worker(name="b")
+    api.workers = [gone, live, idle]
+
+    said = [
+        ops("workers", *words).out
+        for words in (
+            ("drain", "a"),
+            ("drain", "a", "--hand-back"),
+            ("drain", str(idle.id)[:8]),
+            ("undrain", "b"),
+            ("drain", gone.id),
+        )
+    ]
+
+    assert api.drained == [
+        (live.id, "finish"),
+        (live.id, "preempt"),
+        (idle.id, "finish"),
+        (idle.id, None),
+        (gone.id, "finish"),
+    ]
+    assert "1 running there: finished first (--hand-back" in said[0]
+    assert "1 running there: handed back" in said[1]
+    assert said[2:4] == ["b is drained: nothing runs there\n", "b takes work again\n"]
+    assert "a is gone" in said[4]
+    assert json.loads(ops("workers", "drain", "b", "--json").out)["id"] == str(idle.id)
+
+
+def test_drain_refuses_what_is_no_worker_or_several_and_says_which(api: Api, ops: Ops) -> None:
+    api.workers = [worker(name="a"), worker(name="a")]
+
+    unknown, several = ops("workers", "drain", "c"), ops("workers", "drain", "a")
+
+    assert (unknown.code, several.code, api.drained) == (ExitCode.NOT_FOUND, ExitCode.USAGE, [])
+    assert "no worker 'c'" in unknown.err
+    assert str(api.workers[1].id) in several.err
+    misplaced = ops("workers", "--json", "drain", "a")
+    assert misplaced.code == ExitCode.USAGE
+    assert "put options after drain" in misplaced.err
+
+
+def test_workers_tells_draining_from_drained(api: Api, ops: Ops) -> None:
+    api.workers = [worker(name="a", draining=True, runs=uuid4()), worker(name="b", draining=True), worker(name="c")]
+    rows = ops("workers").out.splitlines()[-3:]
+    assert [row.split()[2] for row in rows] == ["draining", "drained", "live"]
+    assert [row.split()[1] for row in rows] == [str(each.id)[:8] for each in api.workers]
 
 
 def test_delete_takes_several_and_tells_what_is_refused(api: Api, ops: Ops) -> None:

@@ -11,6 +11,7 @@ from uuid import UUID
 
 from ops_contract.agents import (
     CancelTraining,
+    Drain,
     Heartbeat,
     HeartbeatAnswer,
     HoldRef,
@@ -59,6 +60,7 @@ class Agent:
         self._beat_now = asyncio.Event()
         self._draining = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._drain: Drain | None = None
         self._holds: dict[HoldRef, Hold] = {}
         self._newest_attempt: dict[UUID, int] = {}
         self._serving: set[asyncio.Task[None]] = set()
@@ -242,12 +244,22 @@ class Agent:
             else:
                 hold.confirm()
         self._cancel_told(answer)
+        self._drain_told(answer.drain)
 
     def _cancel_told(self, answer: HeartbeatAnswer) -> None:
         for order in answer.cancelling:
             hold = self._holds.get(HoldRef(operation_id=order.operation_id, attempt=order.attempt))
             if hold is not None:
                 hold.cancel(order.reason, order.force)
+
+    def _drain_told(self, drain: Drain | None) -> None:
+        """That no more work comes is the API's to see to: a start that was claimed before is taken."""
+        if drain != self._drain:
+            log.info("an operator's wish: %s", f"drain, and {drain} what runs" if drain else "drain no longer")
+        self._drain = drain
+        if drain == "preempt":
+            for hold in self._holds.values():
+                hold.preempt()
 
     async def _register(self, workloads: list[WorkloadOffer]) -> WorkerRegistered:
         trouble, backoff = Trouble(f"registering at {self._settings.api_url}", log), Backoff(REGISTER_CAP_S)

@@ -89,8 +89,9 @@ def _problem(response: httpx.Response) -> ApiUnavailable | ApiRefused:
     said = f"{status} {error.message if error else response.reason_phrase}"
     if status in (401, 403):
         return ApiUnavailable(f"{said}; check OPS_API_TOKEN", _retry_after_s(response))
-    # A 404 that is not ours comes from a proxy or from another server on that port: it knows nothing of operations.
-    if status in (408, 429) or not 400 <= status < 500 or (status == 404 and error is None):
+    # Those that are not ours come from a proxy or from another server on that port: it knows nothing of operations.
+    stranger = error is None and status in (404, 405, 409)
+    if status in (408, 429) or not 400 <= status < 500 or stranger:
         return ApiUnavailable(said, _retry_after_s(response))
     return ApiRefused(status, error)
 

@@ -67,6 +67,7 @@ class Hold:
         self._finish: Finish | None = None
         self._misbehaviour: str | None = None
         self._stalled = False
+        self._storing = False
         self._log = logging.LoggerAdapter(log, self.ref.model_dump())
 
     async def run(self) -> None:
@@ -100,14 +101,16 @@ class Hold:
             self.kill()
         elif self._grace is None:
             self._log.info("cancelled: %s", reason)
-            self._grace = asyncio.get_running_loop().call_later(self._cancel_grace_s, self._out_of_patience)
             self._tell(Stop(why="cancelled"))
 
     def preempt(self) -> None:
-        """Checkpoint and hand back; what has not begun is handed back as it is."""
+        """Checkpoint and hand back, within the grace; what has not begun is handed back as it is. May be repeated."""
+        if self.released or self._halted.is_set():
+            return
         if self._trainer is None:
             self._halted.set()
-        else:
+        elif self._grace is None:
+            self._log.info("preempted")
             self._tell(Stop(why="preempted"))
 
     def fence(self) -> None:
@@ -133,14 +136,16 @@ class Hold:
             self.fence()
 
     def _out_of_patience(self) -> None:
+        if self.released:  # what lasts is the way of its finish to the API
+            return
         self._log.warning("killed: it did not stop within %.0f s", self._cancel_grace_s)
         self.kill()
 
     def _tell(self, stop: Stop) -> None:
-        if self._stop is None:
-            self._stop = stop
-            if self._trainer is not None:
-                self._trainer.send(stop)
+        self._grace = asyncio.get_running_loop().call_later(self._cancel_grace_s, self._out_of_patience)
+        self._stop = stop
+        if self._trainer is not None:
+            self._trainer.send(stop)
 
     async def _attempt(self) -> Finish | None:
         """From acceptance until no process is left."""
@@ -192,6 +197,8 @@ class Hold:
     async def _watch(self, trainer: Trainer, stalls: StallClock) -> None:
         """Keeps its output bounded, and kills it when it hangs. One that was told to stop has its grace instead."""
         while not stalls.tick() or self._stop is not None:
+            if self._storing:  # on a full disk the trainer waits for us
+                stalls.sign_of_life()
             await asyncio.to_thread(trainer.trim_log)
             await asyncio.sleep(stalls.tick_s)
         self._stalled = True
@@ -228,7 +235,11 @@ class Hold:
 
     async def _store(self, reports: Sequence[Report]) -> None:
         if reports and not self._fenced.is_set():
-            await self._outbox.add(self.ref, reports)
+            self._storing = True
+            try:
+                await self._outbox.add(self.ref, reports)
+            finally:
+                self._storing = False
             self._delivery.news.set()
 
     def _died(self, status: int, oom_kills_before: int | None) -> Finish:

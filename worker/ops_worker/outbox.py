@@ -91,7 +91,7 @@ class Outbox:
 
     @classmethod
     def create(cls, directory: Path, sender: Sender) -> Self:
-        """The outbox of a new incarnation, locked."""
+        """The outbox of a new incarnation, locked. Raises OSError, also for a full disk."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = directory / f"{sender.incarnation}.db"
         lock = _lock(path)
@@ -99,11 +99,17 @@ class Outbox:
             raise FileExistsError(f"{path} belongs to a living agent")
         # SQLite gives its -wal file the same mode: it holds the token too.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        database = _open(path)
-        with database:
-            database.executescript(f"BEGIN; {_SCHEMA}")
-            row = (str(sender.incarnation), sender.api_url, sender.api_token)
-            database.execute("INSERT INTO sender VALUES (?, ?, ?)", row)
+        try:
+            database = _open(path)
+            with database:
+                database.executescript(f"BEGIN; {_SCHEMA}")
+                row = (str(sender.incarnation), sender.api_url, sender.api_token)
+                database.execute("INSERT INTO sender VALUES (?, ?, ?)", row)
+        except sqlite3.Error as error:
+            _delete(path, lock)
+            raise OSError(
+                f"outbox {path} cannot be made: {error}; make room there, or set OPS_WORKER_STATE_DIR"
+            ) from error
         _sync_directory(directory)
         return cls(path, lock, database, sender)
 

@@ -1,11 +1,15 @@
 """Who works here, and what can be run."""
 
-from fastapi import APIRouter
+from uuid import UUID
 
-from ops_backend.dependencies import CallerDep, SessionDep, SettingsDep
+from fastapi import APIRouter, BackgroundTasks
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep, SettingsDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import queries
-from ops_contract.operations import Workers, Workloads
+from ops_backend.store.workers import drain
+from ops_contract.operations import DrainRequest, Workers, WorkerView, Workloads
 
 router = APIRouter(tags=["workers"], responses=refusals(401))
 
@@ -15,6 +19,38 @@ async def list_workers(session: SessionDep, _: CallerDep, settings: SettingsDep)
     return await queries.workers(session, settings.lease_s)
 
 
+@router.post("/workers/{id}/drain", responses=refusals(404, 422))
+async def drain_worker(
+    id: UUID, session: SessionDep, _: CallerDep, settings: SettingsDep, wish: DrainRequest | None = None
+) -> WorkerView:
+    """No more work goes to this worker until it is undrained or restarted. What runs there finishes, or is preempted.
+
+    Again: the newer wish counts.
+    """
+    await drain(session, id, "preempt" if wish and wish.preempt else "finish")
+    return await _view(session, id, settings.lease_s)
+
+
+@router.post("/workers/{id}/undrain", responses=refusals(404, 422))
+async def undrain_worker(
+    id: UUID,
+    session: SessionDep,
+    _: CallerDep,
+    settings: SettingsDep,
+    dispatcher: DispatcherDep,
+    after: BackgroundTasks,
+) -> WorkerView:
+    """Work goes to it again. What was handed back stays handed back."""
+    await drain(session, id, None)
+    after.add_task(dispatcher.wake)
+    return await _view(session, id, settings.lease_s)
+
+
 @router.get("/workloads")
 async def list_workloads(session: SessionDep, _: CallerDep) -> Workloads:
     return await queries.workloads(session)
+
+
+async def _view(session: AsyncSession, id: UUID, lease_s: float) -> WorkerView:
+    [worker] = (await queries.workers(session, lease_s, id)).items
+    return worker

@@ -17,13 +17,14 @@ CLAIM_LOCK = 20_808_214
 TRY_CLAIM_LOCK = statement(f"SELECT pg_try_advisory_xact_lock({CLAIM_LOCK})")
 
 # A slot is free while the hold it was last given to is not alive. `auto` wants a GPU slot and takes a CPU slot only
-# where no live worker offers this workload a GPU at all. A frozen number of threads prefers a slot of that many cores.
+# where no live worker offers this workload a GPU at all: a drained one still does. A frozen number of threads prefers
+# a slot of that many cores.
 # A fork without a checkpoint of its own is handed its fork point even if that was marked corrupt meanwhile: the worker
 # then refuses it, and the fork fails. Without one it would begin at step 0, which nobody asked for.
 CLAIM = statement(f"""
     WITH offered AS MATERIALIZED (
         SELECT s.incarnation, s.index, s.device, s.cores, w.url, w.secret, w.workloads,
-               coalesce(s.rests_until <= now(), true)
+               w.drain IS NULL AND coalesce(s.rests_until <= now(), true)
                AND NOT EXISTS (SELECT FROM holds h
                                 WHERE h.operation_id = s.operation_id AND h.attempt = s.attempt
                                   AND h.incarnation = s.incarnation AND h.ended_at IS NULL) AS free

@@ -120,13 +120,16 @@ ARTIFACTS = statement("""
 EVENTS = statement("SELECT * FROM events WHERE operation_id = :id AND seq > :after ORDER BY seq LIMIT 1000")
 
 WORKERS = statement("""
-    SELECT w.*, w.last_seen_at > now() - make_interval(secs => :lease_s) AS live,
+    SELECT w.incarnation, w.name, w.host, w.url, w.draining OR w.drain IS NOT NULL AS draining, w.drain,
+           w.registered_at, w.last_seen_at, w.versions,
+           w.last_seen_at > now() - make_interval(secs => :lease_s) AS live,
            s.index, s.device, s.device_uuid, s.cores, h.operation_id, h.attempt
       FROM workers w
       JOIN slots s USING (incarnation)
       LEFT JOIN holds h ON h.operation_id = s.operation_id AND h.attempt = s.attempt
                        AND h.incarnation = s.incarnation AND h.ended_at IS NULL
-     WHERE w.last_seen_at > now() - interval '1 day'
+     WHERE CASE WHEN CAST(:id AS uuid) IS NULL THEN w.last_seen_at > now() - interval '1 day'
+                ELSE w.incarnation = :id END
      ORDER BY live DESC, w.name, w.registered_at DESC, s.index
      LIMIT 5000
 """)
@@ -252,10 +255,10 @@ async def events(session: AsyncSession, id: UUID, after: int) -> Events:
     return Events(items=[EventView(**{f: row[f] for f in EventView.model_fields}) for row in rows])
 
 
-async def workers(session: AsyncSession, lease_s: float) -> Workers:
-    """Those seen within a day; the attempts of older ones keep their names."""
+async def workers(session: AsyncSession, lease_s: float, id: UUID | None = None) -> Workers:
+    """Those seen within a day, or the one; the attempts of older ones keep their names."""
     views: dict[UUID, WorkerView] = {}
-    for row in (await session.execute(WORKERS, {"lease_s": lease_s})).mappings():
+    for row in (await session.execute(WORKERS, {"lease_s": lease_s, "id": id})).mappings():
         slot = SlotView(**{f: row[f] for f in SlotView.model_fields})
         seen = views.get(row["incarnation"])
         values = {f: row[f] for f in WorkerView.model_fields if f not in ("id", "slots")}

@@ -94,7 +94,7 @@ LOST = statement(f"""
            SET status = n.status, event_seq = o.event_seq + 1,
                lost_without_progress = d.lost_without_progress,
                exit_unconfirmed = n.status = 'cancelled',
-               error = CASE n.status WHEN 'failed' THEN CAST(:error AS jsonb) ELSE o.error END,
+               error = CASE n.status WHEN 'failed' THEN CAST(:gave_up AS jsonb) ELSE o.error END,
                ended_at = CASE n.status WHEN 'pending' THEN NULL ELSE now() END
           FROM decided d
           CROSS JOIN LATERAL (SELECT CASE
@@ -229,7 +229,12 @@ async def lose_if_expired(session: AsyncSession, id: UUID, attempt: int) -> Stat
         "message": "the worker stopped renewing its lease: its host, agent or network died",
         "details": {},
     }
-    status = await session.scalar(LOST, {"id": id, "attempt": attempt, "error": error, "detail": {}})
+    gave_up = error | {
+        "message": f"{MAX_LOST_WITHOUT_PROGRESS} attempts were lost one after the other without a new checkpoint: what "
+        "it runs may take its worker down. Look at those workers (`ops attempts`), then resume it"
+    }
+    values = {"id": id, "attempt": attempt, "error": error, "gave_up": gave_up, "detail": {"error": error}}
+    status = await session.scalar(LOST, values)
     return Status(status) if status else None
 
 

@@ -6,8 +6,9 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ops_backend.store.claims import CLAIM_LOCK
 from ops_backend.store.sql import statement
-from ops_contract.agents import CancelOrder, Heartbeat, HeartbeatAnswer, WorkerRegistration
+from ops_contract.agents import CancelOrder, Drain, Heartbeat, HeartbeatAnswer, WorkerRegistration
 from ops_contract.errors import ErrorCode, OpsError
 
 # The same incarnation again keeps its secret: its first answer may have been lost.
@@ -42,8 +43,13 @@ DEVICE_OWNER = statement("""
 
 SEEN = statement("""
     UPDATE workers SET last_seen_at = now(), draining = :draining WHERE incarnation = :incarnation
-    RETURNING incarnation
+    RETURNING incarnation, drain
 """)
+
+# Waits for a claim that still sees the worker undrained: after the answer nothing more is claimed for it.
+WAIT_FOR_CLAIMS = statement(f"SELECT pg_advisory_xact_lock({CLAIM_LOCK})")
+
+DRAIN = statement("UPDATE workers SET drain = :drain WHERE incarnation = :incarnation RETURNING incarnation")
 
 # Locked in the order in which every statement locks holds; the status is what this snapshot sees, the next beat's
 # at the latest.
@@ -83,7 +89,8 @@ async def register(session: AsyncSession, worker: WorkerRegistration, lease_s: f
 
 async def heartbeat(session: AsyncSession, incarnation: UUID, beat: Heartbeat, lease_s: float) -> HeartbeatAnswer:
     """Renew what it lists; say what of that has ended and what has to stop. Raises 404 for an unknown worker."""
-    if await session.scalar(SEEN, {"incarnation": incarnation, "draining": beat.draining}) is None:
+    seen = (await session.execute(SEEN, {"incarnation": incarnation, "draining": beat.draining})).one_or_none()
+    if seen is None:
         raise OpsError(ErrorCode.NOT_FOUND, "this worker is not registered: register again")
     rows = (await session.execute(RENEW, _listed(beat) | {"incarnation": incarnation, "lease_s": lease_s})).all()
     alive = {(row.operation_id, row.attempt) for row in rows}
@@ -99,7 +106,15 @@ async def heartbeat(session: AsyncSession, incarnation: UUID, beat: Heartbeat, l
             for row in rows
             if row.status == "cancelling"
         ],
+        drain=seen.drain,
     )
+
+
+async def drain(session: AsyncSession, incarnation: UUID, wish: Drain | None) -> None:
+    """None ends it. Raises 404 for an unknown worker; one that is gone may come back, and finds the wish."""
+    await session.execute(WAIT_FOR_CLAIMS)
+    if await session.scalar(DRAIN, {"incarnation": incarnation, "drain": wish}) is None:
+        raise OpsError(ErrorCode.NOT_FOUND, f"no worker {incarnation}; GET /workers lists them")
 
 
 def _listed(beat: Heartbeat) -> dict[str, Any]:

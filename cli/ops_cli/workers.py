@@ -1,0 +1,102 @@
+"""The workers: what they run, and taking them out of service."""
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ops_cli import show
+from ops_cli.connect import Json, Token, Url, with_client
+
+if TYPE_CHECKING:
+    from ops_contract.operations import SlotView, WorkerView
+    from relight.client import Client
+
+Worker = Annotated[str, typer.Argument(metavar="NAME-OR-ID", help="Of one of `ops workers`.")]
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(help="The workers and what their slots run; drain or undrain one.")
+    group.callback(invoke_without_command=True)(workers)
+    group.command()(drain)
+    group.command()(undrain)
+    app.add_typer(group, name="workers")
+
+
+def workers(context: typer.Context, url: Url = None, token: Token = None, json: Json = False) -> None:
+    """The workers, and what their slots run."""
+    if context.invoked_subcommand is None:
+        _list(json=json, url=url, token=token)
+    elif url or token or json:
+        raise typer.BadParameter(f"put options after {context.invoked_subcommand}")
+
+
+@with_client
+def _list(client: "Client", json: bool) -> None:
+    items = client.workers()
+    if json:
+        print(show.json_array(items))
+        return
+    if not items:
+        print("No worker has registered. Start one: ops worker (with `ops up` they come by themselves)")
+        return
+    table = show.table("WORKER", "ID", "STATE", "HOST", "SLOT", "SEEN", right=("SEEN",), wide="HOST")
+    now, ids = datetime.now(UTC), show.shortest(item.id for item in items)
+    for item in items:
+        seen = show.age(item.last_seen_at, now)
+        for slot in item.slots:
+            cells = (_state(item), show.cut(item.host), _slot(slot), seen)
+            table.add_row(show.plain(item.name), ids[item.id], *cells)
+    show.print_rich(table)
+
+
+@with_client
+def drain(
+    client: "Client",
+    worker: Worker,
+    hand_back: Annotated[
+        bool, typer.Option("--hand-back", help="Checkpoint what runs there now, to go on elsewhere; not charged.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Give a worker no more work; what runs there finishes.
+
+    Until undrained or restarted: a restarted worker is another one, and takes work.
+    """
+    found = client.drain(client.find_worker(worker).id, preempt=hand_back)
+    if json:
+        print(found.model_dump_json())
+        return
+    running = sum(slot.operation_id is not None for slot in found.slots)
+    if not found.live:
+        print(f"{found.name} is gone; should it come back, it gets no work. Restarted it is another one: drain that")
+    elif running:
+        print(f"{found.name} takes no more work; {running} running there: {_fate(hand_back)}")
+        print("Next: ops workers, until it says drained")
+    else:
+        print(f"{found.name} is drained: nothing runs there")
+
+
+def _fate(hand_back: bool) -> str:
+    return "handed back, from a checkpoint" if hand_back else "finished first (--hand-back moves it at once)"
+
+
+@with_client
+def undrain(client: "Client", worker: Worker, json: Json = False) -> None:
+    """Give a drained worker work again."""
+    found = client.undrain(client.find_worker(worker).id)
+    print(found.model_dump_json() if json else f"{found.name} takes work again")
+
+
+def _state(worker: "WorkerView") -> str:
+    if not worker.live:
+        return "[red]gone[/]"
+    if not worker.draining:
+        return "[green]live[/]"
+    return "[yellow]draining[/]" if any(slot.operation_id for slot in worker.slots) else "[yellow]drained[/]"
+
+
+def _slot(slot: "SlotView") -> str:
+    device = f"{slot.cores} cores" if slot.device == "cpu" else f"{slot.device} {slot.index}"
+    device = "1 core" if device == "1 cores" else device
+    return f"{device}: {str(slot.operation_id)[:8]} attempt {slot.attempt}" if slot.operation_id else f"{device}: free"
