@@ -1,9 +1,10 @@
-"""`python -m ops_backend server|db`: each one process in the foreground, ready when it says so."""
+"""`python -m ops_backend server|db`: each one process in the foreground, ready when it says so; `doctor` looks."""
 
 import argparse
 import asyncio
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -28,6 +29,8 @@ def main() -> int:
     try:
         if arguments.verb == "db":
             return postgres.run(arguments.data_dir, json=arguments.json, exit_on_eof=arguments.exit_on_eof)
+        if arguments.verb == "doctor":
+            return examine(arguments.data_dir)
         return serve(Settings.from_env(), as_json=arguments.json, exit_on_eof=arguments.exit_on_eof)
     except (SettingsError, PostgresError) as error:
         print(f"ops {arguments.verb}: {error}", file=sys.stderr)
@@ -52,6 +55,16 @@ def serve(settings: Settings, *, as_json: bool, exit_on_eof: bool) -> int:
         threading.Thread(target=_stop_at_eof, daemon=True).start()
     server.run(sockets=[listener])
     return 0
+
+
+def examine(data_dir: Path | None) -> int:
+    """Print what there is to say of database and storage, as JSON."""
+    from ops_backend import doctor
+
+    root = os.environ.get("OPS_STORAGE_ROOT")
+    findings = doctor.examine(data_dir, os.environ.get("OPS_DATABASE_URL"), Path(root) if root else None)
+    print(findings.model_dump_json())
+    return int(any(finding.state == "fail" for finding in findings.items))
 
 
 class _AnnouncingServer(uvicorn.Server):
@@ -82,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("server", parents=[common], help="the API, set up by OPS_* variables")
     database = verbs.add_parser("db", parents=[common], help="the embedded Postgres")
     database.add_argument("--data-dir", type=Path, required=True)
+    doctor = verbs.add_parser("doctor", help="look at database and storage")
+    doctor.add_argument("--data-dir", type=Path, help="of an `ops up`, where OPS_* variables do not say")
+    doctor.add_argument("--json", action="store_true", help="the only form there is")
     return parser
 
 

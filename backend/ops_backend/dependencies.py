@@ -30,9 +30,13 @@ def dispatcher_of(request: Request) -> Dispatching:
     return cast(Dispatching, request.app.state.dispatcher)
 
 
+def sessions_of(request: Request) -> Sessions:
+    return cast(Sessions, request.app.state.sessions)
+
+
 async def session_of(request: Request) -> AsyncIterator[AsyncSession]:
     """One transaction a request, committed before the answer is sent; an error rolls it back."""
-    async with cast(Sessions, request.app.state.sessions).begin() as session:
+    async with sessions_of(request).begin() as session:
         yield session
 
 
@@ -52,6 +56,7 @@ async def caller(request: Request, settings: Annotated[Settings, Depends(setting
     return "operator"
 
 
+SessionsDep = Annotated[Sessions, Depends(sessions_of)]
 SettingsDep = Annotated[Settings, Depends(settings_of)]
 DispatcherDep = Annotated[Dispatching, Depends(dispatcher_of)]
 SessionDep = Annotated[AsyncSession, Depends(session_of, scope="function")]

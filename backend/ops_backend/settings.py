@@ -13,6 +13,14 @@ class SettingsError(Exception):
     """A setting is missing or wrong; the message names the variable."""
 
 
+def with_our_driver(url: str) -> str:
+    """As people write it (`postgresql://`, `postgres://`), with the driver that we have. Raises ValueError."""
+    scheme, separator, rest = url.partition("://")
+    if scheme not in ("postgres", "postgresql", "postgresql+asyncpg") or not separator:
+        raise ValueError("not the address of a Postgres database")
+    return f"postgresql+asyncpg://{rest}"
+
+
 class Settings(BaseModel):
     """Lease, grace and intervals are the backend's; workers learn them when they register."""
 
@@ -34,11 +42,7 @@ class Settings(BaseModel):
     @field_validator("database_url")
     @classmethod
     def _with_our_driver(cls, url: str) -> str:
-        """As people write it (`postgresql://`, `postgres://`), with the driver that we have."""
-        scheme, separator, rest = url.partition("://")
-        if scheme not in ("postgres", "postgresql", "postgresql+asyncpg") or not separator:
-            raise ValueError("not the address of a Postgres database")
-        return f"postgresql+asyncpg://{rest}"
+        return with_our_driver(url)
 
     @property
     def heartbeat_s(self) -> float:

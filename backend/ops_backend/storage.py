@@ -65,6 +65,18 @@ def remove_checkpoint(root: Path, path: str) -> None:
         raise OSError(f"{path} is still there")
 
 
+def remove_operation(root: Path, operation: UUID) -> None:
+    """Delete all that is in `<operation>` below the root; no symbolic link is followed. Raises as above."""
+    storage = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(str(operation), dir_fd=storage)
+        if os.path.lexists(root / str(operation)):
+            raise OSError(f"{operation} is still there")
+    finally:
+        os.close(storage)
+
+
 def write_logs(root: Path, operation: str, files: Mapping[str, Callable[[BinaryIO], None]]) -> None:
     """Write files for `<operation>/logs/` beside those that are there. Nothing shows before `show_logs`.
 

@@ -1,11 +1,13 @@
-"""Deletes the files of retired checkpoints, then their rows; what a crash left in between is found again."""
+"""Deletes the files of retired checkpoints and deleted operations before the last row that knows of them."""
 
 import asyncio
 import logging
 from pathlib import Path
+from uuid import UUID
 
 from ops_backend.database import Sessions
-from ops_backend.storage import remove_checkpoint
+from ops_backend.storage import remove_checkpoint, remove_operation
+from ops_backend.store.deletion import mark_swept, unswept
 from ops_backend.store.retention import Retired, deleting, forget, release
 
 log = logging.getLogger(__name__)
@@ -32,8 +34,11 @@ class Sweeper:
         async with self._sessions.begin() as session:
             await release(session)
             retired = await deleting(session)
+            deleted = await unswept(session)
         for checkpoint in retired:
             await self._delete(checkpoint)
+        for operation in deleted:
+            await self._clear(operation)
 
     async def _delete(self, checkpoint: Retired) -> None:
         """Files before the row: a row without files is found again, files without a row by nobody."""
@@ -44,3 +49,12 @@ class Sweeper:
             return
         async with self._sessions.begin() as session:
             await forget(session, checkpoint)
+
+    async def _clear(self, operation: UUID) -> None:
+        try:
+            await asyncio.to_thread(remove_operation, self._storage_root, operation)
+        except OSError as error:
+            log.warning("the files of the deleted operation %s are still there: %s", operation, error)
+            return
+        async with self._sessions.begin() as session:
+            await mark_swept(session, operation)

@@ -110,6 +110,7 @@ Index(
     operations.c.forked_from_checkpoint_id,
     postgresql_where=operations.c.forked_from_checkpoint_id.is_not(None),
 )
+Index("ix_operations_replay_of", operations.c.replay_of, postgresql_where=operations.c.replay_of.is_not(None))
 Index(
     "ix_operations_unlogged",
     operations.c.id,
@@ -283,6 +284,17 @@ events = Table(
     one_of("from_status", Status),
     one_of("to_status", Status),
 )
+
+# Of each operation that was deleted, for good: who still writes in its directory is found by it.
+deletions = Table(
+    "deletions",
+    metadata,
+    Column("operation_id", Uuid, primary_key=True),
+    _instant("deleted_at", default_now=True, nullable=False),
+    # Null: its files are still to go.
+    _instant("swept_at"),
+)
+Index("ix_deletions_unswept", deletions.c.operation_id, postgresql_where=deletions.c.swept_at.is_(None))
 
 service = Table(
     "service",

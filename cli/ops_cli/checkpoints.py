@@ -95,7 +95,7 @@ def delete(
     chosen = {item.id: item for item in (find(items, prefix) for prefix in checkpoint)}
     left = [item for item in items if item.in_lineage and item.id not in chosen]
     if not yes and not left and any(item.in_lineage for item in chosen.values()):
-        _confirm(f"After this {str(found)[:8]} can neither be resumed nor forked: its training is lost. Delete?")
+        confirm(f"After this {str(found)[:8]} can neither be resumed nor forked: its training is lost. Delete?")
     ids = show.shortest(item.id for item in items)
     for item in chosen.values():
         client.delete_checkpoint(found, item.id)
@@ -121,7 +121,7 @@ def artifacts(client: "Client", operation_id: OperationId, json: Json = False) -
     show.print_rich(table)
 
 
-def _confirm(question: str) -> None:
+def confirm(question: str) -> None:
     """Raises BadParameter where nobody can answer, and Exit for a no."""
     if not sys.stdin.isatty():
         raise typer.BadParameter(f"{question} Nobody is here to answer: say --yes")

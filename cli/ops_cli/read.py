@@ -167,24 +167,16 @@ def _reason(attempt: "AttemptView") -> str:
 
 @with_client
 def events(client: "Client", operation_id: OperationId, json: Json = False) -> None:
-    """The history of an operation."""
+    """The history of an operation, a sentence an event."""
     items = client.events(client.resolve(operation_id))
     if json:
         print(show.json_array(items))
         return
-    table = show.table("#", "AT", "EVENT", "STATUS", "ATTEMPT", "DETAIL", right=("#", "ATTEMPT"), wide="DETAIL")
+    table = show.table("#", "AT", "STATUS", "WHAT HAPPENED", right=("#",), wide="WHAT HAPPENED")
     for item in items:
-        detail = ", ".join(
-            f"{key}: {_brief(value)}" for key, value in item.detail.items() if value not in (None, "", False)
-        )
-        at = item.at.astimezone().strftime("%H:%M:%S")
-        table.add_row(str(item.seq), at, item.name, show.coloured(item.to_status), str(item.attempt), show.cut(detail))
+        at = item.at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        table.add_row(str(item.seq), at, show.coloured(item.to_status), show.plain(item.message))
     show.print_rich(table)
-
-
-def _brief(value: Any) -> str:
-    """Of a fault its code and its message."""
-    return f"{value.get('code')}, {value.get('message')}" if isinstance(value, dict) else str(value)
 
 
 @with_client

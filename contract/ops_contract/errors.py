@@ -18,6 +18,7 @@ class ErrorCode(StrEnum):
     NOT_RESUMABLE = "not_resumable"
     NOT_REPLAYABLE = "not_replayable"
     CHECKPOINT_IN_USE = "checkpoint_in_use"
+    NOT_DELETABLE = "not_deletable"
     IDEMPOTENCY_CONFLICT = "idempotency_conflict"
     FENCED = "fenced"
     OUT_OF_ORDER = "out_of_order"
@@ -41,6 +42,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.NOT_RESUMABLE: 409,
     ErrorCode.NOT_REPLAYABLE: 409,
     ErrorCode.CHECKPOINT_IN_USE: 409,
+    ErrorCode.NOT_DELETABLE: 409,
     ErrorCode.IDEMPOTENCY_CONFLICT: 409,
     ErrorCode.FENCED: 409,
     ErrorCode.OUT_OF_ORDER: 409,

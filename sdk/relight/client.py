@@ -4,7 +4,7 @@ import builtins
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -23,6 +23,9 @@ from ops_contract.operations import (
     CancelRequest,
     Checkpoints,
     CheckpointView,
+    Cleanup,
+    CleanupItem,
+    CleanupRequest,
     DrainRequest,
     Events,
     EventView,
@@ -89,7 +92,7 @@ class Client:
             headers={"Authorization": f"Bearer {server.token}"} if server.token else {},
             timeout=timeout_s,
             transport=transport,
-            trust_env=not _is_loopback(server.url),  # a proxy for the Internet knows nothing of this machine
+            trust_env=not is_loopback(server.url),  # a proxy for the Internet knows nothing of this machine
         )
         self._seen: dict[UUID, tuple[str, Operation]] = {}
 
@@ -219,6 +222,41 @@ class Client:
     def delete_checkpoint(self, operation_id: UUID | str, checkpoint_id: UUID | str) -> None:
         """It can no longer be used; its files go soon after. Refused with `checkpoint_in_use` while it is needed."""
         self._call("DELETE", f"/operations/{operation_id}/checkpoints/{checkpoint_id}")
+
+    def delete(self, operation_id: UUID | str) -> None:
+        """An operation that has ended, for good; its files go soon after. Refused with `not_deletable` else."""
+        self._call("DELETE", f"/operations/{operation_id}")
+        self._seen.pop(UUID(str(operation_id)), None)
+
+    def cleanup(
+        self,
+        older_than_s: float,
+        *,
+        status: Iterable[Status | str] = TERMINAL,
+        label: str | None = None,
+        keep_model: bool = False,
+        dry_run: bool = True,
+    ) -> builtins.list[CleanupItem]:
+        """Delete what ended so long ago; with `dry_run` say what would go, and why the rest stays.
+
+        `label`: `key` or `key=value`. `keep_model`: of operations that left a model only the checkpoints go.
+        """
+        wish = CleanupRequest.model_validate(
+            {
+                "older_than_s": older_than_s,
+                "status": set(status),
+                "label": label,
+                "keep_model": keep_model,
+                "dry_run": dry_run,
+            }
+        )
+        done: builtins.list[CleanupItem] = []
+        while True:
+            turn = self._parse(self._post("/cleanup", wish, repeatable=True), Cleanup)
+            gone = [item for item in turn.items if item.goes != "nothing"]
+            if dry_run or not (turn.more and gone):
+                return done + list(turn.items)
+            done += gone
 
     def artifacts(self, operation_id: UUID | str) -> Sequence[ArtifactView]:
         """The files that a completed operation left: its final model. None of a live, failed or cancelled one."""
@@ -380,6 +418,6 @@ def _retry_after_s(response: httpx.Response) -> float | None:
         return None
 
 
-def _is_loopback(url: str) -> bool:
+def is_loopback(url: str) -> bool:
     host = urlsplit(url).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")

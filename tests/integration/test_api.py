@@ -56,6 +56,10 @@ def refusal(answer: httpx.Response) -> tuple[int, str]:
         ("GET", f"/operations/{MISSING}/artifacts", None, (404, "not_found")),
         ("DELETE", f"/operations/{MISSING}/checkpoints/{MISSING}", None, (404, "not_found")),
         ("GET", f"/operations/{MISSING}/events", None, (404, "not_found")),
+        ("DELETE", f"/operations/{MISSING}", None, (404, "not_found")),
+        ("POST", "/cleanup", {}, (422, "invalid")),
+        ("POST", "/cleanup", {"older_than_s": 0, "status": ["running"], "dry_run": False}, (422, "invalid")),
+        ("POST", "/cleanup", {"older_than_s": -1}, (422, "invalid")),
         ("POST", f"/operations/{MISSING}/cancel", None, (404, "not_found")),
         ("POST", f"/operations/{MISSING}/resume", None, (404, "not_found")),
         ("POST", f"/operations/{MISSING}/fork", None, (404, "not_found")),
@@ -443,7 +447,7 @@ async def test_a_value_the_database_refuses_is_the_senders_fault(store: Store, d
 
 async def test_the_health_checks_need_no_token(api: httpx.AsyncClient) -> None:
     for path in ("live", "ready"):
-        assert (await api.get(f"http://test/health/{path}", headers={"Authorization": ""})).json() == {"status": "ok"}
+        assert (await api.get(f"http://test/health/{path}", headers={"Authorization": ""})).json()["status"] == "ok"
 
 
 async def test_a_database_that_is_away_is_a_503_with_retry_after(tmp_path: Any) -> None:
@@ -462,6 +466,25 @@ async def test_a_database_that_is_away_is_a_503_with_retry_after(tmp_path: Any) 
 def test_a_missing_setting_is_named() -> None:
     with pytest.raises(SettingsError, match=r"OPS_DATABASE_URL.*OPS_API_TOKEN.*OPS_STORAGE_ROOT.*OPS_LEASE_S"):
         Settings.from_env({"OPS_LEASE_S": "soon", "OPS_PORT": "1"})
+
+
+async def test_an_operation_is_deleted_once_it_has_ended(api: httpx.AsyncClient, store: Store) -> None:
+    await store.worker()
+    of = f"/operations/{await store.submit()}"
+    assert refusal(await api.delete(of)) == (409, "not_deletable")
+    await api.post(f"{of}/cancel")
+
+    [told] = [
+        event["message"] for event in (await api.get(f"{of}/events")).json()["items"] if event["name"] == "cancel"
+    ]
+    assert told == "cancelled while it waited"
+    preview = (await api.post("/cleanup", json={"older_than_s": 0})).json()
+    assert [item["goes"] for item in preview["items"]] == ["all"]
+    assert (await api.delete(of)).status_code == 204
+    for path in ("", "/events", "/checkpoints"):
+        assert refusal(await api.get(of + path)) == (404, "not_found")
+    assert refusal(await api.delete(of)) == (404, "not_found")
+    assert (await api.get("/operations")).json()["items"] == []
 
 
 async def test_a_checkpoint_is_deleted_and_the_final_model_listed(api: httpx.AsyncClient, store: Store) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fastapi.responses import JSONResponse, Response
 from helpers.answers import operation, summary
 from ops_cli.exits import ExitCode
 from ops_cli.main import main
+from ops_contract.doctor import clock
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import CheckpointEvery, Execution, JobSpec
 from ops_contract.lifecycle import CheckpointType, Phase, Status
@@ -33,9 +35,15 @@ from ops_contract.operations import (
     CancelRequest,
     Checkpoints,
     CheckpointView,
+    Cleanup,
+    CleanupItem,
+    CleanupRequest,
     Difference,
     DrainRequest,
+    Events,
+    EventView,
     ForkedFrom,
+    Health,
     MetricNames,
     MetricPoints,
     Operation,
@@ -77,6 +85,9 @@ class Api:
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     workers: list[WorkerView] = field(default_factory=list)
     drained: list[tuple[UUID, str | None]] = field(default_factory=list)
+    events: list[EventView] = field(default_factory=list)
+    cleanups: list[CleanupRequest] = field(default_factory=list)
+    version: str = version("relight")
     refusal: OpsError | None = None
 
     def holds(self, *states: Operation) -> UUID:
@@ -158,6 +169,31 @@ def app_of(api: Api) -> FastAPI:
             raise api.refusal
         api.deleted.append(checkpoint_id)
         return Response(status_code=204)
+
+    @app.delete(f"{API_PREFIX}/operations/{{id}}")
+    async def delete_operation(id: UUID) -> Response:
+        if api.now(id).status == Status.RUNNING:
+            raise OpsError(ErrorCode.NOT_DELETABLE, "operation is running: cancel it first")
+        api.deleted.append(id)
+        return Response(status_code=204)
+
+    @app.get(f"{API_PREFIX}/operations/{{id}}/events")
+    async def events(id: UUID, after_seq: int = 0) -> Response:
+        return answer(Events(items=[event for event in api.events if event.seq > after_seq]))
+
+    @app.post(f"{API_PREFIX}/cleanup")
+    async def cleanup(wish: CleanupRequest) -> Response:
+        """Two that go, one a call, and one that stays."""
+        api.cleanups.append(wish)
+        facts = {"name": "old", "status": "failed", "ended_at": "2026-01-01T00:00:00Z"}
+        goes = [CleanupItem(id=uuid4(), goes="all", size_bytes=2_000_000, **facts) for _ in range(1 + wish.dry_run)]
+        stays = CleanupItem(id=uuid4(), goes="nothing", size_bytes=0, reason="a fork needs it", **facts)
+        more = not wish.dry_run and len(api.cleanups) == 1
+        return answer(Cleanup(items=[*goes, stays], size_bytes=0, more=more))
+
+    @app.get("/health/ready")
+    async def ready() -> Response:
+        return answer(Health(status="ok", version=api.version))
 
     @app.get(f"{API_PREFIX}/operations/{{id}}/artifacts")
     async def artifacts(id: UUID) -> Response:
@@ -599,6 +635,104 @@ def test_ctrl_c_on_watch_detaches_and_cancels_nothing(api: Api) -> None:
     assert watch.returncode == ExitCode.DETACHED
     assert f"ops watch {str(known)[:8]}" in err
     assert not api.cancelled
+
+
+def test_events_are_sentences(api: Api, ops: Ops) -> None:
+    known = api.holds(operation())
+    message = "attempt 2 began on worker-1 at step 120, from checkpoint 3f2a0000"
+    facts = {"at": "2026-01-01T00:00:00Z", "attempt": 2, "from_status": "pending", "to_status": "running", "detail": {}}
+    api.events = [EventView(seq=3, name="claim", message=message, **facts)]
+
+    assert "from checkpoint 3f2a0000" in " ".join(ops("events", known).out.split())
+    assert json.loads(ops("events", known, "--json").out)[0]["message"] == message
+
+
+def test_delete_goes_from_the_newest_and_says_what_stays(api: Api, ops: Ops) -> None:
+    ended = {"status": Status.FAILED}
+    old = api.holds(operation(**ended))
+    new = api.holds(operation(**ended, created_at="2026-01-02T00:00:00Z"))
+    live = api.holds(operation(created_at="2026-01-03T00:00:00Z"))
+
+    assert "--yes" in ops("delete", old).err
+    assert not api.deleted
+    ran = ops("delete", old, new, live, "--yes")
+
+    assert api.deleted == [new, old]
+    assert ran.code == ExitCode.CONFLICT
+    assert str(live)[:8] in ran.err
+    assert "cancel it first" in ran.err
+    assert ops("delete", uuid4(), "--yes").code == ExitCode.NOT_FOUND
+
+
+def test_cleanup_only_shows_unless_it_is_told_to(api: Api, ops: Ops) -> None:
+    for asked in (("--older-than", "30d"), ("--older-than", "30d", "--yes", "--dry-run")):
+        shown = ops("cleanup", *asked)
+        assert "Would go: 2 of 3, 4 MB" in shown.out
+        assert api.cleanups.pop().dry_run
+    assert "a fork needs it" in " ".join(shown.out.split())
+
+    done = ops("cleanup", "--older-than", "30d", "--status", "failed", "--label", "a=b", "--keep-model", "--yes")
+
+    assert "Gone: 2 of 3" in done.out
+    assert [wish.dry_run for wish in api.cleanups] == [False, False], "until there is no more"
+    wish = api.cleanups[0]
+    assert (wish.older_than_s, wish.status, wish.label, wish.keep_model) == (2_592_000, {"failed"}, "a=b", True)
+
+
+@pytest.mark.parametrize("wrong", [("--older-than", "soon"), ("--older-than", "1d", "--status", "running"), ()])
+def test_a_cleanup_of_what_is_not_clear_is_refused(api: Api, ops: Ops, wrong: tuple[str, ...]) -> None:
+    assert ops("cleanup", *wrong, "--yes").code == ExitCode.USAGE
+    assert not api.cleanups
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No service is known on this host."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("OPS_DATABASE_URL", "OPS_STORAGE_ROOT", "OPS_API_URL", "XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def states(ran: Ran) -> dict[str, str]:
+    return {finding["check"]: finding["state"] for finding in json.loads(ran.out)}
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_doctor_looks_at_api_and_workers(api: Api, ops: Ops) -> None:
+    api.workers = [
+        worker(name="good", url=api.url, versions={"relight": api.version}),
+        worker(name="old", versions={"relight": "0.0.1"}),
+        worker(name="gone", live=False),
+    ]
+
+    ran = ops("doctor", "--json", "--url", api.url)
+    found = states(ran)
+    assert (ran.code, found["API"], found["clock of the API"]) == (ExitCode.DONE, "ok", "ok")
+    assert (found["worker good"], found["clock of worker good"], found["worker old"]) == ("ok", "ok", "warn")
+    assert "worker gone" not in found
+
+    api.version = "0.0.1"
+    assert states(ops("doctor", "--json", "--url", api.url))["API"] == "warn"
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_doctor_says_what_it_can_with_the_service_down(
+    ops: Ops, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert ops("doctor").code == ExitCode.DONE, "a host without a service is in order"
+
+    monkeypatch.setenv("OPS_STORAGE_ROOT", str(tmp_path))
+    monkeypatch.setenv("OPS_DATABASE_URL", "postgresql://u:p@127.0.0.1:9/none")
+    ran = ops("doctor", "--json", "--url", "http://127.0.0.1:9")
+
+    found = states(ran)
+    assert (ran.code, found["API"], found["database"], found["storage"]) == (ExitCode.FAILED, "fail", "fail", "ok")
+    assert all(item["advice"] for item in json.loads(ran.out) if item["state"] != "ok")
+
+
+@pytest.mark.parametrize(("ahead_s", "state"), [(0.4, "ok"), (-2.0, "ok"), (10.0, "warn"), (-4000.0, "warn")])
+def test_a_clock_that_is_off_is_said(ahead_s: float, state: str) -> None:
+    assert clock("clock", ahead_s).state == state
 
 
 def test_help_waits_for_no_heavy_import() -> None:

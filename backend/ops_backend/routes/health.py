@@ -1,5 +1,7 @@
 """Whether this process lives, and whether it can serve."""
 
+from importlib.metadata import version
+
 from fastapi import APIRouter
 
 from ops_backend.dependencies import SessionDep
@@ -12,11 +14,11 @@ router = APIRouter(prefix="/health", tags=["health"])
 
 @router.get("/live")
 async def live() -> Health:
-    return Health(status="ok")
+    return Health(status="ok", version=version("relight"))
 
 
 @router.get("/ready", responses=refusals(503))
 async def ready(session: SessionDep) -> Health:
     """The database answers and has our tables."""
     await ping(session)
-    return Health(status="ok")
+    return Health(status="ok", version=version("relight"))

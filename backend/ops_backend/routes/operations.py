@@ -8,7 +8,7 @@ from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
 
 from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep
 from ops_backend.routes.errors import read, refusals
-from ops_backend.store import queries
+from ops_backend.store import deletion, queries
 from ops_backend.store.fork import fork_if_there, replay_if_there
 from ops_backend.store.retention import delete_if_unused, explain_delete
 from ops_backend.store.submit import once, submit_if_new
@@ -82,6 +82,13 @@ async def get_operation(
     id: UUID, session: SessionDep, _: CallerDep, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
     return tagged(await queries.get(session, id), if_none_match)
+
+
+@router.delete("/{id}", status_code=204, responses=refusals(401, 404, 409))
+async def delete_operation(id: UUID, session: SessionDep, _: CallerDep) -> None:
+    """Delete an operation that has ended, for good. Its files, checkpoints and model included, go soon after."""
+    if not await deletion.delete_if_ended(session, id):
+        raise await deletion.explain_delete(session, id)
 
 
 @router.post("/{id}/cancel", status_code=202, responses=refusals(401, 404, 409))

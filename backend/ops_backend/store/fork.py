@@ -21,7 +21,8 @@ _REPORTED = """
       FROM holds h WHERE h.operation_id = o.id AND h.last_step IS NOT NULL"""
 _REDOES_SOME = "c.step + (c.phase = 'evaluate')::int <= reported.last_step"
 
-# One that is named may lie on a branch that a resume left behind: the fork has a lineage of its own.
+# One that is named may lie on a branch that a resume left behind: the fork has a lineage of its own. Until it is
+# inserted the lock keeps the operation from being deleted.
 FIND_FORK_POINT = statement(f"""
     SELECT o.name, o.job, o.labels, o.priority, o.max_retries, o.forked_from_checkpoint_id, reported.last_step,
            c.id AS checkpoint_id, c.step, c.epoch, writer.job AS writer_job
@@ -38,6 +39,7 @@ FIND_FORK_POINT = statement(f"""
       ) c ON true
       LEFT JOIN operations writer ON writer.id = c.operation_id
      WHERE o.id = :id
+       FOR KEY SHARE OF o
 """)
 
 DETAIL = """jsonb_strip_nulls(jsonb_build_object('replay_of', CAST(:replay_of AS uuid), 'forked_from', (SELECT

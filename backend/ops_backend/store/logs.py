@@ -23,10 +23,12 @@ UNLOGGED = statement(f"""
 
 TRY_LOGS_LOCK = statement(f"SELECT pg_try_advisory_xact_lock({LOGS_LOCK})")
 
+# The lock keeps it from being deleted while its files are written: nobody would look for them afterwards.
 ENDED = statement(f"""
     SELECT o.id, o.event_seq, o.attempt, o.job, coalesce(o.started_at, o.created_at) AS began_at,
            (SELECT array_agg(a.start_step ORDER BY a.number) FROM attempts a WHERE a.operation_id = o.id) AS starts
       FROM operations o WHERE o.id = :id AND {_UNLOGGED}
+       FOR KEY SHARE OF o
 """)
 
 # Not those of an attempt that has begun since: then nothing will come of these files, but they must still add up.

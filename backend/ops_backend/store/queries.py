@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.storage import LOGS
 from ops_backend.store.sql import continues, statement
+from ops_backend.store.story import tell
 from ops_backend.store.transitions import not_found
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Logger
@@ -117,7 +118,14 @@ ARTIFACTS = statement("""
      WHERE o.id = :id AND o.status = 'completed' ORDER BY x.name
 """)
 
-EVENTS = statement("SELECT * FROM events WHERE operation_id = :id AND seq > :after ORDER BY seq LIMIT 1000")
+EVENTS = statement("""
+    SELECT e.*, o.submitted_by, w.name AS worker, a.start_step, a.checkpoint_id
+      FROM events e
+      JOIN operations o ON o.id = e.operation_id
+      LEFT JOIN attempts a ON a.operation_id = e.operation_id AND a.number = e.attempt
+      LEFT JOIN workers w USING (incarnation)
+     WHERE e.operation_id = :id AND e.seq > :after ORDER BY e.seq LIMIT 1000
+""")
 
 WORKERS = statement("""
     SELECT w.incarnation, w.name, w.host, w.url, w.draining OR w.drain IS NOT NULL AS draining, w.drain,
@@ -251,8 +259,9 @@ async def artifacts(session: AsyncSession, id: UUID) -> Artifacts:
 
 async def events(session: AsyncSession, id: UUID, after: int) -> Events:
     await _starts(session, id)
-    rows = (await session.execute(EVENTS, {"id": id, "after": after})).mappings()
-    return Events(items=[EventView(**{f: row[f] for f in EventView.model_fields}) for row in rows])
+    rows = (await session.execute(EVENTS, {"id": id, "after": after})).all()
+    fields = EventView.model_fields.keys() - {"message"}
+    return Events(items=[EventView(**{f: getattr(row, f) for f in fields}, message=tell(row)) for row in rows])
 
 
 async def workers(session: AsyncSession, lease_s: float, id: UUID | None = None) -> Workers:

@@ -99,11 +99,14 @@ FORGET = statement("DELETE FROM checkpoints WHERE id = :checkpoint_id AND status
 
 
 # Read in one snapshot: an attempt whose end it shows has all its rows in it. A row of any status keeps its files.
+# A deleted operation has none: a zombie may have published there after its directory was deleted.
 WITHOUT_ROW = statement("""
     SELECT f.path
       FROM unnest(:ids, :attempts, :paths) AS f(operation_id, attempt, path)
-      JOIN attempts a ON a.operation_id = f.operation_id AND a.number = f.attempt AND a.ended_at IS NOT NULL
-     WHERE NOT EXISTS (SELECT FROM holds h WHERE h.operation_id = f.operation_id AND h.attempt = f.attempt
+     WHERE (EXISTS (SELECT FROM attempts a
+                     WHERE a.operation_id = f.operation_id AND a.number = f.attempt AND a.ended_at IS NOT NULL)
+            OR EXISTS (SELECT FROM deletions d WHERE d.operation_id = f.operation_id))
+       AND NOT EXISTS (SELECT FROM holds h WHERE h.operation_id = f.operation_id AND h.attempt = f.attempt
                                              AND h.ended_at IS NULL)
        AND NOT EXISTS (SELECT FROM checkpoints c WHERE c.path = f.path)
        AND NOT EXISTS (SELECT FROM artifacts x

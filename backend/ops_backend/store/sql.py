@@ -55,6 +55,7 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "replay_of": Uuid(),
     "replays": Boolean(),
     "monitored": Double(),
+    "older_than_s": Double(),
     "reports": JSON(),
     "seq": BigInteger(),
     "size_bytes": BigInteger(),

@@ -16,6 +16,11 @@ MAX_BACKOFF_S = 300
 CHARGED = ", ".join(sorted(f"'{t.event}'" for t in TRANSITIONS if t.charged))
 MAX_LOST_WITHOUT_PROGRESS = 3
 
+# Of a failure that is charged: how often, and what comes of it.
+FINISH_DETAIL = f"""CAST(:detail AS jsonb) || CASE WHEN event IN ({CHARGED}) THEN jsonb_strip_nulls(jsonb_build_object(
+    'failures', failures, 'max_retries', max_retries, 'permanent', CAST(:permanent AS boolean),
+    'retry_in_s', round(retry_in_s, 1))) ELSE '{{}}' END"""
+
 # `decided` is the table of the design, top to bottom. A corrupt checkpoint fails the operation when it was chosen by
 # hand or when the lineage has no other. Backoff doubles per failure and is spread over ±50 %.
 FINISH = statement(f"""
@@ -61,14 +66,15 @@ FINISH = statement(f"""
             WHEN d.event = 'fail' OR d.event = 'checkpoint_corrupt' AND d.nothing_before THEN 'failed'
             ELSE 'pending' END AS status) n
          WHERE o.id = d.id
-        RETURNING o.id, o.event_seq, o.attempt, d.status AS from_status, o.status, d.event
+        RETURNING o.id, o.event_seq, o.attempt, d.status AS from_status, o.status, d.event, o.failures, o.max_retries,
+                  extract(epoch FROM o.not_before - now()) AS retry_in_s
     ), ended AS (
         UPDATE holds h
            SET ended_at = now(), last_seq = CASE h.incarnation WHEN :incarnation THEN :seq ELSE h.last_seq END
           FROM moved, locked
          WHERE h.operation_id = moved.id AND h.attempt = moved.attempt AND h.incarnation = locked.incarnation
     )
-    {record("event")}
+    {record("event", FINISH_DETAIL)}
     RETURNING to_status
 """)
 

@@ -1,0 +1,134 @@
+"""`python -m ops_backend doctor`: looks at the database and the storage as this host sees them, and changes nothing."""
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+from alembic.script import ScriptDirectory
+from asyncpg import PostgresError as PostgresRefusal
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from ops_backend.database import OLDEST_POSTGRES, alembic_config
+from ops_backend.postgres import socket_dir_of, url_of
+from ops_backend.postgres_place import PostgresError, existing_home
+from ops_backend.settings import with_our_driver
+from ops_contract.doctor import Finding, Findings, clock, fail, ok, warn
+
+FREE_BYTES = 2_000_000_000
+QUIET_S = 60.0
+TIMEOUT_S = 5.0
+
+
+def examine(data_dir: Path | None, database_url: str | None, storage_root: Path | None) -> Findings:
+    """Of a service by its settings, or of the `ops up` on `data_dir`."""
+    items = list(_embedded(data_dir)) if data_dir and not database_url else []
+    url = database_url or _embedded_url(data_dir)
+    if url:
+        items += asyncio.run(_database(url))
+    elif data_dir is None and storage_root is None:
+        items.append(fail("database", "no database is known", "set OPS_DATABASE_URL, or start `ops up`"))
+    root = storage_root or (data_dir / "storage" if data_dir else None)
+    return Findings(items=[*items, *_storage(root)])
+
+
+def _embedded(data_dir: Path) -> Iterator[Finding]:
+    try:
+        home = existing_home(data_dir / "postgres")
+    except PostgresError as error:
+        yield fail("embedded postgres", str(error), "install what it names, or set OPS_DATABASE_URL")
+        return
+    if home is None:
+        yield fail("embedded postgres", f"there is no database under {data_dir}", "start `ops up` on it once")
+    elif socket_dir_of(home) == home:
+        yield ok("embedded postgres", f"data and socket in {home}")
+    else:
+        yield ok("embedded postgres", f"{home} is unfit for a socket, which is in {socket_dir_of(home)}")
+
+
+def _embedded_url(data_dir: Path | None) -> str | None:
+    try:
+        home = existing_home(data_dir / "postgres") if data_dir else None
+        return url_of(home) if home else None
+    except (OSError, PostgresError):
+        return None
+
+
+async def _database(url: str) -> list[Finding]:
+    try:
+        engine = create_async_engine(with_our_driver(url), poolclass=NullPool, connect_args={"timeout": TIMEOUT_S})
+        async with asyncio.timeout(2 * TIMEOUT_S), engine.connect() as connection:
+            return [finding async for finding in _look_at(connection)]
+    except ValueError as error:
+        return [fail("database", f"OPS_DATABASE_URL: {error}", "write it like postgresql://user:password@host/name")]
+    except (OSError, DBAPIError, PostgresRefusal) as error:
+        cause = str(error).splitlines()[0] if str(error) else "it does not answer in time"
+        return [fail("database", f"cannot be reached: {cause}", "is it running, and may this host connect to it?")]
+
+
+async def _look_at(connection: AsyncConnection) -> AsyncIterator[Finding]:
+    version = str(await connection.scalar(text("SHOW server_version")))
+    if int(version.split(".")[0]) < OLDEST_POSTGRES:
+        yield fail("database", f"Postgres {version}", f"Relight needs {OLDEST_POSTGRES} or newer: upgrade it")
+    else:
+        yield ok("database", f"Postgres {version} answers")
+    sent_s = time.time()
+    now_s = float(str(await connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())"))))
+    yield clock("clock of the database", now_s - (sent_s + time.time()) / 2)
+    head = ScriptDirectory.from_config(alembic_config("")).get_current_head()
+    has_schema = await connection.scalar(text("SELECT to_regclass('alembic_version')"))
+    at = await connection.scalar(text("SELECT version_num FROM alembic_version")) if has_schema else None
+    if at != head:
+        found = f"the schema is at {at or 'nothing'}, this version's at {head}"
+        yield fail("migrations", found, "restart `ops server` of this version: it migrates; if newer, update this one")
+        return
+    yield ok("migrations", f"at {head}, this version's")
+    quiet_s = await connection.scalar(text("SELECT extract(epoch FROM now() - max(last_tick_at)) FROM service"))
+    if quiet_s is None or quiet_s > QUIET_S:
+        yield warn("reaper", "no API has looked after the operations of late", "is `ops server` running?")
+    else:
+        yield ok("reaper", f"looked {max(0.0, float(quiet_s)):.0f} s ago")
+
+
+def _storage(root: Path | None) -> Iterator[Finding]:
+    if root is None:
+        yield fail("storage", "no storage root is known", "set OPS_STORAGE_ROOT, or start `ops up`")
+        return
+    if not root.is_dir():
+        yield fail("storage", f"{root} is not there", "mount it, or correct OPS_STORAGE_ROOT")
+        return
+    try:
+        _write_as_trainers_do(root)
+    except OSError as error:
+        advice = "it must be writable for this user, on a file system with rename and fsync, and not full"
+        yield fail("storage", f"cannot be written to: {error}", advice)
+        return
+    yield ok("storage", f"{root} can be written, synced and renamed in")
+    free_bytes = shutil.disk_usage(root).free
+    found = f"{free_bytes / 1e9:.1f} GB free"
+    advice = "make room: `ops cleanup --older-than 30d`, or a smaller checkpoint_save_top_k"
+    yield ok("free space", found) if free_bytes > FREE_BYTES else warn("free space", found, advice)
+
+
+def _write_as_trainers_do(root: Path) -> None:
+    """A file, synced, renamed, and the directory synced; gone again afterwards. Raises OSError."""
+    old, new = (root / f".doctor-{os.getpid()}{suffix}" for suffix in (".tmp", ""))
+    try:
+        with old.open("xb") as file:
+            file.write(b"ops doctor\n")
+            file.flush()
+            os.fsync(file.fileno())
+        old.rename(new)
+        directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    finally:
+        old.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
