@@ -14,10 +14,9 @@ def accepted(before: Manifest, now: Manifest, start: StartTraining) -> list[str]
     if start.accept_changes:
         _refuse_another_length(before, now)
     elif code or data:
-        code_or_data = "code" if code else "data"
         raise TrainingFault(
-            f"{code_or_data}_changed",
-            f"{'; '.join(code + data)}. Put the old {code_or_data} back and resume, "
+            "code_changed" if code else "data_changed",
+            f"{'; '.join(code + data)}. Put the old {'code' if code else 'data'} back and resume, "
             f"or accept the change: ops resume {start.operation_id} --accept-changes",
             permanent=True,
         )
