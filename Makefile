@@ -9,7 +9,7 @@ help:
 	@echo "make up        the whole service: database, API, worker"
 	@echo "make test      lint and tests, at most 10 minutes"
 	@echo "make test-all  everything, at most 60 minutes"
-	@echo "make chaos     real kills, then a check of the whole history; SEED=… and FAULTS=… choose the schedule;"
+	@echo "make chaos     real faults, then a check of the whole history; SEED=… and FAULTS=… or MINUTES=… choose them;"
 	@echo "               KILLS=… real kills of each training of the matrix of exactness, compared bit for bit"
 
 setup:
@@ -34,11 +34,11 @@ test: lint
 test-all: lint
 	$(TEST) -m "not gpu" tests
 
-# SEED=… plays a schedule of faults again, FAULTS=… makes it longer. KILLS=… is how often each of the some forty trainings
-# that meet every two circumstances is killed (about a second each, so 20 are a quarter of an hour); EXACTNESS_SEED=…
-# plays those kills again.
+# SEED=… plays a schedule of faults again (docs/reliability.md); FAULTS=… or MINUTES=… is how long it is. KILLS=… is how often
+# each of the some forty trainings that meet every two circumstances is killed (about a second each, so 20 are a quarter of
+# an hour); EXACTNESS_SEED=… plays those kills again.
 chaos: setup
-	$(TEST) -s --timeout 3600 tests/chaos
+	SEED=$(SEED) FAULTS=$(FAULTS) MINUTES=$(MINUTES) $(TEST) -s tests/chaos/test_chaos.py
 	EXACTNESS_KILLS=$(or $(KILLS),3) $(TEST) -s -m slow tests/unit/test_exactness_matrix.py
 
 bench: setup

@@ -1,6 +1,8 @@
 """The history checker: every line of "Always true" in the database and the files, as a list of what is violated."""
 
 from collections import defaultdict
+from collections.abc import Collection
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,51 @@ from relight.training.checkpoint import restore
 Rows = list[Any]
 
 
-async def violations(database: asyncpg.Connection, storage: Path) -> list[str]:
-    """Empty when all is well. To be called when every operation has ended and no report is on its way."""
+# What ends an attempt. It and every report of the attempt lock the same hold, so their commits have an order.
+LATE = """
+    SELECT m.operation_id, m.attempt, m.name, m.first_step
+      FROM metrics m JOIN events e USING (operation_id, attempt)
+     WHERE e.name IN ('complete', 'fail', 'retry', 'preempt', 'stop', 'lost', 'refuse', 'checkpoint_corrupt')
+       AND pg_xact_commit_timestamp(m.xmin) > pg_xact_commit_timestamp(e.xmin)
+"""
+
+# Events of one operation lock it, so their commits have an order too.
+OVERLAPS = """
+    SELECT c.operation_id, c.attempt FROM events c
+      JOIN events e ON e.operation_id = c.operation_id AND e.attempt = c.attempt - 1
+     WHERE c.name = 'claim'
+       AND e.name IN ('complete', 'fail', 'retry', 'preempt', 'stop', 'lost', 'refuse', 'checkpoint_corrupt')
+       AND pg_xact_commit_timestamp(c.xmin) < pg_xact_commit_timestamp(e.xmin)
+"""
+# `now()` is when a transaction began: an API that is stopped between the claim's lock and the claim dates it back.
+STOPPED_S = 15
+
+
+async def violations(database: asyncpg.Connection, storage: Path, damaged: Collection[str] = ()) -> list[str]:
+    """Empty when all is well. To be called when every operation has ended and no report is on its way.
+
+    `damaged` are the paths of checkpoints that were spoilt from outside: these need not load, and may be marked.
+    Needs `track_commit_timestamp = on`.
+    """
     operations = await database.fetch("SELECT * FROM operations ORDER BY created_at")
     attempts = await database.fetch("SELECT * FROM attempts ORDER BY operation_id, number")
     holds = await database.fetch("SELECT * FROM holds ORDER BY operation_id, attempt")
     events = await database.fetch("SELECT * FROM events ORDER BY operation_id, seq")
-    checkpoints = await database.fetch("SELECT * FROM checkpoints WHERE status = 'committed'")
+    checkpoints = await database.fetch("SELECT * FROM checkpoints WHERE path <> ALL ($1)", list(damaged))
     metrics = await database.fetch("SELECT * FROM metrics ORDER BY operation_id, name, attempt, first_step")
     found = [*_held_by_the_dead(operations, holds, attempts), *_overlaps(attempts)]
     for operation in operations:
         found += _not_a_path(operation, [e for e in events if e["operation_id"] == operation["id"]])
     found += _counted_twice(attempts, metrics)
-    found += [problem for row in checkpoints if (problem := _does_not_load(row, storage))]
+    found += [f"a report was accepted after its attempt had ended: {dict(row)}" for row in await database.fetch(LATE)]
+    found += [
+        f"an attempt was claimed before the one before had ended: {dict(r)}" for r in await database.fetch(OVERLAPS)
+    ]
+    for row in checkpoints:
+        if row["status"] == "corrupt":
+            found.append(f"checkpoint {row['path']} is marked corrupt, but nobody had spoilt it")
+        elif row["status"] == "committed" and (problem := _does_not_load(row, storage)):
+            found.append(problem)
     return found
 
 
@@ -42,7 +76,8 @@ def _overlaps(attempts: Rows) -> list[str]:
     return [
         f"attempt {b['number']} of {b['operation_id']} began before attempt {a['number']} had ended"
         for a, b in pairwise(attempts)
-        if a["operation_id"] == b["operation_id"] and (a["ended_at"] is None or a["ended_at"] > b["claimed_at"])
+        if a["operation_id"] == b["operation_id"]
+        and (a["ended_at"] is None or a["ended_at"] > b["claimed_at"] + timedelta(seconds=STOPPED_S))
     ]
 
 
@@ -74,7 +109,7 @@ def _counted_twice(attempts: Rows, metrics: Rows) -> list[str]:
     return [
         f"steps of {name} of {id} are missing or there twice"
         for (id, name), counted in steps.items()
-        if name in ("loss", "learning_rate") and sorted(counted) != list(range(len(counted)))
+        if name in ("loss", "learning_rate") and sorted(counted) != [starts[id][1] + n for n in range(len(counted))]
     ]
 
 

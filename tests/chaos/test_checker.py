@@ -1,0 +1,97 @@
+"""The checker of histories has to see what a store without one of its guards does."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+from chaos.cluster import Cluster, OwnPostgres, cluster_at
+from helpers.databases import connect
+from helpers.history import LATE, violations
+from helpers.service import eventually
+
+LONG = {"max_epochs": 400}
+REPORTS, TRANSITIONS, CLAIMS = (f"ops_backend.store.{name}" for name in ("reports", "transitions", "claims"))
+
+
+def zombie(cluster: Cluster) -> None:
+    """An agent that is not heard any more, but whose reports arrive, works beside its successor."""
+    id = cluster.submit(**LONG)
+    cluster.until_step(id, 1)
+    name = cluster.attempts(id)[0].worker
+    cluster.proxy.weather.mute = lambda who, path: who == name and path.endswith("/heartbeat")
+    cluster.until(id, lambda o: o.attempt == 2, "goes on elsewhere")
+    eventually(lambda: cluster.query(LATE), "a report of the zombie is accepted", cluster.logs)
+
+
+def resumed_while_running(cluster: Cluster) -> None:
+    id = cluster.submit(**LONG)
+    cluster.until_saved(id, 1)
+    assert cluster.http.post(f"/operations/{id}/resume").status_code == 202
+
+
+def cancelled_when_done(cluster: Cluster) -> None:
+    id = completed(cluster)
+    assert cluster.http.post(f"/operations/{id}/cancel").status_code == 202
+
+
+def completed(cluster: Cluster) -> UUID:
+    id = cluster.submit(max_epochs=1)
+    return cluster.wait(id, "completed").id
+
+
+def claimed_twice(cluster: Cluster) -> None:
+    id = cluster.submit(**LONG)
+    cluster.until(id, lambda o: o.attempt > 1, "is claimed while it runs")
+
+
+# The guard and what is put in its place; what brings it out; what the checker then says.
+MUTANTS: dict[str, tuple[list[str], Callable[[Cluster], object], str]] = {
+    "a report counts after its attempt has ended": (
+        [REPORTS, "ADVANCE", "AND ended_at IS NULL", ""],
+        zombie,
+        "accepted after its attempt had ended",
+    ),
+    "a finish leaves the hold alive": (
+        [TRANSITIONS, "FINISH", "ended_at = now(), last_seq", "last_seq"],
+        completed,
+        "a slot is held",
+    ),
+    "resume takes anything": (
+        [TRANSITIONS, "RESUME", "status IN ('failed', 'cancelled')", "true"],
+        resumed_while_running,
+        "is not in the table: resume",
+    ),
+    "cancel takes anything": (
+        [TRANSITIONS, "REQUEST_CANCEL", "status IN ('pending', 'running', 'waiting')", "true"],
+        cancelled_when_done,
+        "is not in the table: cancel",
+    ),
+    "claim takes what is not pending": (
+        [CLAIMS, "CLAIM", "o.status = 'pending'", "o.status <> 'completed'"],
+        claimed_twice,
+        "begins at pending, but it was running",
+    ),
+}
+FAST = "a report counts after its attempt has ended"
+
+
+@pytest.mark.parametrize("mutant", [m if m == FAST else pytest.param(m, marks=pytest.mark.slow) for m in MUTANTS])
+def test_it_sees_what_a_store_without_a_guard_does(own_postgres: OwnPostgres, tmp_path: Path, mutant: str) -> None:
+    removed, provoke, said = MUTANTS[mutant]
+    with cluster_at(tmp_path, own_postgres, seed=0, workers=2, mutant=removed) as cluster:
+        provoke(cluster)
+        found = asyncio.run(checked(cluster))
+
+    assert any(said in violation for violation in found), found
+
+
+async def checked(cluster: Cluster) -> list[str]:
+    database: asyncpg.Connection = await connect(cluster.database_url)
+    try:
+        return await violations(database, cluster.storage)
+    finally:
+        await database.close()
