@@ -19,6 +19,7 @@ TRY_CLAIM_LOCK = statement(f"SELECT pg_try_advisory_xact_lock({CLAIM_LOCK})")
 # A slot is free while the hold it was last given to is not alive. `auto` wants a GPU slot and takes a CPU slot only
 # where no live worker offers this workload a GPU at all: a drained one still does. A frozen number of threads prefers
 # a slot of that many cores.
+# A lease counts from the claim itself: a transaction that was held up dates its now() back.
 # A fork without a checkpoint of its own is handed its fork point even if that was marked corrupt meanwhile: the worker
 # then refuses it, and the fork fails. Without one it would begin at step 0, which nobody asked for.
 CLAIM = statement(f"""
@@ -74,7 +75,7 @@ CLAIM = statement(f"""
           FROM moved LEFT JOIN pinned ON true
     ), held AS (
         INSERT INTO holds (operation_id, attempt, incarnation, lease_expires_at)
-        SELECT id, attempt, incarnation, now() + make_interval(secs => :lease_s) FROM moved
+        SELECT id, attempt, incarnation, clock_timestamp() + make_interval(secs => :lease_s) FROM moved
     ), taken AS (
         UPDATE slots s SET operation_id = moved.id, attempt = moved.attempt
           FROM moved WHERE s.incarnation = moved.incarnation AND s.index = moved.index
