@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 from uuid import uuid4
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 
 from helpers.store import TOY, Store, losses, saved, started
 from ops_backend.app import create_app
+from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings, SettingsError
 from ops_contract.errors import ErrorBody, OpsError
 from ops_contract.lifecycle import Outcome
@@ -23,16 +25,17 @@ MISSING = "00000000-0000-0000-0000-000000000000"
 
 @asynccontextmanager
 async def serving(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
-    # The dispatcher looks for work when it starts and when it is woken, but not while a test looks on.
     storage = Path(tempfile.gettempdir())  # nothing is retired here
-    app = create_app(Settings(database_url=database_url, api_token=TOKEN, storage_root=storage, poll_s=3600))
+    app = create_app(Settings(database_url=database_url, api_token=TOKEN, storage_root=storage))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     headers = {"Authorization": f"Bearer {TOKEN}"}
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test/api/v1", headers=headers) as client,
-    ):
-        yield client
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dispatcher, "_claim_all", AsyncMock())  # the tests claim by themselves
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://test/api/v1", headers=headers) as client,
+        ):
+            yield client
 
 
 @pytest.fixture

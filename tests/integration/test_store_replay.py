@@ -9,6 +9,7 @@ from uuid import UUID
 import pytest
 
 from helpers.store import Held, Store, at_once, held, losses, saved, started
+from ops_backend.store import queries
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import CheckpointStatus, Outcome
 from ops_contract.operations import AttemptView, EventView, ReplayCheck
@@ -49,8 +50,8 @@ async def check(store: Store, run: Held) -> ReplayCheck | None:
 
 
 async def diverged(store: Store, id: UUID) -> list[EventView]:
-    rows = await store.fetch("SELECT * FROM events WHERE operation_id = :id AND name = 'replay_diverged'", id=id)
-    return [EventView(**{f: getattr(row, f) for f in EventView.model_fields}) for row in rows]
+    async with store.sessions.begin() as session:
+        return [event for event in (await queries.events(session, id, 0)).items if event.name == "replay_diverged"]
 
 
 async def test_steps_that_are_redone_with_the_same_bits_are_counted_and_nothing_is_said(store: Store) -> None:
