@@ -1,5 +1,6 @@
 """One real Postgres for the whole run, and a fresh migrated database for whoever asks."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -18,7 +19,23 @@ _numbers = count(1)
 
 @contextmanager
 def embedded_postgres(directory: Path) -> Iterator[str]:
-    """The URL of an embedded Postgres run by its own process, as `ops up` runs it."""
+    """The URL of an embedded Postgres run by its own process, as `ops up` runs it; it remembers commits for the checker
+    of histories."""
+    with _embedded_postgres(directory) as url:
+        asyncio.run(_remember_commits(url))
+    with _embedded_postgres(directory) as url:
+        yield url
+
+
+async def _remember_commits(url: str) -> None:
+    """From the next start on."""
+    connection = await connect(url)
+    await connection.execute("ALTER SYSTEM SET track_commit_timestamp = on")
+    await connection.close()
+
+
+@contextmanager
+def _embedded_postgres(directory: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "ops_backend", "db", "--data-dir", str(directory), "--json", "--exit-on-eof"]
     with (
         (directory / "db.log").open("wb") as log,
