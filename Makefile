@@ -29,10 +29,10 @@ lint: setup
 
 # `alembic check` wants a database: tests/integration/test_schema.py runs it.
 test: lint
-	$(TEST) -m "not slow and not gpu" tests
+	@deploy/test.sh -m "not slow and not gpu"
 
 test-all: lint
-	$(TEST) -m "not gpu" tests
+	@deploy/test.sh -m "not gpu"
 
 # SEED=… plays a schedule of faults again (docs/reliability.md); FAULTS=… or MINUTES=… is how long it is. KILLS=… is how often
 # each of the some forty trainings that meet every two circumstances is killed (about a second each, so 20 are a quarter of

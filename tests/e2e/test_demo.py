@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = [sys.executable, "-c", "from ops_cli.main import main; main()", "demo", "--workload", "digits"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -31,6 +33,7 @@ def left_behind(tmp_path: Path) -> list[str]:
     return [*map(str, (tmp_path / "tmp").iterdir()), *processes]
 
 
+@pytest.mark.slow
 def test_the_demo_kills_a_worker_and_its_curves_are_equal_bit_for_bit(tmp_path: Path) -> None:
     with start(tmp_path, "--epochs", "30") as demo:
         out, _ = demo.communicate()
@@ -45,6 +48,7 @@ def test_the_demo_kills_a_worker_and_its_curves_are_equal_bit_for_bit(tmp_path: 
     assert not left_behind(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stopped_demo_leaves_nothing_behind(tmp_path: Path) -> None:
     with start(tmp_path, "--epochs", "1000") as demo:
         assert demo.stdout is not None

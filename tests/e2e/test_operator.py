@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from helpers.service import Service, eventually
 
 
+@pytest.mark.slow
 def test_the_doctor_finds_nothing_and_what_is_deleted_leaves_no_file(service: Service) -> None:
     id = service.submit(max_epochs=1, max_steps=25)
     service.wait(id, "completed")
