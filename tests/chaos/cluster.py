@@ -136,7 +136,9 @@ class Cluster(Service):
         return found
 
     def _api(self, name: str, mutant: Mutant) -> Child:
-        own = {"OPS_PORT": str(self.ports[name]), "OPS_ORPHAN_SWEEP_S": "3", "OPS_LEASE_S": str(LEASE_S)}
+        # A mutant's zombie is to report: it must not fail for want of its directory.
+        sweep_s = "600" if mutant else "3"
+        own = {"OPS_PORT": str(self.ports[name]), "OPS_ORPHAN_SWEEP_S": sweep_s, "OPS_LEASE_S": str(LEASE_S)}
         if mutant:
             own |= {"RELIGHT_MUTANT": json.dumps(mutant), "PYTHONPATH": str(Path(__file__).parents[1])}
         module = "helpers.mutant_server" if mutant else "ops_backend"

@@ -20,7 +20,8 @@ def test_the_doctor_finds_nothing_and_what_is_deleted_leaves_no_file(service: Se
 
     asked = ops(service, "doctor", "--json")
     assert asked.returncode == 0, asked.stdout
-    assert {"database", "migrations", "storage", "API", "worker worker-1"} <= {
+    workers = {f"worker {worker.name}" for worker in service.workers}
+    assert {"database", "migrations", "storage", "API", *workers} <= {
         found["check"] for found in json.loads(asked.stdout) if found["state"] == "ok"
     }
 

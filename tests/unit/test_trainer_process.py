@@ -25,7 +25,7 @@ from ops_contract.lifecycle import CheckpointType, Outcome
 from ops_contract.pipe import Alive, FromTrainer, Hello, ProgressNow, RunJob, Stop, from_trainer, line
 from ops_contract.reports import CheckpointSaved, Finish, Metrics, Note, Started
 from ops_contract.wire import Wire
-from ops_worker.trainer import AgentPipe, run
+from ops_worker.trainer import AgentPipe, _fell_back, run
 
 STRANGE = '''
 import os, sys
@@ -377,16 +377,21 @@ def test_to_ask_whether_to_stop_is_the_sign_of_life() -> None:
     assert agent.sent == [Alive()]
 
 
-@pytest.mark.usefixtures("numerics_given_back")
 @pytest.mark.parametrize(
     ("built", "available", "said"),
     [(False, False, "is not compiled for CUDA"), (True, False, "finds no CUDA device"), (True, True, "finds CUDA")],
 )
-def test_auto_on_a_cpu_says_so_once_an_attempt_and_what_torch_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: bool, available: bool, said: str
+def test_why_auto_came_to_a_cpu_is_what_torch_says(
+    monkeypatch: pytest.MonkeyPatch, built: bool, available: bool, said: str
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+
+    assert _fell_back().endswith(f" here {said}")
+
+
+@pytest.mark.usefixtures("numerics_given_back")
+def test_auto_on_a_cpu_says_so_once_an_attempt(tmp_path: Path) -> None:
     operation = digits(tmp_path, Execution(max_steps=1))
 
     for _ in range(2):  # the second attempt resumes
@@ -394,7 +399,6 @@ def test_auto_on_a_cpu_says_so_once_an_attempt_and_what_torch_says(
         assert run_here(operation, agent).outcome is Outcome.COMPLETED
         [note] = [message.message for message in agent.sent if isinstance(message, Note)]
         assert note.startswith("accelerator auto resolved to cpu: no live worker offers a GPU for this workload; ")
-        assert note.endswith(f" here {said}")
         for message in agent.sent:
             if isinstance(message, Started | Metrics | CheckpointSaved):
                 operation.accept(message)
