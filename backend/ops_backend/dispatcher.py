@@ -102,7 +102,7 @@ class Dispatcher:
         )
         verb = "resume" if claim.checkpoint else "start"
         try:
-            answer = await self._post(claim.url, f"/training/{verb}", claim.secret, start)
+            answer = await self._post(claim.url, f"/{claim.job.kind}/{verb}", claim.secret, start)
         except _UNDELIVERED as error:
             return Fault(code=UNREACHABLE, message=f"the worker at {claim.url} does not answer: {error}")
         if answer.is_success:

@@ -15,6 +15,7 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Table,
     Text,
@@ -85,6 +86,7 @@ operations = Table(
     _flag("accept_changes"),
     # Another operation's: where the lineage of a fork begins. It is needed as long as this row is.
     Column("forked_from_checkpoint_id", Uuid, ForeignKey("checkpoints.id", use_alter=True)),
+    Column("code_sha256", Text, ForeignKey("snapshots.sha256")),
     # Whose values it is compared with; null for what is no replay.
     Column("replay_of", Uuid, ForeignKey("operations.id")),
     _flag("cancel_force"),
@@ -110,6 +112,7 @@ Index(
     operations.c.forked_from_checkpoint_id,
     postgresql_where=operations.c.forked_from_checkpoint_id.is_not(None),
 )
+Index("ix_operations_code", operations.c.code_sha256, postgresql_where=operations.c.code_sha256.is_not(None))
 Index("ix_operations_replay_of", operations.c.replay_of, postgresql_where=operations.c.replay_of.is_not(None))
 Index(
     "ix_operations_unlogged",
@@ -124,6 +127,15 @@ Index(
     postgresql_where=operations.c.resume_checkpoint_id.is_not(None),
 )
 
+# A project as it was submitted. Here and not in files: it is small, and the row that refers to it keeps it.
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("sha256", Text, primary_key=True),  # of the archive
+    Column("archive", LargeBinary, nullable=False),
+    _instant("created_at", default_now=True, nullable=False),
+)
+
 workers = Table(
     "workers",
     metadata,
@@ -133,6 +145,8 @@ workers = Table(
     Column("url", Text, nullable=False),
     Column("secret", Text, nullable=False),
     Column("workloads", ARRAY(Text), nullable=False),
+    # Runs commands, and workloads that users bring.
+    _flag("user_code"),
     Column("versions", JSONB, nullable=False),
     # What it says of itself, and what an operator wishes: neither overwrites the other.
     _flag("draining"),

@@ -126,7 +126,8 @@ def resume(
         print(accepted.model_dump_json())
         return
     short = str(found)[:8]
-    print(f"{short} goes on from {show.came_from(accepted.resumed_from)}")
+    came_from = accepted.resumed_from
+    print(f"{short} goes on from {show.came_from(came_from)}" if came_from else f"{short} runs again")
     _follow(client, found, watch)
 
 
@@ -163,8 +164,8 @@ def fork(
     if json:
         print(operation.model_dump_json())
         return
-    assert operation.forked_from is not None
-    print(f"Forked {operation.name}: {operation.id}, from step {operation.forked_from.step} of {str(found)[:8]}")
+    at = f", from step {operation.forked_from.step} of {str(found)[:8]}" if operation.forked_from else ""
+    print(f"Forked {operation.name}: {operation.id}{at}")
     _follow(client, operation.id, watch)
 
 

@@ -174,7 +174,7 @@ class Stack:
         if name.startswith("worker"):
             state = settings.data_dir / "workers" / name
             environ |= {"OPS_API_URL": settings.url, "OPS_WORKER_NAME": name, "OPS_WORKER_STATE_DIR": str(state)}
-            environ |= {"OPS_CPU_CORES": str(settings.cores)}
+            environ |= {"OPS_CPU_CORES": str(settings.cores), "OPS_USER_CODE": "1"}
         return environ
 
 

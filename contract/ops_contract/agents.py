@@ -38,6 +38,7 @@ class WorkerRegistration(Wire):
     url: Name
     slots: list[SlotOffer] = Field(min_length=1, max_length=1024)
     workloads: list[WorkloadOffer] = Field(max_length=1000)
+    user_code: bool = Field(False, description="runs commands and workloads that its users bring")
     versions: dict[str, str] = {}
 
 

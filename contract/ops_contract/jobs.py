@@ -1,12 +1,24 @@
 """What a user submits, and the job that it resolves to."""
 
 from enum import StrEnum
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ops_contract.lifecycle import Kind
-from ops_contract.wire import Name, Wire
+from ops_contract.wire import Name, Sha256, Text, Wire
+
+# What stands in `workload` for a command.
+COMMAND = "command"
 
 
 class Accelerator(StrEnum):
@@ -170,11 +182,70 @@ class Execution(Wire):
         return min_delta
 
 
-class JobSpec(Wire):
-    """The body of POST /operations. `config` belongs to the workload and is checked against its schema."""
+def _inside(path: str) -> str:
+    """Below the directory it is meant in, whatever that is."""
+    parts = PurePosixPath(path)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise ValueError("give a relative path without ..")
+    return path
+
+
+def _not_ours(name: str) -> str:
+    if name.startswith(("OPS_", "RELIGHT_")):
+        raise ValueError("names that begin with OPS_ or RELIGHT_ are Relight's own")
+    return name
+
+
+InnerPath = Annotated[Name, AfterValidator(_inside)]
+EnvName = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=200), AfterValidator(_not_ours)
+]
+
+
+class Code(Wire):
+    """The user's project as it was at submit: a snapshot that was uploaded before, by its SHA-256.
+
+    `commit` and `dirty` say what git said of the directory, for people.
+    """
+
+    sha256: Sha256
+    commit: Name | None = None
+    dirty: bool | None = None
+
+
+class Resources(Wire):
+    """What a slot must have."""
+
+    cores: int | None = Field(None, ge=1, le=4096, description="CPU cores, at least")
+
+
+class Setup(Wire):
+    """The user's own code, and what it finds around it."""
+
+    command: list[Annotated[Text, Field(min_length=1)]] | None = Field(
+        None, min_length=1, max_length=1000, description="program and arguments, for kind command"
+    )
+    code: Code | None = None
+    workdir: InnerPath = Field(".", description="where in the snapshot it runs")
+    env: dict[EnvName, Text] = Field({}, max_length=200, description="environment variables, stored and shown")
+    secrets: list[EnvName] = Field(
+        [], max_length=200, description="environment variables whose values the worker knows; they are never stored"
+    )
+    artifacts: list[InnerPath] = Field(
+        [], max_length=100, description="files to keep when it ends, as globs (** too) from the working directory"
+    )
+    resources: Resources = Resources()
+
+
+class JobSpec(Setup):
+    """The body of POST /operations: a workload to train, or a command to run.
+
+    `workload` is one that a worker offers, or `module:Class` of the snapshot or of the worker's environment. `config`
+    belongs to the workload and is checked against its schema.
+    """
 
     kind: Kind = Kind.TRAINING
-    workload: Name
+    workload: Name | None = None
     config: dict[str, Any] = {}
     execution: Execution = Execution()
     priority: int = Field(0, ge=-1000, le=1000, description="higher runs first")
@@ -182,9 +253,39 @@ class JobSpec(Wire):
     name: Name | None = None
     labels: dict[Name, Name] = Field({}, max_length=64)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_command_says_what_it_is(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("command") is not None and "kind" not in given:
+            return {**given, "kind": Kind.COMMAND}
+        return given
 
-class Job(Wire):
-    """The resolved job as stored, shown and sent to workers: defaults and all."""
+    @model_validator(mode="after")
+    def _one_thing_to_run(self) -> Self:
+        if self.kind is Kind.TRAINING and self.workload is None:
+            raise ValueError("give a workload to train, or a command to run")
+        if (self.kind is Kind.COMMAND) != (self.command is not None):
+            raise ValueError("command and kind command go together")
+        if self.kind is Kind.COMMAND and (self.workload or self.config):
+            raise ValueError("a command has neither workload nor config; it gets arguments and env")
+        if both := set(self.env) & set(self.secrets):
+            raise ValueError(f"env and secrets both name {', '.join(sorted(both))}")
+        if self.code is not None and self.workload is not None and ":" not in self.workload:
+            raise ValueError("code does nothing for an installed workload; name one of yours as module:Class")
+        return self
+
+
+# Of `execution`, what a command heeds; the rest is the training engine's.
+COMMAND_KNOBS = frozenset({"accelerator", "devices", "threads", "stall_timeout_s", "logger"})
+
+
+def runs_user_code(kind: Kind, workload: str) -> bool:
+    """A worker takes such a job only where its owner allowed that."""
+    return kind is Kind.COMMAND or ":" in workload
+
+
+class Job(Setup):
+    """The resolved job as stored, shown and sent to workers: defaults and all. A command's workload is `command`."""
 
     kind: Kind
     workload: str

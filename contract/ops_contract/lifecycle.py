@@ -11,6 +11,7 @@ class Kind(StrEnum):
     """What an operation does."""
 
     TRAINING = "training"
+    COMMAND = "command"  # any program; it resumes by running again, from a checkpoint of relight.Run if it made one
 
 
 class Status(StrEnum):
@@ -102,6 +103,7 @@ class Transition:
 
 _LIVE_HOLD = "the reporting hold has not ended"
 _EXPIRED = "a hold's lease ran out, and no grace"
+_TO_GO_ON_FROM = "a committed checkpoint, pinned; a command needs none"
 
 TRANSITIONS: tuple[Transition, ...] = (
     Transition(None, Event.SUBMIT, Status.PENDING, "the job is valid"),
@@ -124,8 +126,8 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(Status.CANCELLING, Event.STOP, Status.CANCELLED, f"{_LIVE_HOLD}; any other finish, or a refusal"),
     Transition(Status.CANCELLING, Event.STOP, Status.CANCELLED, "a study with no hold and no live child"),
     Transition(Status.CANCELLING, Event.LOST, Status.CANCELLED, f"{_EXPIRED}; its exit is unconfirmed"),
-    Transition(Status.FAILED, Event.RESUME, Status.PENDING, "a committed checkpoint, pinned"),
-    Transition(Status.CANCELLED, Event.RESUME, Status.PENDING, "a committed checkpoint, pinned"),
+    Transition(Status.FAILED, Event.RESUME, Status.PENDING, _TO_GO_ON_FROM),
+    Transition(Status.CANCELLED, Event.RESUME, Status.PENDING, _TO_GO_ON_FROM),
 )
 
 

@@ -8,7 +8,7 @@ from uuid import UUID
 from pydantic import Field
 
 from ops_contract.agents import Drain
-from ops_contract.jobs import Job
+from ops_contract.jobs import Code, Job
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
 from ops_contract.reports import Exactness, Fault
 from ops_contract.wire import Name, Text, Wire
@@ -52,16 +52,21 @@ class ResumedFrom(Wire):
 
 
 class ResumeAccepted(Wire):
+    """`resumed_from` null: a command that has no checkpoint runs again."""
+
     operation_id: UUID
     status: Status
-    resumed_from: ResumedFrom
+    resumed_from: ResumedFrom | None
 
 
 class ForkOverrides(Wire):
-    """What differs from the parent's job, field by field; `config` and `execution` by their own names."""
+    """What differs from the parent's job, field by field; `config`, `execution` and `env` by their own names."""
 
     config: dict[str, Any] = {}
     execution: dict[str, Any] = {}
+    command: list[str] | None = None
+    code: Code | None = None
+    env: dict[str, str] = {}
     labels: dict[Name, Name] = {}
     priority: int | None = None
     max_retries: int | None = None

@@ -35,11 +35,17 @@ class Alive(Wire):
 
 
 class RunJob(Wire):
-    """The one job of this process. `storage_root` is an absolute path; `device` as torch names it."""
+    """The one job of this process. `storage_root` is an absolute path; `device` as torch names it.
+
+    `directory` is the attempt's own, and is gone after it: the job's snapshot lies there, if it has one. It runs in
+    the job's `workdir` below it. `environ` is the job's environment, secrets included.
+    """
 
     kind: Literal["job"] = "job"
     start: StartTraining
     storage_root: str
+    directory: str
+    environ: dict[str, str] = Field({}, repr=False)
     device: str
     cores: int
 

@@ -1,12 +1,13 @@
 """What an attempt tells: the same models on the trainer's pipe, in the agent's outbox and at the API."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 from uuid import UUID
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
+from ops_contract.jobs import InnerPath
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
-from ops_contract.wire import Name, Step, Text, Wire, pack_float64, unpack_float64
+from ops_contract.wire import Name, Sha256, Step, Text, Wire, pack_float64, unpack_float64
 
 
 class Progress(Wire):
@@ -75,22 +76,28 @@ class CheckpointSaved(Wire):
     phase: Phase
     path: Name
     size_bytes: int = Field(ge=0)
-    manifest_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    manifest_sha256: Sha256
     monitored: float | None = Field(
         None, description="the monitored metric of this very state; null where not measured"
     )
 
 
+MODEL: Final = "model.safetensors"
+
+
 class ArtifactSaved(Wire):
-    """A file that a completed run leaves, published under the storage root; `sha256` is of the whole file."""
+    """A file that a completed run leaves, published under the storage root; `sha256` is of the whole file.
+
+    `name`: the final model's, or `files/` and the path of a file that the job's `artifacts` matched.
+    """
 
     kind: Literal["artifact"] = "artifact"
     artifact_id: UUID
-    name: Literal["model.safetensors"]
+    name: Literal["model.safetensors"] | Annotated[InnerPath, StringConstraints(pattern=r"^files/[^/]")]
     step: Step
     path: Name
     size_bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256
 
 
 class Note(Wire):

@@ -17,7 +17,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from ops_contract.agents import CheckpointRef
 from ops_contract.lifecycle import Phase
-from ops_contract.wire import Step, Wire
+from ops_contract.wire import Sha256, Step, Wire
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -27,7 +27,6 @@ _THREADS = 4  # each holds a chunk
 _READ_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO does not make the reader wait
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,199}$")]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class CheckpointMissing(Exception):

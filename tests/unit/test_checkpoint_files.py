@@ -20,8 +20,8 @@ from training_child import processes
 from ops_contract.agents import CheckpointRef
 from ops_contract.lifecycle import Phase
 from relight import manifest as manifests
+from relight import publish as published_files
 from relight.manifest import CheckpointCorrupt, CheckpointMissing, Manifest, check_manifest
-from relight.training import checkpoint as checkpoints
 from relight.training.checkpoint import Published, publish, restore
 from relight.training.codec import encode
 
@@ -203,7 +203,7 @@ def test_nothing_is_written_through_a_symbolic_link(tmp_path: Path) -> None:
 
 
 def test_chunks_are_hashed_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (manifests, checkpoints):
+    for module in (manifests, published_files):
         monkeypatch.setattr(module, "CHUNK_BYTES", 16)
     ref = published(tmp_path, 5)
     tensors = tmp_path / ref.path / "state.safetensors"

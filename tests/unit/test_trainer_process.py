@@ -25,7 +25,8 @@ from ops_contract.lifecycle import CheckpointType, Outcome
 from ops_contract.pipe import Alive, FromTrainer, Hello, ProgressNow, RunJob, Stop, from_trainer, line
 from ops_contract.reports import CheckpointSaved, Finish, Metrics, Note, Started
 from ops_contract.wire import Wire
-from ops_worker.trainer import AgentPipe, _fell_back, run
+from ops_worker.trainer import _fell_back, run
+from relight.pipe import AgentPipe
 
 STRANGE = '''
 import os, sys
@@ -102,7 +103,11 @@ class Trainer:
         os.write(self.to_child, line(message))
 
     def run(self, operation: Operation) -> None:
-        self.send(RunJob(start=operation.start(), storage_root=str(self.root), device="cpu", cores=1))
+        self.send(
+            RunJob(
+                start=operation.start(), storage_root=str(self.root), directory=str(self.root), device="cpu", cores=1
+            )
+        )
 
     def receive(self) -> FromTrainer:
         return from_trainer.validate_json(self.lines.readline())
@@ -281,7 +286,9 @@ class InThisProcess(AgentPipe):
 
 
 def run_here(operation: Operation, agent: InThisProcess | None = None) -> Finish:
-    job = RunJob(start=operation.start(), storage_root=str(operation.root), device="cpu", cores=1)
+    job = RunJob(
+        start=operation.start(), storage_root=str(operation.root), directory=os.getcwd(), device="cpu", cores=1
+    )
     return run(job, agent or InThisProcess())
 
 
@@ -416,7 +423,7 @@ def test_a_full_disk_says_so_and_may_be_tried_again(tmp_path: Path, monkeypatch:
     def full(fd: int, data: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("relight.training.checkpoint.os.write", full)
+    monkeypatch.setattr("relight.publish.os.write", full)
 
     finish = run_here(digits(tmp_path, Execution()))
 
@@ -434,7 +441,7 @@ def test_a_disk_that_fills_up_beside_the_training_fails_it_too(tmp_path: Path, m
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(fd, data)
 
-    monkeypatch.setattr("relight.training.checkpoint.os.write", full)
+    monkeypatch.setattr("relight.publish.os.write", full)
     operation = digits(tmp_path, Execution(max_epochs=100_000, checkpoint_every=CheckpointEvery(steps=2)))
 
     finish = run_here(operation)

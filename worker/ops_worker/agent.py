@@ -31,6 +31,7 @@ from ops_worker.outbox import Outbox, Sender
 from ops_worker.settings import Settings
 from ops_worker.slots import Slot
 from ops_worker.waiting import Backoff, Trouble, first_of
+from ops_worker.workspace import Workspaces
 from relight.manifest import CheckpointCorrupt, CheckpointMissing, check_manifest
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Agent:
         self._trainer_command = trainer_command
         self._token = settings.api_token.get_secret_value()
         self._slots = [self._slot(index) for index in range(settings.cpu_slots)]
+        self._workspaces = Workspaces(settings.worker_state_dir / "attempts" / str(incarnation))
         self._terms: WorkerRegistered | None = None
         self._registered = asyncio.Event()
         self._beat_now = asyncio.Event()
@@ -188,7 +190,7 @@ class Agent:
         ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
         delivery = Delivery(self._reports_api, self._outbox, self.incarnation, ref)
         slot, root = self._slots[order.slot], self._settings.storage_root.absolute()
-        hold = Hold(order, slot, self._outbox, delivery, root, self._terms.cancel_grace_s)
+        hold = Hold(order, slot, self._outbox, delivery, self._workspaces, root, self._terms.cancel_grace_s)
         self._holds[ref] = hold
         self._newest_attempt[order.operation_id] = order.attempt
         task = asyncio.create_task(self._serve(hold))
@@ -270,6 +272,7 @@ class Agent:
             url=self.url,
             slots=[slot.offer for slot in self._slots],
             workloads=workloads,
+            user_code=self._settings.user_code,
             versions=_versions(),
         )
         while True:

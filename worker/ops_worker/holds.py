@@ -18,6 +18,7 @@ from ops_worker.slots import Slot
 from ops_worker.stalls import StallClock
 from ops_worker.trainers import PipeGarbage, Trainer
 from ops_worker.waiting import first_of
+from ops_worker.workspace import Workspaces
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Hold:
         slot: Slot,
         outbox: Outbox,
         delivery: Delivery,
+        workspaces: Workspaces,
         storage_root: Path,
         cancel_grace_s: float,
     ) -> None:
@@ -54,6 +56,7 @@ class Hold:
         self._deadline = loop.time() + order.deadline_s
         self._outbox = outbox
         self._delivery = delivery
+        self._workspaces = workspaces
         self._storage_root = storage_root
         self._stall_timeout_s = order.job.execution.stall_timeout_s
         self._cancel_grace_s = cancel_grace_s
@@ -165,13 +168,14 @@ class Hold:
         if not self.slot.ready.is_set():
             fault = Fault(code="trainer_not_ready", message=f"Handed back by the worker: {self.slot.trouble}")
             return Finish(outcome=Outcome.PREEMPTED, error=fault)
-        with self.slot.lend() as self._trainer:
-            return await self._supervise(self._trainer)
+        async with self._workspaces.open(self._order) as directory:
+            with self.slot.lend() as self._trainer:
+                return await self._supervise(self._trainer, directory)
 
-    async def _supervise(self, trainer: Trainer) -> Finish:
+    async def _supervise(self, trainer: Trainer, directory: Path) -> Finish:
         self._log.info("trainer %d, output in %s", trainer.pid, trainer.log_path)
         oom_kills_before = oom_kills()
-        trainer.send(self._job())
+        trainer.send(self._job(directory))
         if self._stop is not None:
             trainer.send(self._stop)
         stalls = StallClock(self._stall_timeout_s)
@@ -207,9 +211,16 @@ class Hold:
         await asyncio.sleep(STACKS_S)
         trainer.kill()
 
-    def _job(self) -> RunJob:
+    def _job(self, directory: Path) -> RunJob:
         offer = self.slot.offer
-        return RunJob(start=self._order, storage_root=str(self._storage_root), device=offer.device, cores=offer.cores)
+        return RunJob(
+            start=self._order,
+            storage_root=str(self._storage_root),
+            directory=str(directory),
+            environ=self._order.job.env,
+            device=offer.device,
+            cores=offer.cores,
+        )
 
     async def _relay(self, trainer: Trainer, stalls: StallClock) -> None:
         """Reports go to the outbox, until the finish or the end of the pipe. The finish waits for the process."""

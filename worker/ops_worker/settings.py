@@ -35,6 +35,7 @@ class Settings(BaseModel):
     cpu_cores: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, description="cores, divided among the slots"
     )
+    user_code: bool = Field(False, description="whether it runs commands, and workloads that its users bring")
     worker_state_dir: Path = Field(description="where the outbox and the trainers' output are kept")
 
     @model_validator(mode="after")

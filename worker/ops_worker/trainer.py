@@ -13,23 +13,20 @@ import os
 import re
 import signal
 import sys
-import threading
-import time
 import traceback
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from ops_contract.agents import WorkloadOffer
 from ops_contract.jobs import Accelerator
 from ops_contract.lifecycle import Outcome
-from ops_contract.pipe import STACKS_SIGNAL, Alive, Hello, ProgressNow, RunJob, Stop, line, to_trainer
-from ops_contract.reports import Fault, Finish, Note, Progress, Report
-from ops_contract.wire import Wire
+from ops_contract.pipe import STACKS_SIGNAL, Hello, RunJob
+from ops_contract.reports import Fault, Finish, Note
 from relight.manifest import CheckpointCorrupt, CheckpointMissing
+from relight.pipe import AgentPipe
 from relight.process import die_with_parent
 from relight.training.faults import TrainingFault
 from relight.workload import Workload
@@ -40,7 +37,6 @@ _MAX_SAID_CHARS = 1_800  # of an exception, so that what to do about it still fi
 _MAX_TRACEBACK_CHARS = 8_000
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = re.compile(r"out of memory|(can't|cannot|not enough|unable to) (allocate )?memory", re.IGNORECASE)
-_ALIVE_S = 1.0
 
 
 def main() -> None:
@@ -74,11 +70,12 @@ def serve(in_fd: int, out_fd: int) -> NoReturn:
     agent.finish(run(agent.job(), agent))
 
 
-def run(job: RunJob, agent: "AgentPipe") -> Finish:
+def run(job: RunJob, agent: AgentPipe) -> Finish:
     """How the job ended; raises nothing, whatever the workload does."""
     from relight.training.attempt import Attempt, Site
 
     try:
+        enter(job)
         workload_type = find_workload(job.start.job.workload)
         site = Site(Path(job.storage_root), job.device, job.cores)
         if job.start.job.execution.accelerator is Accelerator.AUTO and job.device == "cpu":
@@ -93,6 +90,13 @@ def run(job: RunJob, agent: "AgentPipe") -> Finish:
     # SystemExit too: user code may call sys.exit, and that is no reason to end without a word.
     except BaseException as error:
         return Finish(outcome=Outcome.FAILED, error=_unexpected(error))
+
+
+def enter(job: RunJob) -> None:
+    """Where the job's own code runs, and what it finds in its environment; before any of it is imported."""
+    os.environ.update(job.environ)
+    os.chdir(Path(job.directory) / job.start.job.workdir)
+    sys.path.insert(0, os.getcwd())
 
 
 def find_workload(name: str) -> type[Workload[Any]]:
@@ -129,73 +133,6 @@ def describe() -> None:
             except Exception as error:
                 print(f"workload {entry.name} is left out: {error}", file=sys.stderr)
     sys.stdout.buffer.write(TypeAdapter(list[WorkloadOffer]).dump_json(offers) + b"\n")
-
-
-class AgentPipe:
-    """The trainer's end: a sink for reports, the one job, and whether to stop. The agent's end means exit at once."""
-
-    def __init__(self, in_fd: int, out_fd: int) -> None:
-        self._in_fd = in_fd
-        self._out_fd = out_fd
-        self._jobs: SimpleQueue[RunJob] = SimpleQueue()
-        self._why: Literal["cancelled", "preempted"] | None = None
-        self._sending = threading.Lock()  # a line is written whole, whichever thread reports
-        self._alive_at_s = -_ALIVE_S
-        for fd in (in_fd, out_fd):
-            os.set_inheritable(fd, False)  # a process that user code starts must not keep them open
-        # Its own thread: an agent that waits for us to read never blocks us while we wait for it.
-        threading.Thread(target=self._listen, name="agent-pipe", daemon=True).start()
-
-    def job(self) -> RunJob:
-        return self._jobs.get()
-
-    def should_stop(self) -> Literal["cancelled", "preempted"] | None:
-        """The training thread asks between steps and validation batches: that it asks is its sign of life."""
-        now_s = time.monotonic()
-        if now_s - self._alive_at_s >= _ALIVE_S:
-            self._alive_at_s = now_s
-            self.send(Alive())
-        return self._why
-
-    def report(self, report: Report) -> None:
-        self.send(report)
-
-    def progress(self, progress: Progress) -> None:
-        self.send(ProgressNow(progress=progress))
-
-    def send(self, message: Wire) -> None:
-        data = memoryview(line(message))
-        try:
-            with self._sending:
-                while data:
-                    data = data[os.write(self._out_fd, data) :]
-        except BrokenPipeError:
-            os._exit(1)
-
-    def finish(self, finish: Finish) -> NoReturn:
-        """The last message. Leaves without joining threads or loader processes: one that hangs would keep us."""
-        self.send(finish)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(0)
-
-    def _listen(self) -> None:
-        with open(self._in_fd, "rb", closefd=False) as messages:
-            for text in messages:
-                self._take(text)
-        os._exit(1)
-
-    def _take(self, text: bytes) -> None:
-        try:
-            message = to_trainer.validate_json(text)
-        except ValidationError as error:
-            print(f"the agent sent what this trainer does not understand: {error}", file=sys.stderr, flush=True)
-            os._exit(2)
-        if isinstance(message, Stop):
-            self._why = self._why or message.why
-        else:
-            self._jobs.put(message)
 
 
 def _load(entry: EntryPoint) -> type[Workload[Any]]:

@@ -16,6 +16,13 @@ CLAIM_LOCK = 20_808_214
 # Its own statement, before the claim's: a snapshot from before the lock would not see the last claimer's holds.
 TRY_CLAIM_LOCK = statement(f"SELECT pg_try_advisory_xact_lock({CLAIM_LOCK})")
 
+
+def _runs(worker: str) -> str:
+    """Whether it takes this operation `o`: see `runs_user_code`."""
+    return f"""CASE WHEN o.kind = 'command' OR o.workload LIKE '%:%' THEN {worker}.user_code
+                         ELSE o.workload = ANY ({worker}.workloads) END"""
+
+
 # A slot is free while the hold it was last given to is not alive. `auto` wants a GPU slot and takes a CPU slot only
 # where no live worker offers this workload a GPU at all: a drained one still does. A frozen number of threads prefers
 # a slot of that many cores.
@@ -24,7 +31,7 @@ TRY_CLAIM_LOCK = statement(f"SELECT pg_try_advisory_xact_lock({CLAIM_LOCK})")
 # then refuses it, and the fork fails. Without one it would begin at step 0, which nobody asked for.
 CLAIM = statement(f"""
     WITH offered AS MATERIALIZED (
-        SELECT s.incarnation, s.index, s.device, s.cores, w.url, w.secret, w.workloads,
+        SELECT s.incarnation, s.index, s.device, s.cores, w.url, w.secret, w.workloads, w.user_code,
                w.drain IS NULL AND coalesce(s.rests_until <= now(), true)
                AND NOT EXISTS (SELECT FROM holds h
                                 WHERE h.operation_id = s.operation_id AND h.attempt = s.attempt
@@ -37,10 +44,11 @@ CLAIM = statement(f"""
           CROSS JOIN LATERAL (
             SELECT f.incarnation, f.index, f.device, f.cores, f.url, f.secret
               FROM offered f
-             WHERE f.free AND o.workload = ANY (f.workloads)
+             WHERE f.free AND {_runs("f")}
+               AND f.cores >= coalesce((o.job->'resources'->>'cores')::int, 1)
                AND CASE o.job->'execution'->>'accelerator'
                      WHEN 'auto' THEN f.device <> 'cpu' OR NOT EXISTS (
-                          SELECT FROM offered g WHERE g.device <> 'cpu' AND o.workload = ANY (g.workloads))
+                          SELECT FROM offered g WHERE g.device <> 'cpu' AND {_runs("g")})
                      ELSE f.device = o.job->'execution'->>'accelerator' END
              ORDER BY f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index
              LIMIT 1

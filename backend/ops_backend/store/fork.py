@@ -11,7 +11,8 @@ from ops_backend.store.sql import NEWEST_FIRST, continues, record, statement
 from ops_backend.store.submit import invalid, new_operation, resolved_job
 from ops_backend.store.transitions import not_found
 from ops_contract.errors import ErrorCode, OpsError, without_prefix
-from ops_contract.jobs import Execution, Job, JobSpec
+from ops_contract.jobs import Execution, Job, JobSpec, Setup
+from ops_contract.lifecycle import Kind
 from ops_contract.operations import ForkRequest, ReplayRequest
 
 # The last step of which the lineage has a report. What evaluates a step does not redo its update.
@@ -46,17 +47,18 @@ DETAIL = """jsonb_strip_nulls(jsonb_build_object('replay_of', CAST(:replay_of AS
                 jsonb_build_object('operation_id', operation_id, 'checkpoint_id', id, 'step', step) FROM pinned)))"""
 
 # Retention moves a row on from `committed` under the same row's lock: either it is pinned here, or nothing is made.
-# Only a replay may have none: it begins where its parent did.
+# A replay may have none, and begins where its parent did; a command too, and runs anew.
 FORK = statement(f"""
     WITH pinned AS (
         UPDATE checkpoints SET pinned_at = now() WHERE id = :checkpoint_id AND status = 'committed'
         RETURNING id, operation_id, step
     ), moved AS (
-        INSERT INTO operations (id, name, kind, workload, job, labels, priority, max_retries, submitted_by,
-                                idempotency_key, body_sha256, forked_from_checkpoint_id, replay_of, accept_changes,
-                                status, event_seq)
-        SELECT :id, :name, :kind, :workload, :job, :labels, :priority, :max_retries, :submitted_by,
-               :idempotency_key, :body_sha256, (SELECT id FROM pinned), :replay_of, :accept_changes, 'pending', 1
+        INSERT INTO operations (id, name, kind, workload, job, code_sha256, labels, priority, max_retries,
+                                submitted_by, idempotency_key, body_sha256, forked_from_checkpoint_id, replay_of,
+                                accept_changes, status, event_seq)
+        SELECT :id, :name, :kind, :workload, :job, :code_sha256, :labels, :priority, :max_retries,
+               :submitted_by, :idempotency_key, :body_sha256, (SELECT id FROM pinned), :replay_of,
+               :accept_changes, 'pending', 1
          WHERE CAST(:checkpoint_id AS uuid) IS NULL OR EXISTS (SELECT FROM pinned)
         ON CONFLICT (submitted_by, idempotency_key) DO NOTHING
         RETURNING id, event_seq, attempt, NULL::text AS from_status, status
@@ -84,10 +86,12 @@ async def fork_if_there(
     Raises 404 without the operation or the checkpoint, 422 for overrides that cannot be carried over.
     """
     point = await _find(session, id, wish)
-    if point.checkpoint_id is None:
+    is_command = point.job["kind"] == Kind.COMMAND
+    if point.checkpoint_id is None and (wish.from_checkpoint or not is_command):
         raise _no_checkpoint(wish)
     spec = _forked_spec(point, wish)
-    _check_carried_over(spec.execution, point)
+    if not is_command:
+        _check_carried_over(spec.execution, point)
     job = await resolved_job(session, spec, "overrides.")
     values = new_operation(spec, job, submitted_by, key, body)
     values |= {"replay_of": None, "accept_changes": wish.accept_changes}
@@ -148,16 +152,21 @@ def _replayed_job(point: Row[Any], wish: ReplayRequest) -> Job:
 def _forked_spec(point: Row[Any], wish: ForkRequest) -> JobSpec:
     """The parent's job with the overrides in it, checked as a submit is."""
     parent, new = Job.model_validate(point.job), wish.overrides
-    merged = {
-        "kind": parent.kind,
-        "workload": parent.workload,
-        "config": parent.config | new.config,
-        "execution": parent.execution.model_dump() | new.execution,
-        "labels": point.labels | new.labels,
-        "priority": point.priority if new.priority is None else new.priority,
-        "max_retries": point.max_retries if new.max_retries is None else new.max_retries,
-        "name": wish.name,
-    }
+    merged = (
+        parent.model_dump(include=set(Setup.model_fields))
+        | {
+            "kind": parent.kind,
+            "workload": None if parent.kind is Kind.COMMAND else parent.workload,
+            "env": parent.env | new.env,
+            "config": parent.config | new.config,
+            "execution": parent.execution.model_dump() | new.execution,
+            "labels": point.labels | new.labels,
+            "priority": point.priority if new.priority is None else new.priority,
+            "max_retries": point.max_retries if new.max_retries is None else new.max_retries,
+            "name": wish.name,
+        }
+        | new.model_dump(include={"command", "code"}, exclude_none=True)
+    )
     try:
         return JobSpec.model_validate(merged)
     except ValidationError as error:

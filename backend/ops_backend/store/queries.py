@@ -112,10 +112,10 @@ CHECKPOINTS = statement(f"""
      WHERE o.id = :id ORDER BY c.created_at, c.step
 """)
 
-# Those of the attempt that completed it.
+# The model of the attempt that completed it; of the files that its job keeps the newest, however it ended.
 ARTIFACTS = statement("""
-    SELECT x.* FROM artifacts x JOIN operations o ON o.id = x.operation_id AND o.attempt = x.attempt
-     WHERE o.id = :id AND o.status = 'completed' ORDER BY x.name
+    SELECT x.* FROM artifacts x JOIN operations o ON o.id = x.operation_id
+     WHERE o.id = :id AND (x.name LIKE 'files/%' OR o.status = 'completed' AND o.attempt = x.attempt) ORDER BY x.name
 """)
 
 EVENTS = statement("""

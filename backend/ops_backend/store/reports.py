@@ -12,7 +12,7 @@ from ops_backend.store.transitions import finish_if_held
 from ops_contract.agents import ReportBatch
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Phase, Status
-from ops_contract.reports import ArtifactSaved, CheckpointSaved, Finish, Metrics, Note, Report, Series, Started
+from ops_contract.reports import MODEL, ArtifactSaved, CheckpointSaved, Finish, Metrics, Note, Report, Series, Started
 
 # The update locks the row, so what follows in the transaction is fenced: a reaper that wants to end the hold waits.
 # (An INSERT … SELECT … WHERE status = 'running' locks nothing, and a fenced row slips in.)
@@ -189,6 +189,7 @@ def _check(id: UUID, attempt: int, batch: ReportBatch) -> None:
 def _place(id: UUID, attempt: int, report: CheckpointSaved | ArtifactSaved) -> str:
     """No text of a client's becomes a path: it is derived, and compared."""
     if isinstance(report, ArtifactSaved):
-        return f"{id}/{attempt}-{report.step}-model/{report.name}"
+        directory = "model/" if report.name == MODEL else ""  # the other names have theirs
+        return f"{id}/{attempt}-{report.step}-{directory}{report.name}"
     suffix = "-evaluate" if report.phase is Phase.EVALUATE else ""
     return f"{id}/{attempt}-{report.step}{suffix}"

@@ -27,7 +27,7 @@ def tell(event: Row[Any]) -> str:
             return f"{attempt} could not restore its checkpoint{_fault(detail)}; {_after_corrupt(event.to_status)}"
         case Event.COMPLETE:
             in_spite = ", before the cancel reached it" if event.from_status == Status.CANCELLING else ""
-            return f"{attempt} completed the training{in_spite}"
+            return f"{attempt} completed{in_spite}"
         case Event.FAIL | Event.RETRY:
             return f"{attempt} failed{_fault(detail)}; {_after_failure(event)}"
         case Event.PREEMPT:
@@ -46,6 +46,8 @@ def tell(event: Row[Any]) -> str:
         case Event.FORCE:
             return "told to stop at once, without saving" + _reason(detail)
         case Event.RESUME:
+            if "step" not in detail:
+                return "resumed: it runs again"
             accepted = ", with other code or data if need be" if detail.get("accept_changes") else ""
             return f"resumed at step {detail['step']}, from checkpoint {_short(detail['checkpoint_id'])}{accepted}"
         case Event.NOTE:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from pathlib import PurePosixPath
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -13,13 +14,24 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import plain, record, statement
 from ops_contract.errors import ErrorCode, OpsError, without_prefix
-from ops_contract.jobs import Accelerator, Execution, Job, JobSpec, SchedulerName
+from ops_contract.jobs import (
+    COMMAND,
+    COMMAND_KNOBS,
+    Accelerator,
+    Code,
+    Execution,
+    Job,
+    JobSpec,
+    SchedulerName,
+    Setup,
+)
 
 FIND_REPLAY = statement("""
     SELECT id, body_sha256 FROM operations WHERE submitted_by = :submitted_by AND idempotency_key = :idempotency_key
 """)
 
 FIND_WORKLOAD = statement("SELECT config_schema, reports FROM workloads WHERE name = :name")
+KEEP_SNAPSHOT = statement("SELECT sha256 FROM snapshots WHERE sha256 = :sha256 FOR KEY SHARE")
 KNOWN_WORKLOADS = statement("SELECT name FROM workloads ORDER BY name")
 
 EVER_OFFERED = statement("SELECT EXISTS (SELECT FROM slots WHERE device = :device)")
@@ -27,10 +39,10 @@ EVER_OFFERED = statement("SELECT EXISTS (SELECT FROM slots WHERE device = :devic
 # A key that another transaction has just taken yields no row here; the caller then reads that one.
 SUBMIT = statement(f"""
     WITH moved AS (
-        INSERT INTO operations (id, name, kind, workload, job, labels, priority, max_retries, submitted_by,
-                                idempotency_key, body_sha256, status, event_seq)
-        VALUES (:id, :name, :kind, :workload, :job, :labels, :priority, :max_retries, :submitted_by,
-                :idempotency_key, :body_sha256, 'pending', 1)
+        INSERT INTO operations (id, name, kind, workload, job, code_sha256, labels, priority, max_retries,
+                                submitted_by, idempotency_key, body_sha256, status, event_seq)
+        VALUES (:id, :name, :kind, :workload, :job, :code_sha256, :labels, :priority, :max_retries,
+                :submitted_by, :idempotency_key, :body_sha256, 'pending', 1)
         ON CONFLICT (submitted_by, idempotency_key) DO NOTHING
         RETURNING id, event_seq, attempt, NULL::text AS from_status, status
     )
@@ -92,10 +104,11 @@ def new_operation(spec: JobSpec, job: Job, submitted_by: str, key: str | None, b
     id = uuid4()
     return {
         "id": id,
-        "name": spec.name or f"{spec.workload}-{str(id)[:8]}",
-        "kind": spec.kind,
-        "workload": spec.workload,
+        "name": spec.name or f"{_what(job)}-{str(id)[:8]}",
+        "kind": job.kind,
+        "workload": job.workload,
         "job": plain(job),
+        "code_sha256": job.code.sha256 if job.code else None,
         "labels": spec.labels,
         "priority": spec.priority,
         "max_retries": spec.max_retries,
@@ -103,6 +116,13 @@ def new_operation(spec: JobSpec, job: Job, submitted_by: str, key: str | None, b
         "idempotency_key": key,
         "body_sha256": body_sha256(body),
     }
+
+
+def _what(job: Job) -> str:
+    """A word for what it runs: `train` of `python train.py` and of `pkg.train:Mine`."""
+    words = [PurePosixPath(word) for word in job.command or []]
+    script = next((word.stem for word in words[1:] if word.suffix in (".py", ".sh")), None)
+    return (script or (words[0].name if words else job.workload.partition(":")[0].rpartition(".")[2]))[:100]
 
 
 def body_sha256(body: bytes) -> str:
@@ -114,6 +134,12 @@ def body_sha256(body: bytes) -> str:
 
 async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "") -> Job:
     """With every default. Raises 422; `path` is where in the body the submitter wrote it, with its dot."""
+    await _check_accelerator(session, spec.execution.accelerator, f"{path}execution")
+    await _check_code(session, spec.code, f"{path}code")
+    setup = {name: getattr(spec, name) for name in Setup.model_fields}
+    if spec.workload is None:
+        execution = _command_execution(spec.execution, f"{path}execution")
+        return Job(kind=spec.kind, workload=COMMAND, config={}, execution=execution, **setup)
     workload = (await session.execute(FIND_WORKLOAD, {"name": spec.workload})).one_or_none()
     if workload is None:
         known = list(await session.scalars(KNOWN_WORKLOADS))
@@ -121,12 +147,12 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "") -> 
         raise OpsError(
             ErrorCode.UNKNOWN_WORKLOAD, f"no worker has offered the workload {spec.workload!r}; {offer}", known=known
         )
-    await _check_accelerator(session, spec.execution.accelerator, f"{path}execution")
     return Job(
         kind=spec.kind,
         workload=spec.workload,
         config=_resolved_config(spec.config, workload.config_schema, f"{path}config"),
         execution=_resolved_execution(spec.execution, workload.reports, f"{path}execution"),
+        **setup,
     )
 
 
@@ -144,6 +170,23 @@ async def _check_accelerator(session: AsyncSession, accelerator: Accelerator, pa
     if not await session.scalar(EVER_OFFERED, {"device": accelerator}):
         problem = f"no worker has ever offered a {accelerator} device; start a worker with one first, or use auto"
         raise invalid([(f"{path}.accelerator", problem)])
+
+
+async def _check_code(session: AsyncSession, code: Code | None, path: str) -> None:
+    """The row is kept from being swept until it is referred to. Raises 422 for a snapshot that is not here."""
+    if code is not None and await session.scalar(KEEP_SNAPSHOT, {"sha256": code.sha256}) is None:
+        raise invalid([(f"{path}.sha256", "no such snapshot: upload it first (PUT /snapshots/SHA256)")])
+
+
+def _command_execution(given: Execution, path: str) -> Execution:
+    """Raises 422 for what only the training engine heeds."""
+    plain = Execution().model_dump()
+    ignored = [name for name, value in given.model_dump().items() if name not in COMMAND_KNOBS and value != plain[name]]
+    if ignored:
+        problem = "does nothing for a command: its own code decides; give it as an argument or in env"
+        raise invalid([(f"{path}.{name}", problem) for name in ignored])
+    # Nobody knows how often a command ought to say something.
+    return given if "stall_timeout_s" in given.model_fields_set else given.model_copy(update={"stall_timeout_s": None})
 
 
 def _resolved_config(given: dict[str, Any], schema: dict[str, Any], path: str) -> dict[str, Any]:

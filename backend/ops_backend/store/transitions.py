@@ -141,14 +141,15 @@ REQUEST_CANCEL = statement(f"""
       LEFT JOIN workers w ON w.incarnation = h.incarnation
 """)
 
-RESUME_DETAIL = """(SELECT jsonb_build_object(
-    'checkpoint_id', id, 'step', step, 'accept_changes', CAST(:accept_changes AS boolean)) FROM pinned)"""
+RESUME_DETAIL = """coalesce((SELECT jsonb_build_object(
+    'checkpoint_id', id, 'step', step, 'accept_changes', CAST(:accept_changes AS boolean)) FROM pinned), '{}')"""
 
 # Without a choice of the caller's: the checkpoint of an earlier resume that no attempt has gone past yet, else the
-# newest of the lineage. An abandoned branch cannot be resumed, only forked: its steps no longer count.
+# newest of the lineage. An abandoned branch cannot be resumed, only forked: its steps no longer count. A command may
+# have none, and runs again.
 RESUME = statement(f"""
     WITH target AS MATERIALIZED (
-        SELECT id, status, resume_checkpoint_id, forked_from_checkpoint_id FROM operations
+        SELECT id, kind, status, resume_checkpoint_id, forked_from_checkpoint_id FROM operations
          WHERE id = :id AND status IN ('failed', 'cancelled')
            FOR NO KEY UPDATE
     ), chosen AS MATERIALIZED (
@@ -168,14 +169,17 @@ RESUME = statement(f"""
                cancel_force = false, cancel_reason = NULL, exit_unconfirmed = false,
                resume_checkpoint_id = pinned.id, resume_explicit = CAST(:checkpoint_id AS uuid) IS NOT NULL,
                accept_changes = :accept_changes
-          FROM target t, pinned WHERE o.id = t.id
+          FROM target t LEFT JOIN pinned ON true
+         WHERE o.id = t.id
+           AND (pinned.id IS NOT NULL OR t.kind = 'command' AND CAST(:checkpoint_id AS uuid) IS NULL
+                                         AND NOT EXISTS (SELECT FROM chosen))
         RETURNING o.id, o.event_seq, o.attempt, t.status AS from_status, o.status
     ), told AS (
         {record("'resume'", RESUME_DETAIL)}
     )
     SELECT moved.id AS operation_id, moved.status, pinned.id AS checkpoint_id, pinned.checkpoint_type,
            pinned.created_at, pinned.epoch, pinned.step
-      FROM moved, pinned
+      FROM moved LEFT JOIN pinned ON true
 """)
 
 EXPLAIN = statement(f"""
@@ -263,7 +267,9 @@ async def resume_if_ended(
     row = (await session.execute(RESUME, values)).mappings().one_or_none()
     if row is None:
         return None
-    resumed_from = ResumedFrom.model_validate({name: row[name] for name in ResumedFrom.model_fields})
+    resumed_from = None
+    if row["checkpoint_id"] is not None:
+        resumed_from = ResumedFrom.model_validate({name: row[name] for name in ResumedFrom.model_fields})
     return ResumeAccepted(operation_id=row["operation_id"], status=row["status"], resumed_from=resumed_from)
 
 

@@ -13,10 +13,11 @@ from ops_contract.errors import ErrorCode, OpsError
 
 # The same incarnation again keeps its secret: its first answer may have been lost.
 REGISTER = statement("""
-    INSERT INTO workers (incarnation, name, host, url, secret, workloads, versions)
-    VALUES (:incarnation, :name, :host, :url, :secret, :workloads, :versions)
+    INSERT INTO workers (incarnation, name, host, url, secret, workloads, user_code, versions)
+    VALUES (:incarnation, :name, :host, :url, :secret, :workloads, :user_code, :versions)
     ON CONFLICT (incarnation) DO UPDATE
-       SET url = EXCLUDED.url, workloads = EXCLUDED.workloads, versions = EXCLUDED.versions, last_seen_at = now()
+       SET url = EXCLUDED.url, workloads = EXCLUDED.workloads, user_code = EXCLUDED.user_code,
+           versions = EXCLUDED.versions, last_seen_at = now()
     RETURNING secret
 """)
 
@@ -77,7 +78,7 @@ async def register(session: AsyncSession, worker: WorkerRegistration, lease_s: f
     Raises 409 `device_taken` when a live incarnation on the same host holds one of its devices.
     """
     await _refuse_taken_devices(session, worker, lease_s)
-    row = worker.model_dump(include={"incarnation", "name", "host", "url", "versions"})
+    row = worker.model_dump(include={"incarnation", "name", "host", "url", "user_code", "versions"})
     row |= {"workloads": [w.name for w in worker.workloads], "secret": secrets.token_hex(32)}
     secret: str = (await session.execute(REGISTER, row)).scalar_one()
     await session.execute(OFFER_SLOT, [{"incarnation": worker.incarnation} | s.model_dump() for s in worker.slots])

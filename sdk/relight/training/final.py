@@ -9,11 +9,9 @@ from uuid import UUID, uuid4
 
 from torch import Tensor, nn
 
-from ops_contract.reports import ArtifactSaved
+from ops_contract.reports import MODEL, ArtifactSaved
+from relight.publish import published_directory, write_file
 from relight.training import tensorfile
-from relight.training.checkpoint import published_directory, write_file
-
-MODEL = "model.safetensors"
 
 
 def publish_model(root: Path, operation_id: UUID, attempt: int, step: int, model: nn.Module) -> ArtifactSaved:
