@@ -66,6 +66,7 @@ class Store:
                 for i in range(slots)
             ],
             workloads=list(workloads),
+            user_code=kw.get("user_code", False),
         )
         async with self.sessions.begin() as session:
             await workers.register(session, offer, LEASE_S)
@@ -73,13 +74,13 @@ class Store:
 
     async def submit(self, key: str | None = None, **spec: Any) -> UUID:
         body = b'{"workload": "toy"}'
-        # A period of its own, so that all its checkpoints are kept.
-        spec["execution"] = {"checkpoint_every": {"epochs": 1}} | spec.get("execution", {})
+        if "command" not in spec:
+            # A period of its own, so that all its checkpoints are kept.
+            execution = {"checkpoint_every": {"epochs": 1}} | spec.get("execution", {})
+            spec = {"workload": "toy"} | spec | {"execution": execution}
         async with self.sessions.begin() as session:
             found = await submit.replay(session, "me", key, body)
-            made = found or await submit.submit_if_new(
-                session, JobSpec.model_validate({"workload": "toy"} | spec), "me", key, body
-            )
+            made = found or await submit.submit_if_new(session, JobSpec.model_validate(spec), "me", key, body)
             made = made or await submit.replay(session, "me", key, body)
         assert made is not None
         return made
@@ -161,6 +162,10 @@ class Store:
     async def attempts(self, id: UUID) -> Sequence[AttemptView]:
         async with self.sessions.begin() as session:
             return (await queries.attempts(session, id)).items
+
+    async def artifact_names(self, id: UUID) -> list[str]:
+        async with self.sessions.begin() as session:
+            return [artifact.name for artifact in (await queries.artifacts(session, id)).items]
 
     async def fetch(self, sql: str, **values: Any) -> list[Any]:
         async with self.sessions.begin() as session:

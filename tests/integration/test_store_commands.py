@@ -1,0 +1,121 @@
+"""Commands and the user's own code in the store: who is given them, how they resume and fork."""
+
+from uuid import uuid4
+
+import pytest
+
+from helpers.store import Store, at_once, held, saved, started
+from ops_contract.agents import WorkloadOffer
+from ops_contract.errors import OpsError
+from ops_contract.lifecycle import Outcome, Status
+from ops_contract.reports import ArtifactSaved
+
+COMMAND = ["python", "train.py", "--lr", "3e-4"]
+
+
+async def test_a_command_is_given_to_a_worker_that_runs_user_code_only(store: Store) -> None:
+    await store.worker("closed", workloads=[WorkloadOffer(name="command", config_schema={"type": "object"})])
+    id = await store.submit(command=COMMAND)
+    assert await store.claim() is None
+
+    open_worker = await store.worker("open", workloads=[], user_code=True)
+    claim = await store.claim()
+
+    assert claim is not None
+    assert (claim.operation_id, claim.incarnation, claim.job.command) == (id, open_worker, COMMAND)
+
+
+async def test_a_slot_with_too_few_cores_gets_no_command_that_wants_more(store: Store) -> None:
+    await store.worker("small", cores=3, user_code=True)
+    await store.submit(command=COMMAND, resources={"cores": 4})
+    assert await store.claim() is None
+    await store.worker("large", cores=4, user_code=True)
+    assert await store.claim() is not None
+
+
+async def test_the_resolved_job_of_a_command_has_no_stall_timeout_unless_it_is_given(store: Store) -> None:
+    silent = await store.get(await store.submit(command=COMMAND))
+    timed = await store.get(await store.submit(command=COMMAND, execution={"stall_timeout_s": 60}))
+    assert (silent.workload, silent.kind, silent.job.execution.stall_timeout_s) == ("command", "command", None)
+    assert timed.job.execution.stall_timeout_s == 60
+    assert silent.name.startswith("train-")
+
+
+async def test_a_command_without_a_checkpoint_resumes_by_running_again_once(store: Store) -> None:
+    await store.worker(user_code=True)
+    run = await store.finish(await store.running(command=COMMAND, max_retries=0), Outcome.FAILED)
+
+    answers = await at_once(*(store.resume(run.operation_id) for _ in range(5)))
+
+    [accepted] = [answer for answer in answers if not isinstance(answer, OpsError) and answer is not None]
+    assert (accepted.status, accepted.resumed_from) == (Status.PENDING, None)
+    claim = await store.claim()
+    assert claim is not None
+    assert (claim.attempt, claim.checkpoint) == (2, None)
+
+
+async def test_a_command_with_a_checkpoint_of_run_resumes_from_it(store: Store) -> None:
+    await store.worker(user_code=True)
+    run = await store.running(command=COMMAND)
+    await store.cancel(run.operation_id)
+    checkpoint = saved(run, 7)
+    await store.finish(await store.report(run, started(), checkpoint), Outcome.CANCELLED)
+
+    accepted = await store.resume(run.operation_id)
+
+    assert accepted is not None
+    assert accepted.resumed_from is not None
+    assert accepted.resumed_from.checkpoint_id == checkpoint.checkpoint_id
+
+
+async def test_a_checkpoint_that_is_named_must_be_there_for_a_command_too(store: Store) -> None:
+    await store.worker(user_code=True)
+    run = await store.finish(await store.running(command=COMMAND, max_retries=0), Outcome.FAILED)
+    assert await store.resume(run.operation_id, uuid4()) is None
+    assert (await store.get(run.operation_id)).status == Status.FAILED
+
+
+async def test_a_fork_of_a_command_runs_anew_with_what_differs(store: Store) -> None:
+    await store.worker(user_code=True)
+    parent = await store.running(command=COMMAND, env={"A": "1", "B": "2"}, secrets=["TOKEN"])
+
+    fork = await store.fork(parent.operation_id, overrides={"command": ["true"], "env": {"B": "3"}})
+
+    assert fork is not None
+    job = (await store.get(fork)).job
+    assert (job.command, job.env, job.secrets) == (["true"], {"A": "1", "B": "3"}, ["TOKEN"])
+
+
+@pytest.mark.parametrize("outcome", [Outcome.COMPLETED, Outcome.FAILED, Outcome.CANCELLED])
+async def test_the_files_that_a_job_keeps_are_listed_however_it_ended(store: Store, outcome: Outcome) -> None:
+    await store.worker(user_code=True)
+    run = await store.running(command=COMMAND, max_retries=0)
+    files = [_file(run.operation_id, name) for name in ("files/a.txt", "files/out/b.pt")]
+    run = await store.report(run, *files)
+    if outcome is Outcome.CANCELLED:
+        await store.cancel(run.operation_id)
+    await store.finish(run, outcome)
+    assert await store.artifact_names(run.operation_id) == ["files/a.txt", "files/out/b.pt"]
+
+
+@pytest.mark.parametrize("name", ["files/../model.safetensors", "other/a.txt", "/etc/passwd", "files/"])
+def test_no_file_has_a_name_outside_its_place(name: str) -> None:
+    with pytest.raises(ValueError, match="name"):
+        _file(uuid4(), name)
+
+
+async def test_claims_of_a_frozen_user_workload_need_the_permission(store: Store) -> None:
+    """The worker offers a workload whose name looks like an import path; that does not open the door."""
+    await store.worker(workloads=[WorkloadOffer(name="mine:Model", config_schema={"type": "object"})])
+    await store.submit(workload="mine:Model")
+    assert await store.claim() is None
+    await store.worker(user_code=True)
+    claim = await store.claim()
+    assert claim is not None
+    assert held(claim).attempt == 1
+
+
+def _file(operation: object, name: str) -> ArtifactSaved:
+    return ArtifactSaved(
+        artifact_id=uuid4(), name=name, step=0, path=f"{operation}/1-0-{name}", size_bytes=1, sha256="a" * 64
+    )
