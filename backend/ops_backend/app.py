@@ -12,7 +12,7 @@ from ops_backend.dispatcher import Dispatcher
 from ops_backend.exporter import Exporter
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.reaper import Reaper
-from ops_backend.routes import agents, catalog, cleanup, errors, health, operations
+from ops_backend.routes import agents, catalog, cleanup, errors, health, operations, snapshots
 from ops_backend.settings import Settings
 from ops_backend.sweeper import Sweeper
 from ops_contract.wire import API_PREFIX
@@ -31,7 +31,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     errors.install(app)
     app.include_router(health.router)
-    for module in (operations, cleanup, agents, catalog):
+    for module in (operations, cleanup, snapshots, agents, catalog):
         app.include_router(module.router, prefix=API_PREFIX)
     return app
 

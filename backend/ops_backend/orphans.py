@@ -1,4 +1,4 @@
-"""Deletes what a crash left under the storage root: directories without a row, of attempts that have ended."""
+"""Deletes what nobody refers to: directories without a row, of attempts that have ended, and old snapshots."""
 
 import asyncio
 import logging
@@ -7,6 +7,7 @@ from pathlib import Path
 from ops_backend.database import Sessions
 from ops_backend.storage import published_in, remove_checkpoint
 from ops_backend.store.retention import without_row
+from ops_backend.store.snapshots import delete_unused
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class OrphanSweeper:
         # was allowed to report was committed before its end, and what waits in an outbox will be refused.
         async with self._sessions.begin() as session:
             orphans = await without_row(session, found)
+            await delete_unused(session)
         for path in orphans:
             await self._delete(path)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ops_cli import checkpoints, show
+from ops_cli.code import CodeDir, NoCode, changed_code, with_code
 from ops_cli.connect import Json, OperationId, with_client
 from ops_cli.watch import view_for_people, watch_to_end
 
@@ -32,6 +33,8 @@ def register(app: typer.Typer) -> None:
 def submit(
     client: "Client",
     file: Annotated[str, typer.Argument(metavar="FILE", help="YAML or JSON; - reads stdin.")],
+    code: CodeDir = None,
+    no_code: NoCode = False,
     watch: Watch = False,
     json: Json = False,
 ) -> None:
@@ -39,13 +42,13 @@ def submit(
     from ops_cli.jobs import job_from_text
 
     text = sys.stdin.read() if file == "-" else _read(Path(file))
-    _submit(client, job_from_text(text, file), watch, json)
+    _submit(client, with_code(client, job_from_text(text, file), code, no_code), watch, json)
 
 
 @with_client
 def train(
     client: "Client",
-    workload: Annotated[str, typer.Argument(help="Their names: ops workloads")],
+    workload: Annotated[str, typer.Argument(help="One of `ops workloads`, or module:Class of your own.")],
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="K=V", help="config.NAME=VALUE or execution.NAME=VALUE; may be repeated."),
@@ -63,10 +66,15 @@ def train(
     label: Pairs = None,
     priority: Annotated[int | None, typer.Option(help="Higher runs first.")] = None,
     max_retries: Annotated[int | None, typer.Option()] = None,
+    code: CodeDir = None,
+    no_code: NoCode = False,
     watch: Watch = False,
     json: Json = False,
 ) -> None:
-    """Train a workload."""
+    """Train a workload.
+
+    Of your own code the current directory is packed, and every attempt runs that: see `ops pack`.
+    """
     from ops_cli import jobs
 
     flags = {
@@ -83,7 +91,8 @@ def train(
         "execution.threads": threads,
         "execution.checkpoint_every": jobs.checkpoint_every(checkpoint_every) if checkpoint_every else None,
     }
-    _submit(client, jobs.job_from_flags(flags, settings or []), watch, json)
+    job = jobs.job_from_flags(flags, settings or [])
+    _submit(client, with_code(client, job, code, no_code), watch, json)
 
 
 @with_client
@@ -147,6 +156,9 @@ def fork(
     label: Pairs = None,
     priority: Annotated[int | None, typer.Option(help="Higher runs first.")] = None,
     max_retries: Annotated[int | None, typer.Option()] = None,
+    code: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Your code as it is there now; --accept-changes is then implied.")
+    ] = None,
     watch: Watch = False,
     json: Json = False,
 ) -> None:
@@ -160,6 +172,9 @@ def fork(
     chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
     flags = {"labels": jobs.labels(label or []) or None, "priority": priority, "max_retries": max_retries}
     overrides = jobs.content_from_flags(flags, settings or [])
+    if code:
+        overrides["code"] = changed_code(client, found, code).model_dump()
+        accept_changes = True
     operation = client.fork(found, chosen.id if chosen else None, overrides, name, accept_changes=accept_changes)
     if json:
         print(operation.model_dump_json())

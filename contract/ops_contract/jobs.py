@@ -20,6 +20,9 @@ from ops_contract.wire import Name, Sha256, Text, Wire
 # What stands in `workload` for a command.
 COMMAND = "command"
 
+# Of a snapshot's archive. It holds code; data stay where they are.
+SNAPSHOT_MAX_BYTES = 16 * 2**20
+
 
 class Accelerator(StrEnum):
     """Where a job may run; AUTO takes a GPU slot where a worker offers one, else the CPU."""

@@ -5,7 +5,8 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from hashlib import sha256 as sha256_of
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -13,7 +14,7 @@ import httpx
 from pydantic import ValidationError
 
 from ops_contract.errors import ErrorBody, ErrorCode, OpsError
-from ops_contract.jobs import JobSpec
+from ops_contract.jobs import Code, JobSpec
 from ops_contract.lifecycle import TERMINAL, Kind, Status
 from ops_contract.operations import (
     Artifacts,
@@ -45,6 +46,9 @@ from ops_contract.operations import (
 )
 from ops_contract.wire import API_PREFIX, Wire
 from relight.settings import Server, find_server
+
+if TYPE_CHECKING:
+    from relight.packing import Packed
 
 W = TypeVar("W", bound=Wire)
 
@@ -110,6 +114,25 @@ class Client:
         job = spec if isinstance(spec, JobSpec) else JobSpec.model_validate(spec)
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return self._parse(self._post("/operations", job, headers=headers, repeatable=True), Operation)
+
+    def upload(self, packed: "Packed") -> Code:
+        """For a job's `code`; see `relight.packing.pack`. What the server has already is not sent again.
+
+        It stays while an operation refers to it, and for a day before the first one does.
+        """
+        path = f"/snapshots/{packed.sha256}"
+        # A refusal of this one has no body that could say why: the next one's has.
+        if not self._call("HEAD", path, repeatable=True, checked=False).is_success:
+            headers = {"Content-Type": "application/octet-stream"}
+            self._call("PUT", path, content=packed.archive, headers=headers, repeatable=True)
+        return packed.code
+
+    def snapshot(self, sha256: str) -> bytes:
+        """The archive of a snapshot, whole; `relight.archive` reads and unpacks it."""
+        archive = self._call("GET", f"/snapshots/{sha256}", repeatable=True).content
+        if sha256_of(archive).hexdigest() != sha256:
+            raise Unreachable(f"the snapshot {sha256} was changed on its way here; try again")
+        return archive
 
     def get(self, operation_id: UUID | str) -> Operation:
         """Polling is cheap: what has not changed is not sent again."""
@@ -355,7 +378,9 @@ class Client:
         headers = {"Content-Type": "application/json", **(headers or {})}
         return self._call("POST", path, content=content, headers=headers, repeatable=repeatable)
 
-    def _call(self, method: str, path: str, *, repeatable: bool = False, **request: Any) -> httpx.Response:
+    def _call(
+        self, method: str, path: str, *, repeatable: bool = False, checked: bool = True, **request: Any
+    ) -> httpx.Response:
         for retry_in_s in (*(BACKOFF_S * 2**n for n in range(TRIES - 1)), None):
             try:
                 response = self._http.request(method, API_PREFIX + path, **request)
@@ -365,7 +390,7 @@ class Client:
                     raise self._unreachable(error, unsent or method == "GET") from error
             else:
                 if response.status_code != 503 or retry_in_s is None:
-                    return self._checked(response)
+                    return self._checked(response) if checked else response
                 retry_in_s = _retry_after_s(response) or retry_in_s
             self._sleep(retry_in_s * random.uniform(0.8, 1.2))
         raise AssertionError("the last try returns or raises")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -71,6 +72,9 @@ class FakeApi:
         self.draining: set[UUID] = set()
         self.drain: Drain | None = None
         self.beats_fail = False
+        self.snapshots: dict[str, bytes] = {}
+        self.fetched = 0
+        self.garble = 0  # so many answers with a snapshot are not whole
         self._app = self._routes()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._port = self._listener.getsockname()[1]
@@ -83,6 +87,12 @@ class FakeApi:
     def claim(self, operation_id: UUID, incarnation: UUID, attempt: int = 1) -> FakeHold:
         ref = HoldRef(operation_id=operation_id, attempt=attempt)
         return self.holds.setdefault((ref, incarnation), FakeHold(ref, incarnation))
+
+    def keep(self, archive: bytes) -> str:
+        """Its SHA-256, as if somebody had uploaded it."""
+        sha256 = hashlib.sha256(archive).hexdigest()
+        self.snapshots[sha256] = archive
+        return sha256
 
     async def up(self) -> None:
         if self._listener.fileno() == -1:
@@ -103,8 +113,16 @@ class FakeApi:
         app.post(f"{API_PREFIX}/workers", status_code=201)(self._register)
         app.post(f"{API_PREFIX}/workers/{{incarnation}}/heartbeat")(self._heartbeat)
         app.post(f"{API_PREFIX}/operations/{{id}}/attempts/{{attempt}}/reports")(self._reports)
+        app.get(f"{API_PREFIX}/snapshots/{{sha256}}")(self._snapshot)
         app.add_exception_handler(OpsError, _answer)
         return app
+
+    async def _snapshot(self, sha256: str) -> Response:
+        self.fetched += 1
+        if sha256 not in self.snapshots:
+            raise OpsError(ErrorCode.NOT_FOUND, "no such snapshot")
+        self.garble -= 1
+        return Response(self.snapshots[sha256][: -1 if self.garble >= 0 else None])
 
     async def _register(self, worker: WorkerRegistration, request: Request) -> WorkerRegistered:
         assert request.headers["Authorization"] == f"Bearer {TOKEN}"

@@ -159,6 +159,7 @@ class Service:
             "OPS_WORKER_NAME": name,
             "OPS_WORKER_STATE_DIR": str(self.directory / name),
             "OPS_CPU_CORES": "1",
+            "OPS_USER_CODE": "1",
             **settings,
         }
         worker = Child(name, ("ops_worker",), lambda: environ, log)

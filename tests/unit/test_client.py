@@ -3,6 +3,7 @@
 import json
 import stat
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -14,6 +15,7 @@ from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Status
 from ops_contract.operations import MetricPoints, OperationPage
 from relight.client import TRIES, Client, Unreachable
+from relight.packing import Packed
 from relight.settings import UpState, config_path, find_server, forget_up_state, up_state_path, write_up_state
 
 URL = "http://127.0.0.1:8470"
@@ -266,3 +268,44 @@ def test_no_known_server_says_how_to_start_one(monkeypatch: pytest.MonkeyPatch, 
 
     with pytest.raises(Unreachable, match="ops up"):
         Client()
+
+
+def packed() -> Packed:
+    archive = b"an archive"
+    return Packed(archive, sha256(archive).hexdigest(), [], [], None, None)
+
+
+def test_code_that_the_server_has_is_not_sent_again() -> None:
+    script = Script(httpx.Response(200))
+
+    with script.client() as client:
+        assert client.upload(packed()) == packed().code
+
+    assert [request.method for request in script.requests] == ["HEAD"]
+
+
+def test_code_that_the_server_has_not_is_sent_and_a_lost_answer_is_no_obstacle() -> None:
+    script = Script(refusal(ErrorCode.NOT_FOUND), httpx.ReadError("lost"), httpx.Response(200, json=None))
+
+    with script.client() as client:
+        assert client.upload(packed()) == packed().code
+
+    assert [request.method for request in script.requests] == ["HEAD", "PUT", "PUT"]
+    assert {request.content for request in script.requests[1:]} == {packed().archive}
+
+
+def test_a_refused_upload_says_why() -> None:
+    script = Script(httpx.Response(401), refusal(ErrorCode.UNAUTHENTICATED, "send a token"))
+
+    with script.client() as client, pytest.raises(OpsError, match="send a token"):
+        client.upload(packed())
+
+
+def test_a_snapshot_is_given_whole_or_not_at_all() -> None:
+    with Script(httpx.Response(200, content=packed().archive)).client() as client:
+        assert client.snapshot(packed().sha256) == packed().archive
+    with Script(httpx.Response(200, content=b"another")).client() as client, pytest.raises(Unreachable):
+        client.snapshot(packed().sha256)
+    with Script(refusal(ErrorCode.NOT_FOUND)).client() as client, pytest.raises(OpsError) as gone:
+        client.snapshot(packed().sha256)
+    assert gone.value.code is ErrorCode.NOT_FOUND

@@ -25,6 +25,7 @@ from ops_contract.lifecycle import CheckpointType, Outcome
 from ops_contract.pipe import Alive, FromTrainer, Hello, ProgressNow, RunJob, Stop, from_trainer, line
 from ops_contract.reports import CheckpointSaved, Finish, Metrics, Note, Started
 from ops_contract.wire import Wire
+from ops_worker.__main__ import TRAINER_COMMAND
 from ops_worker.trainer import _fell_back, run
 from relight.pipe import AgentPipe
 
@@ -569,3 +570,12 @@ def test_describe_lists_what_loads_and_says_what_does_not(strange: dict[str, str
     assert offers["digits"]["reports"] == {"val_loss": "min", "val_accuracy": "max"}
     left_out = done.stderr.decode()
     assert all(f"workload {name} is left out" in left_out for name in ("absent", "no-class", "broken"))
+
+
+def test_a_trainer_imports_nothing_from_where_its_agent_was_started(tmp_path: Path) -> None:
+    """There may lie the source of a snapshot, edited since."""
+    (tmp_path / "pydantic.py").write_text("raise SystemExit('the wrong one')")
+
+    ran = subprocess.run(TRAINER_COMMAND, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert "give --in-fd and --out-fd" in ran.stderr

@@ -20,7 +20,8 @@ from ops_worker.describe import DescribeError
 from ops_worker.routes import create_app
 from ops_worker.settings import Settings, SettingsError
 
-TRAINER_COMMAND = (sys.executable, "-m", "ops_worker.trainer")
+# Without -P it would import what lies where the agent was started, such as the source that a snapshot was made of.
+TRAINER_COMMAND = (sys.executable, "-P", "-m", "ops_worker.trainer")
 
 
 def main(trainer_command: Sequence[str] = TRAINER_COMMAND) -> int:

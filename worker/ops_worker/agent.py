@@ -56,7 +56,7 @@ class Agent:
         self._trainer_command = trainer_command
         self._token = settings.api_token.get_secret_value()
         self._slots = [self._slot(index) for index in range(settings.cpu_slots)]
-        self._workspaces = Workspaces(settings.worker_state_dir / "attempts" / str(incarnation))
+        self._workspaces = Workspaces(settings.worker_state_dir, incarnation, self._api)
         self._terms: WorkerRegistered | None = None
         self._registered = asyncio.Event()
         self._beat_now = asyncio.Event()
@@ -77,12 +77,13 @@ class Agent:
             self._api() as self._reports_api,
             # Its own connections: no backlog of reports can keep a beat waiting.
             self._api() as self._beats_api,
+            self._workspaces.held(),
             asyncio.TaskGroup() as group,
         ):
             tasks = [group.create_task(slot.keep_warm()) for slot in self._slots]
             # Beside the new work, not before it: an API that takes nothing from the dead must not stop the living.
             tasks += [group.create_task(self._flush(orphan)) for orphan in orphans]
-            tasks += [group.create_task(self._work(on_ready))]
+            tasks += [group.create_task(self._workspaces.clear()), group.create_task(self._work(on_ready))]
             await self._draining.wait()
             await self._hand_back()
             for task in tasks:

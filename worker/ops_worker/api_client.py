@@ -1,5 +1,6 @@
-"""The API as a worker sees it: three calls, and two ways in which they fail."""
+"""The API as a worker sees it: four calls, and two ways in which they fail."""
 
+import hashlib
 from typing import Any, Self, TypeVar
 from uuid import UUID
 
@@ -71,17 +72,28 @@ class ApiClient:
         path = f"/operations/{ref.operation_id}/attempts/{ref.attempt}/reports"
         return (await self._post(path, body, ReportsAccepted)).last_seq
 
+    async def snapshot(self, sha256: str) -> bytes:
+        """The archive, whole."""
+        response = await self._call("GET", f"/snapshots/{sha256}")
+        if hashlib.sha256(response.content).hexdigest() != sha256:
+            raise ApiUnavailable(f"{response.url} did not give the snapshot, or not whole")
+        return response.content
+
     async def _post(self, path: str, body: str, answer: type[AnswerT], timeout_s: float = TIMEOUT_S) -> AnswerT:
-        try:
-            response = await self._http.post(path, content=body, timeout=timeout_s)
-        except httpx.HTTPError as error:
-            raise ApiUnavailable(f"{self._http.base_url} does not answer: {error!r}") from error
-        if not response.is_success:
-            raise _problem(response)
+        response = await self._call("POST", path, content=body, timeout=timeout_s)
         try:
             return answer.model_validate_json(response.content)
         except ValidationError as error:
             raise ApiUnavailable(f"{response.url} gave an answer that is not understood: {error}") from error
+
+    async def _call(self, method: str, path: str, **request: Any) -> httpx.Response:
+        try:
+            response = await self._http.request(method, path, **request)
+        except httpx.HTTPError as error:
+            raise ApiUnavailable(f"{self._http.base_url} does not answer: {error!r}") from error
+        if not response.is_success:
+            raise _problem(response)
+        return response
 
 
 def _problem(response: httpx.Response) -> ApiUnavailable | ApiRefused:

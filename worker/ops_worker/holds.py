@@ -18,7 +18,7 @@ from ops_worker.slots import Slot
 from ops_worker.stalls import StallClock
 from ops_worker.trainers import PipeGarbage, Trainer
 from ops_worker.waiting import first_of
-from ops_worker.workspace import Workspaces
+from ops_worker.workspace import NoWorkspace, Workspaces
 
 log = logging.getLogger(__name__)
 
@@ -160,17 +160,31 @@ class Hold:
             # Nothing is said: whatever ended or delayed it, the lease decides.
             self._log.warning("dropped: the API did not confirm it in time")
             return None
-        # The beats renew its lease from here on: a trainer may take its time to get warm, but not fail for ever.
+        # The beats renew its lease from here on: its code may take its time to come.
+        fetching = asyncio.create_task(self._workspaces.code(self._order))
+        await first_of(fetching, self._halted.wait())
+        if self._halted.is_set():
+            return self._not_started()
+        try:
+            async with self._workspaces.open(self._order, fetching.result()) as directory:
+                return await self._run_in(directory)
+        except NoWorkspace as problem:
+            return Finish(outcome=Outcome.FAILED, permanent=problem.permanent, error=problem.fault)
+
+    async def _run_in(self, directory: Path) -> Finish:
+        # A trainer may take its time to get warm, but not fail for ever.
         await first_of(self.slot.ready.wait(), self.slot.failing.wait(), self._halted.wait())
         if self._halted.is_set():
-            fault = Fault(code="not_started", message="It was stopped before it began.")
-            return Finish(outcome=self._outcome_if_killed, error=fault)
+            return self._not_started()
         if not self.slot.ready.is_set():
             fault = Fault(code="trainer_not_ready", message=f"Handed back by the worker: {self.slot.trouble}")
             return Finish(outcome=Outcome.PREEMPTED, error=fault)
-        async with self._workspaces.open(self._order) as directory:
-            with self.slot.lend() as self._trainer:
-                return await self._supervise(self._trainer, directory)
+        with self.slot.lend() as self._trainer:
+            return await self._supervise(self._trainer, directory)
+
+    def _not_started(self) -> Finish:
+        fault = Fault(code="not_started", message="It was stopped before it began.")
+        return Finish(outcome=self._outcome_if_killed, error=fault)
 
     async def _supervise(self, trainer: Trainer, directory: Path) -> Finish:
         self._log.info("trainer %d, output in %s", trainer.pid, trainer.log_path)

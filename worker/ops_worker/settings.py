@@ -36,7 +36,9 @@ class Settings(BaseModel):
         default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, description="cores, divided among the slots"
     )
     user_code: bool = Field(False, description="whether it runs commands, and workloads that its users bring")
-    worker_state_dir: Path = Field(description="where the outbox and the trainers' output are kept")
+    worker_state_dir: Path = Field(
+        description="where the outbox, the trainers' output, attempts' directories and the last snapshots are kept"
+    )
 
     @model_validator(mode="after")
     def _reachable(self) -> Self:

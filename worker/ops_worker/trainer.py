@@ -100,7 +100,9 @@ def enter(job: RunJob) -> None:
 
 
 def find_workload(name: str) -> type[Workload[Any]]:
-    """The installed workload of this name. Raises a permanent TrainingFault."""
+    """The installed workload of this name, or `module:Class`. Raises a permanent TrainingFault."""
+    if ":" in name:
+        return _load(EntryPoint(name, name, GROUP))
     for entry in entry_points(group=GROUP):
         if entry.name == name:
             return _load(entry)

@@ -24,6 +24,7 @@ from ops_contract.jobs import (
     JobSpec,
     SchedulerName,
     Setup,
+    runs_user_code,
 )
 
 FIND_REPLAY = statement("""
@@ -141,7 +142,7 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "") -> 
         execution = _command_execution(spec.execution, f"{path}execution")
         return Job(kind=spec.kind, workload=COMMAND, config={}, execution=execution, **setup)
     workload = (await session.execute(FIND_WORKLOAD, {"name": spec.workload})).one_or_none()
-    if workload is None:
+    if workload is None and not runs_user_code(spec.kind, spec.workload):
         known = list(await session.scalars(KNOWN_WORKLOADS))
         offer = f"known are: {', '.join(known)}" if known else "none is known yet: start a worker first (`ops worker`)"
         raise OpsError(
@@ -150,8 +151,8 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "") -> 
     return Job(
         kind=spec.kind,
         workload=spec.workload,
-        config=_resolved_config(spec.config, workload.config_schema, f"{path}config"),
-        execution=_resolved_execution(spec.execution, workload.reports, f"{path}execution"),
+        config=_resolved_config(spec.config, workload.config_schema if workload else {}, f"{path}config"),
+        execution=_resolved_execution(spec.execution, workload.reports if workload else {}, f"{path}execution"),
         **setup,
     )
 

@@ -1,0 +1,65 @@
+"""Projects as they were submitted, by the SHA-256 of their archive."""
+
+import hashlib
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request, Response
+
+from ops_backend.dependencies import CallerDep, SessionDep, SessionsDep
+from ops_backend.routes.errors import refusals
+from ops_backend.store import snapshots
+from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.jobs import SNAPSHOT_MAX_BYTES
+
+router = APIRouter(prefix="/snapshots", tags=["snapshots"])
+
+Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$")]
+ARCHIVE = "application/octet-stream"
+
+
+@router.put("/{sha256}", status_code=201, responses={200: {"description": "it is here"}, **refusals(401, 413, 422)})
+async def put_snapshot(
+    sha256: Digest, request: Request, response: Response, sessions: SessionsDep, _: CallerDep
+) -> None:
+    """Upload an archive. It stays while an operation refers to it, and for a day after it was last asked for."""
+    archive = await _body(request)
+    if hashlib.sha256(archive).hexdigest() != sha256:
+        raise OpsError(ErrorCode.INVALID, "sha256: the body has another hash; it was changed on its way, send it again")
+    async with sessions.begin() as session:
+        is_new = await snapshots.keep(session, sha256, archive)
+    response.status_code = 201 if is_new else 200
+
+
+@router.head("/{sha256}", responses=refusals(401, 404, 422))
+async def has_snapshot(sha256: Digest, session: SessionDep, _: CallerDep) -> None:
+    """Whether it is here. If so it stays for a day more, and need not be sent."""
+    if not await snapshots.has(session, sha256):
+        raise _unknown(sha256)
+
+
+@router.get(
+    "/{sha256}",
+    response_class=Response,
+    responses={200: {"content": {ARCHIVE: {}}, "description": "a tar file"}, **refusals(401, 404, 422)},
+)
+async def get_snapshot(sha256: Digest, session: SessionDep, _: CallerDep) -> Response:
+    archive = await snapshots.archive(session, sha256)
+    if archive is None:
+        raise _unknown(sha256)
+    return Response(archive, media_type=ARCHIVE)
+
+
+async def _body(request: Request) -> bytes:
+    """Read before a transaction begins. Raises 413 as soon as it is known to be too large."""
+    archive = bytearray()
+    async for chunk in request.stream():
+        archive += chunk
+        if len(archive) > SNAPSHOT_MAX_BYTES:
+            raise OpsError(
+                ErrorCode.TOO_LARGE, f"a snapshot has at most {SNAPSHOT_MAX_BYTES} B; leave out what is no code"
+            )
+    return bytes(archive)
+
+
+def _unknown(sha256: str) -> OpsError:
+    return OpsError(ErrorCode.NOT_FOUND, f"no snapshot {sha256} is here; upload it (PUT /snapshots/SHA256)")

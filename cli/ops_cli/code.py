@@ -1,0 +1,161 @@
+"""The user's code: packed with a submit, shown, and fetched again."""
+
+import sys
+from collections.abc import Collection
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ops_cli import show
+from ops_cli.connect import Json, OperationId, with_client
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from ops_contract.jobs import Code, JobSpec
+    from relight.archive import Entry
+    from relight.client import Client
+    from relight.packing import Packed
+
+CodeDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where your code is; else the current directory. See `ops pack`.")
+]
+NoCode = Annotated[bool, typer.Option("--no-code", help="Your code is installed on the workers; pack nothing.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(pack)
+    app.command()(code)
+
+
+def pack(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Your project.")] = Path("."), json: Json = False
+) -> None:
+    """Show what a submit would pack of a directory; nothing is sent.
+
+    Within a git work tree what git tracks and what it would, else all but hidden files, caches and venvs.
+    Name in .relightignore what does not belong to it, in the words of .gitignore.
+    """
+    from relight import packing
+
+    packed = packing.pack(directory)
+    if json:
+        print(dumps({"sha256": packed.sha256, "files": dict(packed.files), "left_out": packed.left_out}))
+        return
+    for path, size_bytes in packed.files:
+        print(f"{show.size(size_bytes):>9}  {path}")
+    print(_said(packed, directory))
+
+
+@with_client
+def code(
+    client: "Client",
+    operation_id: OperationId,
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="Unpack it there: a new or empty directory.")] = None,
+    json: Json = False,
+) -> None:
+    """Show or unpack the code that an operation runs, as it was at submit."""
+    from ops_contract.errors import ErrorCode, OpsError
+
+    found = client.resolve(operation_id)
+    ran = client.get(found).job.code
+    if ran is None:
+        raise OpsError(ErrorCode.NOT_FOUND, f"{str(found)[:8]} has no code of its own: it was submitted without")
+    packed = client.snapshot(ran.sha256)
+    files = {path: len(entry.data) for path, entry in _entries(packed).items()}
+    if to is not None:
+        _unpack(packed, to)
+    if json:
+        print(dumps({**ran.model_dump(), "files": files}))
+    elif to is None:
+        for path, size_bytes in files.items():
+            print(f"{show.size(size_bytes):>9}  {path}")
+    if not json:
+        print(f"{_amount(files.values())}{_state(ran)}" + (f", unpacked in {to}" if to else ""))
+
+
+def packed_code(client: "Client", directory: Path) -> "Code":
+    """The directory as it is now, for a job's `code`: packed, uploaded, and said on stderr."""
+    from relight.packing import pack
+
+    packed = pack(directory)
+    print(_said(packed, directory), file=sys.stderr)
+    return client.upload(packed)
+
+
+def with_code(client: "Client", job: "JobSpec", directory: Path | None, no_code: bool) -> "JobSpec":
+    """The job with a snapshot, when it runs the user's own code and has none. Raises OpsError `invalid`."""
+    from ops_contract.errors import ErrorCode, OpsError
+    from ops_contract.jobs import runs_user_code
+
+    own = runs_user_code(job.kind, job.workload or "")
+    if directory and (no_code or job.code or not own):
+        reason = "--no-code" if no_code else "the code that the file names" if job.code else "an installed workload"
+        raise OpsError(ErrorCode.INVALID, f"--code {directory} contradicts {reason}; leave one of them out")
+    if no_code or job.code or not own:
+        return job
+    return job.model_copy(update={"code": packed_code(client, directory or Path("."))})
+
+
+def changed_code(client: "Client", parent: "UUID", directory: Path) -> "Code":
+    """As `packed_code`, and which files are not those of the operation."""
+    from relight.packing import pack
+
+    packed = pack(directory)
+    ran = client.get(parent).job.code
+    print(_said(packed, directory), file=sys.stderr)
+    if ran is not None:
+        before, now = _entries(client.snapshot(ran.sha256)), _entries(packed.archive)
+        print(_difference(before, now), file=sys.stderr)
+    return client.upload(packed)
+
+
+def _entries(packed: bytes) -> "dict[str, Entry]":
+    from ops_contract.errors import ErrorCode, OpsError
+    from relight.archive import BadArchive, read_archive
+
+    try:
+        return read_archive(packed)
+    except BadArchive as error:
+        raise OpsError(ErrorCode.INVALID, f"this snapshot was not packed by Relight: {error}") from error
+
+
+def _difference(before: "dict[str, Entry]", now: "dict[str, Entry]") -> str:
+    words = {
+        "changed": [path for path in now if path in before and before[path] != now[path]],
+        "new": [path for path in now if path not in before],
+        "gone": [path for path in before if path not in now],
+    }
+    told = [f"{word}: {', '.join(paths)}" for word, paths in words.items() if paths]
+    return "; ".join(told).capitalize() if told else "The code is the same."
+
+
+def _unpack(packed: bytes, to: Path) -> None:
+    from ops_contract.errors import ErrorCode, OpsError
+    from relight import archive
+
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        if any(to.iterdir()):
+            raise OpsError(ErrorCode.INVALID, f"{to} is not empty; name a new directory, so that nothing of it is lost")
+        archive.unpack(packed, to)
+    except (OSError, archive.BadArchive) as error:
+        raise OpsError(ErrorCode.INVALID, f"the code cannot be unpacked in {to}: {error}") from error
+
+
+def _said(packed: "Packed", directory: Path) -> str:
+    amount = _amount([size_bytes for _, size_bytes in packed.files])
+    without = f"; left out, for they look secret: {', '.join(packed.left_out)}" if packed.left_out else ""
+    return f"Packed {amount} of {directory.resolve()}{_state(packed.code)}{without}"
+
+
+def _amount(sizes: Collection[int]) -> str:
+    return f"{len(sizes):,} file{'s' if len(sizes) != 1 else ''}, {show.size(sum(sizes))}"
+
+
+def _state(code: "Code") -> str:
+    if code.commit is None:
+        return ", not in git"
+    return f", commit {code.commit[:10]}" + (" with changes" if code.dirty else "")
