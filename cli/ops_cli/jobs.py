@@ -73,6 +73,17 @@ def labels(pairs: Iterable[str], option: str = "--label") -> dict[str, str]:
     return found
 
 
+def variables(given: Iterable[str], shell: Mapping[str, str]) -> dict[str, str]:
+    """`K=V`, or `K` for the shell's value. Raises OpsError `invalid` for one that it does not have."""
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals and name not in shell:
+            raise OpsError(ErrorCode.INVALID, f"--env {text}: this shell has no such variable; write it as K=VALUE")
+        found[name] = value if equals else shell[name]
+    return found
+
+
 def checked_job(content: Mapping[str, Any]) -> JobSpec:
     try:
         return JobSpec.model_validate(content)

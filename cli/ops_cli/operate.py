@@ -1,5 +1,6 @@
-"""The commands that change something: submit, train, cancel, resume, fork."""
+"""The commands that change something: submit, train, run, cancel, resume, fork."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +28,8 @@ Pairs = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May 
 def register(app: typer.Typer) -> None:
     for command in (submit, train, cancel, resume, fork):
         app.command()(command)
+    # From its first word on everything belongs to the command, with and without the --.
+    app.command(context_settings={"allow_interspersed_args": False})(run)
 
 
 @with_client
@@ -96,6 +99,55 @@ def train(
 
 
 @with_client
+def run(
+    client: "Client",
+    command: Annotated[list[str], typer.Argument(help="Program and arguments.")],
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="K=V", help="Stored and shown; K alone takes this shell's value. May be repeated."),
+    ] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A variable whose value the worker knows. May be repeated."),
+    ] = None,
+    artifact: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Files to keep when it ends. May be repeated.")
+    ] = None,
+    code: CodeDir = None,
+    no_code: NoCode = False,
+    workdir: Annotated[str | None, typer.Option(metavar="DIR", help="Where in the code it runs.")] = None,
+    cores: Annotated[int | None, typer.Option(help="CPU cores that its slot must have.")] = None,
+    accelerator: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    name: Annotated[str | None, typer.Option()] = None,
+    label: Pairs = None,
+    priority: Annotated[int | None, typer.Option(help="Higher runs first.")] = None,
+    max_retries: Annotated[int | None, typer.Option()] = None,
+    watch: Watch = False,
+    json: Json = False,
+) -> None:
+    """Run any command: ops run -- python train.py --lr 3e-4
+
+    It keeps its numbers by relight.report(step, loss=...) or by printing {"step": 10, "loss": 0.4}.
+    """
+    from ops_cli import jobs
+
+    flags = {
+        "command": command,
+        "env": jobs.variables(env or [], os.environ) or None,
+        "secrets": secret,
+        "artifacts": artifact,
+        "workdir": workdir,
+        "resources.cores": cores,
+        "execution.accelerator": accelerator,
+        "name": name,
+        "labels": jobs.labels(label or []) or None,
+        "priority": priority,
+        "max_retries": max_retries,
+    }
+    _submit(client, with_code(client, jobs.job_from_flags(flags, []), code, no_code), watch, json)
+
+
+@with_client
 def cancel(
     client: "Client",
     operation_id: OperationId,
@@ -107,7 +159,8 @@ def cancel(
     operation = client.cancel(found, reason, force)
     short = str(found)[:8]
     if operation.status == "cancelling":
-        print(f"{short} is stopping" + (" at once" if force else ": it saves a checkpoint first"))
+        saves = "it may save first" if operation.kind == "command" else "it saves a checkpoint first"
+        print(f"{short} is stopping" + (" at once" if force else f": {saves}"))
         print(f"Next: ops watch {short}; when it has stopped: ops resume {short}")
     else:
         print(f"{short} is {operation.status}")

@@ -1,5 +1,6 @@
 """The commands that only look."""
 
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,17 +80,27 @@ def next_command(operation: "Operation") -> str:
     if operation.status == "completed" and operation.replay_of:
         return f"ops attempts {short}"
     if operation.status == "completed":
-        return f"ops metrics {short}, ops checkpoints list {short}"
+        left = "ops artifacts" if operation.kind == "command" else "ops checkpoints list"
+        return f"ops metrics {short}, {left} {short}"
     return f"ops watch {short}"
 
 
 def _waits_for(operation: "Operation", workers: "Sequence[WorkerView]") -> str:
     """What keeps it from starting; empty when nothing is known to."""
-    slots = [slot for worker in workers if worker.live and not worker.draining for slot in worker.slots]
+    from ops_contract.jobs import runs_user_code
+
+    takers = [worker for worker in workers if worker.live and not worker.draining]
+    anybody = not runs_user_code(operation.kind, operation.workload)
+    slots = [slot for worker in takers if anybody or worker.user_code for slot in worker.slots]
     drained = ", ".join(worker.name for worker in workers if worker.live and worker.drain)
     undrain = f"a drained worker: {drained}; `ops workers undrain NAME`, or start another" if drained else ""
-    if not slots:
+    if not takers:
         return undrain or "a worker: none is live; `ops up` starts one, or `ops worker`"
+    if not slots:
+        return undrain or "a worker that runs its users' code: start one with OPS_USER_CODE=1"
+    cores = operation.job.resources.cores or 1
+    if cores > max(slot.cores for slot in slots):
+        return undrain or f"a slot of {cores} cores: no live worker offers one"
     wanted = operation.job.execution.accelerator
     if wanted in ("cuda", "mps") and not any(slot.device == wanted for slot in slots):
         return undrain or "a GPU: no live worker offers one"
@@ -106,7 +117,8 @@ def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, s
         "name": show.plain(operation.name),
         "status": show.coloured(operation.status) + show.plain(_why(operation, now)),
         "waits for": waits_for,
-        "workload": show.plain(operation.workload),
+        "workload": show.plain(operation.workload) if operation.job.command is None else "",
+        "command": show.plain(shlex.join(operation.job.command or [])),
         "progress": show.progress_line(operation.progress, live=operation.ended_at is None),
         "attempt": f"{operation.attempt}, {operation.failures} of {operation.max_retries} retries used",
         "resumed": f"from {show.came_from(resumed)}" if resumed else "",

@@ -166,7 +166,9 @@ class Stack:
 
     def _environ(self, name: str) -> dict[str, str]:
         settings = self.settings
-        environ = {key: value for key, value in settings.environ.items() if key not in DROPPED}
+        # What jobs call secret is the workers' alone.
+        dropped = DROPPED if name.startswith("worker") else (*DROPPED, "OPS_SECRET")
+        environ = {key: value for key, value in settings.environ.items() if not key.startswith(dropped)}
         environ |= {"OPS_API_TOKEN": settings.token, "OPS_STORAGE_ROOT": str(settings.data_dir / "storage")}
         if name == "server":
             url = settings.database_url or str(self.database and self.database.ready and self.database.ready["url"])

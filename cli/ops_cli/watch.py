@@ -206,10 +206,15 @@ def figures(operation: "Operation") -> str:
     progress = operation.progress
     if progress is None or progress.step is None:
         return "no step yet"
-    return (
-        f"{show.percent(progress)} {show.steps(progress)} loss {show.number(progress.loss)}"
-        f" {show.number(progress.samples_per_s)}/s {show.duration(progress.eta_s)}"
-    )
+    loss, speed, left = progress.loss, progress.samples_per_s, progress.eta_s
+    parts = {
+        show.percent(progress): progress.percent,
+        show.steps(progress): progress.step,
+        f"loss {show.number(loss)}": loss,
+        f"{show.number(speed)}/s": speed,
+        show.duration(left): left,
+    }
+    return " ".join(text for text, value in parts.items() if value is not None)
 
 
 def last_lines(operation: "Operation") -> list[str]:

@@ -316,6 +316,7 @@ class WorkerView(Wire):
     live: bool
     draining: bool
     drain: Drain | None
+    user_code: bool = Field(False, description="runs commands and workloads that its users bring")
     registered_at: datetime
     last_seen_at: datetime
     versions: dict[str, str]

@@ -61,10 +61,16 @@ FromTrainer = Annotated[
     Hello | Alive | ProgressNow | Started | Metrics | CheckpointSaved | ArtifactSaved | Note | Finish,
     Field(discriminator="kind"),
 ]
+# What a command may say on RELIGHT_FD, which its runner passes on; it has no last word.
+FromCommand = Annotated[
+    Hello | Alive | ProgressNow | Started | Metrics | CheckpointSaved | ArtifactSaved | Note,
+    Field(discriminator="kind"),
+]
 ToTrainer = Annotated[RunJob | Stop, Field(discriminator="kind")]
 
 from_trainer: TypeAdapter[FromTrainer] = TypeAdapter(FromTrainer)
 to_trainer: TypeAdapter[ToTrainer] = TypeAdapter(ToTrainer)
+from_command: TypeAdapter[FromCommand] = TypeAdapter(FromCommand)
 
 
 def line(message: Wire) -> bytes:

@@ -11,11 +11,11 @@ from ops_contract.wire import Name, Sha256, Step, Text, Wire, pack_float64, unpa
 
 
 class Progress(Wire):
-    """Where the run stands. Steps count optimizer updates; `loss` is that of the last step."""
+    """Where the run stands. Steps count optimizer updates; `loss` is that of the last step. A command has no epochs."""
 
     step: Step
     steps_total: Step | None = None
-    epoch: Step = 0
+    epoch: Step | None = 0
     loss: float | None = None
     samples_per_s: float | None = None
     eta_s: float | None = None
@@ -29,7 +29,7 @@ class Exactness(Wire):
 
 
 class Started(Wire):
-    """The trainer took the job: sent once, before the first step."""
+    """The trainer took the job: before the first step. Of a command, its runner and then the `relight.Run` in it."""
 
     kind: Literal["started"] = "started"
     trainer_pid: int

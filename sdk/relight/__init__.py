@@ -5,11 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from relight.client import Client
+    from relight.command_reports import report
     from relight.workload import Env, Workload
 
-__all__ = ["Client", "Env", "Workload"]
+__all__ = ["Client", "Env", "Workload", "report"]
 
-_HOMES = {"Client": "relight.client", "Env": "relight.workload", "Workload": "relight.workload"}
+_HOMES = {
+    "Client": "relight.client",
+    "Env": "relight.workload",
+    "Workload": "relight.workload",
+    "report": "relight.command_reports",
+}
 
 
 def __getattr__(name: str) -> Any:

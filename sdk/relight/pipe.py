@@ -21,6 +21,7 @@ class AgentPipe:
     """The trainer's end: a sink for reports, the one job, and whether to stop. The agent's end means exit at once."""
 
     def __init__(self, in_fd: int, out_fd: int) -> None:
+        self.step = 0  # of the last progress
         self._in_fd = in_fd
         self._out_fd = out_fd
         self._jobs: SimpleQueue[RunJob] = SimpleQueue()
@@ -37,16 +38,21 @@ class AgentPipe:
 
     def should_stop(self) -> Literal["cancelled", "preempted"] | None:
         """The training thread asks between steps and validation batches: that it asks is its sign of life."""
+        self.alive()
+        return self._why
+
+    def alive(self) -> None:
+        """A sign of life, at most one a second."""
         now_s = time.monotonic()
         if now_s - self._alive_at_s >= _ALIVE_S:
             self._alive_at_s = now_s
             self.send(Alive())
-        return self._why
 
     def report(self, report: Report) -> None:
         self.send(report)
 
     def progress(self, progress: Progress) -> None:
+        self.step = progress.step
         self.send(ProgressNow(progress=progress))
 
     def send(self, message: Wire) -> None:
@@ -56,7 +62,7 @@ class AgentPipe:
                 while data:
                     data = data[os.write(self._out_fd, data) :]
         except BrokenPipeError:
-            os._exit(1)
+            self.lost()
 
     def finish(self, finish: Finish) -> NoReturn:
         """The last message. Leaves without joining threads or loader processes: one that hangs would keep us."""
@@ -66,19 +72,29 @@ class AgentPipe:
                 stream.flush()
         os._exit(0)
 
+    def stopped(self, stop: Stop) -> None:
+        """Called on the listening thread, for one that cannot wait to be asked."""
+
+    def lost(self) -> NoReturn:
+        """Nobody is at the other end any more."""
+        os._exit(1)
+
     def _listen(self) -> None:
         with open(self._in_fd, "rb", closefd=False) as messages:
             for text in messages:
                 self._take(text)
-        os._exit(1)
+        self.lost()
 
     def _take(self, text: bytes) -> None:
         try:
             message = to_trainer.validate_json(text)
         except ValidationError as error:
-            print(f"the agent sent what this trainer does not understand: {error}", file=sys.stderr, flush=True)
+            # Not the error itself, which shows its input: a job has secrets in it.
+            problems = [(problem["loc"], problem["msg"]) for problem in error.errors(include_input=False)]
+            print(f"the agent sent what this trainer does not understand: {problems}", file=sys.stderr, flush=True)
             os._exit(2)
         if isinstance(message, Stop):
             self._why = self._why or message.why
+            self.stopped(message)
         else:
             self._jobs.put(message)

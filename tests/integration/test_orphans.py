@@ -69,6 +69,21 @@ async def test_directories_without_a_row_go_when_their_attempt_has_ended(
     assert left(storage, run.operation_id) == {"1-0", "1-4-evaluate", "1-6-model"}
 
 
+async def test_files_that_a_job_keeps_stay_as_long_as_one_of_them_has_a_row(
+    store: Store, run: Held, storage: Path
+) -> None:
+    """Another attempt may have replaced some of them; the output directory is nobody's but the program's."""
+    make(storage, run.operation_id, "1-5-files", "1-55-files", "1-6-files.tmp", "output")
+    kept = artifact(run, 5).model_copy(
+        update={"name": "files/out/a b.txt", "path": f"{run.operation_id}/1-5-files/out/a b.txt"}
+    )
+    run = await store.finish(await store.report(run, kept), Outcome.FAILED)
+
+    await sweep(store, storage)
+
+    assert left(storage, run.operation_id) == {"1-5-files", "output"}
+
+
 @pytest.mark.parametrize("status", ["corrupt", "deleting"])
 async def test_a_row_of_any_status_keeps_its_files(store: Store, run: Held, storage: Path, status: str) -> None:
     make(storage, run.operation_id, "1-0")

@@ -31,6 +31,19 @@ async def test_a_run_that_completes_leaves_the_whole_chain(store: Store) -> None
     assert (operation.energy.total_j, operation.energy.reason) == (None, "not_measured")
 
 
+async def test_a_second_start_report_says_more_of_the_attempt_and_leaves_when_it_began(store: Store) -> None:
+    """A command's runner says it at once, and the relight.Run in it when it has come so far."""
+    await store.worker()
+    run = await store.report(await store.running(), started(promise="best_effort", by="runner"))
+    (first,) = await store.fetch("SELECT started_at FROM attempts")
+
+    await store.report(run, started(promise="promised", by="run"))
+
+    (attempt,) = await store.fetch("SELECT started_at, environment, exactness->>'promise' AS promise FROM attempts")
+    assert attempt.started_at == first.started_at
+    assert (attempt.environment, attempt.promise) == ({"by": "run"}, "promised")
+
+
 async def test_one_of_forty_concurrent_cancels_wins(store: Store) -> None:
     """Scenario 2."""
     await store.worker()

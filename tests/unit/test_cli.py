@@ -23,10 +23,11 @@ from fastapi.responses import JSONResponse, Response
 from helpers.answers import operation, summary
 from ops_cli.exits import ExitCode
 from ops_cli.main import main
+from ops_cli.stack import Stack, StackSettings
 from ops_contract.doctor import clock
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.jobs import CheckpointEvery, Execution, JobSpec
-from ops_contract.lifecycle import CheckpointType, Phase, Status
+from ops_contract.jobs import CheckpointEvery, Execution, JobSpec, Resources
+from ops_contract.lifecycle import CheckpointType, Kind, Phase, Status
 from ops_contract.operations import (
     Artifacts,
     ArtifactView,
@@ -770,6 +771,86 @@ def test_status_says_what_a_pending_operation_waits_for(
     assert said in " ".join(ops("status", id).out.split())
 
 
+def test_run_submits_the_command_as_it_was_typed_with_all_that_it_asks_for(
+    api: Api, ops: Ops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FROM_SHELL", "a=b")
+    options = ("--env", "A=1=2", "--env", "FROM_SHELL", "--secret", "HF_TOKEN", "--artifact", "out/**", "--cores", "2")
+    more = ("--workdir", "sub", "--name", "n", "--label", "a=b", "--priority", "5", "--max-retries", "0")
+
+    assert ops("run", *options, *more, "--", "python", "train.py", "--lr", "3e-4", "--name", "x").code == ExitCode.DONE
+    assert ops("run", "sh", "-c", "exit 1", "--watch").code == ExitCode.DONE
+
+    full, bare = api.submitted
+    assert full == {
+        "command": ["python", "train.py", "--lr", "3e-4", "--name", "x"],
+        "kind": "command",
+        "env": {"A": "1=2", "FROM_SHELL": "a=b"},
+        "secrets": ["HF_TOKEN"],
+        "artifacts": ["out/**"],
+        "workdir": "sub",
+        "resources": {"cores": 2},
+        "name": "n",
+        "labels": {"a": "b"},
+        "priority": 5,
+        "max_retries": 0,
+    }
+    assert bare == {"command": ["sh", "-c", "exit 1", "--watch"], "kind": "command"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--env", "NOT_IN_THIS_SHELL", "true"), "this shell has no such variable"),
+        (("--env", "OPS_API_TOKEN=x", "true"), "names that begin with OPS_ or RELIGHT_"),
+        (("--env", "A=1", "--secret", "A", "true"), "env and secrets both name A"),
+        (("--artifact", "../x", "true"), "give a relative path"),
+    ],
+)
+def test_a_command_that_cannot_be_meant_is_refused_before_anything_is_sent(
+    api: Api, ops: Ops, arguments: tuple[str, ...], says: str
+) -> None:
+    ran = ops("run", *arguments)
+
+    assert ran.code == ExitCode.USAGE
+    assert says in " ".join((ran.err + ran.out).split())
+    assert api.submitted == []
+
+
+def test_status_and_cancel_of_a_command_speak_of_no_epoch_and_no_checkpoint(api: Api, ops: Ops) -> None:
+    job = operation().job.model_copy(
+        update={"kind": Kind.COMMAND, "workload": "command", "command": ["sh", "-c", "a b"]}
+    )
+    progress = ProgressView(step=12, loss=0.5)
+    made = operation(kind=Kind.COMMAND, workload="command", job=job, progress=progress, status=Status.CANCELLING)
+    id = api.holds(made)
+
+    status, cancel = ops("status", id).out, ops("cancel", id).out
+
+    assert "sh -c 'a b'" in status
+    assert "step 12, loss 0.5" in status
+    assert "epoch" not in status
+    assert "it may save first" in cancel
+    assert "checkpoint" not in cancel
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "said"),
+    [
+        ([worker()], None, "waits for a worker that runs its users' code: start one with OPS_USER_CODE=1"),
+        ([worker(user_code=True)], 2, "waits for a slot of 2 cores: no live worker offers one"),
+        ([worker(), worker(user_code=True, runs=uuid4())], 1, "waits for a free slot: 1 of 1 taken"),
+    ],
+)
+def test_status_says_what_a_pending_command_waits_for(
+    api: Api, ops: Ops, workers: list[WorkerView], cores: int | None, said: str
+) -> None:
+    job = operation().job.model_copy(update={"command": ["true"], "resources": Resources(cores=cores)})
+    id = api.holds(operation(kind=Kind.COMMAND, workload="command", status=Status.PENDING, job=job))
+    api.workers = workers
+    assert said in " ".join(ops("status", id).out.split())
+
+
 def test_drain_finds_the_live_worker_by_name_or_id_and_says_what_becomes_of_its_work(api: Api, ops: Ops) -> None:
     gone, live, idle = worker(name="a", live=False), worker(name="a", runs=uuid4()), worker(name="b")
     api.workers = [gone, live, idle]
@@ -886,3 +967,14 @@ def test_artifacts_lists_what_an_operation_left(api: Api, ops: Ops) -> None:
     shown = ops("artifacts", known).out
     assert "model.safetensors" in shown
     assert "12 kB" in shown
+
+
+def test_secrets_of_jobs_reach_the_workers_of_a_stack_and_no_other_part(tmp_path: Path) -> None:
+    environ = {"OPS_SECRET_HF_TOKEN": "x", "OPS_SECRETS_DIR": "/run/secrets", "HOME": "/"}
+    stack = Stack(StackSettings(data_dir=tmp_path, token="t", port=1, database_url="postgresql://", environ=environ))
+
+    server, worker = stack._environ("server"), stack._environ("worker-1")
+
+    assert not [name for name in server if name.startswith("OPS_SECRET")]
+    assert (worker["OPS_SECRET_HF_TOKEN"], worker["OPS_SECRETS_DIR"]) == ("x", "/run/secrets")
+    assert server["HOME"] == worker["HOME"] == "/"

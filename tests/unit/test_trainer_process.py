@@ -23,7 +23,7 @@ from training_child import Operation
 from ops_contract.jobs import Accelerator, CheckpointEvery, Execution
 from ops_contract.lifecycle import CheckpointType, Outcome
 from ops_contract.pipe import Alive, FromTrainer, Hello, ProgressNow, RunJob, Stop, from_trainer, line
-from ops_contract.reports import CheckpointSaved, Finish, Metrics, Note, Started
+from ops_contract.reports import ArtifactSaved, CheckpointSaved, Finish, Metrics, Note, Started
 from ops_contract.wire import Wire
 from ops_worker.__main__ import TRAINER_COMMAND
 from ops_worker.trainer import _fell_back, run
@@ -66,6 +66,12 @@ class Loads(Base):
                 " ".join(open(f"/proc/self/task/{os.getpid()}/children").read().split()) + "\\n")
         return super().loss(model, batch)
 
+class Writes(Base):
+    def loss(self, model, batch):
+        os.makedirs("out", exist_ok=True)
+        open("out/notes.txt", "w").write("from the training")
+        raise LookupError("after it has written")
+
 print("imported")
 '''
 ENTRIES = {
@@ -73,6 +79,7 @@ ENTRIES = {
     "exits": "strange:Exits",
     "prints": "strange:Prints",
     "loads": "strange:Loads",
+    "writes": "strange:Writes",
     "absent": "strange:Absent",
     "no-class": "os:getpid",
     "broken": "strange_broken:X",
@@ -515,6 +522,27 @@ def test_what_user_code_prints_is_not_taken_for_messages(tmp_path: Path, strange
     assert trainer.output_path.read_bytes().count(b"x") == 1_000_000
 
 
+def test_a_training_leaves_the_files_that_its_job_asked_for_also_when_it_failed(
+    tmp_path: Path, strange: dict[str, str]
+) -> None:
+    trainer = Trainer(tmp_path, strange)
+    directory = tmp_path / "attempt"
+    directory.mkdir()
+    start = Operation(tmp_path, "writes").start()
+    start = start.model_copy(update={"job": start.job.model_copy(update={"artifacts": ["out"]})})
+
+    trainer.send(RunJob(start=start, storage_root=str(tmp_path), directory=str(directory), device="cpu", cores=1))
+    *said, finish = trainer.until(lambda message: isinstance(message, Finish))
+    trainer.close()
+
+    assert isinstance(finish, Finish)
+    assert finish.error
+    assert "after it has written" in finish.error.message
+    (artifact,) = [message for message in said if isinstance(message, ArtifactSaved)]
+    assert artifact.name == "files/out/notes.txt"
+    assert (tmp_path / artifact.path).read_text() == "from the training"
+
+
 def test_loader_processes_end_with_the_trainer(tmp_path: Path, strange: dict[str, str]) -> None:
     trainer = Trainer(tmp_path, strange)
     try:
@@ -564,7 +592,7 @@ def test_describe_lists_what_loads_and_says_what_does_not(strange: dict[str, str
     )
 
     offers: dict[str, Any] = {offer["name"]: offer for offer in json.loads(done.stdout)}
-    assert set(offers) == {"bytelm", "digits", "raises", "exits", "prints", "loads"}
+    assert set(offers) == {"bytelm", "digits", "raises", "exits", "prints", "loads", "writes"}
     assert offers["prints"]["title"] == "Prints a lot"
     assert offers["bytelm"]["config_schema"]["properties"]["block_size"]["default"] == 64
     assert offers["digits"]["reports"] == {"val_loss": "min", "val_accuracy": "max"}

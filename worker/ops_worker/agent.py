@@ -3,6 +3,7 @@
 import asyncio
 import importlib.metadata
 import logging
+import os
 import platform
 import socket
 from collections.abc import Callable, Sequence
@@ -23,10 +24,12 @@ from ops_contract.agents import (
     WorkloadOffer,
 )
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.jobs import runs_user_code
 from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable
 from ops_worker.delivery import Delivery
 from ops_worker.describe import describe
 from ops_worker.holds import Hold
+from ops_worker.job_secrets import Secrets
 from ops_worker.outbox import Outbox, Sender
 from ops_worker.settings import Settings
 from ops_worker.slots import Slot
@@ -57,6 +60,7 @@ class Agent:
         self._token = settings.api_token.get_secret_value()
         self._slots = [self._slot(index) for index in range(settings.cpu_slots)]
         self._workspaces = Workspaces(settings.worker_state_dir, incarnation, self._api)
+        self._secrets = Secrets(os.environ, settings.secrets_dir)
         self._terms: WorkerRegistered | None = None
         self._registered = asyncio.Event()
         self._beat_now = asyncio.Event()
@@ -108,7 +112,7 @@ class Agent:
     async def start(self, order: StartTraining) -> bool:
         """Take a job for a slot; False when this attempt was taken before.
 
-        Raises 409 `stale` or `busy`, 404 `no_checkpoint`, 422 `checkpoint_corrupt` or `invalid`.
+        Raises 409 `stale`, `busy` or `no_user_code`, 404 `no_checkpoint`, 422 `checkpoint_corrupt` or `invalid`.
         """
         if self._taken(order):
             return False
@@ -155,6 +159,8 @@ class Agent:
             raise OpsError(ErrorCode.STALE, f"attempt {newest} of this operation was here already", newest=newest)
         if self._draining.is_set():
             raise OpsError(ErrorCode.STALE, "this worker takes no more work")
+        if not self._settings.user_code and runs_user_code(order.job.kind, order.job.workload):
+            raise OpsError(ErrorCode.NO_USER_CODE, "this worker runs no code of its users: OPS_USER_CODE=1 allows it")
         self._check_slot(order.slot)
         return False
 
@@ -191,7 +197,8 @@ class Agent:
         ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
         delivery = Delivery(self._reports_api, self._outbox, self.incarnation, ref)
         slot, root = self._slots[order.slot], self._settings.storage_root.absolute()
-        hold = Hold(order, slot, self._outbox, delivery, self._workspaces, root, self._terms.cancel_grace_s)
+        grace_s, runner = self._terms.cancel_grace_s, (self._trainer_command[0], "-m", "ops_worker.command")
+        hold = Hold(order, slot, self._outbox, delivery, self._workspaces, self._secrets, runner, root, grace_s)
         self._holds[ref] = hold
         self._newest_attempt[order.operation_id] = order.attempt
         task = asyncio.create_task(self._serve(hold))

@@ -3,20 +3,21 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from ops_contract.agents import HoldRef, StartTraining
-from ops_contract.lifecycle import Outcome
+from ops_contract.lifecycle import Kind, Outcome
 from ops_contract.pipe import Alive, Hello, ProgressNow, RunJob, Stop
 from ops_contract.reports import ArtifactSaved, CheckpointSaved, Fault, Finish, Metrics, Note, Report, Started
 from ops_worker.cgroups import oom_kills
 from ops_worker.delivery import Delivery
+from ops_worker.job_secrets import MissingSecret, Secrets
 from ops_worker.outbox import Outbox
-from ops_worker.slots import Slot
+from ops_worker.slots import Slot, hello
 from ops_worker.stalls import StallClock
-from ops_worker.trainers import PipeGarbage, Trainer
+from ops_worker.trainers import PipeGarbage, Trainer, before_imports
 from ops_worker.waiting import first_of
 from ops_worker.workspace import NoWorkspace, Workspaces
 
@@ -36,7 +37,10 @@ _HINTS = {
 
 
 class Hold:
-    """The agent's calls (`confirm`, `cancel`, `preempt`, `fence`, `kill`) return at once; `run` acts on them."""
+    """The agent's calls (`confirm`, `cancel`, `preempt`, `fence`, `kill`) return at once; `run` acts on them.
+
+    `runner` is the command line of `ops_worker.command`.
+    """
 
     def __init__(
         self,
@@ -45,6 +49,8 @@ class Hold:
         outbox: Outbox,
         delivery: Delivery,
         workspaces: Workspaces,
+        secrets: Secrets,
+        runner: Sequence[str],
         storage_root: Path,
         cancel_grace_s: float,
     ) -> None:
@@ -57,6 +63,8 @@ class Hold:
         self._outbox = outbox
         self._delivery = delivery
         self._workspaces = workspaces
+        self._secrets = secrets
+        self._runner = runner
         self._storage_root = storage_root
         self._stall_timeout_s = order.job.execution.stall_timeout_s
         self._cancel_grace_s = cancel_grace_s
@@ -160,6 +168,11 @@ class Hold:
             # Nothing is said: whatever ended or delayed it, the lease decides.
             self._log.warning("dropped: the API did not confirm it in time")
             return None
+        try:
+            environ = self._order.job.env | self._secrets.values(self._order.job.secrets)
+        except MissingSecret as missing:
+            fault = Fault(code="missing_secret", message=f"Not started: {missing}.")
+            return Finish(outcome=Outcome.FAILED, permanent=True, error=fault)
         # The beats renew its lease from here on: its code may take its time to come.
         fetching = asyncio.create_task(self._workspaces.code(self._order))
         await first_of(fetching, self._halted.wait())
@@ -167,11 +180,19 @@ class Hold:
             return self._not_started()
         try:
             async with self._workspaces.open(self._order, fetching.result()) as directory:
-                return await self._run_in(directory)
+                return await self._run_in(directory, environ)
         except NoWorkspace as problem:
             return Finish(outcome=Outcome.FAILED, permanent=problem.permanent, error=problem.fault)
 
-    async def _run_in(self, directory: Path) -> Finish:
+    async def _run_in(self, directory: Path, environ: dict[str, str]) -> Finish:
+        job = self._job(directory, environ)
+        if self._order.job.kind is Kind.COMMAND:
+            return await self._in_a_child(self._runner, {}, job)
+        if at_start := before_imports(environ):
+            return await self._in_a_child(self.slot.command, at_start, job)
+        return await self._in_the_warm_one(job)
+
+    async def _in_the_warm_one(self, job: RunJob) -> Finish:
         # A trainer may take its time to get warm, but not fail for ever.
         await first_of(self.slot.ready.wait(), self.slot.failing.wait(), self._halted.wait())
         if self._halted.is_set():
@@ -180,16 +201,34 @@ class Hold:
             fault = Fault(code="trainer_not_ready", message=f"Handed back by the worker: {self.slot.trouble}")
             return Finish(outcome=Outcome.PREEMPTED, error=fault)
         with self.slot.lend() as self._trainer:
-            return await self._supervise(self._trainer, directory)
+            return await self._supervise(self._trainer, job)
+
+    async def _in_a_child(self, command: Sequence[str], at_start: Mapping[str, str], job: RunJob) -> Finish:
+        """For what the warm trainer cannot become: a command's runner, or a trainer with variables of the job's."""
+        if self._halted.is_set():
+            return self._not_started()
+        try:
+            async with self.slot.child(command, at_start) as self._trainer:
+                problem = await hello(self._trainer)
+                if problem is None:
+                    return await self._supervise(self._trainer, job)
+                problem += f"; its output ends:\n{self._trainer.log_tail()}"
+        except OSError as error:
+            problem = f"cannot be started: {error}"
+        if self._halted.is_set():
+            return self._not_started()
+        advice = f"The job sets {', '.join(sorted(at_start))}: are they right? " if at_start else ""
+        message = f"{advice}The process for this job {problem}"
+        return Finish(outcome=Outcome.FAILED, error=Fault(code="child_not_ready", message=message))
 
     def _not_started(self) -> Finish:
         fault = Fault(code="not_started", message="It was stopped before it began.")
         return Finish(outcome=self._outcome_if_killed, error=fault)
 
-    async def _supervise(self, trainer: Trainer, directory: Path) -> Finish:
+    async def _supervise(self, trainer: Trainer, job: RunJob) -> Finish:
         self._log.info("trainer %d, output in %s", trainer.pid, trainer.log_path)
         oom_kills_before = oom_kills()
-        trainer.send(self._job(directory))
+        trainer.send(job)
         if self._stop is not None:
             trainer.send(self._stop)
         stalls = StallClock(self._stall_timeout_s)
@@ -225,13 +264,13 @@ class Hold:
         await asyncio.sleep(STACKS_S)
         trainer.kill()
 
-    def _job(self, directory: Path) -> RunJob:
+    def _job(self, directory: Path, environ: dict[str, str]) -> RunJob:
         offer = self.slot.offer
         return RunJob(
             start=self._order,
             storage_root=str(self._storage_root),
             directory=str(directory),
-            environ=self._order.job.env,
+            environ=environ,
             device=offer.device,
             cores=offer.cores,
         )
@@ -276,9 +315,10 @@ class Hold:
 
     def _fault(self, status: int, oom_kills_before: int | None) -> Fault:
         if self._stalled:
+            silent = "it reported nothing" if self._order.job.kind is Kind.COMMAND else "no step or validation batch"
             return Fault(
                 code="stalled",
-                message=f"The trainer was killed: no step or validation batch for {self._stall_timeout_s:g} s. Its "
+                message=f"The trainer was killed: {silent} for {self._stall_timeout_s:g} s. Its "
                 "stacks are in details.log_tail; raise execution.stall_timeout_s if a step may take that long.",
             )
         last_words = "Its last output is in details.log_tail."

@@ -13,6 +13,7 @@ from starlette.middleware.base import RequestResponseEndpoint
 
 from ops_contract.agents import CancelTraining, HoldRef, StartTraining, WorkerHealth
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.lifecycle import Kind
 from ops_worker.agent import Agent
 
 log = logging.getLogger(__name__)
@@ -56,18 +57,18 @@ async def health(agent: AgentDep) -> WorkerHealth:
     return agent.health()
 
 
-@backend_only.post("/training/start")
-async def start(order: StartTraining, agent: AgentDep) -> Response:
+@backend_only.post("/{kind}/start")
+async def start(kind: Kind, order: StartTraining, agent: AgentDep) -> Response:
     if order.checkpoint is not None:
-        raise OpsError(ErrorCode.INVALID, "checkpoint: a start has none; use /training/resume")
-    return _taken(order, new=await agent.start(order))
+        raise OpsError(ErrorCode.INVALID, f"checkpoint: a start has none; use /{kind}/resume")
+    return await _take(kind, order, agent)
 
 
-@backend_only.post("/training/resume")
-async def resume(order: StartTraining, agent: AgentDep) -> Response:
+@backend_only.post("/{kind}/resume")
+async def resume(kind: Kind, order: StartTraining, agent: AgentDep) -> Response:
     if order.checkpoint is None:
-        raise OpsError(ErrorCode.INVALID, "checkpoint: a resume needs one; use /training/start")
-    return _taken(order, new=await agent.start(order))
+        raise OpsError(ErrorCode.INVALID, f"checkpoint: a resume needs one; use /{kind}/start")
+    return await _take(kind, order, agent)
 
 
 @backend_only.post("/operations/{id}/cancel", status_code=202)
@@ -76,7 +77,10 @@ async def cancel(id: UUID, order: CancelTraining, agent: AgentDep) -> HoldRef:
     return HoldRef(operation_id=id, attempt=order.attempt)
 
 
-def _taken(order: StartTraining, *, new: bool) -> JSONResponse:
+async def _take(kind: Kind, order: StartTraining, agent: Agent) -> JSONResponse:
+    if order.job.kind is not kind:
+        raise OpsError(ErrorCode.INVALID, f"job.kind: this is a {order.job.kind}; use /{order.job.kind}/…")
+    new = await agent.start(order)
     ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
     return JSONResponse(ref.model_dump(mode="json"), 202 if new else 200)
 

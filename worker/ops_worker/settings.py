@@ -36,6 +36,9 @@ class Settings(BaseModel):
         default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, description="cores, divided among the slots"
     )
     user_code: bool = Field(False, description="whether it runs commands, and workloads that its users bring")
+    secrets_dir: DirectoryPath | None = Field(
+        None, description="files with the values of secrets, by their names; those in OPS_SECRET_<name> come first"
+    )
     worker_state_dir: Path = Field(
         description="where the outbox, the trainers' output, attempts' directories and the last snapshots are kept"
     )

@@ -1,10 +1,10 @@
-"""A slot: one place for one trainer, kept warm."""
+"""A slot: one place for one trainer, kept warm, or for one process of another kind beside it."""
 
 import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ops_contract.agents import SlotOffer
@@ -21,13 +21,13 @@ DEATHS_TOLERATED = 3
 
 
 class Slot:
-    """Keeps one trainer ready, lends it for one job, then replaces it."""
+    """Keeps one trainer ready, lends it for one job, then replaces it. A job that needs another gets a `child`."""
 
     def __init__(self, offer: SlotOffer, command: Sequence[str], logs: Path, log_prefix: str) -> None:
         self.offer = offer
         self.ready = asyncio.Event()
         self.failing = asyncio.Event()
-        self._command = command
+        self.command = command
         self._environment = trainer_environment(os.environ, offer.cores)
         self._logs = logs
         self._log_prefix = log_prefix
@@ -47,17 +47,13 @@ class Slot:
         """Until cancelled, which kills the trainer."""
         while True:
             try:
-                trainer = await self._spawn()
+                async with self.child(self.command) as trainer:
+                    try:
+                        await self._use(trainer)
+                    finally:
+                        self.ready.clear()
             except OSError as error:
                 await self._died_early(f"cannot be started: {error}")
-                continue
-            try:
-                await self._use(trainer)
-            finally:
-                self.ready.clear()
-                trainer.kill()
-                await trainer.ended()
-                trainer.close()
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[Trainer]:
@@ -71,15 +67,26 @@ class Slot:
             self._warm.kill()
             self._returned.set()
 
-    async def _spawn(self) -> Trainer:
+    @contextlib.asynccontextmanager
+    async def child(self, command: Sequence[str], environ: Mapping[str, str] = {}) -> AsyncIterator[Trainer]:
+        """A new process of its own, which has not greeted yet; on leaving it is killed and gone. Raises OSError.
+
+        The warm trainer may stay beside it: it holds memory, but no device.
+        """
         self._spawned += 1
         self._logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         prune_logs(self._logs)
         path = self._logs / f"{self._log_prefix}-{self.offer.index}-{self._spawned}.log"
-        return await Trainer.spawn(self._command, self._environment, path)
+        trainer = await Trainer.spawn(command, {**self._environment, **environ}, path)
+        try:
+            yield trainer
+        finally:
+            trainer.kill()
+            await trainer.ended()
+            trainer.close()
 
     async def _use(self, trainer: Trainer) -> None:
-        problem = await self._hello(trainer)
+        problem = await hello(trainer)
         if problem is not None:
             trainer.kill()
             return await self._died_early(f"{problem}; its output ends:\n{trainer.log_tail()}")
@@ -92,21 +99,6 @@ class Slot:
         await trainer.ended()
         await self._returned.wait()
 
-    async def _hello(self, trainer: Trainer) -> str | None:
-        """What went wrong, or None."""
-        try:
-            async with asyncio.timeout(HELLO_S):
-                messages = await trainer.receive()
-        except TimeoutError:
-            return f"was not ready after {HELLO_S:.0f} s"
-        except PipeGarbage as garbage:
-            return f"sent {garbage}"
-        if not messages:
-            return "ended before it was ready"
-        if not isinstance(messages[0], Hello) or messages[0].version != PIPE_VERSION:
-            return f"greeted with {messages[0]!r:.200}; this agent speaks version {PIPE_VERSION}"
-        return None
-
     async def _died_early(self, problem: str) -> None:
         self._early_deaths += 1
         self._last_death = f"the trainer of slot {self.offer.index} {problem}"
@@ -115,3 +107,19 @@ class Slot:
         tell = log.error if self.failing.is_set() else log.warning
         tell("%s (%d times in a row)", self._last_death, self._early_deaths)
         await self._backoff.pause()
+
+
+async def hello(trainer: Trainer) -> str | None:
+    """What is wrong with its greeting, or None."""
+    try:
+        async with asyncio.timeout(HELLO_S):
+            messages = await trainer.receive()
+    except TimeoutError:
+        return f"was not ready after {HELLO_S:.0f} s"
+    except PipeGarbage as garbage:
+        return f"sent {garbage}"
+    if not messages:
+        return "ended before it was ready"
+    if not isinstance(messages[0], Hello) or messages[0].version != PIPE_VERSION:
+        return f"greeted with {messages[0]!r:.200}; this agent speaks version {PIPE_VERSION}"
+    return None

@@ -25,6 +25,7 @@ from ops_contract.jobs import Accelerator
 from ops_contract.lifecycle import Outcome
 from ops_contract.pipe import STACKS_SIGNAL, Hello, RunJob
 from ops_contract.reports import Fault, Finish, Note
+from ops_worker import artifacts
 from relight.manifest import CheckpointCorrupt, CheckpointMissing
 from relight.pipe import AgentPipe
 from relight.process import die_with_parent
@@ -67,7 +68,8 @@ def serve(in_fd: int, out_fd: int) -> NoReturn:
     warm_up()
     agent = AgentPipe(in_fd, out_fd)
     agent.send(Hello(pid=os.getpid()))
-    agent.finish(run(agent.job(), agent))
+    job = agent.job()
+    agent.finish(artifacts.keep(job, agent.step, agent, run(job, agent)))
 
 
 def run(job: RunJob, agent: AgentPipe) -> Finish:

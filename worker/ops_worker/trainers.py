@@ -28,6 +28,9 @@ TAIL_BYTES = 8192
 LOG_HEAD_BYTES = 2**20
 LOG_END_BYTES = 63 * 2**20
 
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_BEFORE_IMPORTS = ("PYTHON", "OMP_", "MKL_", "LD_", "CUBLAS_WORKSPACE_CONFIG")
+
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -40,7 +43,7 @@ class PipeGarbage(Exception):
 def trainer_environment(environ: Mapping[str, str], cores: int) -> dict[str, str]:
     """Fixed where results depend on it. No OPS_*: a job needs none of them, and user code must not see the token."""
     inherited = {name: value for name, value in environ.items() if not name.startswith("OPS_")}
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(cores))
+    threads = dict.fromkeys(THREAD_VARIABLES, str(cores))
     return (
         inherited
         | threads
@@ -52,6 +55,11 @@ def trainer_environment(environ: Mapping[str, str], cores: int) -> dict[str, str
             "PYTHONFAULTHANDLER": "1",
         }
     )
+
+
+def before_imports(environ: Mapping[str, str]) -> dict[str, str]:
+    """What of a job's environment an interpreter and its libraries read once, when they start."""
+    return {name: value for name, value in environ.items() if name.startswith(_BEFORE_IMPORTS)}
 
 
 class Trainer:
@@ -124,7 +132,9 @@ class Trainer:
         await self._dead.wait()
         # While the zombie holds the number, it is nobody else's: this cannot hit a stranger.
         self.kill()
-        return self._process.wait()
+        status = self._process.wait()
+        await self._group_gone()
+        return status
 
     def close(self) -> None:
         self._commands.close()
@@ -153,6 +163,14 @@ class Trainer:
             if end > self._trimmed_to:
                 _fallocate(output.fileno(), _PUNCH_HOLE | _KEEP_SIZE, LOG_HEAD_BYTES, end - LOG_HEAD_BYTES)
                 self._trimmed_to = end
+
+    async def _group_gone(self) -> None:
+        """A command, killed with its runner, may take longer. Where init reaps no orphans, that is not waited for."""
+        with contextlib.suppress(TimeoutError, ProcessLookupError, PermissionError):
+            async with asyncio.timeout(DRAIN_S):
+                while True:
+                    os.killpg(self._process.pid, 0)  # the number is the group's as long as it has a member
+                    await asyncio.sleep(0.01)
 
     def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """In a thread, for there is no pidfd in every sandbox. WNOWAIT leaves the reaping to `ended`."""

@@ -129,7 +129,7 @@ EVENTS = statement("""
 
 WORKERS = statement("""
     SELECT w.incarnation, w.name, w.host, w.url, w.draining OR w.drain IS NOT NULL AS draining, w.drain,
-           w.registered_at, w.last_seen_at, w.versions,
+           w.user_code, w.registered_at, w.last_seen_at, w.versions,
            w.last_seen_at > now() - make_interval(secs => :lease_s) AS live,
            s.index, s.device, s.device_uuid, s.cores, h.operation_id, h.attempt
       FROM workers w

@@ -43,8 +43,8 @@ INSERT_METRICS = statement("""
 """)
 
 START = statement("""
-    UPDATE attempts SET started_at = now(), trainer_pid = :trainer_pid, environment = :environment,
-                        exactness = :exactness
+    UPDATE attempts SET started_at = coalesce(started_at, now()), trainer_pid = :trainer_pid,
+                        environment = :environment, exactness = :exactness
      WHERE operation_id = :id AND number = :attempt
 """)
 

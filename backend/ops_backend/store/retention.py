@@ -110,7 +110,7 @@ WITHOUT_ROW = statement("""
                                              AND h.ended_at IS NULL)
        AND NOT EXISTS (SELECT FROM checkpoints c WHERE c.path = f.path)
        AND NOT EXISTS (SELECT FROM artifacts x
-                        WHERE x.operation_id = f.operation_id AND x.path = f.path || '/' || x.name)
+                        WHERE x.operation_id = f.operation_id AND starts_with(x.path, f.path || '/'))
 """)
 
 
