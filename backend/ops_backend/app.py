@@ -15,6 +15,7 @@ from ops_backend.reaper import Reaper
 from ops_backend.routes import agents, catalog, cleanup, errors, health, operations, snapshots
 from ops_backend.settings import Settings
 from ops_backend.sweeper import Sweeper
+from ops_backend.validator import Validator
 from ops_contract.wire import API_PREFIX
 
 # Long enough for a worker that checks a manifest on a slow disk; a worker that takes longer is left to the lease.
@@ -45,6 +46,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     patient = Sessions(url, 1, Limits(limits.wait_s, EXPORT_S))
     async with httpx.AsyncClient(timeout=WORKER_TIMEOUT_S, trust_env=False) as http:
         app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings)
+        app.state.validator = Validator(http)
         reaper = Reaper(sessions, settings.lease_s, settings.tick_s, dispatcher.wake)
         sweeper = Sweeper(sessions, settings.storage_root, settings.tick_s)
         orphans = OrphanSweeper(sessions, settings.storage_root, settings.orphan_sweep_s)

@@ -11,6 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ops_backend.database import Sessions
 from ops_backend.settings import Settings
 from ops_backend.store.transitions import CancelPush
+from ops_backend.store.validation import Question
+from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError
 
 
@@ -22,12 +24,20 @@ class Dispatching(Protocol):
     async def push_cancel(self, operation_id: UUID, push: CancelPush, reason: str, force: bool) -> None: ...
 
 
+class Validating(Protocol):
+    async def ask(self, question: Question) -> Validated | None: ...
+
+
 def settings_of(request: Request) -> Settings:
     return cast(Settings, request.app.state.settings)
 
 
 def dispatcher_of(request: Request) -> Dispatching:
     return cast(Dispatching, request.app.state.dispatcher)
+
+
+def validator_of(request: Request) -> Validating:
+    return cast(Validating, request.app.state.validator)
 
 
 def sessions_of(request: Request) -> Sessions:
@@ -59,6 +69,7 @@ async def caller(request: Request, settings: Annotated[Settings, Depends(setting
 SessionsDep = Annotated[Sessions, Depends(sessions_of)]
 SettingsDep = Annotated[Settings, Depends(settings_of)]
 DispatcherDep = Annotated[Dispatching, Depends(dispatcher_of)]
+ValidatorDep = Annotated[Validating, Depends(validator_of)]
 SessionDep = Annotated[AsyncSession, Depends(session_of, scope="function")]
 VitalSessionDep = Annotated[AsyncSession, Depends(vital_session_of, scope="function")]
 CallerDep = Annotated[str, Depends(caller)]

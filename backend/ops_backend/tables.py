@@ -178,6 +178,8 @@ workloads = Table(
     Column("title", Text, nullable=False),
     Column("config_schema", JSON, nullable=False),  # not jsonb: its fields keep the order they were written in
     Column("reports", JSON, nullable=False),  # the first metric is the one that is monitored by default
+    # Its config is checked by code too: only a worker can say whether it is right.
+    _flag("validates"),
     _instant("updated_at", default_now=True, nullable=False),
 )
 

@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ops_cli import checkpoints, cleanup, code, demo, doctor, operate, read, replay, up, watch, workers
+from ops_cli import checkpoints, cleanup, code, demo, doctor, operate, read, replay, up, watch, workers, workloads
 from ops_cli.exits import exit_code
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -75,12 +75,12 @@ def db(context: typer.Context) -> None:
 
 
 def _become(module: str, *arguments: str, needs: str) -> NoReturn:
-    if importlib.util.find_spec({"backend": "sqlalchemy", "worker": "torch"}[needs]) is None:
+    if importlib.util.find_spec({"backend": "sqlalchemy", "worker": "uvicorn"}[needs]) is None:
         _leave(f"this needs more packages: pip install 'relight[{needs}]'", 1)
     os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
 
 
-for part in (up, demo, operate, code, replay, checkpoints, cleanup, read, workers, watch, doctor):
+for part in (up, demo, operate, code, replay, checkpoints, cleanup, read, workers, workloads, watch, doctor):
     part.register(app)
 for passed_on in (server, worker, db):
     app.command(context_settings=PASSED_ON, add_help_option=False)(passed_on)

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,7 +11,7 @@ from ops_cli import show
 from ops_cli.connect import Json, OperationId, with_client
 
 if TYPE_CHECKING:
-    from ops_contract.operations import AttemptView, Operation, WorkerView, WorkloadView
+    from ops_contract.operations import AttemptView, Operation, WorkerView
     from relight.client import Client
 
 LAST_POINTS = 20
@@ -19,7 +19,7 @@ LAST_POINTS = 20
 
 def register(app: typer.Typer) -> None:
     app.command("list")(list_operations)
-    for command in (status, attempts, events, metrics, workloads):
+    for command in (status, attempts, events, metrics):
         app.command()(command)
 
 
@@ -224,39 +224,3 @@ def metrics(
             last_step = str(each.points[-1][0]) if each.points else "–"
             table.add_row(show.plain(each.name), str(len(each.points)), *map(show.number, ends), last_step)
         show.print_rich(table)
-
-
-@with_client
-def workloads(client: "Client", json: Json = False) -> None:
-    """What can be trained, with the fields of its config."""
-    items = client.workloads()
-    if json:
-        print(show.json_array(items))
-        return
-    if not items:
-        print("No workload is known yet: they come with the first worker. See `ops workers`.")
-        return
-    for item in items:
-        _print_workload(item)
-    print("Train one: ops train WORKLOAD --set config.FIELD=VALUE --max-epochs 3 --watch")
-
-
-def _print_workload(workload: "WorkloadView") -> None:
-    reports = ", ".join(f"{name} ({goal})" for name, goal in workload.reports.items())
-    show.print_rich(
-        f"[bold]{show.plain(workload.name)}[/]  {show.plain(workload.title)}"
-        + (f"\n  reports {show.plain(reports)}" if reports else "")
-    )
-    table = show.table("  FIELD", "TYPE", "DEFAULT", "", wide="")
-    for name, field in workload.config_schema.get("properties", {}).items():
-        cells = (f"  {name}", _type(field), str(field.get("default", "required")), str(field.get("description", "")))
-        table.add_row(*map(show.plain, cells))
-    show.print_rich(table)
-
-
-def _type(field: dict[str, Any]) -> str:
-    if "enum" in field:
-        return "|".join(map(str, field["enum"]))
-    if "anyOf" in field:
-        return "|".join(_type(choice) for choice in field["anyOf"])
-    return str(field.get("type", field.get("$ref", "any").rpartition("/")[2]))

@@ -42,20 +42,31 @@ def up(
         int | None, typer.Option(envvar="OPS_PORT", min=1, max=65535, help=f"Else {DEFAULT_PORT}, or a free one.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="They divide the cores.")] = 1,
+    python: Annotated[
+        str | None,
+        typer.Option(
+            envvar="OPS_WORKER_PYTHON",
+            metavar="PATH",
+            help="Where trainings run: a Python with torch and relight.",
+        ),
+    ] = None,
 ) -> None:
     """Start database, API and workers.
 
     Ctrl-C ends them; running trainings save a checkpoint first, and go on at the next start.
     """
     from ops_cli.stack import StackError
+    from relight.interpreter import InterpreterError, checked_interpreter
 
     data_dir = (data_dir or data_home()).expanduser().resolve()
     try:
         with StopRequests() as stops, only_one(data_dir) as lock:
+            if python:
+                os.environ["OPS_WORKER_PYTHON"] = checked_interpreter(os.path.expanduser(python), os.environ)
             _serve(_settings(data_dir, host, port, workers, lock, stops), lock, stops)
     except StopRequested:
         pass  # before anything ran
-    except (UpError, StackError, OSError) as error:
+    except (UpError, StackError, InterpreterError, OSError) as error:
         print(f"ops up: {error}", file=sys.stderr)
         raise typer.Exit(ExitCode.FAILED) from error
 

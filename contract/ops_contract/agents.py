@@ -21,12 +21,16 @@ class SlotOffer(Wire):
 
 
 class WorkloadOffer(Wire):
-    """A workload that this worker runs: the JSON Schema of its config and the metrics it reports."""
+    """A workload that this worker runs: the JSON Schema of its config and the metrics it reports.
+
+    `validates`: its config is checked by code too, which no schema can say.
+    """
 
     name: Name
     title: str = ""
     config_schema: dict[str, Any]
     reports: dict[str, Literal["min", "max"]] = {}
+    validates: bool = False
 
 
 class WorkerRegistration(Wire):
@@ -151,3 +155,26 @@ class WorkerHealth(Wire):
     draining: bool
     slots: list[SlotOffer]
     holds: list[HoldRef]
+
+
+class Validate(Wire):
+    """POST /validate on a worker: what its trainers would make of this job. 503 when they do not say in time."""
+
+    incarnation: UUID
+    job: Job
+
+
+class Problem(Wire):
+    """`field` is a path within the job."""
+
+    field: str
+    problem: str
+
+
+class Validated(Wire):
+    """With no problem: the config with its defaults, its JSON Schema, and the metrics that the workload reports."""
+
+    problems: list[Problem] = []
+    config: dict[str, Any] = {}
+    config_schema: dict[str, Any] = {}
+    reports: dict[str, Literal["min", "max"]] = {}

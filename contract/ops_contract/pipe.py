@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from ops_contract.agents import StartTraining
+from ops_contract.agents import StartTraining, WorkloadOffer
 from ops_contract.reports import ArtifactSaved, CheckpointSaved, Finish, Metrics, Note, Progress, Started
 from ops_contract.wire import PIPE_VERSION, Wire
 
@@ -19,6 +19,14 @@ class Hello(Wire):
     kind: Literal["hello"] = "hello"
     version: int = PIPE_VERSION
     pid: int
+
+
+class Description(Wire):
+    """What `--describe` prints: the interpreter's versions, and what it can run."""
+
+    version: int = PIPE_VERSION
+    versions: dict[str, str] = {}
+    workloads: list[WorkloadOffer]
 
 
 class ProgressNow(Wire):

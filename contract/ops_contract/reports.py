@@ -5,7 +5,7 @@ from uuid import UUID
 
 from pydantic import Field, StringConstraints, model_validator
 
-from ops_contract.jobs import InnerPath
+from ops_contract.jobs import Execution, InnerPath
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
 from ops_contract.wire import Name, Sha256, Step, Text, Wire, pack_float64, unpack_float64
 
@@ -28,6 +28,13 @@ class Exactness(Wire):
     reasons: list[str] = []
 
 
+class Resolved(Wire):
+    """What the submit left open, because no worker was there to say it: with every default."""
+
+    config: dict[str, Any]
+    execution: Execution
+
+
 class Started(Wire):
     """The trainer took the job: before the first step. Of a command, its runner and then the `relight.Run` in it."""
 
@@ -36,6 +43,7 @@ class Started(Wire):
     start_step: Step
     exactness: Exactness
     environment: dict[str, Any]
+    resolved: Resolved | None = None
 
 
 class Series(Wire):

@@ -116,7 +116,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if arguments.describe:
-        print(json.dumps([{"name": "fake", "config_schema": {}}]))
+        print(json.dumps({"workloads": [{"name": "fake", "config_schema": {}}]}))
     else:
         FakeTrainer(arguments.in_fd, arguments.out_fd).run()
 

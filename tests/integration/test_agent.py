@@ -654,7 +654,9 @@ async def test_two_agents_with_one_state_directory_do_not_disturb_each_other(api
 
 
 async def test_a_slot_whose_trainers_die_before_they_are_ready_refuses_with_the_reason(api, tmp_path):
-    broken = "import sys\nif '--describe' in sys.argv: print('[]')\nelse: sys.exit('no module named torch')"
+    broken = (
+        "import sys\nif '--describe' in sys.argv: print('{\"workloads\": []}')\nelse: sys.exit('no module named torch')"
+    )
     async with running_agent(api, tmp_path, command=[sys.executable, "-c", broken]) as agent:
         await agent.ready()
         log: Path = tmp_path / "agent.log"

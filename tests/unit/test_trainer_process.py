@@ -25,7 +25,7 @@ from ops_contract.lifecycle import CheckpointType, Outcome
 from ops_contract.pipe import Alive, FromTrainer, Hello, ProgressNow, RunJob, Stop, from_trainer, line
 from ops_contract.reports import ArtifactSaved, CheckpointSaved, Finish, Metrics, Note, Started
 from ops_contract.wire import Wire
-from ops_worker.__main__ import TRAINER_COMMAND
+from ops_worker.__main__ import TRAINER
 from ops_worker.trainer import _fell_back, run
 from relight.pipe import AgentPipe
 
@@ -336,7 +336,7 @@ def test_a_fault_is_its_finish(
     assert finish.error is not None
     assert (finish.outcome, finish.permanent, finish.error.code) == (Outcome.FAILED, permanent, code)
     assert said in finish.error.message
-    assert ("traceback" in finish.error.details) == (code == "exception")
+    assert ("traceback" in finish.error.details) == (workload in ("broken", "raises", "exits"))
     assert from_trainer.validate_json(line(finish)) == finish
 
 
@@ -591,7 +591,7 @@ def test_describe_lists_what_loads_and_says_what_does_not(strange: dict[str, str
         env=os.environ | strange,
     )
 
-    offers: dict[str, Any] = {offer["name"]: offer for offer in json.loads(done.stdout)}
+    offers: dict[str, Any] = {offer["name"]: offer for offer in json.loads(done.stdout)["workloads"]}
     assert set(offers) == {"bytelm", "digits", "raises", "exits", "prints", "loads", "writes"}
     assert offers["prints"]["title"] == "Prints a lot"
     assert offers["bytelm"]["config_schema"]["properties"]["block_size"]["default"] == 64
@@ -600,10 +600,32 @@ def test_describe_lists_what_loads_and_says_what_does_not(strange: dict[str, str
     assert all(f"workload {name} is left out" in left_out for name in ("absent", "no-class", "broken"))
 
 
-def test_a_trainer_imports_nothing_from_where_its_agent_was_started(tmp_path: Path) -> None:
-    """There may lie the source of a snapshot, edited since."""
-    (tmp_path / "pydantic.py").write_text("raise SystemExit('the wrong one')")
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("fastapi", "uvicorn", "starlette", "sqlalchemy", "asyncpg", "sklearn"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
 
-    ran = subprocess.run(TRAINER_COMMAND, cwd=tmp_path, capture_output=True, text=True, check=False)
 
-    assert "give --in-fd and --out-fd" in ran.stderr
+def test_a_trainer_needs_nothing_of_the_agents_nor_of_its_directory(tmp_path: Path) -> None:
+    """As in a user's environment; what wants more there is left out."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(BLOCKED)
+    (tmp_path / "pydantic.py").write_text("raise SystemExit('the file of a stranger')")
+
+    done = subprocess.run(
+        [sys.executable, *TRAINER, "--describe"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+    )
+
+    described = json.loads(done.stdout)
+    assert [offer["name"] for offer in described["workloads"]] == ["bytelm"]
+    assert described["versions"]["torch"] == torch.__version__
+    assert done.stderr.decode().count("\n") == 1
+    assert "workload digits is left out" in done.stderr.decode()

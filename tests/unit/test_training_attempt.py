@@ -1,6 +1,7 @@
 """One attempt: what it does, tells and refuses; in this process, for nothing here is killed."""
 
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -154,6 +155,22 @@ def test_another_version_of_relight_is_best_effort(operation: Operation, monkeyp
     [reason] = reports[0].exactness.reasons
     assert reason.startswith("relight was ")
     assert reason.endswith(" and is 99.0")
+
+
+def test_another_python_is_best_effort_but_not_one_that_was_not_recorded_yet(
+    operation: Operation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fingerprint = numerics.fingerprint
+    with monkeypatch.context() as older:
+        older.setattr(numerics, "fingerprint", lambda device: {**fingerprint(device), "python": "3.0"})
+        attempt(operation, Tiny, stop_after=1)
+    _, other = attempt(operation, Tiny, stop_after=2)
+    with monkeypatch.context() as newer:
+        newer.setattr(numerics, "fingerprint", lambda device: {**fingerprint(device), "a new name": "x"})
+        _, unrecorded = attempt(operation, Tiny)
+
+    assert other[0].exactness.reasons == [f"python was 3.0 and is {platform.python_version()}"]
+    assert unrecorded[0].exactness.promise == "promised"
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_what_differs(operation: Operation) -> None:

@@ -19,17 +19,21 @@ from ops_worker.agent import Agent
 from ops_worker.describe import DescribeError
 from ops_worker.routes import create_app
 from ops_worker.settings import Settings, SettingsError
+from relight.interpreter import InterpreterError, checked_interpreter
 
-# Without -P it would import what lies where the agent was started, such as the source that a snapshot was made of.
-TRAINER_COMMAND = (sys.executable, "-P", "-m", "ops_worker.trainer")
+# -P: what lies in the agent's working directory is none of the trainer's business.
+TRAINER = ("-P", "-m", "ops_worker.trainer")
 
 
-def main(trainer_command: Sequence[str] = TRAINER_COMMAND) -> int:
+def main(trainer_command: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args()
     _log_to_stderr()
     try:
-        settings = Settings.from_env(os.environ)
-    except SettingsError as error:
+        settings = Settings.from_env(os.environ | ({"OPS_WORKER_PYTHON": arguments.python} if arguments.python else {}))
+        if trainer_command is None:
+            python = os.path.expanduser(settings.worker_python or sys.executable)
+            trainer_command = (checked_interpreter(python, os.environ), *TRAINER)
+    except (SettingsError, InterpreterError) as error:
         print(f"ops worker: {error}", file=sys.stderr)
         return 2
     code = 0
@@ -108,6 +112,7 @@ def _log_to_stderr() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ops_worker", description="One worker; OPS_* variables set it up.")
     parser.add_argument("--json", action="store_true", help="say ready as one line of JSON on stdout")
+    parser.add_argument("--python", metavar="PATH", help="the Python in which trainers run; else OPS_WORKER_PYTHON")
     parser.add_argument("--exit-on-eof", action="store_true", help="stop when stdin ends")
     return parser
 

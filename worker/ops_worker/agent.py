@@ -1,14 +1,13 @@
 """The agent: registers, takes starts, heartbeats, hands back. It runs no user code and imports no torch."""
 
 import asyncio
-import importlib.metadata
 import logging
 import os
-import platform
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
-from uuid import UUID
+from pathlib import Path
+from uuid import UUID, uuid4
 
 from ops_contract.agents import (
     CancelTraining,
@@ -16,25 +15,28 @@ from ops_contract.agents import (
     Heartbeat,
     HeartbeatAnswer,
     HoldRef,
+    Problem,
     SlotOffer,
     StartTraining,
+    Validate,
+    Validated,
     WorkerHealth,
     WorkerRegistered,
     WorkerRegistration,
-    WorkloadOffer,
 )
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import runs_user_code
+from ops_contract.pipe import Description, RunJob
 from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable
 from ops_worker.delivery import Delivery
-from ops_worker.describe import describe
+from ops_worker.describe import describe, validate
 from ops_worker.holds import Hold
-from ops_worker.job_secrets import Secrets
+from ops_worker.job_secrets import MissingSecret, Secrets
 from ops_worker.outbox import Outbox, Sender
 from ops_worker.settings import Settings
 from ops_worker.slots import Slot
 from ops_worker.waiting import Backoff, Trouble, first_of
-from ops_worker.workspace import Workspaces
+from ops_worker.workspace import NoWorkspace, Workspaces
 from relight.manifest import CheckpointCorrupt, CheckpointMissing, check_manifest
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ REGISTER_CAP_S = 5.0
 BEAT_RETRY_LEASES = 1 / 12
 # A start or cancel may overtake the answer to the registration that carries the secret.
 SECRET_S = 5.0
+# Waiting for its turn and unpacking the job's code included. The API waits a little longer.
+VALIDATE_S = 15.0
 # After the grace: for the kernel to end what was killed, and one try to send their finishes.
 LAST_WORDS_S = 2.0
 
@@ -70,6 +74,8 @@ class Agent:
         self._holds: dict[HoldRef, Hold] = {}
         self._newest_attempt: dict[UUID, int] = {}
         self._serving: set[asyncio.Task[None]] = set()
+        # Each takes the memory and the time of importing torch.
+        self._validating = asyncio.Semaphore(2)
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Until `stop`; `on_ready` is called once registered. Raises DescribeError when there is nothing to offer."""
@@ -131,6 +137,32 @@ class Agent:
             raise OpsError(ErrorCode.NOT_FOUND, f"attempt {order.attempt} of {operation_id} does not run here")
         hold.cancel(order.reason, order.force)
 
+    async def validate(self, question: Validate) -> Validated:
+        """What a trainer would make of the job. Raises 409 for another incarnation, 503 when none says it in time."""
+        self._check_incarnation(question.incarnation)
+        job = question.job
+        if runs_user_code(job.kind, job.workload) and not self._settings.user_code:
+            raise OpsError(ErrorCode.INVALID, "this worker runs no code of its users: OPS_USER_CODE allows it")
+        # As an attempt of an operation that does not exist yet.
+        order = StartTraining(
+            incarnation=self.incarnation, operation_id=uuid4(), attempt=1, slot=0, deadline_s=1, job=job
+        )
+        try:
+            environ = job.env | self._secrets.values(job.secrets)
+            async with asyncio.timeout(VALIDATE_S), self._validating:
+                archive = await self._workspaces.code(order)
+                async with self._workspaces.open(order, archive) as directory:
+                    told = await validate(self._trainer_command, self._run_job(order, directory, environ))
+        except NoWorkspace as problem:
+            if problem.permanent:
+                return Validated(problems=[Problem(field="code", problem=str(problem))])
+            told = None
+        except (TimeoutError, MissingSecret):  # another worker may have the secret
+            told = None
+        if told is None:
+            raise OpsError(ErrorCode.UNAVAILABLE, "the job could not be validated; its start will tell")
+        return told
+
     def health(self) -> WorkerHealth:
         return WorkerHealth(
             incarnation=self.incarnation,
@@ -149,6 +181,10 @@ class Agent:
         return ApiClient(self._settings.api_url, self._token)
 
     # ---- starts
+
+    def _run_job(self, order: StartTraining, directory: Path, environ: dict[str, str]) -> RunJob:
+        root = str(self._settings.storage_root.absolute())
+        return RunJob(start=order, storage_root=root, directory=str(directory), environ=environ, device="cpu", cores=1)
 
     def _taken(self, order: StartTraining) -> bool:
         self._check_incarnation(order.incarnation)
@@ -197,7 +233,7 @@ class Agent:
         ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
         delivery = Delivery(self._reports_api, self._outbox, self.incarnation, ref)
         slot, root = self._slots[order.slot], self._settings.storage_root.absolute()
-        grace_s, runner = self._terms.cancel_grace_s, (self._trainer_command[0], "-m", "ops_worker.command")
+        grace_s, runner = self._terms.cancel_grace_s, (self._trainer_command[0], "-P", "-m", "ops_worker.command")
         hold = Hold(order, slot, self._outbox, delivery, self._workspaces, self._secrets, runner, root, grace_s)
         self._holds[ref] = hold
         self._newest_attempt[order.operation_id] = order.attempt
@@ -221,8 +257,8 @@ class Agent:
 
     async def _work(self, on_ready: Callable[[], None]) -> None:
         """Register, then beat until cancelled. Not being heard never stops a training."""
-        workloads = await describe(self._trainer_command)
-        self._terms = await self._register(workloads)
+        description = await describe(self._trainer_command)
+        self._terms = await self._register(description)
         self._registered.set()
         on_ready()
         trouble, backoff = Trouble("heartbeat", log), Backoff(self._terms.lease_s * BEAT_RETRY_LEASES)
@@ -239,7 +275,7 @@ class Agent:
             except ApiRefused as refusal:
                 trouble.now(refusal)
                 if refusal.code is ErrorCode.NOT_FOUND:  # its database was replaced
-                    self._terms = await self._register(workloads)
+                    self._terms = await self._register(description)
             await first_of(self._beat_now.wait(), asyncio.sleep(pause_s))
 
     async def _beat(self, lease_s: float) -> None:
@@ -271,7 +307,7 @@ class Agent:
             for hold in self._holds.values():
                 hold.preempt()
 
-    async def _register(self, workloads: list[WorkloadOffer]) -> WorkerRegistered:
+    async def _register(self, description: Description) -> WorkerRegistered:
         trouble, backoff = Trouble(f"registering at {self._settings.api_url}", log), Backoff(REGISTER_CAP_S)
         worker = WorkerRegistration(
             incarnation=self.incarnation,
@@ -279,9 +315,9 @@ class Agent:
             host=socket.gethostname(),
             url=self.url,
             slots=[slot.offer for slot in self._slots],
-            workloads=workloads,
+            workloads=description.workloads,
             user_code=self._settings.user_code,
-            versions=_versions(),
+            versions=description.versions,
         )
         while True:
             try:
@@ -336,12 +372,3 @@ class Agent:
         if self._terms is not None:
             with suppress(ApiUnavailable, ApiRefused):
                 await self._beats_api.heartbeat(self.incarnation, Heartbeat(draining=True), timeout_s=1.0)
-
-
-def _versions() -> dict[str, str]:
-    """Read from metadata: the agent imports none of them."""
-    versions = {"python": platform.python_version()}
-    for name in ("relight", "torch"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions

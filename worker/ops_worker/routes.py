@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.base import RequestResponseEndpoint
 
-from ops_contract.agents import CancelTraining, HoldRef, StartTraining, WorkerHealth
+from ops_contract.agents import CancelTraining, HoldRef, StartTraining, Validate, Validated, WorkerHealth
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Kind
 from ops_worker.agent import Agent
@@ -69,6 +69,11 @@ async def resume(kind: Kind, order: StartTraining, agent: AgentDep) -> Response:
     if order.checkpoint is None:
         raise OpsError(ErrorCode.INVALID, f"checkpoint: a resume needs one; use /{kind}/start")
     return await _take(kind, order, agent)
+
+
+@backend_only.post("/validate")
+async def validate(question: Validate, agent: AgentDep) -> Validated:
+    return await agent.validate(question)
 
 
 @backend_only.post("/operations/{id}/cancel", status_code=202)

@@ -39,6 +39,9 @@ class Settings(BaseModel):
     secrets_dir: DirectoryPath | None = Field(
         None, description="files with the values of secrets, by their names; those in OPS_SECRET_<name> come first"
     )
+    worker_python: str | None = Field(
+        None, description="the Python in which trainers run, with torch and relight; else the worker's own"
+    )
     worker_state_dir: Path = Field(
         description="where the outbox, the trainers' output, attempts' directories and the last snapshots are kept"
     )

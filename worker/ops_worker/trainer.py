@@ -1,31 +1,31 @@
 """The trainer process: one attempt, then exit. User code runs here and nowhere else.
 
 `python -m ops_worker.trainer --in-fd N --out-fd M` speaks `ops_contract.pipe` with its agent; `--describe` prints the
-installed workloads as JSON and exits.
+installed workloads as JSON and exits, `--validate` judges a job.
 """
 
 import argparse
 import contextlib
 import errno
 import faulthandler
-import inspect
 import os
+import platform
 import re
 import signal
 import sys
 import traceback
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
-from pydantic import TypeAdapter
-
-from ops_contract.agents import WorkloadOffer
+from ops_contract.agents import Problem, Validated, WorkloadOffer
 from ops_contract.jobs import Accelerator
 from ops_contract.lifecycle import Outcome
-from ops_contract.pipe import STACKS_SIGNAL, Hello, RunJob
+from ops_contract.pipe import STACKS_SIGNAL, Description, Hello, RunJob, line
 from ops_contract.reports import Fault, Finish, Note
 from ops_worker import artifacts
+from relight.importing import checks_by_code, config_problems, import_workload, with_defaults
 from relight.manifest import CheckpointCorrupt, CheckpointMissing
 from relight.pipe import AgentPipe
 from relight.process import die_with_parent
@@ -45,11 +45,14 @@ def main() -> None:
     parser.add_argument("--in-fd", type=int, help="inherited descriptor of the agent's messages")
     parser.add_argument("--out-fd", type=int, help="inherited descriptor for messages to the agent")
     parser.add_argument("--describe", action="store_true", help="print the installed workloads as JSON and exit")
+    parser.add_argument("--validate", action="store_true", help="judge the job on stdin, print JSON and exit")
     given = parser.parse_args()
     if given.describe:
         describe()
+    elif given.validate:
+        validate()
     elif given.in_fd is None or given.out_fd is None:
-        parser.error("give --in-fd and --out-fd, or --describe")
+        parser.error("give --in-fd and --out-fd, or --describe, or --validate")
     else:
         serve(given.in_fd, given.out_fd)
 
@@ -88,7 +91,9 @@ def run(job: RunJob, agent: AgentPipe) -> Finish:
         code = "checkpoint_missing" if isinstance(error, CheckpointMissing) else "checkpoint_corrupt"
         return Finish(outcome=Outcome.CHECKPOINT_CORRUPT, error=_fault(code, str(error)))
     except TrainingFault as error:
-        return Finish(outcome=Outcome.FAILED, permanent=error.permanent, error=_fault(error.code, error.message))
+        details = {"traceback": error.traceback[-_MAX_TRACEBACK_CHARS:]} if error.traceback else {}
+        fault = _fault(error.code, error.message, **details)
+        return Finish(outcome=Outcome.FAILED, permanent=error.permanent, error=fault)
     # SystemExit too: user code may call sys.exit, and that is no reason to end without a word.
     except BaseException as error:
         return Finish(outcome=Outcome.FAILED, error=_unexpected(error))
@@ -102,12 +107,12 @@ def enter(job: RunJob) -> None:
 
 
 def find_workload(name: str) -> type[Workload[Any]]:
-    """The installed workload of this name, or `module:Class`. Raises a permanent TrainingFault."""
+    """The installed workload of this name, or the user's own, `module:Class`. Raises a permanent TrainingFault."""
     if ":" in name:
-        return _load(EntryPoint(name, name, GROUP))
+        return import_workload(name)
     for entry in entry_points(group=GROUP):
         if entry.name == name:
-            return _load(entry)
+            return import_workload(entry.value)
     known = ", ".join(sorted(entry.name for entry in entry_points(group=GROUP))) or "none"
     raise TrainingFault(
         "unknown_workload", f"no workload {name!r} is installed here; there are: {known}", permanent=True
@@ -128,33 +133,67 @@ def _fell_back() -> str:
 
 
 def describe() -> None:
-    """Print a JSON list of WorkloadOffer; what does not load is left out, with a line on stderr."""
+    """Print a Description as JSON; a workload that does not load is left out, with a line on stderr."""
     offers = []
-    with contextlib.redirect_stdout(sys.stderr):  # what a module prints while it loads is not JSON
+    with _answering() as answer:
         for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
             try:
-                offers.append(_offer(entry.name, _load(entry)))
+                offers.append(_offer(entry.name, import_workload(entry.value)))
             except Exception as error:
                 print(f"workload {entry.name} is left out: {error}", file=sys.stderr)
-    sys.stdout.buffer.write(TypeAdapter(list[WorkloadOffer]).dump_json(offers) + b"\n")
+        answer.write(line(Description(versions=_versions(), workloads=offers)))
 
 
-def _load(entry: EntryPoint) -> type[Workload[Any]]:
+def validate() -> None:
+    """Read a RunJob from stdin and print what its workload makes of its config, as JSON: a Validated."""
+    die_with_parent(os.getppid())
+    with _answering() as answer:
+        job = RunJob.model_validate_json(sys.stdin.buffer.read())
+        answer.write(line(validated(job)))
+
+
+def validated(job: RunJob) -> Validated:
+    """Imports the workload and builds its config, nothing else."""
+    config = job.start.job.config
     try:
-        loaded = entry.load()
-    except BaseException as error:  # a module may call sys.exit
-        raise TrainingFault(
-            "import_failed", f"workload {entry.name} ({entry.value}) does not import: {_said(error)}", permanent=True
-        ) from error
-    if not (inspect.isclass(loaded) and issubclass(loaded, Workload)):
-        raise TrainingFault("import_failed", f"{entry.value} is not a subclass of relight.Workload", permanent=True)
-    return loaded
+        enter(job)
+        workload_type = find_workload(job.start.job.workload)
+        if problems := config_problems(workload_type, config):
+            return Validated(problems=problems)
+        whole, schema = with_defaults(workload_type, config), workload_type.Config.model_json_schema()
+        return Validated(config=whole, config_schema=schema, reports=workload_type.reports)
+    except TrainingFault as fault:
+        return Validated(problems=[Problem(field="workload", problem=_text(fault.message))])
+    except BaseException as error:  # of the user's validators, or what they return
+        return Validated(problems=[Problem(field="config", problem=_text(_said(error)))])
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[IO[bytes]]:
+    """Stdout for the answer alone: what modules print while they load goes to stderr."""
+    with os.fdopen(os.dup(1), "wb") as answer:
+        os.dup2(2, 1)
+        yield answer
+
+
+def _versions() -> dict[str, str]:
+    """Of this interpreter, read from metadata."""
+    versions = {"python": platform.python_version()}
+    for name in ("relight", "torch"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def _offer(name: str, workload_type: type[Workload[Any]]) -> WorkloadOffer:
     title = (workload_type.__doc__ or "").strip().partition("\n")[0]
-    schema = workload_type.Config.model_json_schema()
-    return WorkloadOffer(name=name, title=title, config_schema=schema, reports=workload_type.reports)
+    return WorkloadOffer(
+        name=name,
+        title=title,
+        config_schema=workload_type.Config.model_json_schema(),
+        reports=workload_type.reports,
+        validates=checks_by_code(workload_type.Config),
+    )
 
 
 def _unexpected(error: BaseException) -> Fault:

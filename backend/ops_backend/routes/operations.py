@@ -1,18 +1,31 @@
 """What users do with operations."""
 
 import hashlib
+from collections.abc import Awaitable, Callable
 from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep
+from ops_backend.database import Sessions
+from ops_backend.dependencies import (
+    CallerDep,
+    DispatcherDep,
+    SessionDep,
+    SessionsDep,
+    SettingsDep,
+    Validating,
+    ValidatorDep,
+)
 from ops_backend.routes.errors import read, refusals
 from ops_backend.store import deletion, queries
-from ops_backend.store.fork import fork_if_there, replay_if_there
+from ops_backend.store.fork import fork_if_there, forked_job, replay_if_there
 from ops_backend.store.retention import delete_if_unused, explain_delete
-from ops_backend.store.submit import once, submit_if_new
+from ops_backend.store.submit import once, replay, resolved_job, submit_if_new
 from ops_backend.store.transitions import cancel_if_live, explain_cancel, explain_resume, resume_if_ended
+from ops_backend.store.validation import Question, question
+from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import JobSpec
 from ops_contract.lifecycle import Kind, Status
@@ -42,22 +55,33 @@ IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=200)]
 async def submit(
     request: Request,
     response: Response,
-    session: SessionDep,
+    sessions: SessionsDep,
     submitted_by: CallerDep,
     dispatcher: DispatcherDep,
+    validator: ValidatorDep,
+    settings: SettingsDep,
     after: BackgroundTasks,
     idempotency_key: IdempotencyKey = None,
 ) -> Operation:
     """Submit an operation; the same `Idempotency-Key` and body again give the same operation (200)."""
     body = await request.body()
 
-    async def make() -> UUID | None:
-        return await submit_if_new(session, read(JobSpec, body), submitted_by, idempotency_key, body)
+    async def asked(session: AsyncSession) -> Question | None:
+        if await replay(session, submitted_by, idempotency_key, body):
+            return None
+        return await question(session, await resolved_job(session, read(JobSpec, body)), settings.lease_s)
 
-    id, is_new = await once(session, submitted_by, idempotency_key, body, make)
+    told = await _told(sessions, validator, asked)
+    async with sessions.begin() as session:
+
+        async def make() -> UUID | None:
+            return await submit_if_new(session, read(JobSpec, body), submitted_by, idempotency_key, body, told)
+
+        id, is_new = await once(session, submitted_by, idempotency_key, body, make)
+        operation = await queries.get(session, id)
     response.status_code = 201 if is_new else 200
     after.add_task(dispatcher.wake)
-    return await queries.get(session, id)
+    return operation
 
 
 @router.get("", responses=refusals(401, 422))
@@ -131,9 +155,11 @@ async def fork_operation(
     id: UUID,
     request: Request,
     response: Response,
-    session: SessionDep,
+    sessions: SessionsDep,
     submitted_by: CallerDep,
     dispatcher: DispatcherDep,
+    validator: ValidatorDep,
+    settings: SettingsDep,
     after: BackgroundTasks,
     idempotency_key: IdempotencyKey = None,
 ) -> Operation:
@@ -141,14 +167,26 @@ async def fork_operation(
     body = await request.body() or b"{}"
     whole = _whole("fork", id, body)
 
-    async def make() -> UUID | None:
+    async def asked(session: AsyncSession) -> Question | None:
         wish = read(ForkRequest, body)
-        return await fork_if_there(session, id, wish, submitted_by, idempotency_key, whole)
+        if await replay(session, submitted_by, idempotency_key, whole) or not (
+            wish.overrides.config or wish.overrides.code
+        ):
+            return None
+        return await question(session, await forked_job(session, id, wish), settings.lease_s)
 
-    fork_id, is_new = await once(session, submitted_by, idempotency_key, whole, make)
+    told = await _told(sessions, validator, asked)
+    async with sessions.begin() as session:
+
+        async def make() -> UUID | None:
+            wish = read(ForkRequest, body)
+            return await fork_if_there(session, id, wish, submitted_by, idempotency_key, whole, told)
+
+        fork_id, is_new = await once(session, submitted_by, idempotency_key, whole, make)
+        operation = await queries.get(session, fork_id)
     response.status_code = 201 if is_new else 200
     after.add_task(dispatcher.wake)
-    return await queries.get(session, fork_id)
+    return operation
 
 
 @router.post("/{id}/replay", status_code=201, responses={200: {"model": Operation}, **refusals(401, 404, 409, 422)})
@@ -235,6 +273,15 @@ def tagged(body: Wire, if_none_match: str | None) -> Response:
     if if_none_match == tag:
         return Response(status_code=304, headers={"ETag": tag})
     return Response(content, media_type="application/json", headers={"ETag": tag, "Cache-Control": "no-cache"})
+
+
+async def _told(
+    sessions: Sessions, validator: Validating, asked: Callable[[AsyncSession], Awaitable[Question | None]]
+) -> Validated | None:
+    """What a worker says of the job: the network is between two transactions, never inside one."""
+    async with sessions.begin() as session:
+        to_ask = await asked(session)
+    return await validator.ask(to_ask) if to_ask else None
 
 
 def _known(statuses: str | None) -> str | None:

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ops_backend.store.sql import NEWEST_FIRST, continues, record, statement
 from ops_backend.store.submit import invalid, new_operation, resolved_job
 from ops_backend.store.transitions import not_found
+from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError, without_prefix
 from ops_contract.jobs import Execution, Job, JobSpec, Setup
 from ops_contract.lifecycle import Kind
@@ -79,23 +80,28 @@ _FIXED = {
 
 
 async def fork_if_there(
-    session: AsyncSession, id: UUID, wish: ForkRequest, submitted_by: str, key: str | None, body: bytes
+    session: AsyncSession,
+    id: UUID,
+    wish: ForkRequest,
+    submitted_by: str,
+    key: str | None,
+    body: bytes,
+    told: Validated | None = None,
 ) -> UUID | None:
     """Insert the fork; None when a concurrent request with the same key was first.
 
     Raises 404 without the operation or the checkpoint, 422 for overrides that cannot be carried over.
     """
     point = await _find(session, id, wish)
-    is_command = point.job["kind"] == Kind.COMMAND
-    if point.checkpoint_id is None and (wish.from_checkpoint or not is_command):
-        raise _no_checkpoint(wish)
-    spec = _forked_spec(point, wish)
-    if not is_command:
-        _check_carried_over(spec.execution, point)
-    job = await resolved_job(session, spec, "overrides.")
+    spec, job = await _forked(session, point, wish, told)
     values = new_operation(spec, job, submitted_by, key, body)
     values |= {"replay_of": None, "accept_changes": wish.accept_changes}
     return await _insert(session, wish, point, values)
+
+
+async def forked_job(session: AsyncSession, id: UUID, wish: ForkRequest) -> Job:
+    """What the fork would run. Raises as `fork_if_there` does."""
+    return (await _forked(session, await _find(session, id, wish), wish))[1]
 
 
 async def replay_if_there(
@@ -121,6 +127,18 @@ async def _find(session: AsyncSession, id: UUID, wish: ForkRequest | ReplayReque
     if point is None:
         raise not_found(id)
     return point
+
+
+async def _forked(
+    session: AsyncSession, point: Row[Any], wish: ForkRequest, told: Validated | None = None
+) -> tuple[JobSpec, Job]:
+    is_command = point.job["kind"] == Kind.COMMAND
+    if point.checkpoint_id is None and (wish.from_checkpoint or not is_command):
+        raise _no_checkpoint(wish)
+    spec = _forked_spec(point, wish)
+    if not is_command:
+        _check_carried_over(spec.execution, point)
+    return spec, await resolved_job(session, spec, "overrides.", told)
 
 
 async def _insert(

@@ -37,6 +37,9 @@ EXPLAIN = statement("""
      WHERE operation_id = :id AND attempt = :attempt AND incarnation = :incarnation
 """)
 
+# Frozen like the threads: every later attempt, forks and retention go by it.
+RESOLVE = statement("UPDATE operations SET job = job || :job WHERE id = :id")
+
 INSERT_METRICS = statement("""
     INSERT INTO metrics (operation_id, name, attempt, first_step, steps, values)
     VALUES (:id, :name, :attempt, :first_step, :steps, :values)
@@ -150,6 +153,8 @@ async def _write(session: AsyncSession, id: UUID, attempt: int, report: Report) 
         case Started():
             values = plain(report) | {"id": id, "attempt": attempt}
             await session.execute(START, values)
+            if report.resolved:
+                await session.execute(RESOLVE, {"id": id, "job": plain(report.resolved)})
         case Metrics():
             await session.execute(INSERT_METRICS, [_metric_row(id, attempt, s) for s in report.series])
         case CheckpointSaved():

@@ -9,11 +9,11 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import jsonschema
-from pydantic import ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import plain, record, statement
-from ops_contract.errors import ErrorCode, OpsError, without_prefix
+from ops_contract.agents import Validated
+from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import (
     COMMAND,
     COMMAND_KNOBS,
@@ -22,10 +22,10 @@ from ops_contract.jobs import (
     Execution,
     Job,
     JobSpec,
-    SchedulerName,
     Setup,
     runs_user_code,
 )
+from ops_contract.resolving import Unresolvable, resolved_execution
 
 FIND_REPLAY = statement("""
     SELECT id, body_sha256 FROM operations WHERE submitted_by = :submitted_by AND idempotency_key = :idempotency_key
@@ -88,14 +88,19 @@ async def replay(session: AsyncSession, submitted_by: str, key: str | None, body
 
 
 async def submit_if_new(
-    session: AsyncSession, spec: JobSpec, submitted_by: str, key: str | None, body: bytes
+    session: AsyncSession,
+    spec: JobSpec,
+    submitted_by: str,
+    key: str | None,
+    body: bytes,
+    told: Validated | None = None,
 ) -> UUID | None:
     """Insert the operation; None when a concurrent request with the same key was first.
 
     Raises 422 for an unknown workload, a config that its schema refuses, a metric that it does not report, or a GPU
     that nobody has.
     """
-    job = await resolved_job(session, spec)
+    job = await resolved_job(session, spec, told=told)
     submitted: UUID | None = await session.scalar(SUBMIT, new_operation(spec, job, submitted_by, key, body))
     return submitted
 
@@ -133,14 +138,20 @@ def body_sha256(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
 
 
-async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "") -> Job:
-    """With every default. Raises 422; `path` is where in the body the submitter wrote it, with its dot."""
+async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", told: Validated | None = None) -> Job:
+    """With every default. Raises 422; `path` is where in the body the submitter wrote it, with its dot.
+
+    Of the user's own workload only a worker knows them: without `told` they stay open until it starts.
+    """
     await _check_accelerator(session, spec.execution.accelerator, f"{path}execution")
     await _check_code(session, spec.code, f"{path}code")
     setup = {name: getattr(spec, name) for name in Setup.model_fields}
     if spec.workload is None:
         execution = _command_execution(spec.execution, f"{path}execution")
         return Job(kind=spec.kind, workload=COMMAND, config={}, execution=execution, **setup)
+    if ":" in spec.workload:
+        config, execution = _as_told(spec, told, path)
+        return Job(kind=spec.kind, workload=spec.workload, config=config, execution=execution, **setup)
     workload = (await session.execute(FIND_WORKLOAD, {"name": spec.workload})).one_or_none()
     if workload is None and not runs_user_code(spec.kind, spec.workload):
         known = list(await session.scalars(KNOWN_WORKLOADS))
@@ -148,6 +159,8 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "") -> 
         raise OpsError(
             ErrorCode.UNKNOWN_WORKLOAD, f"no worker has offered the workload {spec.workload!r}; {offer}", known=known
         )
+    if told is not None:
+        refuse_problems(told, path)
     return Job(
         kind=spec.kind,
         workload=spec.workload,
@@ -200,43 +213,22 @@ def _resolved_config(given: dict[str, Any], schema: dict[str, Any], path: str) -
     return config
 
 
+def _as_told(spec: JobSpec, told: Validated | None, path: str) -> tuple[dict[str, Any], Execution]:
+    """Config and execution as a worker that has the workload understands them. Raises 422 for what it refuses."""
+    if told is None:
+        return spec.config, spec.execution
+    refuse_problems(told, path)
+    return told.config, _resolved_execution(spec.execution, told.reports, f"{path}execution")
+
+
+def refuse_problems(told: Validated, path: str = "") -> None:
+    """Raises 422 when a worker found any."""
+    if told.problems:
+        raise invalid([(f"{path}{problem.field}", problem.problem) for problem in told.problems])
+
+
 def _resolved_execution(given: Execution, reports: Mapping[str, str], path: str) -> Execution:
-    """With the monitored metric, its direction, and what is kept.
-
-    Raises 422 for a metric that the workload does not report, and where nothing would be kept.
-    """
-    monitor = given.checkpoint_monitor or next(iter(reports), None)
-    if monitor is None:
-        asked = {
-            "checkpoint_mode": given.checkpoint_mode is not None,
-            "checkpoint_save_top_k": (given.checkpoint_save_top_k or 0) > 0,
-            "early_stop_patience": given.early_stop_patience is not None,
-            "scheduler": given.scheduler is SchedulerName.PLATEAU,
-        }
-        if any(asked.values()):
-            problem = "needs a metric to look at, and this workload reports none"
-            raise invalid([(f"{path}.{name}", problem) for name in asked if asked[name]])
-        return _with(given, path, checkpoint_save_top_k=_top_k(given, 0))
-    if monitor not in reports:
-        offer = f"it reports {', '.join(reports)}" if reports else "it reports none"
-        raise invalid([(f"{path}.checkpoint_monitor", f"this workload does not report {monitor!r}; {offer}")])
-    mode = given.checkpoint_mode or reports[monitor]
-    top_k = _top_k(given, 1)
-    return _with(given, path, checkpoint_monitor=monitor, checkpoint_mode=mode, checkpoint_save_top_k=top_k)
-
-
-def _top_k(given: Execution, with_auto: int) -> int:
-    """Nobody counted how many checkpoints `auto` makes; who gave a period did."""
-    if given.checkpoint_save_top_k is not None:
-        return given.checkpoint_save_top_k
-    return with_auto if given.checkpoint_every == "auto" else -1
-
-
-def _with(given: Execution, path: str, **resolved: Any) -> Execution:
-    """Checked again: what was left open may contradict what was given."""
     try:
-        return Execution.model_validate(given.model_dump() | resolved)
-    except ValidationError as error:
-        raise invalid(
-            [(".".join([path, *map(str, e["loc"])]), without_prefix(e["msg"])) for e in error.errors()]
-        ) from error
+        return resolved_execution(given, reports)
+    except Unresolvable as error:
+        raise invalid([(f"{path}.{field}", problem) for field, problem in error.problems]) from error

@@ -28,11 +28,11 @@ OFFER_SLOT = statement("""
 """)
 
 OFFER_WORKLOAD = statement("""
-    INSERT INTO workloads (name, title, config_schema, reports)
-    VALUES (:name, :title, :config_schema, :reports)
+    INSERT INTO workloads (name, title, config_schema, reports, validates)
+    VALUES (:name, :title, :config_schema, :reports, :validates)
     ON CONFLICT (name) DO UPDATE
        SET title = EXCLUDED.title, config_schema = EXCLUDED.config_schema, reports = EXCLUDED.reports,
-           updated_at = now()
+           validates = EXCLUDED.validates, updated_at = now()
 """)
 
 DEVICE_OWNER = statement("""

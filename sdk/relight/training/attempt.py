@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from torch.amp import GradScaler
 
 from ops_contract.agents import StartTraining
-from ops_contract.jobs import Execution
+from ops_contract.jobs import Execution, Job, runs_user_code
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
-from ops_contract.reports import Note, Started
+from ops_contract.reports import Note, Resolved, Started
+from ops_contract.resolving import Unresolvable, resolved_execution
+from relight.importing import config_problems, with_defaults
 from relight.manifest import Manifest
 from relight.training import changes, numerics
 from relight.training.checkpoint import restore
@@ -57,7 +59,7 @@ class Attempt:
     ) -> None:
         self._workload_type = workload_type
         self._start = start
-        self._knobs = start.job.execution
+        self._knobs = _knobs(workload_type, start.job)
         self._site = site
         self._env = Env(device=torch.device(site.device), rank=0, world_size=1, seed=self._knobs.seed)
         self._sink = sink
@@ -198,16 +200,34 @@ class Attempt:
                 start_step=cursor.step,
                 exactness=numerics.exactness(self._knobs, about.numerics, before, accepted + self._inexact),
                 environment={**numerics.environment(self._env.device), **digests},
+                resolved=self._resolved(),
             )
         )
 
+    def _resolved(self) -> Resolved | None:
+        """Where nobody could say it at submit."""
+        job = self._start.job
+        if not runs_user_code(job.kind, job.workload):
+            return None
+        now = Resolved(config=with_defaults(self._workload_type, job.config), execution=self._knobs)
+        return now if now != Resolved(config=job.config, execution=job.execution) else None
+
+
+def _knobs(workload_type: type[Workload[Any]], job: Job) -> Execution:
+    """What was resolved at submit stays as it is."""
+    if not runs_user_code(job.kind, job.workload):
+        return job.execution
+    try:
+        return resolved_execution(job.execution, workload_type.reports)
+    except Unresolvable as error:
+        raise TrainingFault("bad_config", str(error), permanent=True) from error
+
 
 def _checked_config(workload_type: type[Workload[Any]], config: dict[str, Any]) -> BaseModel:
-    try:
-        return workload_type.Config.model_validate(config)
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
-        raise TrainingFault("bad_config", f"the workload refuses its config: {wrong}", permanent=True) from error
+    if problems := config_problems(workload_type, config):
+        wrong = "; ".join(f"{p.field}: {p.problem}" for p in problems)
+        raise TrainingFault("bad_config", f"the workload refuses its config: {wrong}", permanent=True)
+    return workload_type.Config.model_validate(config)
 
 
 def _steps_total(knobs: Execution, batches: int) -> int:

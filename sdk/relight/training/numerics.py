@@ -42,6 +42,7 @@ def fingerprint(device: torch.device) -> dict[str, str]:
     """
     return {
         "relight": version("relight"),
+        "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -63,7 +64,6 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         **fingerprint(device),
         "accelerator": device.type,
-        "python": platform.python_version(),
         "executable": sys.executable,
         "platform": platform.platform(),
         "host": socket.gethostname(),
@@ -75,8 +75,8 @@ def exactness(knobs: Execution, now: dict[str, str], before: Manifest | None, mo
     """Best effort when asked for, when the predecessor that wrote `before` ran on something else, and for `more`."""
     reasons = [] if knobs.deterministic else ["deterministic is false"]
     if before is not None:
-        names = sorted(now.keys() | before.numerics.keys())
-        pairs = [(name, before.numerics.get(name), now.get(name)) for name in names]
+        # What the predecessor did not record yet says nothing; another device differs by its name too.
+        pairs = [(name, old, now.get(name)) for name, old in sorted(before.numerics.items())]
         reasons += [f"{name} was {old} and is {new}" for name, old, new in pairs if old != new]
     reasons += more
     return Exactness(promise="best_effort" if reasons else "promised", reasons=reasons)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from hashlib import sha256
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from relight.workload import Workload
+
+if find_spec("sklearn") is None:  # found out now, and not by the first attempt
+    raise ModuleNotFoundError("it needs scikit-learn: pip install scikit-learn")
 
 _TRAINING_IMAGES = 1536  # of 1797; a multiple of the usual batch sizes, so that BatchNorm never sees a batch of one
 

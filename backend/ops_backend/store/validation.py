@@ -1,0 +1,48 @@
+"""Which worker can say whether a job is right."""
+
+from dataclasses import dataclass
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ops_backend.store.sql import statement
+from ops_contract.jobs import Job, runs_user_code
+
+# One that would take it. Any of them: a hanging one must not be asked again and again.
+FIND_WORKER = statement("""
+    SELECT w.incarnation, w.url, w.secret FROM workers w
+     WHERE NOT w.draining AND w.drain IS NULL AND w.last_seen_at > now() - make_interval(secs => :lease_s)
+       AND CASE WHEN :user_code THEN w.user_code
+                ELSE :workload = ANY (w.workloads)
+                     AND (SELECT validates FROM workloads WHERE name = :workload) END
+       AND EXISTS (SELECT FROM slots s
+                    WHERE s.incarnation = w.incarnation AND s.cores >= :cores
+                      AND (:device = 'auto' OR s.device = :device))
+     ORDER BY random()
+     LIMIT 1
+""")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A job, and the worker to ask about it."""
+
+    job: Job
+    incarnation: UUID
+    url: str
+    secret: str
+
+
+async def question(session: AsyncSession, job: Job, lease_s: float) -> Question | None:
+    """None where no worker knows better than the stored schema, or none is there."""
+    if job.command is not None:
+        return None
+    values = {
+        "user_code": runs_user_code(job.kind, job.workload),
+        "workload": job.workload,
+        "cores": job.resources.cores or 1,
+        "device": job.execution.accelerator,
+        "lease_s": lease_s,
+    }
+    worker = (await session.execute(FIND_WORKER, values)).one_or_none()
+    return Question(job, worker.incarnation, worker.url, worker.secret) if worker else None

@@ -1,0 +1,127 @@
+"""`ops workloads`: what can be trained, and whether one of the user's own keeps the contract. `ops init` begins one."""
+
+import json as json_text
+import os
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ops_cli import show
+from ops_cli.connect import Json, Token, Url, with_client
+from ops_cli.exits import ExitCode
+
+if TYPE_CHECKING:
+    from ops_contract.operations import WorkloadView
+    from relight.client import Client
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(invoke_without_command=True)
+    group.callback()(workloads)
+    group.command()(check)
+    app.add_typer(group, name="workloads")
+    app.command()(init)
+
+
+def workloads(context: typer.Context, json: Json = False, url: Url = None, token: Token = None) -> None:
+    """What can be trained, with the fields of its config; and a check of your own."""
+    if context.invoked_subcommand is None:
+        list_workloads(json=json, url=url, token=token)
+
+
+def check(
+    workload: Annotated[str, typer.Argument(metavar="MODULE:CLASS", help="Seen from the current directory.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="K=V", help="config.NAME=VALUE or execution.NAME=VALUE; may be repeated."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Before and after the resume.")] = 3,
+    python: Annotated[
+        str, typer.Option(metavar="PATH", help="The Python to run it in, with torch and relight.")
+    ] = sys.executable,
+) -> None:
+    """Run the contract against a Workload class: what would break exactness, and how to mend it.
+
+    No server is needed. It trains a few steps, on the CPU, resumes them in a new process, and compares every bit.
+    """
+    from ops_cli.jobs import content_from_flags
+    from relight.interpreter import InterpreterError, checked_interpreter
+
+    given = content_from_flags({}, settings or [])
+    options = ["--config", json_text.dumps(given.get("config", {})), "--steps", str(steps)]
+    options += ["--execution", json_text.dumps(given.get("execution", {}))]
+    try:
+        path = checked_interpreter(python, os.environ)
+    except InterpreterError as error:
+        print(f"ops workloads check: {error}", file=sys.stderr)
+        raise typer.Exit(ExitCode.FAILED) from error
+    environ = os.environ | {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    done = subprocess.run([path, "-P", "-m", "relight.training.check", workload, *options], env=environ)
+    raise typer.Exit(ExitCode.FAILED if done.returncode else ExitCode.DONE)
+
+
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="DIR")] = Path(),
+    kind: Annotated[
+        Literal["workload", "run", "command"],
+        typer.Option(help="What you have: a model, a training loop, or a program."),
+    ] = "workload",
+) -> None:
+    """Write a small project to begin with, ready to train."""
+    template = files("ops_cli") / "templates" / kind
+    common = files("ops_cli") / "templates"
+    wanted = {entry.name: entry for entry in template.iterdir() if entry.is_file()}
+    wanted[".gitignore"] = common / "gitignore"
+    if there := sorted(name for name in wanted if (directory / name).exists()):
+        print(
+            f"ops init: {', '.join(there)} is there already in {directory.resolve()}; nothing was written. "
+            "Name another directory: ops init DIR",
+            file=sys.stderr,
+        )
+        raise typer.Exit(ExitCode.CONFLICT)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, entry in wanted.items():
+        with (directory / name).open("x") as file:
+            file.write(entry.read_text())
+    print(f"Wrote {', '.join(sorted(wanted))} in {directory.resolve()}")
+    print("Next: README.md there has the commands")
+
+
+@with_client
+def list_workloads(client: "Client", json: Json = False) -> None:
+    """What can be trained, with the fields of its config."""
+    items = client.workloads()
+    if json:
+        print(show.json_array(items))
+        return
+    if not items:
+        print("No workload is known yet: they come with the first worker. See `ops workers`.")
+        return
+    for item in items:
+        _print_workload(item)
+    print("Train one: ops train WORKLOAD --set config.FIELD=VALUE --max-epochs 3 --watch")
+
+
+def _print_workload(workload: "WorkloadView") -> None:
+    reports = ", ".join(f"{name} ({goal})" for name, goal in workload.reports.items())
+    show.print_rich(
+        f"[bold]{show.plain(workload.name)}[/]  {show.plain(workload.title)}"
+        + (f"\n  reports {show.plain(reports)}" if reports else "")
+    )
+    table = show.table("  FIELD", "TYPE", "DEFAULT", "", wide="")
+    for name, field in workload.config_schema.get("properties", {}).items():
+        cells = (f"  {name}", _type(field), str(field.get("default", "required")), str(field.get("description", "")))
+        table.add_row(*map(show.plain, cells))
+    show.print_rich(table)
+
+
+def _type(field: dict[str, Any]) -> str:
+    if "enum" in field:
+        return "|".join(map(str, field["enum"]))
+    if "anyOf" in field:
+        return "|".join(_type(choice) for choice in field["anyOf"])
+    return str(field.get("type", field.get("$ref", "any").rpartition("/")[2]))

@@ -1,0 +1,126 @@
+"""A workload class by its import path, and what can be said of it before anything is built. No torch of its own."""
+
+import importlib
+import inspect
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ops_contract.agents import Problem
+from relight.training.faults import TrainingFault
+from relight.workload import Workload
+
+_MAX_SAID_CHARS = 1_000
+
+
+def import_workload(path: str) -> type[Workload[Any]]:
+    """`module:Class`, nested attributes too. Raises a permanent TrainingFault `import_failed` that says what to do."""
+    name, _, attributes = path.partition(":")
+    module = _module(name, path)
+    found: Any = module
+    for attribute in attributes.split("."):
+        if not hasattr(found, attribute):
+            raise _failed(f"{path}: {_place(module)} has no {attribute!r}; {_offered(module)}")
+        found = getattr(found, attribute)
+    if not (inspect.isclass(found) and issubclass(found, Workload)):
+        raise _failed(f"{path} is not a subclass of relight.Workload; {_offered(module)}")
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise _failed(f"{path} does not define {', '.join(missing)}()")
+    if not _is_model(getattr(found, "Config", None)):
+        raise _failed(f"{path} needs a class attribute Config, a pydantic BaseModel with its settings")
+    return found
+
+
+def config_problems(workload_type: type[Workload[Any]], config: dict[str, Any]) -> list[Problem]:
+    """What its Config refuses, cross-field rules included."""
+    try:
+        workload_type.Config.model_validate(config)
+    except ValidationError as error:
+        return [
+            Problem(field=".".join(["config", *map(str, e["loc"])]), problem=e["msg"].removeprefix("Value error, "))
+            for e in error.errors()
+        ]
+    return []
+
+
+def with_defaults(workload_type: type[Workload[Any]], config: dict[str, Any]) -> dict[str, Any]:
+    """A config that it accepts, as it was given, and the defaults of what was not."""
+    whole = workload_type.Config.model_validate(config).model_dump(mode="json", by_alias=True)
+    return {**whole, **config}
+
+
+def checks_by_code(config_type: type[BaseModel]) -> bool:
+    """Whether it has validators of its own, or types with some, that its JSON Schema cannot say."""
+    return _has_function(config_type.__pydantic_core_schema__)
+
+
+def _module(name: str, path: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except BaseException as error:  # a module may call sys.exit
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise _failed(
+                f"{path}: there is no module {error.name!r} in {Path.cwd()} (where the job's code runs), nor installed "
+                f"for {sys.executable}; submit it with its code, or install it there"
+            ) from error
+        said = f"{type(error).__name__}: {error}"[:_MAX_SAID_CHARS]
+        trace = _users(error.__traceback__)
+        text = "".join(traceback.format_exception(type(error), error, trace))
+        raise _failed(f"{path} does not import: {said}{_where(error, trace)}", text) from error
+
+
+def _users(trace: TracebackType | None) -> TracebackType | None:
+    """Without the frames of importing, ours and Python's, that lead to the user's file."""
+    while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, importlib.__file__, *_FROZEN):
+        trace = trace.tb_next
+    return trace
+
+
+_FROZEN = ("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>")
+
+
+def _where(error: BaseException, trace: TracebackType | None) -> str:
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}:{error.lineno})"
+    places = [frame for frame in traceback.extract_tb(trace) if frame.filename not in _FROZEN]
+    return f" ({places[0].filename}:{places[0].lineno})" if places else ""
+
+
+def _place(module: ModuleType) -> str:
+    """The module and its file; a file of the user that an installed module hides is said."""
+    place = f"module {module.__name__} ({getattr(module, '__file__', None) or 'built in'})"
+    own = Path.cwd() / f"{module.__name__.replace('.', '/')}.py"
+    loaded = getattr(module, "__file__", None)
+    if own.is_file() and (loaded is None or not own.samefile(loaded)):
+        return f"{place}, which hides {own.name} of the working directory (rename that),"
+    return place
+
+
+def _offered(module: ModuleType) -> str:
+    names = [
+        name
+        for name, value in vars(module).items()
+        if inspect.isclass(value) and issubclass(value, Workload) and value is not Workload
+    ]
+    return f"its workloads are: {', '.join(sorted(names))}" if names else "it has no workload"
+
+
+def _is_model(value: object) -> bool:
+    return inspect.isclass(value) and issubclass(value, BaseModel)
+
+
+def _has_function(schema: object) -> bool:
+    if isinstance(schema, dict):
+        own = str(schema.get("type", "")).startswith("function-") or schema.get("post_init")
+        return bool(own) or any(_has_function(value) for key, value in schema.items() if key != "serialization")
+    return isinstance(schema, list | tuple) and any(map(_has_function, schema))
+
+
+def _failed(message: str, trace: str = "") -> TrainingFault:
+    return TrainingFault("import_failed", message, permanent=True, traceback=trace)

@@ -1,0 +1,70 @@
+"""The Python in which trainers run: is everything there that they need?"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+
+PROBE_S = 60.0
+# Found, not imported: a second would be spent on torch.
+_PROBE = """
+import sys
+from importlib.util import find_spec
+wanted = ("torch", "ops_worker", "relight", "pydantic", "numpy", "safetensors")
+print("relight-probe", sys.version.split()[0], *(name for name in wanted if find_spec(name) is None))
+"""
+_OLDEST = (3, 11)
+
+
+class InterpreterError(Exception):
+    """Trainers cannot run there; the message has the command that mends it."""
+
+
+def checked_interpreter(python: str, environ: Mapping[str, str]) -> str:
+    """Its absolute path, symbolic links as they are: a virtual environment is known by them.
+
+    Raises InterpreterError when it is no Python, too old, or lacks torch or Relight.
+    """
+    found = shutil.which(python, path=environ.get("PATH"))
+    if found is None:
+        raise InterpreterError(f"there is no program {python}; give the path of a Python, like ~/my-env/bin/python")
+    path = os.path.abspath(found)
+    said = _said(path, environ)
+    numbers, missing = tuple(int(part) for part in said[1].split(".")[:2]), said[2:]
+    if numbers < _OLDEST:
+        raise InterpreterError(f"{path} is Python {said[1]}; trainers need 3.11 or newer")
+    if set(missing) - {"torch"}:
+        raise InterpreterError(
+            f"{path} lacks {', '.join(missing)}. Install Relight there: {install_command(path)}"
+            + (", and a torch that suits the machine" if "torch" in missing else "")
+        )
+    if missing:
+        raise InterpreterError(f"{path} has no torch. Install it there: {path} -m pip install torch")
+    return path
+
+
+def install_command(python: str) -> str:
+    """Of this very version: agent and trainer speak one language."""
+    return f"{python} -m pip install 'relight=={version('relight')}'"
+
+
+def _said(path: str, environ: Mapping[str, str]) -> list[str]:
+    try:
+        done = subprocess.run(
+            [path, "-c", _PROBE],
+            capture_output=True,
+            timeout=PROBE_S,
+            cwd="/",  # -c puts the working directory into sys.path
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise InterpreterError(f"{path} does not run as a Python: {error}") from error
+    words = (done.stdout.splitlines() or [""])[-1].split()
+    if done.returncode or words[:1] != ["relight-probe"]:
+        last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
+        raise InterpreterError(f"{path} is no Python that works: {last[:300]}")
+    return words

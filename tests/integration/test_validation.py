@@ -1,0 +1,329 @@
+"""Whether a job is right, asked of a worker at submit: outside any transaction, and never in the way of one."""
+
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import AsyncMock
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from helpers.agents import AgentProcess, running_agent
+from helpers.fake_api import FakeApi
+from helpers.store import Held, Store, saved, started
+from ops_backend.app import create_app
+from ops_backend.dispatcher import Dispatcher
+from ops_backend.settings import Settings
+from ops_backend.validator import Validator
+from ops_contract.agents import Validate, Validated
+from ops_contract.jobs import Execution, Job
+from ops_contract.lifecycle import Kind
+from ops_contract.reports import Resolved
+
+Answer = Callable[[httpx.Request], httpx.Response]
+TOLD = {"config": {"depth": 3, "width": 8}, "reports": {"score": "max"}}
+
+
+class Backend:
+    """The app, and a worker that answers as told; `asked` are the jobs that it was asked about."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self.http = http
+        self.asked: list[dict[str, Any]] = []
+        self.answer: Callable[[], Any] = lambda: httpx.Response(200, json=TOLD)
+
+    async def receive(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append(json.loads(request.content)["job"])
+        answer = self.answer()
+        return await answer if asyncio.iscoroutine(answer) else answer
+
+    async def worker(self, *, user_code: bool = True, validates: bool = False) -> None:
+        offer = {"name": "deep", "config_schema": {"type": "object"}, "validates": validates}
+        worker = {
+            "incarnation": str(uuid4()),
+            "name": "w",
+            "host": "h",
+            "url": "http://worker",
+            "slots": [{"index": 0, "device": "cpu", "cores": 1}],
+            "workloads": [offer],
+            "user_code": user_code,
+        }
+        (await self.http.post("/workers", json=worker)).raise_for_status()
+
+    async def submit(self, key: str | None = None, **job: Any) -> httpx.Response:
+        headers = {"Idempotency-Key": key} if key else {}
+        return await self.http.post("/operations", json={"workload": "my.module:Mine"} | job, headers=headers)
+
+
+@asynccontextmanager
+async def serving(database_url: str) -> AsyncIterator[Backend]:
+    storage = Path(tempfile.gettempdir())
+    settings = Settings(database_url=database_url, api_token="t" * 16, storage_root=storage, db_pool_size=1)
+    app = create_app(settings)
+    headers = {"Authorization": f"Bearer {settings.api_token}"}
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dispatcher, "_claim_all", AsyncMock())
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://test/api/v1", headers=headers) as client,
+        ):
+            backend = Backend(client)
+            app.state.validator = Validator(httpx.AsyncClient(transport=httpx.MockTransport(backend.receive)), 0.2)
+            yield backend
+
+
+@pytest.fixture
+async def backend(database_url: str) -> AsyncIterator[Backend]:
+    async with serving(database_url) as backend:
+        yield backend
+
+
+async def test_a_job_of_the_users_own_is_stored_as_its_worker_understands_it(backend: Backend) -> None:
+    await backend.worker()
+
+    made = await backend.submit(config={"depth": 3}, execution={"checkpoint_every": "auto"})
+
+    job = made.json()["job"]
+    assert backend.asked[0]["config"] == {"depth": 3}
+    assert job["config"] == TOLD["config"]
+    execution = job["execution"]
+    assert (execution["checkpoint_monitor"], execution["checkpoint_mode"]) == ("score", "max")
+    assert execution["checkpoint_save_top_k"] == 1
+
+
+@pytest.mark.parametrize("workload", ["my.module:Mine", "deep"])
+async def test_what_the_worker_refuses_is_a_422_with_the_path_of_the_field(backend: Backend, workload: str) -> None:
+    await backend.worker(validates=True)
+    problems = [{"field": "config.depth", "problem": "must be less than width"}]
+    backend.answer = lambda: httpx.Response(200, json={"problems": problems})
+
+    answer = await backend.submit(workload=workload)
+
+    assert answer.status_code == 422
+    assert answer.json()["error"]["details"]["errors"] == problems
+    assert (await backend.http.get("/operations")).json()["items"] == []
+
+
+async def test_a_metric_that_the_users_workload_does_not_report_is_refused(backend: Backend) -> None:
+    await backend.worker()
+
+    answer = await backend.submit(execution={"checkpoint_monitor": "accuracy"})
+
+    assert answer.json()["error"]["details"]["errors"][0]["field"] == "execution.checkpoint_monitor"
+
+
+def raising(error: Exception) -> Callable[[], httpx.Response]:
+    def raise_it() -> httpx.Response:
+        raise error
+
+    return raise_it
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        raising(httpx.ReadTimeout("hangs")),
+        raising(httpx.RemoteProtocolError("died")),
+        raising(httpx.ConnectError("gone")),
+        lambda: httpx.Response(503, json={}),
+        lambda: httpx.Response(404, json={}),
+        lambda: httpx.Response(200, json={"config": 3}),
+    ],
+    ids=["hangs", "dies", "gone", "busy", "older", "nonsense"],
+)
+async def test_a_worker_that_does_not_say_leaves_it_to_the_start(backend: Backend, answer: Any) -> None:
+    await backend.worker()
+    backend.answer = answer
+
+    made = await backend.submit(config={"depth": 3})
+
+    assert (made.status_code, len(backend.asked)) == (201, 1)
+    job = made.json()["job"]
+    assert (job["config"], job["execution"]["checkpoint_save_top_k"]) == ({"depth": 3}, None)
+
+
+@pytest.mark.parametrize(
+    ("worker", "job", "asked"),
+    [
+        (None, {}, 0),
+        ({"user_code": False}, {}, 0),
+        ({}, {"resources": {"cores": 2}}, 0),
+        ({}, {"execution": {"accelerator": "cpu"}}, 1),
+        ({}, {"workload": "deep"}, 0),
+        ({"validates": True}, {"workload": "deep"}, 1),
+        ({}, {"workload": None, "command": ["true"]}, 0),
+    ],
+)
+async def test_only_a_worker_that_would_take_it_and_knows_more_is_asked(
+    backend: Backend, worker: dict[str, bool] | None, job: dict[str, Any], asked: int
+) -> None:
+    if worker is not None:
+        await backend.worker(**worker)
+    else:
+        backend.answer = raising(AssertionError())
+
+    made = await backend.submit(**job)
+
+    assert (made.status_code, len(backend.asked)) == (201, asked), made.text
+
+
+async def test_no_connection_is_held_while_the_worker_thinks(backend: Backend) -> None:
+    """The pool has one."""
+    await backend.worker()
+    thinking, done = asyncio.Event(), asyncio.Event()
+
+    async def think() -> httpx.Response:
+        thinking.set()
+        await done.wait()
+        return httpx.Response(200, json=TOLD)
+
+    backend.answer = think
+    submitting = asyncio.create_task(backend.submit())
+    await thinking.wait()
+
+    others = await backend.http.get("/operations")
+    done.set()
+
+    assert (others.status_code, (await submitting).status_code) == (200, 201)
+
+
+async def test_of_concurrent_submits_with_one_key_one_is_made_and_a_replay_asks_nobody(backend: Backend) -> None:
+    await backend.worker()
+
+    answers = await asyncio.gather(*(backend.submit("key") for _ in range(8)))
+    asked = len(backend.asked)
+    backend.answer = lambda: httpx.Response(200, json={"problems": [{"field": "config", "problem": "now refused"}]})
+    replayed = await backend.submit("key")
+
+    assert sorted(answer.status_code for answer in answers) == [200] * 7 + [201]
+    assert len({answer.json()["id"] for answer in (*answers, replayed)}) == 1
+    assert (replayed.status_code, len(backend.asked)) == (200, asked)
+
+
+async def own_run(store: Store) -> Held:
+    """Of a job that nobody could judge at its submit."""
+    await store.worker(user_code=True)
+    return await store.running(workload="my.module:Mine", config={"depth": 3}, execution={"checkpoint_every": "auto"})
+
+
+async def test_what_was_left_open_is_frozen_by_the_first_start(store: Store) -> None:
+    run = await own_run(store)
+    before = (await store.get(run.operation_id)).job
+    execution = before.execution.model_copy(update={"checkpoint_monitor": "score", "checkpoint_save_top_k": 1})
+    resolved = Resolved(config={"depth": 3, "width": 8}, execution=execution)
+
+    await store.report(run, started().model_copy(update={"resolved": resolved}))
+
+    after = (await store.get(run.operation_id)).job
+    assert after == before.model_copy(update={"config": resolved.config, "execution": execution})
+
+
+@pytest.mark.parametrize(("overrides", "asked"), [({"config": {"depth": 5}}, 1), ({"priority": 3}, 0)])
+async def test_a_fork_is_validated_when_it_runs_something_else(
+    store: Store, backend: Backend, overrides: dict[str, Any], asked: int
+) -> None:
+    run = await own_run(store)
+    await store.report(run, started(), saved(run, 0))
+
+    path = f"/operations/{run.operation_id}/fork"
+    fork = await backend.http.post(path, json={"overrides": overrides})
+    backend.answer = lambda: httpx.Response(200, json={"problems": [{"field": "config.depth", "problem": "odd"}]})
+    refused = await backend.http.post(
+        f"/operations/{run.operation_id}/fork", json={"overrides": {"config": {"depth": 5}}}
+    )
+
+    assert (fork.status_code, len(backend.asked)) == (201, asked + 1)
+    assert fork.json()["job"]["config"] == (TOLD["config"] if asked else {"depth": 3})
+    assert refused.json()["error"]["details"]["errors"][0]["field"] == "overrides.config.depth"
+
+
+# ---- the worker's side: a real agent, a real child
+
+MODULES = {
+    "fussy.py": """
+import torch
+from pydantic import BaseModel, model_validator
+from relight import Workload
+
+print("to stdout")
+
+class Config(BaseModel):
+    low: int = 1
+    high: int = 2
+    @model_validator(mode="after")
+    def ordered(self):
+        if self.low >= self.high: raise ValueError("low must be below high")
+        return self
+
+class Mine(Workload):
+    Config = Config
+    reports = {"score": "max"}
+    def data(self): return [torch.ones(2)], None
+    def model(self): return torch.nn.Linear(2, 1)
+    def loss(self, model, batch): return model(batch).mean(), {}
+""",
+    "dying.py": "import os; os._exit(3)",
+}
+TRAINER = [sys.executable, "-P", "-m", "ops_worker.trainer"]
+
+
+@pytest.fixture(scope="module")
+async def agent(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AgentProcess]:
+    site = tmp_path_factory.mktemp("site")
+    for name, source in MODULES.items():
+        (site / name).write_text(source)
+    api = FakeApi()
+    await api.up()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(site))
+        patch.setenv("OPS_USER_CODE", "1")
+        async with running_agent(api, tmp_path_factory.mktemp("agent"), command=TRAINER) as agent:
+            yield await agent.ready()
+    await api.down()
+
+
+@pytest.mark.parametrize(
+    ("workload", "config", "field", "problem"),
+    [
+        ("fussy:Mine", {"low": 5}, "config", "low must be below high"),
+        ("absent:Mine", {}, "workload", "there is no module 'absent'"),
+    ],
+)
+async def test_a_worker_says_what_is_wrong(
+    agent: AgentProcess, workload: str, config: dict[str, Any], field: str, problem: str
+) -> None:
+    told = await validated(agent, workload, config)
+
+    assert [p.field for p in told.problems] == [field]
+    assert problem in told.problems[0].problem
+
+
+async def test_a_worker_says_the_defaults_and_what_is_reported(agent: AgentProcess) -> None:
+    told = await validated(agent, "fussy:Mine", {"high": 7})
+
+    assert (told.problems, told.config, told.reports) == ([], {"low": 1, "high": 7}, {"score": "max"})
+    assert set(told.config_schema["properties"]) == {"low", "high"}
+    assert list((agent.state_dir / "attempts").glob("*/*")) == []
+
+
+async def test_a_child_that_dies_is_no_verdict(agent: AgentProcess) -> None:
+    answer = await agent.post("/validate", question(agent, "dying:Mine", {}))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+
+
+async def validated(agent: AgentProcess, workload: str, config: dict[str, Any]) -> Validated:
+    answer = await agent.post("/validate", question(agent, workload, config))
+    assert answer.status_code == 200, answer.text
+    return Validated.model_validate_json(answer.content)
+
+
+def question(agent: AgentProcess, workload: str, config: dict[str, Any]) -> Validate:
+    job = Job(kind=Kind.TRAINING, workload=workload, config=config, execution=Execution())
+    return Validate(incarnation=agent.incarnation, job=job)
