@@ -69,9 +69,9 @@ FromTrainer = Annotated[
     Hello | Alive | ProgressNow | Started | Metrics | CheckpointSaved | ArtifactSaved | Note | Finish,
     Field(discriminator="kind"),
 ]
-# What a command may say on RELIGHT_FD, which its runner passes on; it has no last word.
+# What a command may say on RELIGHT_FD, which its runner passes on. A Finish is why it cannot go on, if it then fails.
 FromCommand = Annotated[
-    Hello | Alive | ProgressNow | Started | Metrics | CheckpointSaved | ArtifactSaved | Note,
+    Hello | Alive | ProgressNow | Started | Metrics | CheckpointSaved | ArtifactSaved | Note | Finish,
     Field(discriminator="kind"),
 ]
 ToTrainer = Annotated[RunJob | Stop, Field(discriminator="kind")]

@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from relight.client import Client
     from relight.command_reports import report
-    from relight.workload import Env, Workload
+    from relight.run import Run
+    from relight.workload import Env, LoopControl, LoopWorkload, Workload
 
-__all__ = ["Client", "Env", "Workload", "report"]
+__all__ = ["Client", "Env", "LoopControl", "LoopWorkload", "Run", "Workload", "report"]
 
 _HOMES = {
     "Client": "relight.client",
     "Env": "relight.workload",
+    "LoopControl": "relight.workload",
+    "LoopWorkload": "relight.workload",
+    "Run": "relight.run",
     "Workload": "relight.workload",
     "report": "relight.command_reports",
 }

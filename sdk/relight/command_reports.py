@@ -4,14 +4,12 @@ import json
 import operator
 import os
 import stat
-import threading
 from contextlib import suppress
 from typing import SupportsFloat, SupportsIndex
 
 from ops_contract.pipe import line
 from ops_contract.reports import Metrics, Series
-
-_sending = threading.Lock()  # a line is sent whole, whichever thread reports
+from relight.pipe import sending
 
 
 def report(step: SupportsIndex, **metrics: SupportsFloat) -> None:
@@ -40,6 +38,6 @@ def _is_socket(fd: int) -> bool:
 
 def _write(fd: int, text: bytes) -> None:
     data = memoryview(text)
-    with suppress(OSError), _sending:
+    with suppress(OSError), sending:
         while data:
             data = data[os.write(fd, data) :]

@@ -6,18 +6,18 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import BaseModel, ValidationError
 
 from ops_contract.agents import Problem
 from relight.training.faults import TrainingFault
-from relight.workload import Workload
+from relight.workload import AnyWorkload, LoopWorkload, Workload
 
 _MAX_SAID_CHARS = 1_000
 
 
-def import_workload(path: str) -> type[Workload[Any]]:
+def import_workload(path: str) -> AnyWorkload:
     """`module:Class`, nested attributes too. Raises a permanent TrainingFault `import_failed` that says what to do."""
     name, _, attributes = path.partition(":")
     module = _module(name, path)
@@ -26,8 +26,8 @@ def import_workload(path: str) -> type[Workload[Any]]:
         if not hasattr(found, attribute):
             raise _failed(f"{path}: {_place(module)} has no {attribute!r}; {_offered(module)}")
         found = getattr(found, attribute)
-    if not (inspect.isclass(found) and issubclass(found, Workload)):
-        raise _failed(f"{path} is not a subclass of relight.Workload; {_offered(module)}")
+    if not _is_workload(found):
+        raise _failed(f"{path} is not a subclass of relight.Workload or relight.LoopWorkload; {_offered(module)}")
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise _failed(f"{path} does not define {', '.join(missing)}()")
     if not _is_model(getattr(found, "Config", None)):
@@ -35,7 +35,7 @@ def import_workload(path: str) -> type[Workload[Any]]:
     return found
 
 
-def config_problems(workload_type: type[Workload[Any]], config: dict[str, Any]) -> list[Problem]:
+def config_problems(workload_type: AnyWorkload, config: dict[str, Any]) -> list[Problem]:
     """What its Config refuses, cross-field rules included."""
     try:
         workload_type.Config.model_validate(config)
@@ -47,7 +47,7 @@ def config_problems(workload_type: type[Workload[Any]], config: dict[str, Any]) 
     return []
 
 
-def with_defaults(workload_type: type[Workload[Any]], config: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(workload_type: AnyWorkload, config: dict[str, Any]) -> dict[str, Any]:
     """A config that it accepts, as it was given, and the defaults of what was not."""
     whole = workload_type.Config.model_validate(config).model_dump(mode="json", by_alias=True)
     return {**whole, **config}
@@ -103,12 +103,13 @@ def _place(module: ModuleType) -> str:
 
 
 def _offered(module: ModuleType) -> str:
-    names = [
-        name
-        for name, value in vars(module).items()
-        if inspect.isclass(value) and issubclass(value, Workload) and value is not Workload
-    ]
+    given = (Workload, LoopWorkload)
+    names = [name for name, value in vars(module).items() if _is_workload(value) and value not in given]
     return f"its workloads are: {', '.join(sorted(names))}" if names else "it has no workload"
+
+
+def _is_workload(value: object) -> TypeGuard[AnyWorkload]:
+    return inspect.isclass(value) and issubclass(value, (Workload, LoopWorkload))
 
 
 def _is_model(value: object) -> bool:

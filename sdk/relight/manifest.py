@@ -13,7 +13,7 @@ from threading import get_ident
 from typing import Annotated, Literal, Self
 from uuid import UUID
 
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
 
 from ops_contract.agents import CheckpointRef
 from ops_contract.lifecycle import Phase
@@ -25,8 +25,21 @@ CHUNK_BYTES = 64 * 2**20
 _MAX_MANIFEST_BYTES = 64 * 2**20
 _THREADS = 4  # each holds a chunk
 _READ_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO does not make the reader wait
+_READ_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,199}$")]
+
+def _below(name: str) -> str:
+    if any(part in (".", "..") or len(part.encode()) > 200 for part in name.split("/")):
+        raise ValueError("not a path below the checkpoint")
+    return name
+
+
+# Files of the engine lie flat; those that a LoopWorkload wrote may be in directories.
+FileName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[^/\x00-\x1f\x7f]+(/[^/\x00-\x1f\x7f]+)*$", max_length=1000),
+    AfterValidator(_below),
+]
 
 
 class CheckpointMissing(Exception):
@@ -110,9 +123,9 @@ def opened(root: Path, ref: CheckpointRef) -> Iterator[tuple[int, Manifest]]:
 def open_file(directory: int, name: str, entry: FileEntry) -> int:
     """A descriptor of a regular file of the listed size."""
     try:
-        file = os.open(name, _READ_FILE, dir_fd=directory)
+        file = _open_below(directory, name)
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
             raise CheckpointCorrupt(f"{name} is missing or a symbolic link") from error
         raise
     found = os.fstat(file)
@@ -120,6 +133,18 @@ def open_file(directory: int, name: str, entry: FileEntry) -> int:
         os.close(file)
         raise CheckpointCorrupt(f"{name} has {found.st_size} bytes, not {entry.size_bytes}")
     return file
+
+
+def _open_below(directory: int, name: str) -> int:
+    """Component by component, so that no symbolic link leads out."""
+    first, _, rest = name.partition("/")
+    if not rest:
+        return os.open(first, _READ_FILE, dir_fd=directory)
+    below = os.open(first, _READ_DIRECTORY, dir_fd=directory)
+    try:
+        return _open_below(below, rest)
+    finally:
+        os.close(below)
 
 
 def read_chunks(directory: int, name: str, entry: FileEntry, into: Callable[[int, int], memoryview]) -> None:
@@ -157,7 +182,7 @@ def _open_directory(root: Path, path: str) -> int:
         current = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         for part in parts:
             try:
-                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=current)
+                below = os.open(part, _READ_DIRECTORY, dir_fd=current)
             finally:
                 os.close(current)
             current = below

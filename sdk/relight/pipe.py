@@ -15,6 +15,8 @@ from ops_contract.reports import Finish, Progress, Report
 from ops_contract.wire import Wire
 
 _ALIVE_S = 1.0
+# Of this process: a line is written whole, whichever thread reports, and by whichever way.
+sending = threading.Lock()
 
 
 class AgentPipe:
@@ -26,7 +28,6 @@ class AgentPipe:
         self._out_fd = out_fd
         self._jobs: SimpleQueue[RunJob] = SimpleQueue()
         self._why: Literal["cancelled", "preempted"] | None = None
-        self._sending = threading.Lock()  # a line is written whole, whichever thread reports
         self._alive_at_s = -_ALIVE_S
         for fd in (in_fd, out_fd):
             os.set_inheritable(fd, False)  # a process that user code starts must not keep them open
@@ -58,10 +59,10 @@ class AgentPipe:
     def send(self, message: Wire) -> None:
         data = memoryview(line(message))
         try:
-            with self._sending:
+            with sending:
                 while data:
                     data = data[os.write(self._out_fd, data) :]
-        except BrokenPipeError:
+        except ConnectionError:
             self.lost()
 
     def finish(self, finish: Finish) -> NoReturn:
@@ -80,7 +81,8 @@ class AgentPipe:
         os._exit(1)
 
     def _listen(self) -> None:
-        with open(self._in_fd, "rb", closefd=False) as messages:
+        # A socket whose other end died with messages unread is reset; a pipe just ends.
+        with contextlib.suppress(ConnectionError), open(self._in_fd, "rb", closefd=False) as messages:
             for text in messages:
                 self._take(text)
         self.lost()

@@ -76,6 +76,39 @@ def write_file(directory: int, name: str, parts: Iterable[memoryview]) -> FileEn
     return FileEntry(size_bytes=chunks.size_bytes, sha256=chunks.hexdigests())
 
 
+def hashed_tree(directory: Path) -> Iterator[tuple[str, FileEntry]]:
+    """Every file below, by its path from there, made durable with the directories.
+
+    Raises ValueError for what is neither a regular file nor a directory.
+    """
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False):
+            yield from ((f"{entry.name}/{path}", found) for path, found in hashed_tree(Path(entry.path)))
+        elif entry.is_file(follow_symlinks=False):
+            yield entry.name, _hashed(Path(entry.path))
+        else:
+            raise ValueError(f"{entry.path} is a link or a special file; a checkpoint keeps regular files only")
+    sync(directory)
+
+
+def _hashed(path: Path) -> FileEntry:
+    chunks, buffer = _ChunkHashes(), memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            chunks.update(buffer[:n])
+        os.fsync(file.fileno())
+    return FileEntry(size_bytes=chunks.size_bytes, sha256=chunks.hexdigests())
+
+
+def sync(path: Path) -> None:
+    """A file, or the names in a directory, are on disk when this returns."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 def _write_all(file: int, data: memoryview) -> None:
     while data:
         data = data[os.write(file, data) :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
@@ -13,6 +13,8 @@ from pydantic import BaseModel
 from ops_contract.jobs import Execution, OptimizerName, SchedulerName
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -145,6 +147,52 @@ class Workload(ABC, Generic[C]):
     def state(self) -> Mapping[str, Stateful]:
         """Whatever else must survive; called once, after model, optimizer and scheduler are built."""
         return {}
+
+
+class LoopControl(Protocol):
+    """What a LoopWorkload's loop asks and tells. Steps count from 0; a save's step is the next to run."""
+
+    execution: Execution
+    """The job's knobs. Threads, `deterministic`, the device are set already; the others are the loop's to heed."""
+
+    def restored(self) -> Path | None:
+        """A directory with the files of the save to go on from, verified; to read only. None: begin anew."""
+
+    def report(self, step: int, **metrics: Tensor | float) -> None:
+        """Scalars of a step. Of each name steps rise."""
+
+    def should_stop(self) -> bool:
+        """To be asked after each step, as the sign of life too. True: save, and return from `run`."""
+
+    def save(self, step: int, write: Callable[[Path], object], epoch: int = 0) -> None:
+        """`write` fills the empty directory that it gets; afterwards that is a checkpoint, committed.
+
+        A step that is on disk already is not written again.
+        """
+
+
+class LoopWorkload(ABC, Generic[C]):
+    """A training whose loop and files are its own, as those of a trainer of another library.
+
+    It can be resumed; how exactly is up to its files, so that exactness is best effort.
+    """
+
+    Config: ClassVar[type[BaseModel]]
+    """`extra="forbid"`, importable without torch; its JSON Schema is advertised."""
+
+    reports: ClassVar[dict[str, Literal["min", "max"]]] = {}
+    """Metrics to monitor, and which way is better. A save has the value that was reported since the one before."""
+
+    def __init__(self, config: C, env: Env) -> None:
+        self.config = config
+        self.env = env
+
+    @abstractmethod
+    def run(self, ctl: LoopControl) -> nn.Module | None:
+        """Train from `ctl.restored()` to the end, or until `ctl.should_stop()`. The final model, to be published."""
+
+
+AnyWorkload = type[Workload[Any]] | type[LoopWorkload[Any]]
 
 
 class WarmupCosine:

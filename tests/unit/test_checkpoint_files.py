@@ -293,7 +293,8 @@ def rename_entry(name: str) -> Callable[[dict[str, Any]], None]:
     [
         (rename_entry("../state.json"), "files"),
         (rename_entry("/etc/passwd"), "files"),
-        (rename_entry("a/b"), "files"),
+        (rename_entry("a/../state.json"), "files"),
+        (rename_entry("a/b"), "missing"),
         (rename_entry("state.txt"), "missing"),
         (lambda manifest: manifest.update(format=2), "format"),
         (lambda manifest: manifest["files"].pop("state.json"), "state.json"),

@@ -34,7 +34,7 @@ import os, sys
 import torch
 from torch import nn
 from pydantic import BaseModel
-from relight import Workload
+from relight import LoopWorkload, Workload
 
 class Base(Workload):
     """Does strange things.
@@ -71,6 +71,19 @@ class Writes(Base):
         os.makedirs("out", exist_ok=True)
         open("out/notes.txt", "w").write("from the training")
         raise LookupError("after it has written")
+class Loops(LoopWorkload):
+    """Counts until it is stopped; once resumed, five further."""
+    Config = Base.Config
+    def run(self, ctl):
+        restored = ctl.restored()
+        step = int((restored / "step").read_text()) if restored else 0
+        last = step + 5 if restored else 10**9
+        while step < last:
+            ctl.report(step, loss=1.0)
+            step += 1
+            if ctl.should_stop():
+                ctl.save(step, lambda directory: (directory / "step").write_text(str(step)))
+                return
 
 print("imported")
 '''
@@ -80,6 +93,7 @@ ENTRIES = {
     "prints": "strange:Prints",
     "loads": "strange:Loads",
     "writes": "strange:Writes",
+    "loops": "strange:Loops",
     "absent": "strange:Absent",
     "no-class": "os:getpid",
     "broken": "strange_broken:X",
@@ -89,14 +103,14 @@ ENTRIES = {
 class Trainer:
     """The agent's end of one trainer process."""
 
-    def __init__(self, root: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, root: Path, environment: dict[str, str] | None = None, python: str = sys.executable) -> None:
         self.root = root
         self.output_path = root / f"output-{uuid4()}"
         in_read, self.to_child = os.pipe()
         self.from_child, out_write = os.pipe()
         with self.output_path.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "ops_worker.trainer", "--in-fd", str(in_read), "--out-fd", str(out_write)],
+                [python, "-m", "ops_worker.trainer", "--in-fd", str(in_read), "--out-fd", str(out_write)],
                 pass_fds=(in_read, out_write),
                 stdout=output,
                 stderr=subprocess.PIPE,
@@ -583,6 +597,30 @@ def test_garbage_from_the_agent_ends_it_with_a_word(trainer: Trainer) -> None:
     assert b"does not understand" in trainer.errors
 
 
+def test_a_workload_with_its_own_loop_is_stopped_and_goes_on(tmp_path: Path, strange: dict[str, str]) -> None:
+    operation = Operation(tmp_path, "loops")
+    outcomes = []
+    for _ in range(2):
+        trainer = Trainer(tmp_path, strange)
+        trainer.receive()
+        trainer.run(operation)
+        messages = trainer.until(lambda message: isinstance(message, (Metrics, Finish)))
+        if not outcomes:
+            trainer.send(Stop(why="preempted"))
+        while not isinstance(messages[-1], Finish):
+            messages.append(trainer.receive())
+        trainer.close()
+        outcomes.append(messages[-1])
+        for message in messages:
+            if isinstance(message, (Started, Metrics, CheckpointSaved)):
+                operation.accept(message)
+
+    stopped = operation.checkpoints[-1]
+    assert outcomes == [Finish(outcome=Outcome.PREEMPTED), Finish(outcome=Outcome.COMPLETED)]
+    assert stopped.checkpoint_type is CheckpointType.PREEMPT
+    assert sorted(operation.curves["loss"]) == list(range(stopped.step + 5))
+
+
 def test_describe_lists_what_loads_and_says_what_does_not(strange: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ops_worker.trainer", "--describe"],
@@ -592,7 +630,7 @@ def test_describe_lists_what_loads_and_says_what_does_not(strange: dict[str, str
     )
 
     offers: dict[str, Any] = {offer["name"]: offer for offer in json.loads(done.stdout)["workloads"]}
-    assert set(offers) == {"bytelm", "digits", "raises", "exits", "prints", "loads", "writes"}
+    assert set(offers) == {"bytelm", "digits", "raises", "exits", "prints", "loads", "writes", "loops"}
     assert offers["prints"]["title"] == "Prints a lot"
     assert offers["bytelm"]["config_schema"]["properties"]["block_size"]["default"] == 64
     assert offers["digits"]["reports"] == {"val_loss": "min", "val_accuracy": "max"}

@@ -143,6 +143,7 @@ class Runner:
         self._told = Lines(MAX_LINE_BYTES)
         self._ended = set[int]()
         self._complained = False
+        self._last_word: Finish | None = None
         self._flush_at_s = 0.0
         self._wakes, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
@@ -160,7 +161,7 @@ class Runner:
             return Finish(outcome=Outcome(self._agent.stop.why))
         if status == 0:
             return Finish(outcome=Outcome.COMPLETED)
-        return Finish(outcome=Outcome.FAILED, error=_failed(status, kills_before))
+        return self._last_word or Finish(outcome=Outcome.FAILED, error=_failed(status, kills_before))
 
     def _start(self) -> Fault | None:
         """Why the program cannot be started. After a stop there is none, and no fault."""
@@ -234,6 +235,8 @@ class Runner:
             return self._ignored(error.errors(include_url=False, include_input=False)[0]["msg"])
         if isinstance(message, Metrics):
             self._add(message)
+        elif isinstance(message, Finish):
+            self._last_word = message
         elif not isinstance(message, Hello):
             if not isinstance(message, Alive | ProgressNow):
                 self._flush()  # the row of a checkpoint commits what was reported before it

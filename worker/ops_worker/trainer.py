@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, NoReturn
 
 from ops_contract.agents import Problem, Validated, WorkloadOffer
 from ops_contract.jobs import Accelerator
@@ -29,13 +29,12 @@ from relight.importing import checks_by_code, config_problems, import_workload, 
 from relight.manifest import CheckpointCorrupt, CheckpointMissing
 from relight.pipe import AgentPipe
 from relight.process import die_with_parent
-from relight.training.faults import TrainingFault
-from relight.workload import Workload
+from relight.training.faults import MAX_TRACEBACK_CHARS, TrainingFault, fault, finish_of, plain_text
+from relight.workload import AnyWorkload, LoopWorkload
 
 GROUP = "relight.workloads"
-_MAX_MESSAGE_CHARS = 2_000
+
 _MAX_SAID_CHARS = 1_800  # of an exception, so that what to do about it still fits
-_MAX_TRACEBACK_CHARS = 8_000
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = re.compile(r"out of memory|(can't|cannot|not enough|unable to) (allocate )?memory", re.IGNORECASE)
 
@@ -78,6 +77,7 @@ def serve(in_fd: int, out_fd: int) -> NoReturn:
 def run(job: RunJob, agent: AgentPipe) -> Finish:
     """How the job ended; raises nothing, whatever the workload does."""
     from relight.training.attempt import Attempt, Site
+    from relight.training.loop_attempt import LoopAttempt
 
     try:
         enter(job)
@@ -85,15 +85,13 @@ def run(job: RunJob, agent: AgentPipe) -> Finish:
         site = Site(Path(job.storage_root), job.device, job.cores)
         if job.start.job.execution.accelerator is Accelerator.AUTO and job.device == "cpu":
             agent.report(Note(message=_fell_back()))
-        outcome = Attempt(workload_type, job.start, site, agent, agent.should_stop).run()
+        if issubclass(workload_type, LoopWorkload):
+            outcome = LoopAttempt(workload_type, job.start, site, agent, agent.should_stop).run()
+        else:
+            outcome = Attempt(workload_type, job.start, site, agent, agent.should_stop).run()
         return Finish(outcome=outcome)
-    except (CheckpointMissing, CheckpointCorrupt) as error:
-        code = "checkpoint_missing" if isinstance(error, CheckpointMissing) else "checkpoint_corrupt"
-        return Finish(outcome=Outcome.CHECKPOINT_CORRUPT, error=_fault(code, str(error)))
-    except TrainingFault as error:
-        details = {"traceback": error.traceback[-_MAX_TRACEBACK_CHARS:]} if error.traceback else {}
-        fault = _fault(error.code, error.message, **details)
-        return Finish(outcome=Outcome.FAILED, permanent=error.permanent, error=fault)
+    except (CheckpointMissing, CheckpointCorrupt, TrainingFault) as error:
+        return finish_of(error)
     # SystemExit too: user code may call sys.exit, and that is no reason to end without a word.
     except BaseException as error:
         return Finish(outcome=Outcome.FAILED, error=_unexpected(error))
@@ -106,7 +104,7 @@ def enter(job: RunJob) -> None:
     sys.path.insert(0, os.getcwd())
 
 
-def find_workload(name: str) -> type[Workload[Any]]:
+def find_workload(name: str) -> AnyWorkload:
     """The installed workload of this name, or the user's own, `module:Class`. Raises a permanent TrainingFault."""
     if ":" in name:
         return import_workload(name)
@@ -162,10 +160,10 @@ def validated(job: RunJob) -> Validated:
             return Validated(problems=problems)
         whole, schema = with_defaults(workload_type, config), workload_type.Config.model_json_schema()
         return Validated(config=whole, config_schema=schema, reports=workload_type.reports)
-    except TrainingFault as fault:
-        return Validated(problems=[Problem(field="workload", problem=_text(fault.message))])
+    except TrainingFault as error:
+        return Validated(problems=[Problem(field="workload", problem=plain_text(error.message))])
     except BaseException as error:  # of the user's validators, or what they return
-        return Validated(problems=[Problem(field="config", problem=_text(_said(error)))])
+        return Validated(problems=[Problem(field="config", problem=plain_text(_said(error)))])
 
 
 @contextlib.contextmanager
@@ -185,7 +183,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _offer(name: str, workload_type: type[Workload[Any]]) -> WorkloadOffer:
+def _offer(name: str, workload_type: AnyWorkload) -> WorkloadOffer:
     title = (workload_type.__doc__ or "").strip().partition("\n")[0]
     return WorkloadOffer(
         name=name,
@@ -197,33 +195,20 @@ def _offer(name: str, workload_type: type[Workload[Any]]) -> WorkloadOffer:
 
 
 def _unexpected(error: BaseException) -> Fault:
-    trace = "".join(traceback.format_exception(error))[-_MAX_TRACEBACK_CHARS:]
+    trace = "".join(traceback.format_exception(error))[-MAX_TRACEBACK_CHARS:]
     number = error.errno if isinstance(error, OSError) else None
     if number in _DISK_FULL:
-        return _fault("disk_full", f"{_said(error)}; make room in the storage root, then resume", traceback=trace)
+        return fault("disk_full", f"{_said(error)}; make room in the storage root, then resume", traceback=trace)
     # torch's own OutOfMemoryError is a RuntimeError, and its CPU allocator raises no other.
     no_memory = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))
     if isinstance(error, MemoryError) or number == errno.ENOMEM or no_memory:
         advice = "a smaller batch_size with a larger accumulate_grad_batches needs less"
-        return _fault("out_of_memory", f"{_said(error)}; {advice}", traceback=trace)
-    return _fault("exception", f"{_said(error)}; details.traceback says where", traceback=trace)
+        return fault("out_of_memory", f"{_said(error)}; {advice}", traceback=trace)
+    return fault("exception", f"{_said(error)}; details.traceback says where", traceback=trace)
 
 
 def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:_MAX_SAID_CHARS]
-
-
-def _fault(code: str, message: str, **details: str) -> Fault:
-    return Fault(
-        code=code,
-        message=_text(message)[:_MAX_MESSAGE_CHARS],
-        details={name: _text(text) for name, text in details.items()},
-    )
-
-
-def _text(text: str) -> str:
-    """As the wire and Postgres take it: without NUL and lone surrogates."""
-    return text.encode("utf-8", "backslashreplace").decode().replace("\x00", "\\x00")
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ from pydantic import BaseModel
 from torch.amp import GradScaler
 
 from ops_contract.agents import StartTraining
-from ops_contract.jobs import Execution, Job, runs_user_code
+from ops_contract.jobs import Execution
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
-from ops_contract.reports import Note, Resolved, Started
-from ops_contract.resolving import Unresolvable, resolved_execution
-from relight.importing import config_problems, with_defaults
+from ops_contract.reports import Note, Started
 from relight.manifest import Manifest
 from relight.training import changes, numerics
 from relight.training.checkpoint import restore
@@ -30,6 +28,7 @@ from relight.training.monitor import Monitor
 from relight.training.order import DataOrder
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter, Sink
+from relight.training.resolving import checked_config, resolved, resolved_knobs
 from relight.training.saving import Saver
 from relight.training.source import source_digest, source_files
 from relight.training.state import Cursor, Live
@@ -59,7 +58,7 @@ class Attempt:
     ) -> None:
         self._workload_type = workload_type
         self._start = start
-        self._knobs = _knobs(workload_type, start.job)
+        self._knobs = resolved_knobs(workload_type, start.job)
         self._site = site
         self._env = Env(device=torch.device(site.device), rank=0, world_size=1, seed=self._knobs.seed)
         self._sink = sink
@@ -75,7 +74,7 @@ class Attempt:
         ref = self._start.checkpoint
         if ref is not None and (why := self._should_stop()):
             return Outcome(why)  # what it would restore is where it stops
-        config = _checked_config(self._workload_type, self._start.job.config)
+        config = checked_config(self._workload_type, self._start.job.config)
         begun_at_s = self._clock()
         before, tree = restore(self._site.storage_root, ref) if ref is not None else (None, None)
         restored_s = self._clock() - begun_at_s
@@ -119,7 +118,7 @@ class Attempt:
         if training is None:
             raise TrainingFault("no_data", "the workload's training data is empty", permanent=True)
         about = self._about(workload, len(training.dataset))
-        accepted = changes.accepted(before, about, self._start) if before is not None else []
+        accepted = self._accepted(before, about) if before is not None else []
         steps_total = _steps_total(self._knobs, len(training))
         until_step = min(steps_total, self._start.job.until_step or steps_total)
         live, scheduler_steps = self._live(workload, steps_total)
@@ -154,6 +153,10 @@ class Attempt:
             pace=Pace(self._knobs.checkpoint_every, self._start.record, saver.times, self._clock, self._note),
             should_stop=self._should_stop,
         )
+
+    def _accepted(self, before: Manifest, about: Manifest) -> list[str]:
+        accepting = f"ops resume {self._start.operation_id} --accept-changes"
+        return changes.accepted(before, about, self._start.accept_changes, accepting)
 
     def _order(self, workload: Workload[Any], dataset: MapDataset | None) -> DataOrder | None:
         if dataset is None or len(dataset) == 0:
@@ -200,34 +203,9 @@ class Attempt:
                 start_step=cursor.step,
                 exactness=numerics.exactness(self._knobs, about.numerics, before, accepted + self._inexact),
                 environment={**numerics.environment(self._env.device), **digests},
-                resolved=self._resolved(),
+                resolved=resolved(self._workload_type, self._start.job, self._knobs),
             )
         )
-
-    def _resolved(self) -> Resolved | None:
-        """Where nobody could say it at submit."""
-        job = self._start.job
-        if not runs_user_code(job.kind, job.workload):
-            return None
-        now = Resolved(config=with_defaults(self._workload_type, job.config), execution=self._knobs)
-        return now if now != Resolved(config=job.config, execution=job.execution) else None
-
-
-def _knobs(workload_type: type[Workload[Any]], job: Job) -> Execution:
-    """What was resolved at submit stays as it is."""
-    if not runs_user_code(job.kind, job.workload):
-        return job.execution
-    try:
-        return resolved_execution(job.execution, workload_type.reports)
-    except Unresolvable as error:
-        raise TrainingFault("bad_config", str(error), permanent=True) from error
-
-
-def _checked_config(workload_type: type[Workload[Any]], config: dict[str, Any]) -> BaseModel:
-    if problems := config_problems(workload_type, config):
-        wrong = "; ".join(f"{p.field}: {p.problem}" for p in problems)
-        raise TrainingFault("bad_config", f"the workload refuses its config: {wrong}", permanent=True)
-    return workload_type.Config.model_validate(config)
 
 
 def _steps_total(knobs: Execution, batches: int) -> int:

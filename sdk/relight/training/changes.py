@@ -1,6 +1,5 @@
 """Code and data that are not those of the checkpoint: refused, unless the user said that they are meant."""
 
-from ops_contract.agents import StartTraining
 from ops_contract.lifecycle import Phase
 from relight.manifest import Manifest
 from relight.training.faults import TrainingFault
@@ -8,16 +7,19 @@ from relight.training.faults import TrainingFault
 _FILES_NAMED = 5
 
 
-def accepted(before: Manifest, now: Manifest, start: StartTraining) -> list[str]:
-    """What changed since the checkpoint and was accepted, in words. Raises a permanent TrainingFault otherwise."""
+def accepted(before: Manifest, now: Manifest, accept: bool, accepting: str) -> list[str]:
+    """What changed since the checkpoint and was accepted, in words; `accepting` is the command that does it.
+
+    Raises a permanent TrainingFault otherwise.
+    """
     code, data = _changed_code(before, now), _changed_data(before, now)
-    if start.accept_changes:
+    if accept:
         _refuse_another_length(before, now)
     elif code or data:
         raise TrainingFault(
             "code_changed" if code else "data_changed",
             f"{'; '.join(code + data)}. Put the old {'code' if code else 'data'} back and resume, "
-            f"or accept the change: ops resume {start.operation_id} --accept-changes",
+            f"or accept the change: {accepting}",
             permanent=True,
         )
     return code + data

@@ -37,7 +37,7 @@ from relight.training.codec import digests, encode
 from relight.training.faults import TrainingFault
 from relight.training.order import to_device
 from relight.training.randomness import Stream, derive, seed_everything
-from relight.workload import Env, MapDataset, Workload
+from relight.workload import Env, LoopWorkload, MapDataset, Workload
 
 _ITEMS_TRIED = 5
 _NAMED = 3
@@ -68,7 +68,7 @@ def check(path: str, config: dict[str, Any], execution: Execution, steps: int = 
 
 
 def _config(path: str, config: dict[str, Any], execution: Execution) -> str | None:
-    workload_type = import_workload(path)
+    workload_type = _imported(path)
     workload_type.Config.model_json_schema()
     if problems := config_problems(workload_type, config):
         said = "; ".join(f"{p.field}: {p.problem}" for p in problems)
@@ -79,6 +79,18 @@ def _config(path: str, config: dict[str, Any], execution: Execution) -> str | No
             'give the Config `model_config = ConfigDict(extra="forbid")`'
         )
     return None
+
+
+def _imported(path: str) -> type[Workload[Any]]:
+    workload_type = import_workload(path)
+    if issubclass(workload_type, LoopWorkload):
+        raise TrainingFault(
+            "not_checkable",
+            f"{path} is a LoopWorkload: loop and files are its own, so a resume is as exact as they are, and its "
+            "operations say so (best_effort). Only a relight.Workload can be checked",
+            permanent=True,
+        )
+    return workload_type
 
 
 def _data(path: str, config: dict[str, Any], execution: Execution) -> str | None:
@@ -193,7 +205,7 @@ def _of(workload: Workload[Any], model: torch.nn.Module, items: list[Any]) -> An
 def _built(path: str, config: dict[str, Any], execution: Execution) -> Workload[Any]:
     numerics.configure(execution.threads or 1, execution.deterministic)
     seed_everything(derive(execution.seed, Stream.BUILD))
-    workload_type = import_workload(path)
+    workload_type = _imported(path)
     env = Env(device=torch.device("cpu"), rank=0, world_size=1, seed=execution.seed)
     return workload_type(workload_type.Config.model_validate(config), env)
 
@@ -320,8 +332,7 @@ class _Sink:
 def _attempt(start: StartTraining, root: Path) -> Run:
     sink = _Sink()
     try:
-        workload_type = import_workload(start.job.workload)
-        Attempt(workload_type, start, Site(root, "cpu", cores=1), sink, lambda: None).run()
+        Attempt(_imported(start.job.workload), start, Site(root, "cpu", cores=1), sink, lambda: None).run()
     except TrainingFault as fault:
         return Run(fault=fault.message)
     assert sink.run.checkpoint is not None

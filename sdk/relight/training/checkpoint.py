@@ -5,7 +5,7 @@
 runs touches no file of its successor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -24,12 +24,13 @@ from relight.manifest import (
     opened,
     read_chunks,
 )
-from relight.publish import published_directory, write_file
+from relight.publish import hashed_tree, published_directory, write_file
 from relight.training import tensorfile
 from relight.training.codec import CodecError, Encoded, decode
 
 DOCUMENT = "state.json"
 TENSORS = "state.safetensors"
+FILES = "files"  # of a LoopWorkload
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,27 @@ def publish(root: Path, about: Manifest, state: Encoded) -> Published:
             DOCUMENT: write_file(directory, DOCUMENT, [memoryview(state.document)]),
             TENSORS: write_file(directory, TENSORS, tensorfile.chunks(state.tensors)),
         }
-        manifest = about.model_copy(update={"files": files})
-        raw = manifest.model_dump_json(indent=1).encode()
-        write_file(directory, MANIFEST, [memoryview(raw)])
+        return _with_manifest(directory, about, name, files)
+
+
+def publish_files(root: Path, about: Manifest, write: Callable[[Path], object]) -> Published:
+    """The same with files of the user's own: `write` makes them in the directory that it gets.
+
+    Raises ValueError for what is no regular file or has a name that a manifest cannot hold.
+    """
+    name = _directory_name(about)
+    with published_directory(root, str(about.operation_id), name) as directory:
+        written = root / str(about.operation_id) / f"{name}.tmp" / FILES
+        written.mkdir()
+        write(written)
+        files = {f"{FILES}/{path}": entry for path, entry in hashed_tree(written)}
+        return _with_manifest(directory, about, name, files)
+
+
+def _with_manifest(directory: int, about: Manifest, name: str, files: Mapping[str, FileEntry]) -> Published:
+    manifest = Manifest.model_validate(about.model_dump() | {"files": files})
+    raw = manifest.model_dump_json(indent=1).encode()
+    write_file(directory, MANIFEST, [memoryview(raw)])
     return Published(f"{about.operation_id}/{name}", manifest.size_bytes + len(raw), sha256(raw).hexdigest())
 
 

@@ -39,7 +39,7 @@ class SaveTimes:
 
 
 class Pace:
-    """Says when a checkpoint by time is due. `clock` is monotonic; `note` is told what auto decides, and why."""
+    """Says when a checkpoint is due. `clock` is monotonic; `note` is told what auto decides, and why."""
 
     def __init__(
         self,
@@ -49,12 +49,22 @@ class Pace:
         clock: Callable[[], float],
         note: Callable[[str], None],
     ) -> None:
+        self._every = every
         self._given_s = every.seconds if isinstance(every, CheckpointEvery) else None
         self._record = record
         self._times = times
         self._clock = clock
         self._note = note
         self._told_s: float | None = None
+
+    def is_due_at(self, step: int, epoch: int, epoch_ends: bool) -> bool:
+        """At the boundary before `step`, of `epoch`; `epoch_ends` says that one ended there."""
+        every = self._every
+        if not isinstance(every, CheckpointEvery) or every.seconds is not None:
+            return self.is_due()
+        if every.steps is not None:
+            return step % every.steps == 0
+        return epoch_ends and every.epochs is not None and epoch % every.epochs == 0
 
     def is_due(self) -> bool:
         interval_s = self._given_s if self._given_s is not None else self._auto_s()

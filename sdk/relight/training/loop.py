@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from ops_contract.jobs import CheckpointEvery, Execution
+from ops_contract.jobs import Execution
 from ops_contract.lifecycle import CheckpointType, Phase
 from relight.training.interval import Pace
 from relight.training.order import Batch, DataOrder, to_device
@@ -23,7 +23,7 @@ from relight.training.state import Cursor, Live, check_round_trip
 from relight.workload import Env, Workload
 
 Why = Literal["cancelled", "preempted"]
-_STOPPED_BY: dict[Why, CheckpointType] = {"cancelled": CheckpointType.CANCEL, "preempted": CheckpointType.PREEMPT}
+STOPPED_BY: dict[Why, CheckpointType] = {"cancelled": CheckpointType.CANCEL, "preempted": CheckpointType.PREEMPT}
 _AUTOCAST = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -67,7 +67,7 @@ class Loop:
             while not self._is_over():
                 self._epoch()
         except Interrupted as stop:
-            self._save(_STOPPED_BY[stop.why])
+            self._save(STOPPED_BY[stop.why])
             return stop.why
         return None
 
@@ -156,7 +156,7 @@ class Loop:
         self.reporter.flush_if_due(self.cursor)
         if self._is_over():
             self._save(CheckpointType.FINAL)
-        elif self._is_due(epoch_ends) or self._is_best():
+        elif self.pace.is_due_at(self.cursor.step, self.cursor.epoch, epoch_ends) or self._is_best():
             self._save(CheckpointType.PERIODIC)
 
     def _evaluate(self, validation: DataOrder) -> dict[str, float]:
@@ -174,14 +174,6 @@ class Loop:
                 scheduler.step(measured[when])
         elif scheduler is not None and (when == "step" or (when == "epoch" and epoch_ends)):
             scheduler.step()
-
-    def _is_due(self, epoch_ends: bool) -> bool:
-        every = self.knobs.checkpoint_every
-        if not isinstance(every, CheckpointEvery) or every.seconds is not None:
-            return self.pace.is_due()
-        if every.steps is not None:
-            return self.cursor.step % every.steps == 0
-        return epoch_ends and every.epochs is not None and self.cursor.epoch % every.epochs == 0
 
     def _is_best(self) -> bool:
         """Top-k keeps the best state that was measured, whether or not a periodic checkpoint falls there."""

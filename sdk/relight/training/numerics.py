@@ -24,6 +24,8 @@ _NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
 
 def configure(threads: int, deterministic: bool) -> None:
     """Process-wide; before anything is built. An operator without a deterministic kernel warns and still runs."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.deterministic = deterministic

@@ -28,21 +28,34 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class DataOrder:
-    """The batches of a data set. Positions are samples consumed in the epoch."""
+    """The batches of a data set. Positions are samples consumed in the epoch.
+
+    `shuffle`, `drop_last` and `pin_memory` are torch's; the first two are of training.
+    """
 
     dataset: MapDataset
     collate: Callable[[list[Any]], Any]
     seed: int
     batch_size: int
     num_workers: int
+    shuffle: bool = True
+    drop_last: bool = False
+    pin_memory: bool = False
 
     def __len__(self) -> int:
-        """Batches in an epoch; a short last one counts."""
-        return -(-len(self.dataset) // self.batch_size)
+        """Batches in an epoch; a short last one counts, unless it is dropped."""
+        return -(-self.samples // self.batch_size)
+
+    @property
+    def samples(self) -> int:
+        """Those that an epoch of training consumes."""
+        return len(self.dataset) - self.drop_last * (len(self.dataset) % self.batch_size)
 
     def training(self, epoch: int, start_sample: int) -> Iterator[Batch]:
-        """The rest of an epoch in its shuffled order; what was consumed is skipped without being read."""
-        order = shuffled(len(self.dataset), derive(self.seed, Stream.SHUFFLE, epoch))
+        """The rest of an epoch in its order; what was consumed is skipped without being read."""
+        n = len(self.dataset)
+        order = shuffled(n, derive(self.seed, Stream.SHUFFLE, epoch)) if self.shuffle else np.arange(n)
+        order = order[: self.samples]
         return self._fetch(order, (epoch,), start_sample, Stream.SAMPLE, Stream.COLLATE)
 
     def validation(self) -> Iterator[Batch]:
@@ -63,6 +76,7 @@ class DataOrder:
                 batch_size=None,
                 collate_fn=_as_it_is,
                 num_workers=self.num_workers,
+                pin_memory=self.pin_memory,
                 # Forked workers need no pickling of the user's data set and share its memory.
                 multiprocessing_context="fork" if self.num_workers else None,
                 worker_init_fn=_WorkerStart(os.getpid()),

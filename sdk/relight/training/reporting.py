@@ -24,7 +24,7 @@ class Sink(Protocol):
 class Reporter:
     """Collects metrics by step and sends them about every `FLUSH_S`. `clock` is monotonic, in seconds."""
 
-    def __init__(self, sink: Sink, steps_total: int, clock: Callable[[], float]) -> None:
+    def __init__(self, sink: Sink, steps_total: int | None, clock: Callable[[], float]) -> None:
         self._sink = sink
         self._steps_total = steps_total
         self._clock = clock
@@ -41,11 +41,17 @@ class Reporter:
         """One part of the step's unit-weighted means."""
         _check_names(extras)
         for name, value in {"loss": loss, **extras}.items():
-            if value.numel() != 1:
-                raise ValueError(f"loss() gave {name!r} of shape {list(value.shape)}; give scalars")
-            # A copy: an extra may be a view of something that the next step changes.
-            copied = value.detach().to(torch.float64, copy=True).reshape(())
-            self._parts.setdefault((name, step), []).append((units, copied))
+            self._add_part(name, step, units, value, "loss()")
+
+    def add(self, step: int, values: Mapping[str, Tensor | float]) -> None:
+        """Single values; the newest of a name counts."""
+        for name, value in values.items():
+            self._parts.pop((name, step), None)
+            self._values.pop((name, step), None)
+            if isinstance(value, Tensor):
+                self._add_part(name, step, 1, value, "report()")
+            else:
+                self._values[name, step] = float(value)
 
     def add_step(self, step: int, epoch: int, learning_rate: float, samples: int) -> None:
         self._values["epoch", step] = float(epoch)
@@ -66,9 +72,11 @@ class Reporter:
         self._steps_total = step
         self._sink.report(Note(message=why))
 
-    def flush_if_due(self, cursor: Cursor) -> None:
-        if self._clock() - self._flushed_at_s >= FLUSH_S:
+    def flush_if_due(self, cursor: Cursor) -> bool:
+        due = self._clock() - self._flushed_at_s >= FLUSH_S
+        if due:
             self.flush(cursor)
+        return due
 
     def flush(self, cursor: Cursor) -> None:
         """Send every value so far, and the progress."""
@@ -80,6 +88,13 @@ class Reporter:
     def newest(self, step: int) -> dict[str, float]:
         """What was flushed of this step, the newest one."""
         return dict(self._newest[1]) if self._newest[0] == step else {}
+
+    def _add_part(self, name: str, step: int, units: int, value: Tensor, by: str) -> None:
+        if value.numel() != 1:
+            raise ValueError(f"{by} gave {name!r} of shape {list(value.shape)}; give scalars")
+        # A copy: an extra may be a view of something that the next step changes.
+        copied = value.detach().to(torch.float64, copy=True).reshape(())
+        self._parts.setdefault((name, step), []).append((units, copied))
 
     def _collect(self) -> dict[str, list[tuple[int, float]]]:
         values = {**_means(self._parts), **self._values}
@@ -97,7 +112,9 @@ class Reporter:
         now_s = self._clock()
         elapsed_s = now_s - self._flushed_at_s
         if self._steps and elapsed_s > 0:
-            self._samples_per_s, self._step_s = self._samples / elapsed_s, elapsed_s / self._steps
+            # A loop that draws its own batches does not say how many samples they have.
+            self._samples_per_s = self._samples / elapsed_s if self._samples else None
+            self._step_s = elapsed_s / self._steps
         self._flushed_at_s, self._steps, self._samples = now_s, 0, 0
         return Progress(
             step=cursor.step,
@@ -105,8 +122,13 @@ class Reporter:
             epoch=cursor.epoch,
             loss=self._newest[1].get("loss"),
             samples_per_s=self._samples_per_s,
-            eta_s=None if self._step_s is None else (self._steps_total - cursor.step) * self._step_s,
+            eta_s=self._eta_s(cursor),
         )
+
+    def _eta_s(self, cursor: Cursor) -> float | None:
+        if self._step_s is None or self._steps_total is None:
+            return None
+        return (self._steps_total - cursor.step) * self._step_s
 
 
 def _means(parts: dict[tuple[str, int], list[tuple[int, Tensor]]]) -> dict[tuple[str, int], float]:

@@ -83,10 +83,14 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.seal()
-        self._writer.close()
+        self.close()
         if error is None:
             self._writer.raise_failure()
+
+    def close(self) -> None:
+        """Wait for what is being written. Raises nothing."""
+        self.seal()
+        self._writer.close()
 
     def save(
         self, why: CheckpointType, cursor: Cursor, reported: dict[str, float], monitored: float | None = None
@@ -217,7 +221,7 @@ class Saver:
         self._copies_all_at_once = True
         self._note(
             f"the checkpoint of step {periodic.cursor.step} was dropped: parameters changed between two updates; "
-            "from now on training waits for every copy; change parameters in after_step() to avoid that"
+            "from now on training waits for every copy; change them right after the update (after_step()) to avoid that"
         )
 
     def _note(self, message: str) -> None:

@@ -8,6 +8,7 @@ loaded, so neither the order of imports nor what else was loaded matters. Not co
 
 import ast
 import inspect
+import sys
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -24,6 +25,15 @@ def source_files(workload_type: type) -> dict[str, str]:
     if source is None:
         return {}
     return _Reachable(Path(source).resolve(), workload_type.__module__).digests()
+
+
+def script_files() -> dict[str, str]:
+    """The same of the script that runs; empty where there is none, as in a notebook."""
+    main = sys.modules["__main__"]
+    if not (path := getattr(main, "__file__", None)):
+        return {}
+    module = main.__spec__.name if main.__spec__ else "__main__"
+    return _Reachable(Path(path).resolve(), module).digests()
 
 
 def source_digest(files: dict[str, str]) -> str | None:
