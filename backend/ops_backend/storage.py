@@ -1,5 +1,6 @@
-"""The backend's acts on the storage root: deleting what is given up, finding what may be nobody's, writing logs."""
+"""The backend's acts on the storage root: deleting, finding what may be nobody's, writing logs, opening artifacts."""
 
+import errno
 import heapq
 import os
 import re
@@ -75,6 +76,37 @@ def remove_operation(root: Path, operation: UUID) -> None:
             raise OSError(f"{operation} is still there")
     finally:
         os.close(storage)
+
+
+def open_file(root: Path, path: str) -> int:
+    """A descriptor of the regular file `path` below the root; no symbolic link is followed on the way.
+
+    Raises OSError: FileNotFoundError for anything else that is there, NotADirectoryError for a root that is not.
+    """
+    *directories, name = path.split("/")
+    at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for directory in directories:
+            above, at = at, _open_below(at, directory, _DIRECTORY)
+            os.close(above)
+        file = _open_below(at, name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(at)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise FileNotFoundError(path)
+    return file
+
+
+def _open_below(directory: int, name: str, flags: int) -> int:
+    if name in ("", ".", ".."):
+        raise FileNotFoundError(name)
+    try:
+        return os.open(name, flags, dir_fd=directory)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):  # a link, no directory, a socket
+            raise FileNotFoundError(name) from error
+        raise
 
 
 def write_logs(root: Path, operation: str, files: Mapping[str, Callable[[BinaryIO], None]]) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ops_cli.plot import columns, new_figure, save
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -63,24 +65,18 @@ def first_difference(one: Curves, other: Curves) -> str | None:
 
 def draw(interrupted: Run, undisturbed: Run, path: Path) -> Path:
     """Both loss curves with the failure marked, and their difference below. Returns the absolute path of the PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure()
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     _draw_losses(above, interrupted, undisturbed)
     _draw_difference(below, interrupted, undisturbed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    return path.resolve()
+    return save(figure, path)
 
 
 def _draw_losses(axes: "Axes", interrupted: Run, undisturbed: Run) -> None:
     for run, colour, width, size in ((undisturbed, "lightskyblue", 4.0, 11.0), (interrupted, "black", 0.8, 4.0)):
-        axes.plot(*_columns(run.curves.get("loss", [])), color=colour, lw=width, label=f"loss, {run.label}")
+        axes.plot(*columns(run.curves.get("loss", [])), color=colour, lw=width, label=f"loss, {run.label}")
         if "val_loss" in run.curves:
-            axes.plot(*_columns(run.curves["val_loss"]), "o", color=colour, ms=size, label=f"val_loss, {run.label}")
+            axes.plot(*columns(run.curves["val_loss"]), "o", color=colour, ms=size, label=f"val_loss, {run.label}")
     for start, last in interrupted.interruptions:
         axes.axvline(last, color="tab:red", lw=1.2, label=f"killed after step {last}")
         axes.axvline(start, color="tab:green", lw=1.2, label=f"went on from the checkpoint at step {start}")
@@ -94,10 +90,6 @@ def _draw_losses(axes: "Axes", interrupted: Run, undisturbed: Run) -> None:
 def _draw_difference(axes: "Axes", interrupted: Run, undisturbed: Run) -> None:
     other = dict(undisturbed.curves.get("loss", []))
     common = [(step, value - other[step]) for step, value in interrupted.curves.get("loss", []) if step in other]
-    axes.plot(*_columns(common), color="black", lw=0.8)
+    axes.plot(*columns(common), color="black", lw=0.8)
     axes.set_ylabel("difference")
     axes.set_xlabel("step")
-
-
-def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [step for step, _ in points], [value for _, value in points]

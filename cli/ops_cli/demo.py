@@ -16,6 +16,7 @@ import typer
 from ops_cli import show
 from ops_cli.comparison import Run, first_difference
 from ops_cli.exits import ExitCode
+from ops_cli.plot import require_matplotlib
 from ops_cli.stopping import StopRequested, StopRequests
 from ops_cli.up import free_port
 from ops_cli.watch import follow, view_for_people
@@ -54,6 +55,7 @@ def demo(
     from ops_cli.stack import StackError
     from ops_contract.errors import OpsError
 
+    require_matplotlib()
     try:
         with StopRequests() as stops, _service(stops) as demonstration:
             killed = demonstration.killed_run(_job(workload, epochs, "killed"))

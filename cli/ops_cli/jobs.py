@@ -3,17 +3,25 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.jobs import JobSpec
+from ops_contract.jobs import Job, JobSpec
+from ops_contract.problems import problems_of, unknown_field
+
+M = TypeVar("M", bound=BaseModel)
 
 
-def job_from_text(text: str, source: str) -> JobSpec:
-    """YAML or JSON. Raises OpsError `invalid` that names the line or the field."""
+# These stay text, whatever they look like; below the named ones too, where what comes after the dot is one name.
+TEXTS = ("name", "workload", "workdir")
+NAMED_TEXTS = ("env", "labels")
+
+
+def job_from_text(text: str, source: str, settings: Iterable[str] = ()) -> JobSpec:
+    """YAML or JSON, and `settings` over it. Raises OpsError `invalid` that names the line or the field."""
     try:
         content = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
@@ -22,25 +30,39 @@ def job_from_text(text: str, source: str) -> JobSpec:
         raise OpsError(
             ErrorCode.INVALID, f"{source} is no job: it needs at least `workload: NAME`; see `ops workloads`"
         )
-    return checked_job(content)
+    for path, value in _parsed(settings).items():
+        _assign(content, path, value, replace=True)
+    return checked(JobSpec, content)
 
 
 def job_from_flags(flags: Mapping[str, Any], settings: Iterable[str]) -> JobSpec:
-    return checked_job(content_from_flags(flags, settings))
+    return checked(JobSpec, content_from_flags(flags, settings))
 
 
 def content_from_flags(flags: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """`flags` by dotted path, None for one not given; `settings` as typed: `config.k=v` or `execution.k=v`."""
+    """`flags` by dotted path, None for one not given; `settings` as typed: `config.k=v`, `execution.k=v`, `name=v`."""
     content: dict[str, Any] = {}
-    for path, value in flags.items():
-        if value is not None:
+    for path, value in [*flags.items(), *_parsed(settings).items()]:
+        if value is not None or path not in flags:
             _assign(content, path, value)
-    for setting in settings:
-        path, equals, value = setting.partition("=")
-        if not equals or path.split(".")[0] not in ("config", "execution") or "." not in path:
-            raise OpsError(ErrorCode.INVALID, f"--set {setting}: write it as config.NAME=VALUE or execution.NAME=VALUE")
-        _assign(content, path, parsed_value(value))
     return content
+
+
+def _parsed(settings: Iterable[str]) -> dict[str, Any]:
+    """Values by dotted path."""
+    found: dict[str, Any] = {}
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        first = path.split(".")[0]
+        if not equals or first not in JobSpec.model_fields:
+            hint = f"; {first}: {unknown_field(first, JobSpec.model_fields)}" if equals else ""
+            message = f"--set {setting}: write it as PATH=VALUE, such as config.NAME=VALUE or execution.NAME=VALUE"
+            raise OpsError(ErrorCode.INVALID, message + hint)
+        if path in found:
+            raise OpsError(ErrorCode.INVALID, f"{path} is set twice; give it once")
+        is_text = path in TEXTS or (first in NAMED_TEXTS and path != first)
+        found[path] = text if is_text else parsed_value(text)
+    return found
 
 
 def parsed_value(text: str) -> Any:
@@ -84,21 +106,31 @@ def variables(given: Iterable[str], shell: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def checked_job(content: Mapping[str, Any]) -> JobSpec:
+def checked(model: type[M], content: Mapping[str, Any]) -> M:
+    """Raises OpsError `invalid` that names every wrong field."""
     try:
-        return JobSpec.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
-        complaints = [f"{'.'.join(map(str, e['loc'])) or 'job'}: {e['msg']}" for e in error.errors()]
+        complaints = [f"{field or 'job'}: {problem}" for field, problem in problems_of(error, model)]
         raise OpsError(ErrorCode.INVALID, "; ".join(complaints)) from error
 
 
-def _assign(tree: dict[str, Any], path: str, value: Any) -> None:
-    *parents, leaf = path.split(".")
+def as_yaml(job: Job) -> str:
+    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _assign(tree: dict[str, Any], path: str, value: Any, replace: bool = False) -> None:
+    """`replace` puts it over what was there."""
+    first, dot, rest = path.partition(".")
+    *parents, leaf = [first, rest] if dot and first in NAMED_TEXTS else path.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise OpsError(ErrorCode.INVALID, f"{path} is set twice, the first time as a whole")
-    if leaf in tree:
+        inner = tree.get(parent)
+        if inner is None:
+            inner = tree[parent] = {}
+        if not isinstance(inner, dict):
+            raise OpsError(ErrorCode.INVALID, f"{path} cannot be set in {parent}, which is set as a whole")
+        tree = inner
+    if leaf in tree and not replace:
         raise OpsError(ErrorCode.INVALID, f"{path} is set twice; give it once")
     tree[leaf] = value
 

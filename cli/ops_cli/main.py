@@ -7,7 +7,22 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ops_cli import checkpoints, cleanup, code, demo, doctor, operate, read, replay, up, watch, workers, workloads
+from ops_cli import (
+    checkpoints,
+    cleanup,
+    code,
+    demo,
+    doctor,
+    files,
+    operate,
+    plot,
+    read,
+    replay,
+    up,
+    watch,
+    workers,
+    workloads,
+)
 from ops_cli.exits import exit_code
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -80,7 +95,22 @@ def _become(module: str, *arguments: str, needs: str) -> NoReturn:
     os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
 
 
-for part in (up, demo, operate, code, replay, checkpoints, cleanup, read, workers, workloads, watch, doctor):
+for part in (
+    up,
+    demo,
+    operate,
+    code,
+    replay,
+    checkpoints,
+    files,
+    cleanup,
+    read,
+    plot,
+    workers,
+    workloads,
+    watch,
+    doctor,
+):
     part.register(app)
 for passed_on in (server, worker, db):
     app.command(context_settings=PASSED_ON, add_help_option=False)(passed_on)

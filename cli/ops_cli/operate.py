@@ -15,18 +15,25 @@ from ops_cli.watch import view_for_people, watch_to_end
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from ops_contract.jobs import JobSpec
+    from ops_contract.jobs import Job, JobSpec
     from relight.client import Client
 
 Watch = Annotated[bool, typer.Option("--watch", help="Follow it to its end; ctrl-C detaches.")]
 AcceptChanges = Annotated[
     bool, typer.Option("--accept-changes", help="Go on though code or data are no longer the checkpoint's.")
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="K=V", help="config.NAME=VALUE, execution.NAME=VALUE, env.NAME=VALUE, …; repeatable."
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the resolved job, defaults and all, and store nothing.")]
 Pairs = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May be repeated.")]
 
 
 def register(app: typer.Typer) -> None:
-    for command in (submit, train, cancel, resume, fork):
+    for command in (submit, schema, train, cancel, resume, fork):
         app.command()(command)
     # From its first word on everything belongs to the command, with and without the --.
     app.command(context_settings={"allow_interspersed_args": False})(run)
@@ -35,9 +42,11 @@ def register(app: typer.Typer) -> None:
 @with_client
 def submit(
     client: "Client",
-    file: Annotated[str, typer.Argument(metavar="FILE", help="YAML or JSON; - reads stdin.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="YAML or JSON; - reads stdin. Its form: ops schema")],
+    settings: Settings = None,
     code: CodeDir = None,
     no_code: NoCode = False,
+    dry_run: DryRun = False,
     watch: Watch = False,
     json: Json = False,
 ) -> None:
@@ -45,17 +54,24 @@ def submit(
     from ops_cli.jobs import job_from_text
 
     text = sys.stdin.read() if file == "-" else _read(Path(file))
-    _submit(client, with_code(client, job_from_text(text, file), code, no_code), watch, json)
+    job = job_from_text(text, file, settings or [])
+    _submit(client, with_code(client, job, code, no_code), dry_run, watch, json)
+
+
+def schema() -> None:
+    """The JSON Schema of a job file."""
+    from json import dumps
+
+    from ops_contract.jobs import JobSpec
+
+    print(dumps(JobSpec.model_json_schema(), indent=2))
 
 
 @with_client
 def train(
     client: "Client",
     workload: Annotated[str, typer.Argument(help="One of `ops workloads`, or module:Class of your own.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="K=V", help="config.NAME=VALUE or execution.NAME=VALUE; may be repeated."),
-    ] = None,
+    settings: Settings = None,
     max_epochs: Annotated[int | None, typer.Option()] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer updates; ends the run before the epochs do.")] = None,
     batch_size: Annotated[int | None, typer.Option()] = None,
@@ -71,6 +87,7 @@ def train(
     max_retries: Annotated[int | None, typer.Option()] = None,
     code: CodeDir = None,
     no_code: NoCode = False,
+    dry_run: DryRun = False,
     watch: Watch = False,
     json: Json = False,
 ) -> None:
@@ -95,7 +112,7 @@ def train(
         "execution.checkpoint_every": jobs.checkpoint_every(checkpoint_every) if checkpoint_every else None,
     }
     job = jobs.job_from_flags(flags, settings or [])
-    _submit(client, with_code(client, job, code, no_code), watch, json)
+    _submit(client, with_code(client, job, code, no_code), dry_run, watch, json)
 
 
 @with_client
@@ -122,6 +139,7 @@ def run(
     label: Pairs = None,
     priority: Annotated[int | None, typer.Option(help="Higher runs first.")] = None,
     max_retries: Annotated[int | None, typer.Option()] = None,
+    dry_run: DryRun = False,
     watch: Watch = False,
     json: Json = False,
 ) -> None:
@@ -144,7 +162,8 @@ def run(
         "priority": priority,
         "max_retries": max_retries,
     }
-    _submit(client, with_code(client, jobs.job_from_flags(flags, []), code, no_code), watch, json)
+    job = jobs.job_from_flags(flags, [])
+    _submit(client, with_code(client, job, code, no_code), dry_run, watch, json)
 
 
 @with_client
@@ -200,10 +219,7 @@ def fork(
     from_checkpoint: Annotated[
         str | None, typer.Option(metavar="ID", help="One of `ops checkpoints list`, abandoned ones too.")
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="K=V", help="What differs: config.NAME=VALUE or execution.NAME=VALUE."),
-    ] = None,
+    settings: Settings = None,
     accept_changes: AcceptChanges = False,
     name: Annotated[str | None, typer.Option()] = None,
     label: Pairs = None,
@@ -212,6 +228,7 @@ def fork(
     code: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Your code as it is there now; --accept-changes is then implied.")
     ] = None,
+    dry_run: DryRun = False,
     watch: Watch = False,
     json: Json = False,
 ) -> None:
@@ -220,6 +237,7 @@ def fork(
     The newest, unless told otherwise. A completed run goes on so: ops fork ID --set execution.max_epochs=20
     """
     from ops_cli import jobs
+    from ops_contract.operations import ForkOverrides
 
     found = client.resolve(operation_id)
     chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
@@ -228,6 +246,10 @@ def fork(
     if code:
         overrides["code"] = changed_code(client, found, code).model_dump()
         accept_changes = True
+    jobs.checked(ForkOverrides, overrides)
+    if dry_run:
+        _show(client.dry_run_fork(found, chosen.id if chosen else None, overrides), json)
+        return
     operation = client.fork(found, chosen.id if chosen else None, overrides, name, accept_changes=accept_changes)
     if json:
         print(operation.model_dump_json())
@@ -237,13 +259,22 @@ def fork(
     _follow(client, operation.id, watch)
 
 
-def _submit(client: "Client", job: "JobSpec", watch: bool, json: bool) -> None:
+def _submit(client: "Client", job: "JobSpec", dry_run: bool, watch: bool, json: bool) -> None:
+    if dry_run:
+        _show(client.dry_run(job), json)
+        return
     operation = client.submit(job)
     if json:
         print(operation.model_dump_json())
         return
     print(f"Submitted {operation.name}: {operation.id}")
     _follow(client, operation.id, watch)
+
+
+def _show(job: "Job", json: bool) -> None:
+    from ops_cli.jobs import as_yaml
+
+    print(job.model_dump_json() if json else as_yaml(job))
 
 
 def _follow(client: "Client", id: "UUID", watch: bool) -> None:

@@ -11,6 +11,7 @@ from ops_cli import show
 from ops_cli.connect import Json, OperationId, with_client
 
 if TYPE_CHECKING:
+    from ops_contract.jobs import Code
     from ops_contract.operations import AttemptView, Operation, WorkerView
     from relight.client import Client
 
@@ -117,8 +118,9 @@ def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, s
         "name": show.plain(operation.name),
         "status": show.coloured(operation.status) + show.plain(_why(operation, now)),
         "waits for": waits_for,
-        "workload": show.plain(operation.workload) if operation.job.command is None else "",
+        "workload": "" if operation.job.command else show.plain(operation.workload),
         "command": show.plain(shlex.join(operation.job.command or [])),
+        "code": _code(operation.job.code),
         "progress": show.progress_line(operation.progress, live=operation.ended_at is None),
         "attempt": f"{operation.attempt}, {operation.failures} of {operation.max_retries} retries used",
         "resumed": f"from {show.came_from(resumed)}" if resumed else "",
@@ -136,6 +138,13 @@ def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, s
         "logs": f"{operation.logs}/ in the storage root" if operation.logs else "",
         "labels": show.plain(", ".join(f"{key}={value}" for key, value in operation.labels.items())),
     }
+
+
+def _code(code: "Code | None") -> str:
+    if code is None:
+        return ""
+    commit = f", commit {code.commit[:12]}" if code.commit else ""
+    return show.plain(f"snapshot {code.sha256[:12]}{commit}" + (", with changes" if code.dirty else ""))
 
 
 def _why(operation: "Operation", now: datetime) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BeforeValidator,
+    ConfigDict,
     Field,
     StringConstraints,
     ValidationInfo,
@@ -95,7 +96,10 @@ class Execution(Wire):
 
     accelerator: Accelerator = Accelerator.AUTO
     devices: int = Field(1, ge=1, description="how many of them one operation trains on")
-    precision: Annotated[Literal["32", "bf16", "16"], BeforeValidator(_as_text)] = Field(
+    precision: Annotated[
+        Literal["32", "bf16", "16"],
+        BeforeValidator(_as_text, json_schema_input_type=Literal["32", "bf16", "16", 32, 16]),
+    ] = Field(
         "32",
         description="of forward, loss and evaluation; parameters and optimizer stay float32. bf16 and 16 are torch's "
         "autocast, 16 with scaled gradients, where an update whose gradients overflow is skipped and counts as a step",
@@ -246,6 +250,13 @@ class JobSpec(Setup):
     `workload` is one that a worker offers, or `module:Class` of the snapshot or of the worker's environment. `config`
     belongs to the workload and is checked against its schema.
     """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "anyOf": [{"required": ["workload"]}, {"required": ["command"]}],
+        }
+    )
 
     kind: Kind = Kind.TRAINING
     workload: Name | None = None

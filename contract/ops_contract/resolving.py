@@ -5,8 +5,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ops_contract.errors import without_prefix
 from ops_contract.jobs import Execution, SchedulerName
+from ops_contract.problems import problems_of
 
 
 class Unresolvable(Exception):
@@ -54,5 +54,4 @@ def _with(given: Execution, **resolved: Any) -> Execution:
     try:
         return Execution.model_validate(given.model_dump() | resolved)
     except ValidationError as error:
-        problems = [(".".join(map(str, e["loc"])), without_prefix(e["msg"])) for e in error.errors()]
-        raise Unresolvable(problems) from error
+        raise Unresolvable(problems_of(error, Execution)) from error

@@ -4,14 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from relight.async_client import AsyncClient
     from relight.client import Client
     from relight.command_reports import report
     from relight.run import Run
     from relight.workload import Env, LoopControl, LoopWorkload, Workload
 
-__all__ = ["Client", "Env", "LoopControl", "LoopWorkload", "Run", "Workload", "report"]
+__all__ = ["AsyncClient", "Client", "Env", "LoopControl", "LoopWorkload", "Run", "Workload", "report"]
 
 _HOMES = {
+    "AsyncClient": "relight.async_client",
     "Client": "relight.client",
     "Env": "relight.workload",
     "LoopControl": "relight.workload",

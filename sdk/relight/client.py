@@ -1,11 +1,15 @@
 """The Python client of a Relight server."""
 
 import builtins
+import math
 import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256 as sha256_of
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -14,7 +18,7 @@ import httpx
 from pydantic import ValidationError
 
 from ops_contract.errors import ErrorBody, ErrorCode, OpsError
-from ops_contract.jobs import Code, JobSpec
+from ops_contract.jobs import Code, Job, JobSpec
 from ops_contract.lifecycle import TERMINAL, Kind, Status
 from ops_contract.operations import (
     Artifacts,
@@ -44,7 +48,11 @@ from ops_contract.operations import (
     Workloads,
     WorkloadView,
 )
+from ops_contract.reports import Exactness
 from ops_contract.wire import API_PREFIX, Wire
+from relight import download
+from relight.download import Part, Progress
+from relight.following import Bar, Changes
 from relight.settings import Server, find_server
 
 if TYPE_CHECKING:
@@ -65,6 +73,16 @@ class Unreachable(OpsError):
 
     def __init__(self, message: str) -> None:
         super().__init__(ErrorCode.UNAVAILABLE, message)
+
+
+@dataclass(frozen=True)
+class Results:
+    """`metrics` are the last value of each. `exactness` null: it has not begun."""
+
+    operation: Operation
+    metrics: Mapping[str, float]
+    artifacts: Sequence[ArtifactView]
+    exactness: Exactness | None
 
 
 class Client:
@@ -134,6 +152,11 @@ class Client:
             raise Unreachable(f"the snapshot {sha256} was changed on its way here; try again")
         return archive
 
+    def dry_run(self, spec: JobSpec | Mapping[str, Any]) -> Job:
+        """What a submit would run, defaults and all, after every check of a submit; nothing is stored."""
+        job = spec if isinstance(spec, JobSpec) else JobSpec.model_validate(spec)
+        return self._parse(self._post("/operations?dry_run=true", job, repeatable=True), Job)
+
     def get(self, operation_id: UUID | str) -> Operation:
         """Polling is cheap: what has not changed is not sent again."""
         operation_id = UUID(str(operation_id))
@@ -200,13 +223,22 @@ class Client:
         `overrides`: what differs in its job, such as `{"execution": {"max_epochs": 20}}`. The same key and wish again
         give the same operation.
         """
-        given: dict[str, Any] = {"from_checkpoint": from_checkpoint, "overrides": overrides, "name": name}
-        given["accept_changes"] = accept_changes or None
-        wish = ForkRequest.model_validate({key: value for key, value in given.items() if value is not None})
+        given = {"from_checkpoint": from_checkpoint, "overrides": overrides, "name": name}
+        wish = _fork(**given, accept_changes=accept_changes or None)
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return self._parse(
             self._post(f"/operations/{operation_id}/fork", wish, headers=headers, repeatable=True), Operation
         )
+
+    def dry_run_fork(
+        self,
+        operation_id: UUID | str,
+        from_checkpoint: UUID | str | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Job:
+        """What such a fork would run, after every check of a fork; nothing is stored."""
+        wish = _fork(from_checkpoint=from_checkpoint, overrides=overrides)
+        return self._parse(self._post(f"/operations/{operation_id}/fork?dry_run=true", wish, repeatable=True), Job)
 
     def replay(
         self,
@@ -282,8 +314,26 @@ class Client:
             done += gone
 
     def artifacts(self, operation_id: UUID | str) -> Sequence[ArtifactView]:
-        """The files that a completed operation left: its final model. None of a live, failed or cancelled one."""
+        """The files it left: the final model of a completed one, and `files/…` of every attempt."""
         return self._get(f"/operations/{operation_id}/artifacts", Artifacts).items
+
+    def download(
+        self,
+        operation_id: UUID | str,
+        to: Path | str,
+        names: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Sequence[Path]:
+        """Put its files, or those named, below `to`; `files/out/a.pt` becomes `out/a.pt` there.
+
+        Each appears whole, after its SHA-256 was compared. One that was interrupted goes on where it was, and one that
+        is there already is not sent again. Raises DownloadFailed, OSError for what the disk refuses.
+        """
+        path = f"{API_PREFIX}/operations/{operation_id}/artifacts"
+        return [
+            download.fetch(each, Path(to), partial(self._fill, f"{path}/{each.id}", each, progress))
+            for each in download.newest(self.artifacts(operation_id), names)
+        ]
 
     def metric_names(self, operation_id: UUID | str) -> Sequence[str]:
         return self._get(f"/operations/{operation_id}/metrics", MetricNames).names
@@ -292,6 +342,20 @@ class Client:
         """Every bit as it was reported, along the lineage."""
         wanted = {"name": name, "after_step": after_step}
         return self._get(f"/operations/{operation_id}/metrics", MetricPoints, wanted)
+
+    def columns(self, operation_id: UUID | str, names: Iterable[str] | None = None) -> dict[str, builtins.list[Any]]:
+        """`step` and a column for each metric, NaN where it has no value: `pandas.DataFrame(client.columns(id))`."""
+        names = self.metric_names(operation_id) if names is None else names
+        curves = {name: dict(self.metrics(operation_id, name).points) for name in names}
+        steps = sorted(set().union(*curves.values()))
+        return {"step": steps} | {name: [curve.get(step, math.nan) for step in steps] for name, curve in curves.items()}
+
+    def results(self, operation_id: UUID | str) -> Results:
+        """What has come of it, or has so far: the last value of every metric, its files, its exactness."""
+        operation = self.get(operation_id)
+        curves = [self.metrics(operation_id, name) for name in self.metric_names(operation_id)]
+        metrics = {curve.name: curve.points[-1][1] for curve in curves if curve.points}
+        return Results(operation, metrics, self.artifacts(operation_id), operation.exactness)
 
     def workers(self) -> Sequence[WorkerView]:
         return self._get("/workers", Workers).items
@@ -325,21 +389,31 @@ class Client:
     def workloads(self) -> Sequence[WorkloadView]:
         return self._get("/workloads", Workloads).items
 
-    def wait(self, operation_id: UUID | str, *, poll_s: float = 1.0, patience_s: float = 300.0) -> Operation:
-        """Until it is completed, failed or cancelled. A server away for up to `patience_s` does not end the wait."""
-        away_s = 0.0
-        while True:
-            try:
-                operation = self.get(operation_id)
-            except Unreachable:
-                if away_s >= patience_s:
-                    raise
-                away_s += poll_s
-            else:
-                if operation.status in TERMINAL:
-                    return operation
-                away_s = 0.0
-            self._sleep(poll_s)
+    def stream(
+        self, operation_id: UUID | str, *, poll_s: float = 1.0, patience_s: float = 300.0
+    ) -> Iterator[Operation]:
+        """The operation at every change, until it is completed, failed or cancelled.
+
+        A server away for up to `patience_s` does not end it.
+        """
+        changes = self._changes(operation_id, poll_s, patience_s)
+        while not changes.ended:
+            if (operation := changes.poll()) is not None:
+                yield operation
+            if not changes.ended:
+                self._sleep(poll_s)
+
+    def wait(
+        self, operation_id: UUID | str, *, poll_s: float = 1.0, patience_s: float = 300.0, progress: bool = False
+    ) -> Operation:
+        """The operation once it is completed, failed or cancelled; as `stream`.
+
+        `progress` shows a bar in a terminal or a notebook.
+        """
+        with Bar(progress) as bar:
+            for operation in self.stream(operation_id, poll_s=poll_s, patience_s=patience_s):
+                bar.show(operation)
+        return operation
 
     def resolve(self, prefix: str) -> UUID:
         """The id that begins so. Raises OpsError `not_found`, or `invalid` with `candidates` when there are several."""
@@ -358,6 +432,40 @@ class Client:
         if len(matches) > 1:
             raise _ambiguous(prefix, [str(match) for match in matches])
         return matches[0]
+
+    def _changes(self, operation_id: UUID | str, poll_s: float, patience_s: float) -> Changes:
+        return Changes(partial(self.get, operation_id), Unreachable, poll_s, patience_s)
+
+    def _fill(self, url: str, artifact: ArtifactView, progress: Progress | None, part: Part) -> None:
+        """Tries again from where it is, a few times since it last got on."""
+        tries = TRIES
+        while True:
+            had_bytes = part.size_bytes
+            try:
+                return self._go_on(url, artifact, progress, part)
+            except Unreachable:
+                tries = TRIES if part.size_bytes > had_bytes else tries - 1
+                if not tries:
+                    raise
+            self._sleep(BACKOFF_S * 2 ** (TRIES - tries))
+
+    def _go_on(self, url: str, artifact: ArtifactView, progress: Progress | None, part: Part) -> None:
+        headers = {"Accept-Encoding": "identity"}
+        if 0 < part.size_bytes < artifact.size_bytes:
+            headers |= {"Range": f"bytes={part.size_bytes}-", "If-Range": f'"{artifact.sha256}"'}
+        try:
+            with self._http.stream("GET", url, headers=headers) as response:
+                if not response.is_success:
+                    response.read()
+                    self._checked(response)
+                if response.status_code != 206:
+                    part.restart()
+                for chunk in response.iter_bytes():
+                    part.write(chunk)
+                    if progress is not None:
+                        progress(artifact, part.size_bytes)
+        except httpx.TransportError as error:
+            raise self._unreachable(error, True) from error
 
     def _remember(self, operation: Operation, etag: str | None) -> Operation:
         if etag and operation.status not in TERMINAL:
@@ -424,6 +532,10 @@ class Client:
             f"{self.server.url} ({self.server.origin}) answered HTTP {response.status_code} in a way this client does"
             " not understand: it is no Relight server, or one of another version. Check --url and `ops --version`."
         )
+
+
+def _fork(**given: Any) -> ForkRequest:
+    return ForkRequest.model_validate({key: value for key, value in given.items() if value is not None})
 
 
 def _begins(id: UUID, prefix: str) -> bool:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import jsonschema
 import pytest
 import uvicorn
+import yaml
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
@@ -26,7 +28,7 @@ from ops_cli.main import main
 from ops_cli.stack import Stack, StackSettings
 from ops_contract.doctor import clock
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.jobs import CheckpointEvery, Execution, JobSpec, Resources
+from ops_contract.jobs import CheckpointEvery, Code, Execution, Job, JobSpec, Resources
 from ops_contract.lifecycle import CheckpointType, Kind, Phase, Status
 from ops_contract.operations import (
     Artifacts,
@@ -117,6 +119,8 @@ def app_of(api: Api) -> FastAPI:
     @app.post(f"{API_PREFIX}/operations")
     async def submit(request: Request) -> Response:
         spec = JobSpec.model_validate_json(await request.body())
+        if "dry_run" in request.query_params:
+            return answer(operation().job)
         api.submitted.append(await request.json())
         made = operation(name=spec.name or "digits-1")
         api.holds(made)
@@ -143,6 +147,8 @@ def app_of(api: Api) -> FastAPI:
 
     @app.post(f"{API_PREFIX}/operations/{{id}}/fork")
     async def fork(id: UUID, request: Request) -> Response:
+        if "dry_run" in request.query_params:
+            return answer(operation().job)
         api.forked.append(await request.json())
         made = operation(name="longer", forked_from=ForkedFrom(operation_id=id, checkpoint_id=uuid4(), step=144))
         return answer(api.now(api.holds(made)), 201)
@@ -200,11 +206,15 @@ def app_of(api: Api) -> FastAPI:
     async def artifacts(id: UUID) -> Response:
         return answer(Artifacts(items=api.artifacts))
 
+    @app.get(f"{API_PREFIX}/operations/{{id}}/artifacts/{{artifact_id}}")
+    async def artifact(id: UUID, artifact_id: UUID) -> Response:
+        return Response(b"weights")
+
     @app.get(f"{API_PREFIX}/operations/{{id}}/metrics")
     async def metrics(id: UUID, name: str | None = None) -> Response:
         if name is None:
             return answer(MetricNames(names=list(api.curves)))
-        return answer(MetricPoints(name=name, points=api.curves[name], attempt_starts=[]))
+        return answer(MetricPoints(name=name, points=api.curves.get(name, []), attempt_starts=[(0, 1), (2, 2)]))
 
     @app.get(f"{API_PREFIX}/workers")
     async def workers() -> Response:
@@ -978,3 +988,131 @@ def test_secrets_of_jobs_reach_the_workers_of_a_stack_and_no_other_part(tmp_path
     assert not [name for name in server if name.startswith("OPS_SECRET")]
     assert (worker["OPS_SECRET_HF_TOKEN"], worker["OPS_SECRETS_DIR"]) == ("x", "/run/secrets")
     assert server["HOME"] == worker["HOME"] == "/"
+
+
+def test_set_goes_over_the_file_and_keeps_texts_as_texts(api: Api, ops: Ops, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("workload: digits\nexecution: {checkpoint_every: {epochs: 1}, seed: 1}\n")
+    settings = ('execution.checkpoint_every={"steps": 5}', "env.PORT=8080", "labels.run.no=7", "name=3")
+
+    assert ops("submit", tmp_path / "job.yaml", *(f"--set={each}" for each in settings)).code == ExitCode.DONE
+
+    assert api.submitted == [
+        {
+            "workload": "digits",
+            "execution": {"checkpoint_every": {"steps": 5}, "seed": 1},
+            "env": {"PORT": "8080"},
+            "labels": {"run.no": "7"},
+            "name": "3",
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("workload: digits\nexecution: {learning_rat: 1}\n", "did you mean learning_rate?"),
+        ("workload: digits\nmax_epochs: 3\n", "did you mean execution.max_epochs?"),
+        ("workload: digits\nresources: {cors: 3}\n", "did you mean cores?"),
+        ("workload: digits\nxyzzy: 3\n", "there are command, code"),
+    ],
+)
+def test_an_unknown_field_names_the_one_that_was_meant(
+    api: Api, ops: Ops, tmp_path: Path, text: str, words: str
+) -> None:
+    (tmp_path / "job.yaml").write_text(text)
+
+    ran = ops("submit", tmp_path / "job.yaml")
+
+    assert (ran.code, api.submitted) == (ExitCode.USAGE, [])
+    assert words in ran.err
+
+
+def test_a_wrong_override_of_a_fork_is_refused_before_it_is_sent(api: Api, ops: Ops) -> None:
+    ran = ops("fork", api.holds(operation()), "--set", "workdir=x")
+
+    assert (ran.code, api.forked) == (ExitCode.USAGE, [])
+    assert "workdir: no such field" in ran.err
+
+
+def test_a_dry_run_prints_the_resolved_job_and_stores_nothing(api: Api, ops: Ops, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("workload: digits\n")
+    parent = api.holds(operation())
+
+    for command in (("submit", tmp_path / "job.yaml"), ("train", "digits"), ("fork", parent)):
+        ran = ops(*command, "--dry-run")
+        assert ran.code == ExitCode.DONE
+        assert Job.model_validate(yaml.safe_load(ran.out)) == operation().job
+    assert (api.submitted, api.forked) == ([], [])
+
+
+def test_the_schema_of_a_job_file_takes_what_the_job_takes(ops: Ops) -> None:
+    schema = json.loads(ops("schema").out)
+    valid = jsonschema.Draft202012Validator(schema).is_valid
+
+    assert valid({"workload": "digits", "execution": {"precision": 16, "checkpoint_every": {"steps": 2}}})
+    assert valid({"command": ["python", "train.py"], "env": {"A": "1"}, "secrets": ["B"]})
+    assert not valid({"workload": "digits", "max_epochs": 3})
+    assert not valid({"name": "nothing to run"})
+
+
+def test_plot_draws_the_metric_of_each(api: Api, ops: Ops, tmp_path: Path) -> None:
+    ids = [api.holds(operation(name=name)) for name in ("one", "two")]
+    api.curves["loss"] = [(0, 2.0), (1, 1.0), (2, float("nan")), (3, 0.5)]
+
+    ran = ops("plot", *ids, "--to", tmp_path / "new" / "loss.svg")
+
+    assert ran.code == ExitCode.DONE
+    drawn = (tmp_path / "new" / "loss.svg").read_text()
+    assert drawn.startswith("<?xml")
+    assert "loss" in ran.out
+
+
+def test_plot_says_what_it_lacks(api: Api, ops: Ops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    id = api.holds(operation())
+    api.curves["loss"] = [(0, 2.0)]
+
+    assert "its metrics: loss" in ops("plot", id, "--metric", "los", "--to", tmp_path / "a.png").err
+    assert ops("plot", id, "--to", tmp_path / "a.txt").code == ExitCode.USAGE
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "relight[plots]" in ops("plot", id, "--to", tmp_path / "a.png").err
+    assert not list(tmp_path.iterdir())
+
+
+def test_download_puts_the_files_where_it_is_told(api: Api, ops: Ops, tmp_path: Path) -> None:
+    id = api.holds(operation())
+    api.artifacts.append(left_by(id, "files/out/a.pt", b"weights"))
+
+    ran = ops("download", id, "--to", tmp_path)
+
+    assert (ran.code, ran.out) == (ExitCode.DONE, f"{tmp_path / 'out' / 'a.pt'}\n")
+    assert (tmp_path / "out" / "a.pt").read_bytes() == b"weights"
+    assert ops("download", id, "b.pt", "--to", tmp_path).code == ExitCode.NOT_FOUND
+    (tmp_path / "file").write_text("")
+    assert "choose another --to" in ops("download", id, "--to", tmp_path / "file" / "below").err
+
+
+def left_by(id: UUID, name: str, content: bytes) -> ArtifactView:
+    return ArtifactView(
+        id=uuid4(),
+        operation_id=id,
+        attempt=1,
+        name=name,
+        step=3,
+        path=f"{id}/1-3-{name}",
+        size_bytes=len(content),
+        sha256=sha256(content).hexdigest(),
+        created_at="2026-01-01T00:00:00Z",
+    )
+
+
+def test_status_of_a_command_says_the_command_and_its_code(api: Api, ops: Ops) -> None:
+    code = Code(sha256="ab" * 32, commit="c" * 40, dirty=True)
+    command = ["python", "train.py", "--note", "two words"]
+    job = Job(kind="command", workload="command", config={}, execution=Execution(), command=command, code=code)
+
+    ran = ops("status", api.holds(operation(kind="command", workload="command", job=job)))
+
+    assert "python train.py --note 'two words'" in ran.out
+    assert "snapshot abababababab, commit cccccccccccc, with changes" in ran.out
+    assert "workload" not in ran.out

@@ -5,12 +5,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
 from pydantic import BaseModel
 
 from ops_backend.dispatcher import UNREACHABLE
 from ops_backend.settings import Settings as BackendSettings
+from ops_cli.jobs import job_from_text
 from ops_contract.errors import HTTP_STATUS
+from ops_contract.jobs import JobSpec
 from ops_worker.settings import Settings as WorkerSettings
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +36,14 @@ def test_links_between_the_documents_lead_somewhere() -> None:
     for document in documents:
         for target in re.findall(r"\]\((?!http|#)([^)#]+)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_every_job_in_the_documentation_is_one_and_fits_its_schema() -> None:
+    text = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    jobs = [job_from_text(block, "docs") for block in re.findall(r"```yaml\n(.+?)```", text, flags=re.DOTALL)]
+    assert len(jobs) >= 2
+    for job in jobs:
+        jsonschema.validate(job.model_dump(mode="json", exclude_unset=True), JobSpec.model_json_schema())
 
 
 def test_every_error_code_is_in_the_troubleshooting_with_its_cure() -> None:

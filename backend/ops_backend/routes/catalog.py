@@ -1,5 +1,6 @@
 """Who works here, and what can be run."""
 
+from typing import Any
 from uuid import UUID
 
 from fastapi import APIRouter, BackgroundTasks
@@ -9,6 +10,7 @@ from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep, Setti
 from ops_backend.routes.errors import refusals
 from ops_backend.store import queries
 from ops_backend.store.workers import drain
+from ops_contract.jobs import JobSpec
 from ops_contract.operations import DrainRequest, Workers, WorkerView, Workloads
 
 router = APIRouter(tags=["workers"], responses=refusals(401))
@@ -49,6 +51,12 @@ async def undrain_worker(
 @router.get("/workloads")
 async def list_workloads(session: SessionDep, _: CallerDep) -> Workloads:
     return await queries.workloads(session)
+
+
+@router.get("/schemas/job", tags=["operations"])
+async def job_schema() -> dict[str, Any]:
+    """The JSON Schema of a job file. Editors fetch it, so it asks for no token."""
+    return JobSpec.model_json_schema()
 
 
 async def _view(session: AsyncSession, id: UUID, lease_s: float) -> WorkerView:

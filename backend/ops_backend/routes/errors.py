@@ -11,7 +11,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
+from ops_backend.store.submit import invalid
 from ops_contract.errors import HTTP_STATUS, ErrorBody, ErrorCode, OpsError, without_prefix
+from ops_contract.problems import problems_of
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +32,11 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def read(model: type[M], body: bytes) -> M:
-    """A body that the route reads itself, because its bytes count. Raises 422 as FastAPI does."""
+    """A body that the route reads itself, because its bytes count. Raises 422."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise RequestValidationError(error.errors()) from error
+        raise invalid([(field or "body", problem) for field, problem in problems_of(error, model)]) from error
 
 
 def install(app: FastAPI) -> None:
@@ -56,9 +58,7 @@ async def _answer(_: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    problems = [{"field": _path(e["loc"]), "problem": without_prefix(e["msg"])} for e in error.errors()]
-    first = problems[0]
-    return await _answer(request, OpsError(ErrorCode.INVALID, f"{first['field']}: {first['problem']}", errors=problems))
+    return await _answer(request, invalid([(_path(e["loc"]), without_prefix(e["msg"])) for e in error.errors()]))
 
 
 async def _plain(request: Request, error: Exception) -> JSONResponse:

@@ -19,6 +19,7 @@ from ops_backend.dependencies import (
     ValidatorDep,
 )
 from ops_backend.routes.errors import read, refusals
+from ops_backend.routes.files import ArtifactResponse
 from ops_backend.store import deletion, queries
 from ops_backend.store.fork import fork_if_there, forked_job, replay_if_there
 from ops_backend.store.retention import delete_if_unused, explain_delete
@@ -27,7 +28,7 @@ from ops_backend.store.transitions import cancel_if_live, explain_cancel, explai
 from ops_backend.store.validation import Question, question
 from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.jobs import JobSpec
+from ops_contract.jobs import Job, JobSpec
 from ops_contract.lifecycle import Kind, Status
 from ops_contract.operations import (
     Artifacts,
@@ -51,7 +52,15 @@ router = APIRouter(prefix="/operations", tags=["operations"])
 IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=200)]
 
 
-@router.post("", status_code=201, responses={200: {"model": Operation}, **refusals(401, 409, 422)})
+DryRun = Annotated[bool, Query(description="store nothing, and answer 200 with the resolved job")]
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=Operation,
+    responses={200: {"model": Operation | Job}, **refusals(401, 409, 422)},
+)
 async def submit(
     request: Request,
     response: Response,
@@ -62,17 +71,20 @@ async def submit(
     settings: SettingsDep,
     after: BackgroundTasks,
     idempotency_key: IdempotencyKey = None,
-) -> Operation:
+    dry_run: DryRun = False,
+) -> Operation | Response:
     """Submit an operation; the same `Idempotency-Key` and body again give the same operation (200)."""
     body = await request.body()
 
     async def asked(session: AsyncSession) -> Question | None:
-        if await replay(session, submitted_by, idempotency_key, body):
+        if not dry_run and await replay(session, submitted_by, idempotency_key, body):
             return None
         return await question(session, await resolved_job(session, read(JobSpec, body)), settings.lease_s)
 
     told = await _told(sessions, validator, asked)
     async with sessions.begin() as session:
+        if dry_run:
+            return as_json(await resolved_job(session, read(JobSpec, body), told=told))
 
         async def make() -> UUID | None:
             return await submit_if_new(session, read(JobSpec, body), submitted_by, idempotency_key, body, told)
@@ -150,7 +162,12 @@ async def resume_operation(
     return resumed
 
 
-@router.post("/{id}/fork", status_code=201, responses={200: {"model": Operation}, **refusals(401, 404, 409, 422)})
+@router.post(
+    "/{id}/fork",
+    status_code=201,
+    response_model=Operation,
+    responses={200: {"model": Operation | Job}, **refusals(401, 404, 409, 422)},
+)
 async def fork_operation(
     id: UUID,
     request: Request,
@@ -162,21 +179,24 @@ async def fork_operation(
     settings: SettingsDep,
     after: BackgroundTasks,
     idempotency_key: IdempotencyKey = None,
-) -> Operation:
+    dry_run: DryRun = False,
+) -> Operation | Response:
     """A new operation that begins at a checkpoint of this one, with its job but for the overrides."""
     body = await request.body() or b"{}"
     whole = _whole("fork", id, body)
 
     async def asked(session: AsyncSession) -> Question | None:
         wish = read(ForkRequest, body)
-        if await replay(session, submitted_by, idempotency_key, whole) or not (
-            wish.overrides.config or wish.overrides.code
-        ):
+        if not dry_run and await replay(session, submitted_by, idempotency_key, whole):
+            return None
+        if not (wish.overrides.config or wish.overrides.code):
             return None
         return await question(session, await forked_job(session, id, wish), settings.lease_s)
 
     told = await _told(sessions, validator, asked)
     async with sessions.begin() as session:
+        if dry_run:
+            return as_json(await forked_job(session, id, read(ForkRequest, body), told))
 
         async def make() -> UUID | None:
             wish = read(ForkRequest, body)
@@ -249,6 +269,17 @@ async def delete_checkpoint(id: UUID, checkpoint_id: UUID, session: SessionDep, 
 async def get_artifacts(id: UUID, session: SessionDep, _: CallerDep) -> Artifacts:
     """The files that a completed operation left: `model.safetensors`, its final model."""
     return await queries.artifacts(session, id)
+
+
+@router.head("/{id}/artifacts/{artifact_id}", include_in_schema=False)
+@router.get("/{id}/artifacts/{artifact_id}", response_class=ArtifactResponse, responses=refusals(401, 404, 503))
+async def get_artifact(
+    id: UUID, artifact_id: UUID, sessions: SessionsDep, settings: SettingsDep, _: CallerDep
+) -> Response:
+    """The file itself, with ranges; its ETag is its SHA-256."""
+    async with sessions.begin() as session:
+        artifact = await queries.artifact(session, id, artifact_id)
+    return ArtifactResponse(settings.storage_root, artifact)
 
 
 @router.get("/{id}/events", responses=refusals(401, 404))

@@ -11,10 +11,11 @@ from ops_backend.store.sql import NEWEST_FIRST, continues, record, statement
 from ops_backend.store.submit import invalid, new_operation, resolved_job
 from ops_backend.store.transitions import not_found
 from ops_contract.agents import Validated
-from ops_contract.errors import ErrorCode, OpsError, without_prefix
+from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Execution, Job, JobSpec, Setup
 from ops_contract.lifecycle import Kind
 from ops_contract.operations import ForkRequest, ReplayRequest
+from ops_contract.problems import problems_of
 
 # The last step of which the lineage has a report. What evaluates a step does not redo its update.
 _REPORTED = """
@@ -92,16 +93,28 @@ async def fork_if_there(
 
     Raises 404 without the operation or the checkpoint, 422 for overrides that cannot be carried over.
     """
-    point = await _find(session, id, wish)
-    spec, job = await _forked(session, point, wish, told)
+    point, spec, job = await _forked(session, id, wish, told)
     values = new_operation(spec, job, submitted_by, key, body)
     values |= {"replay_of": None, "accept_changes": wish.accept_changes}
     return await _insert(session, wish, point, values)
 
 
-async def forked_job(session: AsyncSession, id: UUID, wish: ForkRequest) -> Job:
-    """What the fork would run. Raises as `fork_if_there` does."""
-    return (await _forked(session, await _find(session, id, wish), wish))[1]
+async def forked_job(session: AsyncSession, id: UUID, wish: ForkRequest, told: Validated | None = None) -> Job:
+    """What the fork would run; nothing is stored. Raises as `fork_if_there`."""
+    return (await _forked(session, id, wish, told))[2]
+
+
+async def _forked(
+    session: AsyncSession, id: UUID, wish: ForkRequest, told: Validated | None
+) -> tuple[Row[Any], JobSpec, Job]:
+    point = await _find(session, id, wish)
+    is_command = point.job["kind"] == Kind.COMMAND
+    if point.checkpoint_id is None and (wish.from_checkpoint or not is_command):
+        raise _no_checkpoint(wish)
+    spec = _forked_spec(point, wish)
+    if not is_command:
+        _check_carried_over(spec.execution, point)
+    return point, spec, await resolved_job(session, spec, "overrides.", told)
 
 
 async def replay_if_there(
@@ -127,18 +140,6 @@ async def _find(session: AsyncSession, id: UUID, wish: ForkRequest | ReplayReque
     if point is None:
         raise not_found(id)
     return point
-
-
-async def _forked(
-    session: AsyncSession, point: Row[Any], wish: ForkRequest, told: Validated | None = None
-) -> tuple[JobSpec, Job]:
-    is_command = point.job["kind"] == Kind.COMMAND
-    if point.checkpoint_id is None and (wish.from_checkpoint or not is_command):
-        raise _no_checkpoint(wish)
-    spec = _forked_spec(point, wish)
-    if not is_command:
-        _check_carried_over(spec.execution, point)
-    return spec, await resolved_job(session, spec, "overrides.", told)
 
 
 async def _insert(
@@ -188,8 +189,7 @@ def _forked_spec(point: Row[Any], wish: ForkRequest) -> JobSpec:
     try:
         return JobSpec.model_validate(merged)
     except ValidationError as error:
-        problems = [(".".join(["overrides", *map(str, e["loc"])]), without_prefix(e["msg"])) for e in error.errors()]
-        raise invalid(problems) from error
+        raise invalid(problems_of(error, JobSpec, "overrides.")) from error
 
 
 def _check_carried_over(new: Execution, point: Row[Any]) -> None:

@@ -115,7 +115,8 @@ CHECKPOINTS = statement(f"""
 # The model of the attempt that completed it; of the files that its job keeps the newest, however it ended.
 ARTIFACTS = statement("""
     SELECT x.* FROM artifacts x JOIN operations o ON o.id = x.operation_id
-     WHERE o.id = :id AND (x.name LIKE 'files/%' OR o.status = 'completed' AND o.attempt = x.attempt) ORDER BY x.name
+     WHERE o.id = :id AND (x.name LIKE 'files/%' OR o.status = 'completed' AND o.attempt = x.attempt)
+       AND (CAST(:artifact_id AS uuid) IS NULL OR x.id = :artifact_id) ORDER BY x.name, x.attempt
 """)
 
 EVENTS = statement("""
@@ -253,8 +254,16 @@ async def checkpoints(session: AsyncSession, id: UUID) -> Checkpoints:
 
 async def artifacts(session: AsyncSession, id: UUID) -> Artifacts:
     await _starts(session, id)
-    rows = (await session.execute(ARTIFACTS, {"id": id})).mappings()
+    rows = (await session.execute(ARTIFACTS, {"id": id, "artifact_id": None})).mappings()
     return Artifacts(items=[ArtifactView(**row) for row in rows])
+
+
+async def artifact(session: AsyncSession, id: UUID, artifact_id: UUID) -> ArtifactView:
+    """Raises 404."""
+    row = (await session.execute(ARTIFACTS, {"id": id, "artifact_id": artifact_id})).mappings().one_or_none()
+    if row is None:
+        raise OpsError(ErrorCode.NOT_FOUND, "this operation has no such artifact; look with `ops artifacts`")
+    return ArtifactView(**row)
 
 
 async def events(session: AsyncSession, id: UUID, after: int) -> Events:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import jsonschema
@@ -25,6 +25,7 @@ from ops_contract.jobs import (
     Setup,
     runs_user_code,
 )
+from ops_contract.problems import Problem, unknown_field
 from ops_contract.resolving import Unresolvable, resolved_execution
 
 FIND_REPLAY = statement("""
@@ -36,6 +37,8 @@ KEEP_SNAPSHOT = statement("SELECT sha256 FROM snapshots WHERE sha256 = :sha256 F
 KNOWN_WORKLOADS = statement("SELECT name FROM workloads ORDER BY name")
 
 EVER_OFFERED = statement("SELECT EXISTS (SELECT FROM slots WHERE device = :device)")
+
+MOST_CORES = statement("SELECT max(cores) FROM slots WHERE device = coalesce(CAST(:device AS text), device)")
 
 # A key that another transaction has just taken yields no row here; the caller then reads that one.
 SUBMIT = statement(f"""
@@ -144,6 +147,7 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", tol
     Of the user's own workload only a worker knows them: without `told` they stay open until it starts.
     """
     await _check_accelerator(session, spec.execution.accelerator, f"{path}execution")
+    await _check_cores(session, spec, f"{path}resources")
     await _check_code(session, spec.code, f"{path}code")
     setup = {name: getattr(spec, name) for name in Setup.model_fields}
     if spec.workload is None:
@@ -170,7 +174,7 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", tol
     )
 
 
-def invalid(problems: list[tuple[str, str]]) -> OpsError:
+def invalid(problems: list[Problem]) -> OpsError:
     """422 for (field, problem) pairs, the first one in words."""
     field, problem = problems[0]
     errors = [{"field": field, "problem": problem} for field, problem in problems]
@@ -184,6 +188,17 @@ async def _check_accelerator(session: AsyncSession, accelerator: Accelerator, pa
     if not await session.scalar(EVER_OFFERED, {"device": accelerator}):
         problem = f"no worker has ever offered a {accelerator} device; start a worker with one first, or use auto"
         raise invalid([(f"{path}.accelerator", problem)])
+
+
+async def _check_cores(session: AsyncSession, spec: JobSpec, path: str) -> None:
+    """Raises 422 for more than a slot of the device that is asked for has ever had."""
+    cores, device = spec.resources.cores, spec.execution.accelerator
+    if cores is None:
+        return
+    offered = await session.scalar(MOST_CORES, {"device": None if device is Accelerator.AUTO else device})
+    if offered is None or offered < cores:
+        most = f"the most so far was {offered}; ask for that" if offered else "none has offered any; leave it out"
+        raise invalid([(f"{path}.cores", f"no worker has ever offered a slot of {cores}: {most}, or start one first")])
 
 
 async def _check_code(session: AsyncSession, code: Code | None, path: str) -> None:
@@ -209,7 +224,7 @@ def _resolved_config(given: dict[str, Any], schema: dict[str, Any], path: str) -
     config = {**defaults, **given}
     errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(config), key=lambda e: list(e.absolute_path))
     if errors:
-        raise invalid([(".".join([path, *map(str, e.absolute_path)]), e.message) for e in errors])
+        raise invalid([problem for error in errors for problem in _config_problems(error, path)])
     return config
 
 
@@ -225,6 +240,16 @@ def refuse_problems(told: Validated, path: str = "") -> None:
     """Raises 422 when a worker found any."""
     if told.problems:
         raise invalid([(f"{path}{problem.field}", problem.problem) for problem in told.problems])
+
+
+def _config_problems(error: jsonschema.ValidationError, path: str) -> list[Problem]:
+    """One for each unknown field, which jsonschema names only in its message."""
+    place = ".".join([path, *map(str, error.absolute_path)])
+    if error.validator != "additionalProperties" or error.validator_value is not False:
+        return [(place, error.message)]
+    schema, given = cast(dict[str, Any], error.schema), cast(dict[str, Any], error.instance)
+    known = schema.get("properties", {})
+    return [(f"{place}.{name}", unknown_field(name, known)) for name in given if name not in known]
 
 
 def _resolved_execution(given: Execution, reports: Mapping[str, str], path: str) -> Execution:

@@ -1,0 +1,68 @@
+"""A file of the storage root as an answer."""
+
+import asyncio
+import os
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from starlette.responses import FileResponse
+from starlette.types import Receive, Scope, Send
+
+from ops_backend.storage import open_file
+from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.operations import ArtifactView
+
+
+class ArtifactResponse(FileResponse):
+    """Streams it from the descriptor that was checked, with ranges; ends with its client."""
+
+    chunk_size = 256 * 1024
+
+    def __init__(self, root: Path, artifact: ArtifactView) -> None:
+        name = PurePosixPath(artifact.name).name
+        # Its bytes are whatever a training wrote: no browser may take them for a page of ours.
+        headers = {"ETag": f'"{artifact.sha256}"', "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+        super().__init__("", headers=headers, media_type="application/octet-stream", filename=name)
+        self._root, self._artifact = root, artifact
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises OpsError before the answer has begun."""
+        opening = asyncio.ensure_future(asyncio.to_thread(_opened, self._root, self._artifact))
+        try:
+            file = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close)
+            raise
+        try:
+            self.path, self.stat_result = f"/dev/fd/{file}", os.fstat(file)
+            self.set_stat_headers(self.stat_result)
+            await super().__call__(scope, receive, send)
+        finally:
+            os.close(file)
+
+
+def _opened(root: Path, artifact: ArtifactView) -> int:
+    try:
+        file = open_file(root, artifact.path)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and root.is_dir():
+            raise _gone(artifact, "is no longer in the storage root") from error
+        message = f"the storage root cannot be read ({error.strerror}): mount or repair it, then try again"
+        raise OpsError(ErrorCode.UNAVAILABLE, message) from error
+    if (size_bytes := os.fstat(file).st_size) != artifact.size_bytes:
+        os.close(file)
+        raise _gone(artifact, f"has {size_bytes} bytes, and {artifact.size_bytes} were saved")
+    return file
+
+
+def _close(opened: asyncio.Future[int]) -> None:
+    with suppress(OSError, OpsError):
+        os.close(opened.result())
+
+
+def _gone(artifact: ArtifactView, what: str) -> OpsError:
+    message = (
+        f"the file of {artifact.name} ({artifact.path}) {what}; restore it from a backup, "
+        "or make it again by a fork or a replay of the operation"
+    )
+    return OpsError(ErrorCode.NOT_FOUND, message)

@@ -1,0 +1,59 @@
+"""`ops download`: what an operation left, onto this machine."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ops_cli import show
+from ops_cli.connect import OperationId, with_client
+from ops_cli.exits import ExitCode
+
+if TYPE_CHECKING:
+    from ops_contract.operations import ArtifactView
+    from relight.client import Client
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(download)
+
+
+@with_client
+def download(
+    client: "Client",
+    operation_id: OperationId,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Of `ops artifacts`; else all.")
+    ] = None,
+    to: Annotated[Path, typer.Option(help="The directory.")] = Path("."),
+) -> None:
+    """Fetch the files that an operation left.
+
+    Each appears whole and verified. Again after an interruption: it goes on where it was.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks = {}
+
+        def progress(artifact: "ArtifactView", size_bytes: int) -> None:
+            if artifact.id not in tasks:
+                tasks[artifact.id] = bars.add_task(show.plain(artifact.name), total=artifact.size_bytes)
+            bars.update(tasks[artifact.id], completed=size_bytes)
+
+        try:
+            paths = client.download(client.resolve(operation_id), to, names or None, progress)
+        except OSError as error:
+            print(f"ops: cannot be written: {error}; make room or choose another --to", file=sys.stderr)
+            raise typer.Exit(ExitCode.FAILED) from error
+        except KeyboardInterrupt:
+            print("Interrupted; the same command goes on where it was.", file=sys.stderr)
+            raise typer.Exit(ExitCode.DETACHED) from None
+    for path in paths:
+        print(path)
+    if not paths:
+        print(f"Nothing to fetch: see `ops artifacts {str(operation_id)[:8]}`", file=sys.stderr)

@@ -1,0 +1,53 @@
+"""What is wrong with what somebody wrote, field by field, in words."""
+
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from ops_contract.errors import without_prefix
+
+Problem = tuple[str, str]
+
+
+def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[Problem]:
+    """(field, problem) for each; of an unknown field the nearest known one is said. `prefix` has its dot."""
+    found = []
+    for each in error.errors(include_url=False, include_input=False, include_context=False):
+        path = each["loc"]
+        unknown = each["type"] == "extra_forbidden"
+        problem = unknown_field(str(path[-1]), _fields_at(model, path[:-1])) if unknown else each["msg"]
+        found.append((prefix + ".".join(map(str, path)), without_prefix(problem)))
+    return found
+
+
+def unknown_field(name: str, known: Iterable[str]) -> str:
+    """`known` may name fields further down, with dots."""
+    known = list(known)
+    last = {path.rpartition(".")[2]: path for path in reversed(known)}
+    near = get_close_matches(name, last, 1)
+    if near:
+        return f"no such field; did you mean {last[near[0]]}?"
+    offered = ", ".join(path for path in known if "." not in path)
+    return f"no such field; there are {offered}" if offered else "no such field; there are none here"
+
+
+def _fields_at(model: type[BaseModel], path: tuple[int | str, ...]) -> Iterator[str]:
+    """The names there, then those of the fields in them: `max_epochs` beside `execution` is meant in it."""
+    for step in path:
+        field = model.model_fields.get(str(step))
+        inner = _model_in(field.annotation) if field else None
+        if inner is None:
+            return
+        model = inner
+    yield from model.model_fields
+    for name, field in model.model_fields.items():
+        inner = _model_in(field.annotation)
+        yield from (f"{name}.{each}" for each in (inner.model_fields if inner else ()))
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)

@@ -1,0 +1,90 @@
+"""Following an operation: what changed since the last look, a server that is away for a while, and a bar."""
+
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from ops_contract.errors import OpsError
+from ops_contract.lifecycle import TERMINAL
+from ops_contract.operations import Operation
+
+
+class Changes:
+    """Looks at an operation, without waiting: `poll` between pauses of `poll_s` until `ended`."""
+
+    def __init__(self, look: Callable[[], Operation], away: type[OpsError], poll_s: float, patience_s: float) -> None:
+        self._look, self._away = look, away
+        self.poll_s, self._patience_s = poll_s, patience_s
+        self._away_s = 0.0
+        self._last: Operation | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self._last is not None and self._last.status in TERMINAL
+
+    def poll(self) -> Operation | None:
+        """None when nothing has changed. Raises what `look` does once the server was away for `patience_s`."""
+        try:
+            now = self._look()
+        except self._away:
+            if self._away_s >= self._patience_s:
+                raise
+            self._away_s += self.poll_s
+            return None
+        self._away_s = 0.0
+        if now == self._last:
+            return None
+        self._last = now
+        return now
+
+
+class Bar:
+    """Progress in a terminal or a notebook; elsewhere silent."""
+
+    def __init__(self, wanted: bool) -> None:
+        self._notebook = wanted and "ipykernel" in sys.modules
+        self._on = self._notebook or (wanted and sys.stderr.isatty())
+        self._shown: Any = None
+
+    def __enter__(self) -> Self:
+        if self._on:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+            console = Console(stderr=True, force_jupyter=False)
+            self._progress = Progress(*columns, TimeElapsedColumn(), console=console)
+            self._task = self._progress.add_task("", total=None, figures="")
+            if not self._notebook:
+                self._progress.start()
+        return self
+
+    def show(self, operation: Operation) -> None:
+        if not self._on:
+            return
+        told = operation.progress
+        step, total, loss = (told.step, told.steps_total, told.loss) if told else (None, None, None)
+        figures = f"step {step}" + (f"/{total}" if total else "") if step is not None else "no step yet"
+        figures += f" loss {loss:.4g}" if loss is not None else ""
+        name = operation.name.replace("[", r"\[")
+        self._progress.update(
+            self._task, description=f"{name} {operation.status}", total=total, completed=step or 0, figures=figures
+        )
+        if self._notebook:
+            self._display()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._on and not self._notebook:
+            self._progress.stop()
+
+    def _display(self) -> None:
+        """One output that is replaced: rich's own way needs ipywidgets."""
+        from importlib import import_module
+
+        if self._shown is None:
+            self._shown = import_module("IPython.display").display(self._progress, display_id=True)
+        else:
+            self._shown.update(self._progress)

@@ -1,0 +1,109 @@
+"""The resolved job without an operation, and complaints that name the field that was meant."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import AsyncMock
+
+import httpx
+import pytest
+
+from helpers.store import TOY, Store, saved
+from ops_backend.app import create_app
+from ops_backend.dispatcher import Dispatcher
+from ops_backend.settings import Settings
+from ops_contract.jobs import Job, JobSpec
+
+TOKEN = "a token of the tests"
+COLOURED = {
+    "type": "object",
+    "properties": {"colour": {"type": "string", "default": "red"}},
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+async def api(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
+    monkeypatch.setattr(Dispatcher, "_claim_all", AsyncMock())  # the tests claim by themselves
+    app = create_app(Settings(database_url=database_url, api_token=TOKEN, storage_root=tmp_path))
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test/api/v1", headers=headers) as client,
+    ):
+        yield client
+
+
+async def test_a_dry_run_is_the_job_of_the_submit_and_stores_nothing(api: httpx.AsyncClient, store: Store) -> None:
+    await store.worker(workloads=[TOY.model_copy(update={"config_schema": COLOURED})])
+    spec = {"workload": "toy", "execution": {"max_steps": 7}, "env": {"A": "1"}}
+    key = {"Idempotency-Key": "k"}
+
+    dry = await api.post("/operations?dry_run=true", json=spec, headers=key)
+
+    assert (await api.get("/operations")).json()["items"] == []
+    wet = await api.post("/operations", json=spec, headers=key)
+    assert (dry.status_code, wet.status_code) == (200, 201)
+    assert dry.json() == wet.json()["job"]
+    assert Job.model_validate(dry.json()).config == {"colour": "red"}
+
+
+async def test_a_dry_run_of_a_fork_is_the_job_of_the_fork(api: httpx.AsyncClient, store: Store) -> None:
+    await store.worker()
+    run = await store.running()
+    await store.report(run, saved(run, 3))
+    fork, wish = f"/operations/{run.operation_id}/fork", {"overrides": {"execution": {"max_epochs": 9}}}
+
+    dry = await api.post(f"{fork}?dry_run=true", json=wish)
+    wrong = await api.post(f"{fork}?dry_run=true", json={"overrides": {"execution": {"seed": 5}}})
+
+    assert len((await api.get("/operations")).json()["items"]) == 1
+    wet = await api.post(fork, json=wish)
+    assert (dry.status_code, wet.status_code) == (200, 201)
+    assert dry.json() == wet.json()["job"]
+    assert (wrong.status_code, wrong.json()["error"]["details"]["errors"][0]["field"]) == (
+        422,
+        "overrides.execution.seed",
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "field", "words"),
+    [
+        ({"execution": {"max_epoch": 3}}, "execution.max_epoch", "did you mean max_epochs?"),
+        ({"learning_rate": 3}, "learning_rate", "did you mean execution.learning_rate?"),
+        ({"config": {"color": "blue"}}, "config.color", "did you mean colour?"),
+        ({"resources": {"cores": 5}}, "resources.cores", "the most so far was 4"),
+        ({"resources": {"cores": 4}, "execution": {"accelerator": "cuda"}}, "execution.accelerator", "cuda"),
+    ],
+)
+@pytest.mark.parametrize("query", ["", "?dry_run=true"])
+async def test_a_submit_and_a_dry_run_refuse_alike_and_say_what_was_meant(
+    api: httpx.AsyncClient, store: Store, spec: dict[str, Any], field: str, words: str, query: str
+) -> None:
+    await store.worker(cores=4, workloads=[TOY.model_copy(update={"config_schema": COLOURED})])
+
+    answer = await api.post(f"/operations{query}", json={"workload": "toy", **spec})
+
+    error = answer.json()["error"]
+    assert (answer.status_code, error["details"]["errors"][0]["field"]) == (422, field)
+    assert words in error["message"]
+
+
+async def test_cores_that_a_slot_of_the_device_has_had_are_accepted(api: httpx.AsyncClient, store: Store) -> None:
+    await store.worker(cores=4)
+    await store.worker("g", device="cuda", cores=2, slot={"device_uuid": "GPU-1"})
+
+    async def status(cores: int, accelerator: str) -> int:
+        spec = {"workload": "toy", "resources": {"cores": cores}, "execution": {"accelerator": accelerator}}
+        return (await api.post("/operations?dry_run=true", json=spec)).status_code
+
+    assert [await status(4, "auto"), await status(4, "cpu"), await status(2, "cuda")] == [200, 200, 200]
+    assert [await status(4, "cuda"), await status(5, "auto")] == [422, 422]
+
+
+async def test_editors_get_the_schema_without_a_token(api: httpx.AsyncClient) -> None:
+    answer = await api.get("/schemas/job", headers={"Authorization": ""})
+
+    assert (answer.status_code, answer.json()) == (200, JobSpec.model_json_schema())
