@@ -4,7 +4,8 @@ from uuid import uuid4
 
 import pytest
 
-from helpers.store import Store, at_once, held, saved, started
+from helpers.store import Store, at_once, held, losses, saved, started
+from ops_backend.store import queries
 from ops_contract.agents import WorkloadOffer
 from ops_contract.errors import OpsError
 from ops_contract.lifecycle import Outcome, Status
@@ -119,3 +120,24 @@ def _file(operation: object, name: str) -> ArtifactSaved:
     return ArtifactSaved(
         artifact_id=uuid4(), name=name, step=0, path=f"{operation}/1-0-{name}", size_bytes=1, sha256="a" * 64
     )
+
+
+async def test_the_curve_of_a_command_that_goes_on_by_itself_is_that_of_all_attempts(store: Store) -> None:
+    await store.worker(user_code=True)
+    run = await store.running(command=COMMAND, max_retries=1)
+    run = await store.report(run, started(), losses((0, 3.0), (1, 2.0), (2, 1.0)))
+    await store.finish(run, Outcome.FAILED)
+    again = await store.claim()
+    assert again is not None
+
+    await store.report(held(again), started(), started(2), losses((2, 1.5), (3, 0.5)))
+
+    async with store.sessions.begin() as session:
+        curve = await queries.metric(session, run.operation_id, "loss", -1)
+    assert curve.points == [(0, 3.0), (1, 2.0), (2, 1.5), (3, 0.5)]
+
+
+async def test_where_a_training_began_is_for_its_checkpoint_to_say(store: Store) -> None:
+    await store.worker()
+    run = await store.report(await store.running(), started(5))
+    assert [each.start_step for each in await store.attempts(run.operation_id)] == [0]

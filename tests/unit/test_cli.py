@@ -786,10 +786,10 @@ def test_run_submits_the_command_as_it_was_typed_with_all_that_it_asks_for(
 ) -> None:
     monkeypatch.setenv("FROM_SHELL", "a=b")
     options = ("--env", "A=1=2", "--env", "FROM_SHELL", "--secret", "HF_TOKEN", "--artifact", "out/**", "--cores", "2")
-    more = ("--workdir", "sub", "--name", "n", "--label", "a=b", "--priority", "5", "--max-retries", "0")
+    more = ("--workdir", "sub", "--name", "n", "--label", "a=b", "--priority", "5", "--max-retries", "0", "--no-code")
 
     assert ops("run", *options, *more, "--", "python", "train.py", "--lr", "3e-4", "--name", "x").code == ExitCode.DONE
-    assert ops("run", "sh", "-c", "exit 1", "--watch").code == ExitCode.DONE
+    assert ops("run", "--no-code", "sh", "-c", "exit 1", "--watch").code == ExitCode.DONE
 
     full, bare = api.submitted
     assert full == {

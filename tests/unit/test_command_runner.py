@@ -18,7 +18,7 @@ from ops_contract.agents import StartTraining
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Outcome
 from ops_contract.pipe import STACKS_SIGNAL, FromTrainer, Hello, ProgressNow, RunJob, Stop, from_trainer, line
-from ops_contract.reports import ArtifactSaved, Finish, Metrics, Note, Started
+from ops_contract.reports import ArtifactSaved, Fault, Finish, Metrics, Note, Started
 from ops_contract.wire import PIPE_VERSION
 
 ATTACH = """
@@ -378,6 +378,29 @@ for step in [*range(1000), 10, 11, 1000]:
     assert "'loss' at step 10 came after step 999" in note.message
     last = runner.of(ProgressNow)[-1].progress
     assert (last.step, last.loss, last.epoch) == (1000, 1000.0, None)
+
+
+def test_a_later_attempt_begins_where_its_first_report_says(runner: Runner) -> None:
+    runner.python('print(\'{"step": 40, "loss": 1}\', \'{"step": 41, "loss": 1}\', sep=\'\\n\')')
+
+    assert runner.finish().outcome == Outcome.COMPLETED
+
+    assert [each.start_step for each in runner.of(Started)] == [0, 40]
+    assert isinstance(runner.seen[runner.seen.index(runner.of(Started)[1]) + 1], Metrics)
+
+
+def test_why_a_run_cannot_go_on_is_the_word_of_its_command_if_that_then_fails(runner: Runner) -> None:
+    word = Finish(outcome=Outcome.CHECKPOINT_CORRUPT, error=Fault(code="checkpoint_corrupt", message="torn"))
+    said = f"import os; os.write(int(os.environ['RELIGHT_FD']), {line(word)!r})"
+
+    assert runner.python(f"{said}; raise SystemExit(1)").finish() == word
+
+
+def test_a_command_that_minds_no_failed_run_is_completed(runner: Runner) -> None:
+    word = Finish(outcome=Outcome.CHECKPOINT_CORRUPT, error=Fault(code="checkpoint_corrupt", message="torn"))
+    said = f"import os; os.write(int(os.environ['RELIGHT_FD']), {line(word)!r})"
+
+    assert runner.python(said).finish().outcome == Outcome.COMPLETED
 
 
 def test_a_hundred_megabytes_of_output_pass_whole(runner: Runner) -> None:

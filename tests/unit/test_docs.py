@@ -61,7 +61,7 @@ def fault_codes() -> Iterator[str]:
     for package in ("sdk/relight", "worker/ops_worker", "backend/ops_backend"):
         for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Fault", "_fault", "TrainingFault"):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("Fault", "fault", "TrainingFault"):
                     named = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
                     yield from _texts(*node.args[:1], *named)
                 elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "code":

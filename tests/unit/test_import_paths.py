@@ -77,7 +77,11 @@ def test_a_class_and_a_nested_one_are_found(project: Path) -> None:
         ("of_mine.reads:Mine", "No such file or directory: 'data/absent.csv' ({}/of_mine/reads.py:1)", "reads.py"),
         ("of_mine.leaves:Mine", "SystemExit: enough ({}/of_mine/leaves.py:2)", "sys.exit"),
         ("of_mine.good:Absent", "has no 'Absent'; its workloads are: Bare, Half, Mine", ""),
-        ("of_mine.good:Outer", "is not a subclass of relight.Workload; its workloads are: Bare, Half, Mine", ""),
+        (
+            "of_mine.good:Outer",
+            "or relight.LoopWorkload; its workloads are: Bare, Half, Mine",
+            "",
+        ),
         ("of_mine.good:Half", "does not define loss, model()", ""),
         ("of_mine.good:Bare", "needs a class attribute Config", ""),
         ("colorsys:Mine", "which hides colorsys.py of the working directory (rename that)", ""),

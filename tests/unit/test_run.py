@@ -17,7 +17,7 @@ from training_child import Operation
 
 import relight
 from ops_contract.lifecycle import CheckpointType, Phase
-from ops_contract.reports import ArtifactSaved, Metrics, Started
+from ops_contract.reports import ArtifactSaved, Finish, Metrics, Started
 from relight.training.faults import TrainingFault
 
 KILLS = [*range(2), *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 24))]
@@ -494,9 +494,11 @@ def test_other_code_is_refused_in_the_service_with_the_command_that_accepts_it(
     script.write_text(OWN_BATCHES + "# changed\n")
 
     with running(operation, script, "5") as runner:
-        assert list(runner.reports()) == []
+        [word] = runner.reports()
         ended = runner.end()
 
+    assert isinstance(word, Finish)
+    assert (word.permanent, word.error and word.error.code) == (True, "code_changed")
     assert ended.code == 1
     assert f"ops resume {operation.id} --accept-changes" in ended.said
 

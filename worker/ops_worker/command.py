@@ -98,7 +98,7 @@ class Program:
     def __init__(self, job: RunJob) -> None:
         """Raises OSError."""
         self.socket, theirs = socket.socketpair()
-        self._run_attached = False
+        self.run_attached = False
         directory = Path(job.directory) / job.start.job.workdir
         with theirs:
             self.process = subprocess.Popen(
@@ -115,14 +115,14 @@ class Program:
 
     def attach(self, job: RunJob, stop: Stop | None) -> None:
         """`relight.Run` is there: from now on a stop is a message to it."""
-        if not self._run_attached:
-            self._run_attached = True
+        if not self.run_attached:
+            self.run_attached = True
             self.tell(job.model_copy(update={"environ": {}}))  # it has its environment already
             if stop is not None:
                 self.tell(stop)
 
     def stop(self, stop: Stop) -> None:
-        if self._run_attached:
+        if self.run_attached:
             self.tell(stop)
         else:
             os.killpg(os.getpgrp(), signal.SIGTERM)
@@ -143,6 +143,7 @@ class Runner:
         self._told = Lines(MAX_LINE_BYTES)
         self._ended = set[int]()
         self._complained = False
+        self._reported = False
         self._last_word: Finish | None = None
         self._flush_at_s = 0.0
         self._wakes, wakeup = os.pipe()
@@ -177,10 +178,10 @@ class Runner:
         except OSError as error:
             return _cannot_start((job.command or [""])[0], error)
         if self._agent.program is not None:
-            self._agent.report(self._started(self._agent.program.process.pid))
+            self._agent.report(self._started(self._agent.program))
         return None
 
-    def _started(self, pid: int) -> Started:
+    def _started(self, program: "Program", step: int = 0) -> Started:
         job = self._job.start.job
         environment: dict[str, Any] = {
             "python": platform.python_version(),
@@ -197,7 +198,7 @@ class Runner:
             except PackageNotFoundError:
                 environment[name] = None
         exactness = Exactness(promise="best_effort", reasons=[INEXACT])
-        return Started(trainer_pid=pid, start_step=0, exactness=exactness, environment=environment)
+        return Started(trainer_pid=program.process.pid, start_step=step, exactness=exactness, environment=environment)
 
     def _attend(self, program: Program) -> int:
         """Pass on what it says until it has ended; its exit code, or minus the signal."""
@@ -206,7 +207,7 @@ class Runner:
         until_s = time.monotonic() + DRAIN_S  # of what it left behind somebody may write for ever
         while self._turn(program, 0.0) and time.monotonic() < until_s:
             pass
-        self._flush()
+        self._flush(program)
         return program.process.wait()
 
     def _turn(self, program: Program, timeout_s: float) -> bool:
@@ -225,7 +226,7 @@ class Runner:
                 for text in self._told.add(said):
                     self._take(program, text)
         if time.monotonic() >= self._flush_at_s or self.points.waiting > MAX_WAITING:
-            self._flush()
+            self._flush(program)
         return not set(sources).isdisjoint(readable)
 
     def _take(self, program: Program, text: bytes) -> None:
@@ -236,10 +237,12 @@ class Runner:
         if isinstance(message, Metrics):
             self._add(message)
         elif isinstance(message, Finish):
+            if message.outcome not in (Outcome.FAILED, Outcome.CHECKPOINT_CORRUPT):
+                return self._ignored("how it ends its exit code says")
             self._last_word = message
         elif not isinstance(message, Hello):
             if not isinstance(message, Alive | ProgressNow):
-                self._flush()  # the row of a checkpoint commits what was reported before it
+                self._flush(program)  # the row of a checkpoint commits what was reported before it
             self._agent.send(message)
         elif message.version != PIPE_VERSION:
             self._ignored(f"it speaks version {message.version}, this worker {PIPE_VERSION}: install the same relight")
@@ -258,9 +261,13 @@ class Runner:
             self._agent.report(Note(message=f"what came on RELIGHT_FD is no message of ours, and is ignored: {why}"))
         self._complained = True
 
-    def _flush(self) -> None:
+    def _flush(self, program: "Program") -> None:
         self._flush_at_s = time.monotonic() + FLUSH_S
         if (metrics := self.points.taken()) is not None:
+            first = min(series.steps[0] for series in metrics.series)
+            if not self._reported and first > 0 and self._job.start.attempt > 1 and not program.run_attached:
+                self._agent.report(self._started(program, first))  # it goes on from a file of its own
+            self._reported = True
             self._agent.report(metrics)
             self._agent.progress(self.points.progress())
         while self.points.notes:

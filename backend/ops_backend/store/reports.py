@@ -45,10 +45,14 @@ INSERT_METRICS = statement("""
     VALUES (:id, :name, :attempt, :first_step, :steps, :values)
 """)
 
+# A command may go on from a file of its own: it began where it says, and what was reported before stays.
 START = statement("""
-    UPDATE attempts SET started_at = coalesce(started_at, now()), trainer_pid = :trainer_pid,
-                        environment = :environment, exactness = :exactness
-     WHERE operation_id = :id AND number = :attempt
+    UPDATE attempts a
+       SET started_at = coalesce(a.started_at, now()), trainer_pid = :trainer_pid, environment = :environment,
+           exactness = :exactness,
+           start_step = CASE WHEN o.kind = 'command' AND a.checkpoint_id IS NULL THEN :start_step ELSE a.start_step END
+      FROM operations o
+     WHERE a.operation_id = :id AND a.number = :attempt AND o.id = a.operation_id
 """)
 
 INSERT_CHECKPOINT = statement("""

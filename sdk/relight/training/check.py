@@ -85,7 +85,7 @@ def _imported(path: str) -> type[Workload[Any]]:
     workload_type = import_workload(path)
     if issubclass(workload_type, LoopWorkload):
         raise TrainingFault(
-            "not_checkable",
+            "import_failed",
             f"{path} is a LoopWorkload: loop and files are its own, so a resume is as exact as they are, and its "
             "operations say so (best_effort). Only a relight.Workload can be checked",
             permanent=True,

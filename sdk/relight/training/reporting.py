@@ -10,6 +10,7 @@ from ops_contract.reports import Metrics, Note, Progress, Report, Series
 from relight.training.state import Cursor
 
 FLUSH_S = 0.5
+MAX_WAITING = 10_000  # values; a step of a loop that does next to nothing takes microseconds
 _RESERVED = frozenset({"loss", "learning_rate", "epoch", "step"})  # "step" heads a column of metrics.csv
 
 
@@ -73,7 +74,8 @@ class Reporter:
         self._sink.report(Note(message=why))
 
     def flush_if_due(self, cursor: Cursor) -> bool:
-        due = self._clock() - self._flushed_at_s >= FLUSH_S
+        waiting = len(self._parts) + len(self._values)
+        due = waiting >= MAX_WAITING or self._clock() - self._flushed_at_s >= FLUSH_S
         if due:
             self.flush(cursor)
         return due
