@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+torch.manual_seed(0)
 epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
 digits = load_digits()
 images = torch.tensor(digits.data, dtype=torch.float32) / 16
