@@ -167,13 +167,13 @@ def attempts(client: "Client", operation_id: OperationId, json: Json = False) ->
     if json:
         print(show.json_array(items))
         return
-    table = show.table("#", "WORKER", "STEPS", "TOOK", "OUTCOME", "REPLAYED", "WHY", wide="WHY")
+    table = show.table("#", "WORKER", "PID", "STEPS", "TOOK", "OUTCOME", "REPLAYED", "WHY", wide="WHY")
     now = datetime.now(UTC)
     for item in items:
         reported = "–" if item.first_step is None else f"{item.first_step}–{item.last_step}"
         took = show.age(item.started_at, item.ended_at or now)
         cells = (reported, took, item.outcome or "running", show.replayed(item.replay), show.cut(_reason(item)))
-        table.add_row(str(item.number), show.plain(item.worker), *cells)
+        table.add_row(str(item.number), show.plain(item.worker), str(item.trainer_pid or "–"), *cells)
     show.print_rich(table)
 
 

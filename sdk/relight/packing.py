@@ -135,7 +135,16 @@ def _walk(root: Path, ignored: "GitIgnoreSpec") -> list[str]:
 
 
 def _is_no_code(folder: str, name: str) -> bool:
-    return name.startswith(".") or name == "__pycache__" or os.path.exists(os.path.join(folder, name, "pyvenv.cfg"))
+    path = Path(folder, name)
+    return name.startswith(".") or name == "__pycache__" or (path / "pyvenv.cfg").exists() or _ignores_itself(path)
+
+
+def _ignores_itself(directory: Path) -> bool:
+    """As tools mark what they write beside the code, `relight.Run` too."""
+    try:
+        return (directory / ".gitignore").read_text().split() == ["*"]
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _looks_secret(path: str) -> bool:

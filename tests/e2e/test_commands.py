@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from helpers.databases import connect
 from helpers.service import Service, eventually
@@ -31,9 +30,11 @@ pathlib.Path("out/model.txt").write_text("weights")
 
 def test_a_command_saves_when_cancelled_goes_on_when_resumed_and_its_secret_is_nowhere(service: Service) -> None:
     service.only_worker(OPS_USER_CODE="1", OPS_SECRET_MY_TOKEN=SECRET)
+    (service.directory / "project").mkdir()
+    (service.directory / "project" / "train.py").write_text(PROGRAM)
     wanted = ["--secret", "MY_TOKEN", "--env", "KIND=small", "--artifact", "out", "--name", "mine", "--json"]
 
-    id = json.loads(ops(service, "run", *wanted, "--", "python", "-c", PROGRAM))["id"]
+    id = json.loads(ops(service, "run", *wanted, "--", "python", "train.py"))["id"]
     service.until_step(id, 2)
     stopping = ops(service, "cancel", id)
     cancelled = service.wait(id, "cancelled")
@@ -46,12 +47,12 @@ def test_a_command_saves_when_cancelled_goes_on_when_resumed_and_its_secret_is_n
     assert [attempt.outcome for attempt in service.attempts(id)] == ["cancelled", "completed"]
     assert completed.exactness
     assert completed.exactness.promise == "best_effort"
-    assert service.curves(id) == {"loss": [(step, 1 / (step + 1)) for step in range(3, 6)]}
+    assert service.curves(id) == {"loss": [(step, 1 / (step + 1)) for step in range(6)]}
     (artifact,) = service.client.artifacts(id)
     assert artifact.name == "files/out/model.txt"
     assert (service.storage / artifact.path).read_text() == "weights"
     status = ops(service, "status", id)
-    assert "python -c" in status
+    assert "python train.py" in status
     assert "epoch" not in status
     assert "attempt 2 completed" in ops(service, "events", id)
     dump = asyncio.run(everything(service))
@@ -68,7 +69,8 @@ def test_a_command_saves_when_cancelled_goes_on_when_resumed_and_its_secret_is_n
 def ops(service: Service, *arguments: str) -> str:
     environ = os.environ | {"OPS_API_URL": service.url, "OPS_API_TOKEN": service.token}
     program = [sys.executable, "-c", "from ops_cli.main import main; main()"]
-    done = subprocess.run([*program, *arguments], env=environ, capture_output=True, text=True, cwd=Path("/"))
+    project = service.directory / "project"
+    done = subprocess.run([*program, *arguments], env=environ, capture_output=True, text=True, cwd=project)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -62,7 +62,7 @@ def test_editing_and_deleting_the_source_between_kill_and_resume_leaves_the_curv
     service.wait(killed, "completed")
     assert len(service.client.attempts(killed)) == 2
     assert service.curves(killed) == service.curves(undisturbed)
-    assert not list(service.directory.glob("worker-*/attempts/*/*"))
+    assert not list(service.directory.glob(f"worker-*/attempts/*/{killed}-*"))
 
 
 @pytest.mark.slow

@@ -11,14 +11,14 @@ _SOCKET = ".s.PGSQL.5432"
 
 
 class PostgresProxy:
-    """All goes through while `running` is set. With `lose_commit` the next commit is done and not answered."""
+    """All goes through while `running` is set. With `lose_commit` n the nth commit is done and not answered."""
 
     def __init__(self, upstream: Path) -> None:
         self._upstream = upstream
         self._connections: set[asyncio.Task[None]] = set()
         self.running = asyncio.Event()
         self.running.set()
-        self.lose_commit = False
+        self.lose_commit = 0
         self.lost_commits = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -45,8 +45,9 @@ class PostgresProxy:
         while data := await source.read(65536):
             await self.running.wait()
             if self.lose_commit and b"COMMIT" in data:
-                self.lose_commit = False
-                cut.set()
+                self.lose_commit -= 1
+                if not self.lose_commit:
+                    cut.set()
             sink.write(data)
 
     async def _answers(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, cut: asyncio.Event) -> None:

@@ -209,6 +209,7 @@ async def test_a_client_that_goes_away_leaves_no_open_file(
         headers = {"Authorization": f"Bearer {TOKEN}"}
         with httpx.Client() as client, client.stream("GET", f"{url}/api/v1{saved.url}", headers=headers) as response:
             next(response.iter_raw())
+            assert response.status_code == 200
             assert open_files(saved.file)
 
     with over_a_socket(database_url, tmp_path) as url:

@@ -28,9 +28,11 @@ async def test_a_command_is_given_to_a_worker_that_runs_user_code_only(store: St
 
 async def test_a_slot_with_too_few_cores_gets_no_command_that_wants_more(store: Store) -> None:
     await store.worker("small", cores=3, user_code=True)
+    large = await store.worker("large", cores=4, user_code=True)
+    await store.drain(large, "finish")
     await store.submit(command=COMMAND, resources={"cores": 4})
     assert await store.claim() is None
-    await store.worker("large", cores=4, user_code=True)
+    await store.drain(large, None)
     assert await store.claim() is not None
 
 

@@ -43,14 +43,14 @@ class Backend:
         answer = self.answer()
         return await answer if asyncio.iscoroutine(answer) else answer
 
-    async def worker(self, *, user_code: bool = True, validates: bool = False) -> None:
+    async def worker(self, *, user_code: bool = True, validates: bool = False, cores: int = 1) -> None:
         offer = {"name": "deep", "config_schema": {"type": "object"}, "validates": validates}
         worker = {
             "incarnation": str(uuid4()),
             "name": "w",
             "host": "h",
             "url": "http://worker",
-            "slots": [{"index": 0, "device": "cpu", "cores": 1}],
+            "slots": [{"index": 0, "device": "cpu", "cores": cores}],
             "workloads": [offer],
             "user_code": user_code,
         }
@@ -154,7 +154,6 @@ async def test_a_worker_that_does_not_say_leaves_it_to_the_start(backend: Backen
     [
         (None, {}, 0),
         ({"user_code": False}, {}, 0),
-        ({}, {"resources": {"cores": 2}}, 0),
         ({}, {"execution": {"accelerator": "cpu"}}, 1),
         ({}, {"workload": "deep"}, 0),
         ({"validates": True}, {"workload": "deep"}, 1),
@@ -172,6 +171,15 @@ async def test_only_a_worker_that_would_take_it_and_knows_more_is_asked(
     made = await backend.submit(**job)
 
     assert (made.status_code, len(backend.asked)) == (201, asked), made.text
+
+
+async def test_a_worker_with_too_few_cores_is_not_asked(backend: Backend) -> None:
+    await backend.worker(user_code=False, cores=2)
+    await backend.worker()
+
+    made = await backend.submit(resources={"cores": 2})
+
+    assert (made.status_code, backend.asked) == (201, [])
 
 
 async def test_no_connection_is_held_while_the_worker_thinks(backend: Backend) -> None:

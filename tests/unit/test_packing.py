@@ -1,5 +1,6 @@
 """Packing a project: what is in the snapshot, that it is the same for the same contents, and what is refused."""
 
+import errno
 import io
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -157,6 +159,7 @@ def test_without_git_all_but_hidden_files_caches_and_environments_are_packed(
         "__pycache__/x",
         "lib/__pycache__/x",
         "venv/pyvenv.cfg",
+        "relight-run/metrics.jsonl",
         "data/big",
         "lib/old.bin",
         ".env",
@@ -164,6 +167,7 @@ def test_without_git_all_but_hidden_files_caches_and_environments_are_packed(
         (project / path).parent.mkdir(exist_ok=True)
         (project / path).write_text("x")
     (project / ".gitignore").write_text("data/\n")
+    (project / "relight-run" / ".gitignore").write_text("*\n")
     (project / ".relightignore").write_text("*.bin\n")
     os.mkfifo(project / "pipe")
 
@@ -322,11 +326,13 @@ def test_a_file_that_changes_while_it_is_read_is_named(
     assert "train.py changed while it was packed" in refused(project).message
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_that_cannot_be_read_is_named(project: Path) -> None:
-    (project / "train.py").chmod(0)
+def test_a_file_that_cannot_be_read_is_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    assert "train.py cannot be read: Permission denied" in refused(project).message
+    monkeypatch.setattr(packing, "open", denied, raising=False)  # root may read everything
+
+    assert "model.py cannot be read: Permission denied" in refused(project).message
 
 
 def tar(*members: tarfile.TarInfo, mode: str = "w") -> bytes:

@@ -140,6 +140,7 @@ class Directory:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self.root.mkdir(parents=True, exist_ok=True)
+        (self.root / ".gitignore").write_text("*\n")  # it lies beside the code, and is none
         self._lock: int = _locked(self.root)
         self._index = _read_index(self.root / _INDEX)
         self.operation_id, self.attempt = self._index.operation_id, self._index.attempt + 1
