@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Runs the unit tests beside the others, which mostly wait for processes; each half has its report. Arguments go to pytest.
+# Runs the tests of the parts beside those of the whole service, which mostly wait for processes; each half has its report.
+# Arguments go to pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 report=$(mktemp)
-.venv/bin/python -m pytest "$@" tests/unit >"$report" 2>&1 &
-units=$!
-trap 'kill $units 2>/dev/null; rm -f "$report"' EXIT
+.venv/bin/python -m pytest "$@" tests/unit tests/integration >"$report" 2>&1 &
+parts=$!
+trap 'kill $parts 2>/dev/null; rm -f "$report"' EXIT
 # The machine of faults comes last, when it has the cores to itself.
-.venv/bin/python -m pytest "$@" tests/integration tests/e2e tests/chaos
-others_failed=$?
-wait $units
-units_failed=$?
+.venv/bin/python -m pytest "$@" tests/e2e tests/journeys tests/chaos
+whole_failed=$?
+wait $parts
+parts_failed=$?
 cat "$report"
-exit $((others_failed || units_failed))
+exit $((whole_failed || parts_failed))

@@ -474,6 +474,7 @@ assert stop == {"kind": "stop", "why": "cancelled"}, stop
     before_the_note = runner.seen[: [isinstance(message, Note) for message in runner.seen].index(True)]
     reported = [s for message in before_the_note if isinstance(message, Metrics) for s in message.series]
     assert 5 in [step for series in reported for step in series.steps]
+    assert runner.of(ProgressNow) == []  # Run says it, and more of it
     assert "Traceback" not in runner.log.read_text()
 
 

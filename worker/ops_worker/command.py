@@ -269,7 +269,8 @@ class Runner:
                 self._agent.report(self._started(program, first))  # it goes on from a file of its own
             self._reported = True
             self._agent.report(metrics)
-            self._agent.progress(self.points.progress())
+            if not program.run_attached:  # Run tells its own, which says more
+                self._agent.progress(self.points.progress())
         while self.points.notes:
             self._agent.report(Note(message=self.points.notes.pop()))
 
