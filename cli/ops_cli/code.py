@@ -1,5 +1,7 @@
 """The user's code: packed with a submit, shown, and fetched again."""
 
+import posixpath
+import re
 import sys
 from collections.abc import Collection
 from json import dumps
@@ -76,19 +78,14 @@ def code(
         print(f"{_amount(files.values())}{_state(ran)}" + (f", unpacked in {to}" if to else ""))
 
 
-def packed_code(client: "Client", directory: Path) -> "Code":
-    """The directory as it is now, for a job's `code`: packed, uploaded, and said on stderr."""
-    from relight.packing import pack
-
-    packed = pack(directory)
-    print(_said(packed, directory), file=sys.stderr)
-    return client.upload(packed)
-
-
 def with_code(client: "Client", job: "JobSpec", directory: Path | None, no_code: bool) -> "JobSpec":
-    """The job with a snapshot, when it runs the user's own code and has none. Raises OpsError `invalid`."""
+    """The job with a snapshot of the directory as it is now, when it runs the user's own code and has none.
+
+    What was packed is said on stderr. Raises OpsError `invalid`.
+    """
     from ops_contract.errors import ErrorCode, OpsError
     from ops_contract.jobs import runs_user_code
+    from relight.packing import pack
 
     own = runs_user_code(job.kind, job.workload or "")
     if directory and (no_code or job.code or not own):
@@ -96,11 +93,31 @@ def with_code(client: "Client", job: "JobSpec", directory: Path | None, no_code:
         raise OpsError(ErrorCode.INVALID, f"--code {directory} contradicts {reason}; leave one of them out")
     if no_code or job.code or not own:
         return job
-    return job.model_copy(update={"code": packed_code(client, directory or Path("."))})
+    directory = directory or Path(".")
+    packed = pack(directory)
+    print(_said(packed, directory), file=sys.stderr)
+    if absent := _absent(job, [path for path, _ in packed.files]):
+        raise OpsError(
+            ErrorCode.INVALID,
+            f"{absent} is not in what was packed: is it there, and does .gitignore or .relightignore name it? "
+            "`ops pack` shows what is packed; --no-code packs nothing",
+        )
+    return job.model_copy(update={"code": client.upload(packed)})
+
+
+def _absent(job: "JobSpec", paths: Collection[str]) -> str | None:
+    """The working directory, or the script that the command names, if an attempt would not find it."""
+    if job.workdir != "." and not any(path.startswith(f"{job.workdir}/") for path in paths):
+        return f"the directory {job.workdir}"
+    program, *arguments = job.command or ["true"]
+    interprets = re.fullmatch(r"python[\d.]*|bash|sh", program) and arguments and not arguments[0].startswith("-")
+    script = arguments[0] if interprets else program if "/" in program else "/"
+    place = posixpath.normpath(posixpath.join(job.workdir, script))
+    return None if place.startswith(("/", "..")) or place in paths else script
 
 
 def changed_code(client: "Client", parent: "UUID", directory: Path) -> "Code":
-    """As `packed_code`, and which files are not those of the operation."""
+    """The directory as it is now, for a fork, and which files are not those of the operation."""
     from relight.packing import pack
 
     packed = pack(directory)

@@ -4,7 +4,8 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
-from importlib.metadata import version
+from functools import cache
+from importlib.metadata import distributions, version
 
 PROBE_S = 60.0
 # Found, not imported: a second would be spent on torch.
@@ -47,6 +48,13 @@ def checked_interpreter(python: str, environ: Mapping[str, str]) -> str:
 def install_command(python: str) -> str:
     """Of this very version: agent and trainer speak one language."""
     return f"{python} -m pip install 'relight=={version('relight')}'"
+
+
+@cache
+def packages() -> dict[str, str]:
+    """Versions of all that is installed for this interpreter, by name."""
+    found = {found.name: found.version for found in distributions() if found.name}
+    return dict(sorted(found.items(), key=lambda each: each[0].lower()))
 
 
 def _said(path: str, environ: Mapping[str, str]) -> list[str]:

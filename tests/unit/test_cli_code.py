@@ -119,10 +119,50 @@ def test_a_job_file_with_code_of_ones_own_takes_it_along(
     server: Server, project: Path, ops: Ops, tmp_path: Path, text: str
 ) -> None:
     (tmp_path / "job.yaml").write_text(text)
+    (project / "sub").mkdir()
+    (project / "sub" / "more.py").touch()
 
     assert ops("submit", tmp_path / "job.yaml")[0] == ExitCode.DONE
 
     assert [job.code for job in server.jobs] == [pack(project).code]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent"),
+    [
+        (("--", "python", "absent.py", "--lr", "1"), "absent.py"),
+        (("--", "./absent.sh"), "./absent.sh"),
+        (("--workdir", "lib", "--", "python3.11", "mine.py"), "the directory lib"),
+        (("--", "bash", "secret.env"), "secret.env"),
+    ],
+)
+def test_a_script_that_no_attempt_would_find_is_named_and_nothing_is_sent(
+    server: Server, project: Path, ops: Ops, arguments: tuple[str, ...], absent: str
+) -> None:
+    (project / "secret.env").touch()
+    (project / ".relightignore").write_text("secret.env\n")
+
+    code, _, err = ops("run", *arguments)
+
+    assert (code, server.archives, server.jobs) == (ExitCode.USAGE, {}, [])
+    assert f"{absent} is not in what was packed" in err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("python", "mine.py"),
+        ("python", "./mine.py"),
+        ("python", "-m", "mine"),
+        ("python", "/opt/installed.py"),
+        ("python",),
+        ("my-program", "absent.py"),
+        ("./mine.py",),
+    ],
+)
+def test_what_an_attempt_may_find_is_sent(server: Server, project: Path, ops: Ops, command: tuple[str, ...]) -> None:
+    assert ops("run", "--", *command)[0] == ExitCode.DONE
+    assert [job.command for job in server.jobs] == [list(command)]
 
 
 @pytest.mark.parametrize(

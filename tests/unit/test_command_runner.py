@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -170,6 +171,7 @@ print(json.dumps({"cwd": os.getcwd(), "python": sys.executable, "env": dict(os.e
     assert started.exactness.promise == "best_effort"
     assert started.environment["env"] == ["HF_TOKEN", "MINE"]
     assert started.environment["cores"] == 3
+    assert started.environment["packages"]["numpy"] == version("numpy")
     assert b"very secret" not in b"".join(line(message) for message in runner.seen)
 
 

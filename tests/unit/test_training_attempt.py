@@ -511,6 +511,7 @@ def test_started_names_the_process_and_where_it_runs(operation: Operation) -> No
     assert (started.trainer_pid, started.start_step) == (os.getpid(), 0)
     assert started.environment["data_digest"] == "tiny"
     assert started.environment["torch"] == torch.__version__
+    assert "pydantic" in started.environment["packages"]
     assert len(started.environment["code_digest"]) == 64
 
 

@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +31,7 @@ from ops_worker import artifacts
 from ops_worker.cgroups import oom_kills
 from ops_worker.points import MAX_JSON_BYTES, MAX_WAITING, Points
 from ops_worker.trainers import MAX_LINE_BYTES, THREAD_VARIABLES
+from relight.interpreter import packages
 from relight.pipe import AgentPipe
 from relight.process import die_with_parent
 
@@ -191,12 +191,8 @@ class Runner:
             "cores": self._job.cores,
             "command": job.command,
             "env": sorted(self._job.environ),
+            "packages": packages(),
         }
-        for name in ("relight", "torch"):
-            try:
-                environment[name] = version(name)
-            except PackageNotFoundError:
-                environment[name] = None
         exactness = Exactness(promise="best_effort", reasons=[INEXACT])
         return Started(trainer_pid=program.process.pid, start_step=step, exactness=exactness, environment=environment)
 

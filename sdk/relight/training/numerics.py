@@ -17,6 +17,7 @@ import torch
 
 from ops_contract.jobs import Execution
 from ops_contract.reports import Exactness
+from relight.interpreter import packages
 from relight.manifest import Manifest
 
 _NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
@@ -34,6 +35,7 @@ def configure(threads: int, deterministic: bool) -> None:
 
 def warm_up() -> None:
     """Load what a first step would: asked for determinism, torch imports its compiler, and that takes a second."""
+    packages()
     configure(torch.get_num_threads(), deterministic=True)
 
 
@@ -70,6 +72,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "cores": os.cpu_count(),
+        "packages": packages(),
     }
 
 
