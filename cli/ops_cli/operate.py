@@ -33,10 +33,12 @@ Pairs = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="May 
 
 
 def register(app: typer.Typer) -> None:
-    for command in (submit, schema, train, cancel, resume, fork):
+    for command in (submit, schema, train):
         app.command()(command)
     # From its first word on everything belongs to the command, with and without the --.
     app.command(context_settings={"allow_interspersed_args": False})(run)
+    for command in (cancel, resume, fork):
+        app.command()(command)
 
 
 @with_client

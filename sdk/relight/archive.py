@@ -37,11 +37,17 @@ def write_archive(entries: Mapping[str, Entry]) -> bytes:
 
 
 def read_archive(archive: bytes) -> dict[str, Entry]:
-    """By path. Raises BadArchive for what `write_archive` would not have made."""
+    """By path, without directories: that of a file is made with it. Raises BadArchive for anything but files and links.
+
+    Those of `git archive` and `tar -c .` are read too.
+    """
     entries: dict[str, Entry] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
             for member in tar:
+                member.name = member.name.removeprefix("./")
+                if member.isdir():
+                    continue
                 _check(member, entries, len(archive))
                 file = tar.extractfile(member) if member.isreg() else None
                 link = None if file else member.linkname

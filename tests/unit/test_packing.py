@@ -223,6 +223,15 @@ def test_the_archive_of_known_contents_is_known_so_no_release_makes_all_code_loo
     assert read_archive(archive) == entries
 
 
+@pytest.mark.parametrize("command", [("git", "archive", "HEAD"), ("tar", "-c", "lib", "train.py"), ("tar", "-c", ".")])
+def test_an_archive_of_others_is_read_too(repository: Path, command: tuple[str, ...]) -> None:
+    archive = subprocess.run(command, cwd=repository, check=True, capture_output=True).stdout
+
+    found = {path: entry.data for path, entry in read_archive(archive).items() if not path.startswith(".git")}
+
+    assert found == {path: entry.data for path, entry in read_archive(pack(repository).archive).items()}
+
+
 def test_what_is_unpacked_is_what_was_packed_with_links_and_executable_bits(project: Path, tmp_path: Path) -> None:
     (project / "run.sh").write_text("#!/bin/sh\n")
     (project / "run.sh").chmod(0o755)
