@@ -1,7 +1,6 @@
 """Reports on disk until the API has them: one file per incarnation, locked while its agent lives."""
 
 import asyncio
-import fcntl
 import functools
 import logging
 import os
@@ -15,6 +14,7 @@ from uuid import UUID
 
 from ops_contract.agents import HoldRef
 from ops_contract.wire import Wire
+from ops_worker import locks
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Outbox:
         """The outbox of a new incarnation, locked. Raises OSError, also for a full disk."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = directory / f"{sender.incarnation}.db"
-        lock = _lock(path)
+        lock = locks.lock(path)  # beside it: closing a descriptor of the database itself would drop SQLite's own
         if lock is None:
             raise FileExistsError(f"{path} belongs to a living agent")
         # SQLite gives its -wal file the same mode: it holds the token too.
@@ -121,7 +121,7 @@ class Outbox:
 
     @classmethod
     def _claim(cls, path: Path) -> Self | None:
-        lock = _lock(path)
+        lock = locks.lock(path)
         if lock is None:
             return None
         if not path.exists():  # another agent flushed it while we waited for nothing
@@ -234,26 +234,11 @@ def _open(path: Path) -> sqlite3.Connection:
     return database
 
 
-def _lock(path: Path) -> int | None:
-    """Of a file beside it: closing any descriptor of the database itself would drop SQLite's own locks."""
-    lock = os.open(_lock_path(path), os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
-
-
 def _delete(path: Path, lock: int) -> None:
     """The lock last: whoever gets it later finds no database, and nobody makes one under an old name."""
     path.unlink(missing_ok=True)
-    _lock_path(path).unlink(missing_ok=True)
+    locks.lock_path(path).unlink(missing_ok=True)
     os.close(lock)
-
-
-def _lock_path(path: Path) -> Path:
-    return path.with_suffix(".lock")
 
 
 def _sync_directory(directory: Path) -> None:

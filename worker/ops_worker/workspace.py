@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -15,6 +14,7 @@ from uuid import UUID
 
 from ops_contract.agents import StartTraining
 from ops_contract.reports import Fault
+from ops_worker import locks
 from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable
 from ops_worker.waiting import Backoff, Trouble
 from relight.archive import BadArchive, unpack
@@ -52,7 +52,7 @@ class Workspaces:
     async def held(self) -> AsyncIterator[None]:
         """As long as this agent lives: no other one takes its directories for those of a dead one."""
         self._all.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = _lock(self._root)
+        lock = locks.lock(self._root)
         assert lock is not None, "an incarnation is new"
         self._root.mkdir(mode=0o700)
         try:
@@ -64,7 +64,7 @@ class Workspaces:
         """Remove what agents left that were killed."""
         try:
             for path in self._all.iterdir():
-                if path.is_dir() and (lock := _lock(path)) is not None:
+                if path.is_dir() and (lock := locks.lock(path)) is not None:
                     log.info("removing %s, which a worker that was killed has left", path)
                     await asyncio.to_thread(_remove, path, lock)
         except OSError as error:
@@ -159,23 +159,8 @@ def _bad_code(what: str) -> NoWorkspace:
     return NoWorkspace(Fault(code="code_invalid", message=message), permanent=True)
 
 
-def _lock(directory: Path) -> int | None:
-    """Of a file beside it, until it is closed or its process has ended; None when another has it."""
-    lock = os.open(_lock_path(directory), os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
-
-
 def _remove(directory: Path, lock: int) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     if not directory.exists():  # else the next start tries again
-        _lock_path(directory).unlink(missing_ok=True)
+        locks.lock_path(directory).unlink(missing_ok=True)
     os.close(lock)
-
-
-def _lock_path(directory: Path) -> Path:
-    return directory.with_suffix(".lock")

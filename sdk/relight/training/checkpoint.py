@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from ops_contract.agents import CheckpointRef
-from ops_contract.lifecycle import Phase
+from ops_contract.lifecycle import CheckpointType, Phase
+from ops_contract.reports import CheckpointSaved
 from relight.manifest import (
     MANIFEST,
     CheckpointCorrupt,
@@ -27,6 +29,7 @@ from relight.manifest import (
 from relight.publish import hashed_tree, published_directory, write_file
 from relight.training import tensorfile
 from relight.training.codec import CodecError, Encoded, decode
+from relight.training.state import Cursor
 
 DOCUMENT = "state.json"
 TENSORS = "state.safetensors"
@@ -40,6 +43,20 @@ class Published:
     path: str
     size_bytes: int
     manifest_sha256: str
+
+    def saved(self, why: CheckpointType, cursor: Cursor, monitored: float | None) -> CheckpointSaved:
+        """The report that commits it."""
+        return CheckpointSaved(
+            checkpoint_id=uuid4(),
+            checkpoint_type=why,
+            step=cursor.step,
+            epoch=cursor.epoch,
+            phase=cursor.phase,
+            path=self.path,
+            size_bytes=self.size_bytes,
+            manifest_sha256=self.manifest_sha256,
+            monitored=monitored,
+        )
 
 
 def publish(root: Path, about: Manifest, state: Encoded) -> Published:

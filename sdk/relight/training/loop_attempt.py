@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from ops_contract.agents import CheckpointRef, StartTraining
 from ops_contract.jobs import Execution
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
-from ops_contract.reports import CheckpointSaved, Note, Started
+from ops_contract.reports import Note, Started
 from relight.manifest import Manifest, verify
 from relight.training import changes, numerics
 from relight.training.attempt import Site
@@ -195,16 +194,4 @@ class _Control:
         cursor = self._cursor
         about = self._about.model_copy(update={"step": cursor.step, "epoch": cursor.epoch})
         published = publish_files(self._root, about, write)
-        self._sink.report(
-            CheckpointSaved(
-                checkpoint_id=uuid4(),
-                checkpoint_type=why,
-                step=cursor.step,
-                epoch=cursor.epoch,
-                phase=cursor.phase,
-                path=published.path,
-                size_bytes=published.size_bytes,
-                manifest_sha256=published.manifest_sha256,
-                monitored=self._monitored,
-            )
-        )
+        self._sink.report(published.saved(why, cursor, self._monitored))

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-from uuid import uuid4
 
 from torch import Tensor
 
 from ops_contract.lifecycle import CheckpointType
-from ops_contract.reports import CheckpointSaved, Note
+from ops_contract.reports import Note
 from relight.manifest import Manifest
 from relight.training import snapshot
 from relight.training.checkpoint import Published, publish
@@ -164,19 +163,7 @@ class Saver:
     def _commit(self, why: CheckpointType, cursor: Cursor, monitored: float | None, state: Encoded) -> None:
         published = self._publish(self._root, self._manifest(cursor), state)
         log.info("published %s, %d bytes", published.path, published.size_bytes)
-        self._sink.report(
-            CheckpointSaved(
-                checkpoint_id=uuid4(),
-                checkpoint_type=why,
-                step=cursor.step,
-                epoch=cursor.epoch,
-                phase=cursor.phase,
-                path=published.path,
-                size_bytes=published.size_bytes,
-                manifest_sha256=published.manifest_sha256,
-                monitored=monitored,
-            )
-        )
+        self._sink.report(published.saved(why, cursor, monitored))
 
     def _memory(self, encoded: Encoded) -> Tensor | None:
         """For a snapshot: that of one that waits, free, or new. There are two at most, as one is written at a time.
