@@ -93,7 +93,7 @@ class AgentProcess:
     async def post(self, path: str, body: Any, secret: str = SECRET) -> httpx.Response:
         headers = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
         content = body if isinstance(body, str) else body.model_dump_json()
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=60) as client:
             return await client.post(f"{self.url}{path}", content=content, headers=headers)
 
     def children(self) -> list[int]:

@@ -1,6 +1,7 @@
 """Whether a job is right, asked of a worker at submit: outside any transaction, and never in the way of one."""
 
 import asyncio
+import hashlib
 import json
 import sys
 import tempfile
@@ -22,9 +23,10 @@ from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings
 from ops_backend.validator import Validator
 from ops_contract.agents import Validate, Validated
-from ops_contract.jobs import Execution, Job
+from ops_contract.jobs import Code, Execution, Job
 from ops_contract.lifecycle import Kind
 from ops_contract.reports import Resolved
+from relight.archive import Entry, write_archive
 
 Answer = Callable[[httpx.Request], httpx.Response]
 TOLD = {"config": {"depth": 3, "width": 8}, "reports": {"score": "max"}}
@@ -292,6 +294,7 @@ async def agent(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Agent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(site))
         patch.setenv("OPS_USER_CODE", "1")
+        patch.setenv("OPS_SECRET_TOKEN", "of the worker")
         async with running_agent(api, tmp_path_factory.mktemp("agent"), command=TRAINER) as agent:
             yield await agent.ready()
     await api.down()
@@ -326,12 +329,41 @@ async def test_a_child_that_dies_is_no_verdict(agent: AgentProcess) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
 
 
-async def validated(agent: AgentProcess, workload: str, config: dict[str, Any]) -> Validated:
-    answer = await agent.post("/validate", question(agent, workload, config))
+SUBMITTED = b"""
+import os
+assert os.environ["TOKEN"] == "of the worker"
+from fussy import Mine
+"""
+
+
+async def test_a_worker_judges_the_code_that_was_submitted_with_its_secrets(agent: AgentProcess) -> None:
+    archive = write_archive({"lib/mine.py": Entry(SUBMITTED)})
+    code = Code(sha256=hashlib.sha256(archive).hexdigest())
+    agent.api.snapshots[code.sha256] = archive
+
+    told = await validated(agent, "mine:Mine", {"low": 5}, code=code, workdir="lib", secrets=["TOKEN"])
+
+    assert [p.problem for p in told.problems] == ["low must be below high"]
+
+
+async def test_code_that_cannot_be_had_is_a_problem_of_its_field(agent: AgentProcess) -> None:
+    told = await validated(agent, "mine:Mine", {}, code=Code(sha256="0" * 64))
+    assert [p.field for p in told.problems] == ["code"]
+
+
+async def test_a_worker_without_the_secret_gives_no_verdict(agent: AgentProcess) -> None:
+    answer = await agent.post("/validate", question(agent, "fussy:Mine", {}, secrets=["ANOTHER"]))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+
+
+async def validated(agent: AgentProcess, workload: str, config: dict[str, Any], **setup: Any) -> Validated:
+    answer = await agent.post("/validate", question(agent, workload, config, **setup))
+    while answer.status_code == 503:  # a machine so busy that torch does not load in time
+        answer = await agent.post("/validate", question(agent, workload, config, **setup))
     assert answer.status_code == 200, answer.text
     return Validated.model_validate_json(answer.content)
 
 
-def question(agent: AgentProcess, workload: str, config: dict[str, Any]) -> Validate:
-    job = Job(kind=Kind.TRAINING, workload=workload, config=config, execution=Execution())
+def question(agent: AgentProcess, workload: str, config: dict[str, Any], **setup: Any) -> Validate:
+    job = Job(kind=Kind.TRAINING, workload=workload, config=config, execution=Execution(), **setup)
     return Validate(incarnation=agent.incarnation, job=job)
