@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import distributions, version
@@ -59,20 +60,25 @@ def packages() -> dict[str, str]:
 
 def _said(path: str, environ: Mapping[str, str]) -> list[str]:
     try:
-        done = subprocess.run(
+        probe = subprocess.Popen(
             [path, "-c", _PROBE],
-            capture_output=True,
-            timeout=PROBE_S,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             cwd="/",  # -c puts the working directory into sys.path
             env=dict(environ),
-            stdin=subprocess.DEVNULL,
             text=True,
             errors="replace",
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         raise InterpreterError(f"{path} does not run as a Python: {error}") from error
-    words = (done.stdout.splitlines() or [""])[-1].split()
-    if done.returncode or words[:1] != ["relight-probe"]:
-        last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
+    # Instead of a timeout, which polls the clock: nothing of a worker's start may depend on it.
+    patience = threading.Timer(PROBE_S, probe.kill)
+    patience.start()
+    output, errors = probe.communicate()
+    patience.cancel()
+    words = (output.splitlines() or [""])[-1].split()
+    if probe.returncode or words[:1] != ["relight-probe"]:
+        last = (errors.strip().splitlines() or [f"it ended with code {probe.returncode}"])[-1]
         raise InterpreterError(f"{path} is no Python that works: {last[:300]}")
     return words
