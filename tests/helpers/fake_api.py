@@ -64,7 +64,7 @@ class FakeHold:
 
 
 class FakeApi:
-    def __init__(self, cancel_grace_s: float = 0.5) -> None:
+    def __init__(self, cancel_grace_s: float = 1.0) -> None:
         self.terms = WorkerRegistered(secret=SECRET, lease_s=10, heartbeat_s=0.05, cancel_grace_s=cancel_grace_s)
         self.holds: dict[tuple[HoldRef, UUID], FakeHold] = {}
         self.registrations: list[WorkerRegistration] = []
