@@ -285,6 +285,19 @@ metrics = Table(
     ForeignKeyConstraint(["operation_id", "attempt"], ["attempts.operation_id", "attempts.number"]),
 )
 
+# What the attempts print. Offsets count all of it, in order; `stored` what was stored before the row.
+logs = Table(
+    "logs",
+    metadata,
+    Column("operation_id", Uuid, primary_key=True),
+    Column("start", BigInteger, primary_key=True),
+    Column("stored", BigInteger, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+    UniqueConstraint("operation_id", "stored"),
+    ForeignKeyConstraint(["operation_id", "attempt"], ["attempts.operation_id", "attempts.number"]),
+)
+
 events = Table(
     "events",
     metadata,

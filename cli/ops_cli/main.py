@@ -14,6 +14,7 @@ from ops_cli import (
     demo,
     doctor,
     files,
+    logs,
     operate,
     plot,
     read,
@@ -109,6 +110,7 @@ for part in (
     workers,
     workloads,
     watch,
+    logs,
     doctor,
 ):
     part.register(app)

@@ -76,7 +76,9 @@ def status(client: "Client", operation_id: OperationId, json: Json = False) -> N
 
 def next_command(operation: "Operation") -> str:
     short = str(operation.id)[:8]
-    if operation.status in ("failed", "cancelled"):
+    if operation.status == "failed":
+        return f"ops logs {short}, ops resume {short}"
+    if operation.status == "cancelled":
         return f"ops resume {short}"
     if operation.status == "completed" and operation.replay_of:
         return f"ops attempts {short}"

@@ -48,13 +48,13 @@ def watch_to_end(client: "Client", operation_id: UUID, view: "View") -> None:
 
 
 @contextmanager
-def detachable(operation_id: UUID) -> Iterator[None]:
+def detachable(operation_id: UUID, back: str = "ops watch") -> Iterator[None]:
     """Ctrl-C leaves the operation alone, and says so."""
     try:
         yield
     except KeyboardInterrupt:
         short = str(operation_id)[:8]
-        print(f"Detached; {short} goes on.\nBack: ops watch {short}    Stop it: ops cancel {short}", file=sys.stderr)
+        print(f"Detached; {short} goes on.\nBack: {back} {short}    Stop it: ops cancel {short}", file=sys.stderr)
         raise typer.Exit(ExitCode.DETACHED) from None
 
 

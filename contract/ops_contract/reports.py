@@ -1,5 +1,6 @@
 """What an attempt tells: the same models on the trainer's pipe, in the agent's outbox and at the API."""
 
+import base64
 from typing import Annotated, Any, Final, Literal, Self
 from uuid import UUID
 
@@ -119,6 +120,33 @@ class Note(Wire):
     inexact: Text | None = None
 
 
+LOG_CHUNK_BYTES: Final = 64 * 1024
+
+
+class LogChunk(Wire):
+    """What the process wrote to stdout and stderr, as it came; `data` is base64 of at most LOG_CHUNK_BYTES.
+
+    `skipped`: so many bytes before these are left out.
+    """
+
+    kind: Literal["log"] = "log"
+    data: str = Field(min_length=4, max_length=2 * LOG_CHUNK_BYTES)
+    skipped: int = Field(0, ge=0, lt=2**50)
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if len(self.content()) > LOG_CHUNK_BYTES:
+            raise ValueError(f"more than {LOG_CHUNK_BYTES} bytes")
+        return self
+
+    @classmethod
+    def of(cls, content: bytes, skipped: int = 0) -> Self:
+        return cls(data=base64.b64encode(content).decode("ascii"), skipped=skipped)
+
+    def content(self) -> bytes:
+        return base64.b64decode(self.data, validate=True)
+
+
 class Fault(Wire):
     """Why an attempt did not complete, and what to do."""
 
@@ -141,4 +169,6 @@ class Finish(Wire):
     error: Fault | None = None
 
 
-Report = Annotated[Started | Metrics | CheckpointSaved | ArtifactSaved | Note | Finish, Field(discriminator="kind")]
+Report = Annotated[
+    Started | Metrics | CheckpointSaved | ArtifactSaved | Note | LogChunk | Finish, Field(discriminator="kind")
+]

@@ -10,6 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 API_PREFIX = "/api/v1"
 PIPE_VERSION = 3
 
+# Of an answer with a part of an operation's output: where it begins, where the next one does, all there is so far, and
+# whether it ends what an ended operation wrote.
+LOG_OFFSET, LOG_NEXT, LOG_END, LOG_COMPLETE = (f"Relight-Log-{word}" for word in ("Offset", "Next", "End", "Complete"))
+
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Text = Annotated[str, StringConstraints(max_length=20_000, pattern=r"^[^\x00]*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]

@@ -73,6 +73,7 @@ class AsyncClient:
     metrics = _in_thread(Client.metrics)
     columns = _in_thread(Client.columns)
     results = _in_thread(Client.results)
+    log_part = _in_thread(Client.log_part)
     workers = _in_thread(Client.workers)
     find_worker = _in_thread(Client.find_worker)
     drain = _in_thread(Client.drain)
@@ -95,6 +96,24 @@ class AsyncClient:
             if (operation := await self._run(changes.poll)) is not None:
                 yield operation
             if not changes.ended:
+                await asyncio.sleep(poll_s)
+
+    async def logs(
+        self,
+        operation_id: UUID | str,
+        *,
+        offset: int = 0,
+        follow: bool = False,
+        poll_s: float = 1.0,
+        patience_s: float = 300.0,
+        away: Callable[[str], None] | None = None,
+    ) -> AsyncIterator[bytes]:
+        """As Client.logs; `away` is called in another thread."""
+        output = self.client._output(operation_id, offset, follow, poll_s, patience_s, away)
+        while not output.ended:
+            if piece := await self._run(output.poll):
+                yield piece
+            elif not output.ended:
                 await asyncio.sleep(poll_s)
 
     async def wait(

@@ -49,10 +49,10 @@ from ops_contract.operations import (
     WorkloadView,
 )
 from ops_contract.reports import Exactness
-from ops_contract.wire import API_PREFIX, Wire
+from ops_contract.wire import API_PREFIX, LOG_COMPLETE, LOG_END, LOG_OFFSET, Wire
 from relight import download
 from relight.download import Part, Progress
-from relight.following import Bar, Changes
+from relight.following import Bar, Changes, LogPart, Output
 from relight.settings import Server, find_server
 
 if TYPE_CHECKING:
@@ -357,6 +357,41 @@ class Client:
         metrics = {curve.name: curve.points[-1][1] for curve in curves if curve.points}
         return Results(operation, metrics, self.artifacts(operation_id), operation.exactness)
 
+    def log_part(self, operation_id: UUID | str, offset: int = 0, max_bytes: int | None = None) -> LogPart:
+        """What its attempts wrote to stdout and stderr, from the first byte there is at or after `offset`.
+
+        A negative one counts from the end. The next part begins at `start + len(data)`.
+        """
+        wanted = {"offset": offset} | ({"max_bytes": max_bytes} if max_bytes else {})
+        response = self._call("GET", f"/operations/{operation_id}/logs", params=wanted, repeatable=True)
+        try:
+            start, end = (int(response.headers[name]) for name in (LOG_OFFSET, LOG_END))
+        except (KeyError, ValueError) as error:
+            raise self._not_relight(response) from error
+        return LogPart(start, response.content, end, response.headers.get(LOG_COMPLETE) == "true")
+
+    def logs(
+        self,
+        operation_id: UUID | str,
+        *,
+        offset: int = 0,
+        follow: bool = False,
+        poll_s: float = 1.0,
+        patience_s: float = 300.0,
+        away: Callable[[str], None] | None = None,
+    ) -> Iterator[bytes]:
+        """Its output piece by piece; bytes, for what programs print need not be UTF-8.
+
+        Where some was left out, a line says so.
+        `follow`: until the operation has ended. A server away for up to `patience_s` does not end that; `away` is told.
+        """
+        output = self._output(operation_id, offset, follow, poll_s, patience_s, away)
+        while not output.ended:
+            if piece := output.poll():
+                yield piece
+            elif not output.ended:
+                self._sleep(poll_s)
+
     def workers(self) -> Sequence[WorkerView]:
         return self._get("/workers", Workers).items
 
@@ -435,6 +470,18 @@ class Client:
 
     def _changes(self, operation_id: UUID | str, poll_s: float, patience_s: float) -> Changes:
         return Changes(partial(self.get, operation_id), Unreachable, poll_s, patience_s)
+
+    def _output(
+        self,
+        operation_id: UUID | str,
+        offset: int,
+        follow: bool,
+        poll_s: float,
+        patience_s: float,
+        away: Callable[[str], None] | None,
+    ) -> Output:
+        look = partial(self.log_part, operation_id)
+        return Output(look, Unreachable, offset, follow, poll_s, patience_s, away)
 
     def _fill(self, url: str, artifact: ArtifactView, progress: Progress | None, part: Part) -> None:
         """Tries again from where it is, a few times since it last got on."""

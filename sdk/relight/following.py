@@ -1,7 +1,8 @@
-"""Following an operation: what changed since the last look, a server that is away for a while, and a bar."""
+"""Following an operation: what changed since the last look, what it prints, a server that is away, and a bar."""
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,6 +38,59 @@ class Changes:
             return None
         self._last = now
         return now
+
+
+@dataclass(frozen=True)
+class LogPart:
+    """A part of an operation's output, without a gap. Offsets count all of it in bytes, also what was left out.
+
+    `end` is that of what there is so far. `complete`: the operation has ended, and this is the end of it.
+    """
+
+    start: int
+    data: bytes
+    end: int
+    complete: bool
+
+
+class Output:
+    """Reads an operation's output, without waiting: `poll` until `ended`, with a pause where it gives nothing."""
+
+    def __init__(
+        self,
+        look: Callable[[int], LogPart],
+        away: type[OpsError],
+        offset: int,
+        follow: bool,
+        poll_s: float,
+        patience_s: float,
+        tell: Callable[[str], None] | None,
+    ) -> None:
+        self._look, self._away, self._tell = look, away, tell
+        self._offset, self._follow = offset, follow
+        self._poll_s, self._patience_s = poll_s, patience_s if follow else 0.0
+        self._away_s = 0.0
+        self._line_begins = True
+        self.ended = False
+
+    def poll(self) -> bytes:
+        """What comes next, after a line that says what was left out before it. Raises as `Changes.poll`."""
+        try:
+            part = self._look(self._offset)
+        except self._away as away:
+            if self._away_s >= self._patience_s:
+                raise
+            self._away_s += self._poll_s
+            if self._tell is not None:
+                self._tell(str(away))
+            return b""
+        self._away_s = 0.0
+        left_out = part.start - self._offset if part.data and self._offset >= 0 else 0
+        self._offset = part.start + len(part.data)
+        self.ended = part.complete or (not self._follow and self._offset >= part.end)
+        gap = f"{'' if self._line_begins else chr(10)}[… {left_out:,} bytes left out …]\n" if left_out > 0 else ""
+        self._line_begins = part.data.endswith(b"\n") if part.data else self._line_begins
+        return gap.encode() + part.data
 
 
 class Bar:

@@ -126,6 +126,8 @@ TAMPERINGS = {
     "an operation that is stuck": "UPDATE operations SET status = 'running' WHERE status = 'completed'",
     "a metric that was lost": "DELETE FROM metrics WHERE name = 'loss' AND first_step = 0",
     "two attempts at once": "UPDATE attempts SET ended_at = ended_at + interval '1 hour'",
+    "output over output": """INSERT INTO logs (operation_id, attempt, start, stored, data)
+        SELECT operation_id, number, n, n, 'ab' FROM attempts, (VALUES (2^40), (2^40 + 1)) v(n) WHERE number = 1""",
     "a checkpoint that does not load": "UPDATE checkpoints SET manifest_sha256 = repeat('0', 64)",
     "a good checkpoint that is called corrupt": "UPDATE checkpoints SET status = 'corrupt'",
 }

@@ -25,7 +25,7 @@ from ops_contract.agents import (
     WorkerRegistration,
 )
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.reports import Finish, Metrics, Progress, Report, Started
+from ops_contract.reports import Finish, LogChunk, Metrics, Progress, Report, Started
 from ops_contract.wire import API_PREFIX
 
 TOKEN = "token-of-the-tests"
@@ -53,6 +53,15 @@ class FakeHold:
     def finish(self) -> Finish | None:
         last = self.accepted[-1] if self.accepted else None
         return last if isinstance(last, Finish) else None
+
+    @property
+    def told(self) -> list[Report]:
+        """All but output, which comes when it comes."""
+        return [report for report in self.accepted if not isinstance(report, LogChunk)]
+
+    @property
+    def output(self) -> bytes:
+        return b"".join(report.content() for report in self.accepted if isinstance(report, LogChunk))
 
     @property
     def started(self) -> Started | None:

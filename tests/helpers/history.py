@@ -19,10 +19,12 @@ Rows = list[Any]
 
 # What ends an attempt. It and every report of the attempt lock the same hold, so their commits have an order.
 LATE = """
-    SELECT m.operation_id, m.attempt, m.name, m.first_step
-      FROM metrics m JOIN events e USING (operation_id, attempt)
+    SELECT r.operation_id, r.attempt, r.name, r.first
+      FROM (SELECT operation_id, attempt, name, first_step AS first, xmin AS written FROM metrics
+             UNION ALL SELECT operation_id, attempt, 'output', start, xmin FROM logs) r
+      JOIN events e USING (operation_id, attempt)
      WHERE e.name IN ('complete', 'fail', 'retry', 'preempt', 'stop', 'lost', 'refuse', 'checkpoint_corrupt')
-       AND pg_xact_commit_timestamp(m.xmin) > pg_xact_commit_timestamp(e.xmin)
+       AND pg_xact_commit_timestamp(r.written) > pg_xact_commit_timestamp(e.xmin)
 """
 
 # Events of one operation lock it, so their commits have an order too.
@@ -32,6 +34,14 @@ OVERLAPS = """
      WHERE c.name = 'claim'
        AND e.name IN ('complete', 'fail', 'retry', 'preempt', 'stop', 'lost', 'refuse', 'checkpoint_corrupt')
        AND pg_xact_commit_timestamp(c.xmin) < pg_xact_commit_timestamp(e.xmin)
+"""
+# In the order in which it was stored, offsets grow by at least what the rows have.
+PRINTED_OVER = """
+    SELECT * FROM (
+        SELECT operation_id, start, attempt,
+               lag(start + octet_length(data)) OVER earlier AS free, lag(attempt) OVER earlier AS before
+          FROM logs WINDOW earlier AS (PARTITION BY operation_id ORDER BY stored)
+    ) l WHERE start < free OR attempt < before
 """
 # `now()` is when a transaction began: an API that is stopped between the claim's lock and the claim dates it back.
 STOPPED_S = 15
@@ -57,6 +67,7 @@ async def violations(database: asyncpg.Connection, storage: Path, damaged: Colle
     found += [
         f"an attempt was claimed before the one before had ended: {dict(r)}" for r in await database.fetch(OVERLAPS)
     ]
+    found += [f"output lies over what was there: {dict(row)}" for row in await database.fetch(PRINTED_OVER)]
     for row in checkpoints:
         if row["status"] == "corrupt":
             found.append(f"checkpoint {row['path']} is marked corrupt, but nobody had spoilt it")

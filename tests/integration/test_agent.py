@@ -50,12 +50,23 @@ async def test_a_run_is_reported_in_order_and_finished_when_its_process_is_gone(
 
     assert hold.finish == Finish(outcome=Outcome.COMPLETED)
     assert hold.started
-    assert hold.accepted[0] is hold.started
+    assert hold.told[0] is hold.started
     assert hold.steps == list(range(300))
     assert hold.progress
     assert hold.progress.step == 299
     assert hold.trainer_gone_at_finish
     assert hold.started.environment["secrets"] == []
+
+
+async def test_output_comes_while_the_process_lives_and_all_of_it_before_the_finish(shared):
+    hold = await shared.start(reports=2, end="wait", prints="hello \u00fc")
+    await eventually(lambda: hold.output)
+    assert hold.finish is None
+    await shared.cancel(hold)
+    await eventually(lambda: hold.finish)
+
+    [log] = [path for path in shared.state_dir.glob("logs/*.log") if hold.output in path.read_bytes()]
+    assert hold.output == log.read_bytes() == "hello ü\nstep 0\nstep 1\n".encode()
 
 
 async def test_registers_slots_workloads_and_where_it_listens(shared):
@@ -237,7 +248,7 @@ async def test_a_cancelled_trainer_saves_and_stops(shared, told_by):
     await eventually(lambda: hold.finish)
 
     assert hold.finish == Finish(outcome=Outcome.CANCELLED)
-    assert hold.accepted[-2].kind == "checkpoint"
+    assert hold.told[-2].kind == "checkpoint"
 
 
 async def test_a_cancel_before_the_first_step_still_runs_the_trainer_to_a_checkpoint(shared):
@@ -248,7 +259,7 @@ async def test_a_cancel_before_the_first_step_still_runs_the_trainer_to_a_checkp
     await eventually(lambda: hold.finish)
 
     assert hold.finish == Finish(outcome=Outcome.CANCELLED)
-    assert hold.accepted[-2].kind == "checkpoint"
+    assert hold.told[-2].kind == "checkpoint"
 
 
 @pytest.mark.parametrize("force", [False, True], ids=["after the grace", "at once with force"])
@@ -500,6 +511,7 @@ async def test_a_killed_agent_leaves_no_trainer_and_its_successor_sends_what_it_
         await eventually(lambda: hold.steps)
         await api.down()
         await eventually(lambda: _trainer_reached(agent, 49))
+        await eventually(lambda: hold.output or _stored_output(agent))
         children = agent.children()
         agent.process.kill()
         await agent.process.wait()
@@ -516,6 +528,7 @@ async def test_a_killed_agent_leaves_no_trainer_and_its_successor_sends_what_it_
     assert successor.incarnation != agent.incarnation
     assert accepted < stored == len(hold.accepted)
     assert hold.steps == list(range(len(hold.steps)))
+    assert b"hello from the trainer" in hold.output
     assert successor.outboxes()[0].stem == str(successor.incarnation)
 
 
@@ -550,7 +563,7 @@ async def test_sigterm_hands_everything_back(api, tmp_path):
 
     assert code == 0
     assert hold.finish == Finish(outcome=Outcome.PREEMPTED)
-    assert hold.accepted[-2].kind == "checkpoint"
+    assert hold.told[-2].kind == "checkpoint"
     assert agent.incarnation in api.draining
     assert agent.outboxes() == []
 
@@ -620,7 +633,7 @@ async def test_a_drained_worker_finishes_or_hands_back_what_it_has_and_works_aga
         shared.api.drain = None
 
     assert hold.finish == Finish(outcome=Outcome.PREEMPTED)
-    assert hold.accepted[-2].kind == "checkpoint"
+    assert hold.told[-2].kind == "checkpoint"
     assert late.finish.outcome is Outcome.PREEMPTED
     assert other.finish == Finish(outcome=Outcome.COMPLETED)
     assert (deaf.finish.outcome, deaf.finish.error.code) == (Outcome.PREEMPTED, "killed")
@@ -675,6 +688,11 @@ def _trainer_reached(agent: AgentProcess, step: int) -> bool:
 
 def _log(agent: AgentProcess) -> str:
     return (agent.state_dir / "agent.log").read_text()
+
+
+def _stored_output(agent: AgentProcess) -> bool:
+    """In its write-ahead log: the database itself is locked."""
+    return any(b'"kind":"log"' in path.read_bytes() for path in agent.state_dir.glob("outbox/*-wal"))
 
 
 def _last_stored(agent: AgentProcess) -> int:

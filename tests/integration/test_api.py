@@ -17,7 +17,7 @@ from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings, SettingsError
 from ops_contract.errors import ErrorBody, OpsError
 from ops_contract.lifecycle import Outcome
-from ops_contract.reports import ArtifactSaved, Progress
+from ops_contract.reports import ArtifactSaved, LogChunk, Progress
 
 TOKEN = "a token of the tests"
 MISSING = "00000000-0000-0000-0000-000000000000"
@@ -59,6 +59,10 @@ def refusal(answer: httpx.Response) -> tuple[int, str]:
         ("GET", f"/operations/{MISSING}/artifacts", None, (404, "not_found")),
         ("DELETE", f"/operations/{MISSING}/checkpoints/{MISSING}", None, (404, "not_found")),
         ("GET", f"/operations/{MISSING}/events", None, (404, "not_found")),
+        ("GET", f"/operations/{MISSING}/logs", None, (404, "not_found")),
+        ("GET", f"/operations/{MISSING}/logs?offset=last", None, (422, "invalid")),
+        ("GET", f"/operations/{MISSING}/logs?max_bytes=0", None, (422, "invalid")),
+        ("GET", f"/operations/{MISSING}/logs?offset=9223372036854775808", None, (422, "invalid")),
         ("DELETE", f"/operations/{MISSING}", None, (404, "not_found")),
         ("POST", "/cleanup", {}, (422, "invalid")),
         ("POST", "/cleanup", {"older_than_s": 0, "status": ["running"], "dry_run": False}, (422, "invalid")),
@@ -544,3 +548,26 @@ async def test_an_operation_that_did_not_complete_has_no_artifact(
     await store.finish(run, outcome)
 
     assert (await api.get(f"/operations/{run.operation_id}/artifacts")).json()["items"] == []
+
+
+async def test_output_is_its_bytes_and_the_headers_say_where_it_stands(api: httpx.AsyncClient, store: Store) -> None:
+    await store.worker()
+    run = await store.report(await store.running(), LogChunk.of(b"\x00\xff\xfe<b>\n"), LogChunk.of(b"end", skipped=93))
+    of = f"/operations/{run.operation_id}/logs"
+
+    def told(answer: httpx.Response) -> tuple[bytes, list[str]]:
+        words = ("Offset", "Next", "End", "Complete")
+        return answer.content, [answer.headers[f"Relight-Log-{word}"] for word in words]
+
+    first = await api.get(of)
+    assert first.headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert first.headers["X-Content-Type-Options"] == "nosniff"
+    assert told(first) == (b"\x00\xff\xfe<b>\n", ["0", "7", "103", "false"])
+    assert told(await api.get(of, params={"offset": 7})) == (b"end", ["100", "103", "103", "false"])
+    await store.finish(run, Outcome.COMPLETED)
+    assert told(await api.get(of, params={"offset": -2, "max_bytes": 9})) == (b"nd", ["101", "103", "103", "true"])
+    assert told(await api.get(of, params={"offset": 2**62})) == (b"", ["103", "103", "103", "true"])
+
+    described = (await api.get("http://test/openapi.json")).json()["paths"]["/api/v1/operations/{id}/logs"]["get"]
+    assert set(described["responses"]["200"]["content"]) == {"text/plain"}
+    assert {name.lower() for name in described["responses"]["200"]["headers"]} <= set(first.headers)

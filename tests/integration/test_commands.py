@@ -11,7 +11,7 @@ from helpers.agents import FAKE_TRAINER, AgentProcess, alive, eventually, runnin
 from helpers.fake_api import FakeApi, FakeHold
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Outcome
-from ops_contract.reports import Finish, Metrics
+from ops_contract.reports import Finish, LogChunk, Metrics
 
 SECRET = "hunter2-and-more"
 WAITS = 'print(\'{"step": 3, "loss": 2}\'); import time; time.sleep(1000)'
@@ -107,6 +107,25 @@ async def test_a_failed_command_has_its_last_words_and_a_killed_one_its_signal(a
     assert "code 7" in failed.error.message
     assert failed.error.details["log_tail"] == "last words\n"
     assert "SIGKILL" in killed.error.message
+
+
+async def test_a_flood_of_output_costs_a_bounded_number_of_reports_and_no_number(agent):
+    code = """import os
+for step in range(40):
+    os.write(1, b'{"step": %d, "loss": 1}\\n' % step + b"x" * 1_000_000 + b"\\n")
+print("last words")"""
+
+    hold = await python(agent, code)
+    finish = await ended(hold)
+
+    chunks = [report for report in hold.accepted if isinstance(report, LogChunk)]
+    assert finish == Finish(outcome=Outcome.COMPLETED)
+    assert hold.steps == list(range(40))
+    assert hold.output.startswith(b'{"step": 0')
+    assert hold.output.endswith(b"x\nlast words\n")
+    assert len(hold.output) < 4 * 2**20
+    assert len(hold.output) + sum(chunk.skipped for chunk in chunks) > 40_000_000
+    assert hold.accepted[-1] is finish
 
 
 async def test_a_cancelled_command_saves_and_one_that_is_cancelled_by_force_is_gone(agent):

@@ -16,9 +16,11 @@ from ops_backend.sweeper import Sweeper
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Outcome, Status
 from ops_contract.operations import Cleanup, CleanupRequest, ForkRequest
-from ops_contract.reports import ArtifactSaved, Note
+from ops_contract.reports import ArtifactSaved, LogChunk, Note
 
-TABLES = ("events", "metrics", "artifacts", "checkpoints", "holds", "attempts")
+TABLES = ("events", "metrics", "logs", "artifacts", "checkpoints", "holds", "attempts")
+
+PRINTED = LogChunk.of(b"hello")
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ async def run(store: Store) -> Callable[..., Awaitable[Held]]:
             artifact_id=held.operation_id, name="model.safetensors", step=2, path=path, size_bytes=10, sha256="0" * 64
         )
         left = [model] if outcome is Outcome.COMPLETED else []
-        held = await store.report(held, started(), losses((0, 1.0)), saved(held, 1), Note(message="hm"), *left)
+        held = await store.report(held, started(), losses((0, 1.0)), saved(held, 1), Note(message="hm"), *left, PRINTED)
         if outcome is Outcome.CANCELLED:
             await store.cancel(held.operation_id)
         return await store.finish(held, outcome, permanent=outcome is Outcome.FAILED)

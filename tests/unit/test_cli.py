@@ -631,6 +631,7 @@ def test_watch_leaves_with_the_outcome(
     assert ran.code == code
     assert "5/10" in ran.out
     assert str(ended) in ran.out.splitlines()[-2]
+    assert (f"ops logs {str(known)[:8]}" in ran.out.splitlines()[-1]) == (ended is Status.FAILED)
 
 
 def test_ctrl_c_on_watch_detaches_and_cancels_nothing(api: Api) -> None:

@@ -249,6 +249,17 @@ async def test_all_is_sent_with_the_newest_progress_then_forgotten(outbox, ref):
     assert await outbox.holds() == []
 
 
+async def test_says_which_report_the_api_has(outbox, ref):
+    assert await outbox.add(ref, [note(n) for n in range(3)]) == 3
+    assert await outbox.add(ref, [note(n) for n in range(2)]) == 5
+    delivery = Delivery(ScriptedApi(), outbox, outbox.sender.incarnation, ref)
+    delivery.close()
+
+    await delivery.run()
+
+    assert delivery.sent_seq == 5
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     script=st.lists(st.sampled_from(["ok", "away", "lost"]), max_size=40),

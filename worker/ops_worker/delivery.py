@@ -26,6 +26,8 @@ class ReportSender(Protocol):
 class Delivery:
     """One hold's sender. `progress` goes with every batch; `news` is set when the outbox has more.
 
+    The API has the reports up to `sent_seq`.
+
     An answer may be lost at any moment: the API counts a sequence number once, so sending again is harmless.
     """
 
@@ -43,6 +45,7 @@ class Delivery:
         self._log = logging.LoggerAdapter(log, ref.model_dump())
         self._trouble = Trouble("sending reports", self._log)
         self.progress: Progress | None = None
+        self.sent_seq = 0
         self.news = asyncio.Event()
 
     async def run(self) -> bool:
@@ -71,7 +74,7 @@ class Delivery:
             return True
         except ApiRefused as refusal:
             return await self._obey(refusal, batch)
-        await self._outbox.drop(self._ref, last_seq)
+        await self._drop(last_seq)
         self._trouble.over()
         self._backoff.reset()
         self._max_reports = min(BATCH_REPORTS, self._max_reports * 2)
@@ -103,8 +106,12 @@ class Delivery:
             # It has lost reports that it had confirmed, as after a restored backup: nobody has them any more.
             self._log.error("giving this attempt up: report %d comes next, but %s", batch.first_seq, refusal)
             return False
-        await self._outbox.drop(self._ref, last_seq)
+        await self._drop(last_seq)
         return True
+
+    async def _drop(self, last_seq: int) -> None:
+        await self._outbox.drop(self._ref, last_seq)
+        self.sent_seq = last_seq
 
     async def _set_aside(self, batch: Batch, refusal: ApiRefused) -> bool:
         """Put a note under the number of a report that the API does not take, so that the next ones are not blocked."""

@@ -15,6 +15,7 @@ from ops_worker.cgroups import oom_kills
 from ops_worker.delivery import Delivery
 from ops_worker.job_secrets import MissingSecret, Secrets
 from ops_worker.outbox import Outbox
+from ops_worker.output import pass_on
 from ops_worker.slots import Slot, hello
 from ops_worker.stalls import StallClock
 from ops_worker.trainers import PipeGarbage, Trainer, before_imports
@@ -78,7 +79,7 @@ class Hold:
         self._finish: Finish | None = None
         self._misbehaviour: str | None = None
         self._stalled = False
-        self._storing = False
+        self._storing = 0
         self._log = logging.LoggerAdapter(log, self.ref.model_dump())
 
     async def run(self) -> None:
@@ -231,9 +232,10 @@ class Hold:
         trainer.send(job)
         if self._stop is not None:
             trainer.send(self._stop)
-        stalls = StallClock(self._stall_timeout_s)
+        stalls, ended = StallClock(self._stall_timeout_s), asyncio.Event()
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(self._watch(trainer, stalls))
+            group.create_task(pass_on(trainer.log_path, ended, self._store, lambda: self._delivery.sent_seq))
             relaying = group.create_task(self._relay(trainer, stalls))
             ending = group.create_task(trainer.ended())
             await asyncio.wait({relaying, ending}, return_when=asyncio.FIRST_COMPLETED)
@@ -244,6 +246,7 @@ class Hold:
                 trainer.kill()
             await ending
             watching.cancel()
+            ended.set()
         await asyncio.to_thread(trainer.trim_log)
         finish = self._finish or self._died(ending.result(), oom_kills_before)
         if finish.error is None:
@@ -297,14 +300,17 @@ class Hold:
             self._misbehaviour = str(garbage)
             trainer.kill()
 
-    async def _store(self, reports: Sequence[Report]) -> None:
-        if reports and not self._fenced.is_set():
-            self._storing = True
-            try:
-                await self._outbox.add(self.ref, reports)
-            finally:
-                self._storing = False
-            self._delivery.news.set()
+    async def _store(self, reports: Sequence[Report]) -> int:
+        """The number of the last one; 0 when nothing was stored."""
+        if not reports or self._fenced.is_set():
+            return 0
+        self._storing += 1
+        try:
+            last_seq = await self._outbox.add(self.ref, reports)
+        finally:
+            self._storing -= 1
+        self._delivery.news.set()
+        return last_seq
 
     def _died(self, status: int, oom_kills_before: int | None) -> Finish:
         """Why a trainer ended that said nothing about it."""

@@ -141,8 +141,8 @@ class Outbox:
         return None
 
     @_on_its_thread
-    def add(self, ref: HoldRef, reports: Sequence[Wire]) -> None:
-        """Number and keep them, in one transaction."""
+    def add(self, ref: HoldRef, reports: Sequence[Wire]) -> int:
+        """Number and keep them, in one transaction; the last number."""
         first_seq = self._last_seq.get(ref, 0) + 1
         rows = [
             _key(ref) | {"seq": seq, "report": report.model_dump_json()}
@@ -153,7 +153,8 @@ class Outbox:
             self._database.executemany(
                 "INSERT OR REPLACE INTO reports VALUES (:operation_id, :attempt, :seq, :report)", rows
             )
-        self._last_seq[ref] = first_seq + len(rows) - 1
+        last_seq = self._last_seq[ref] = first_seq + len(rows) - 1
+        return last_seq
 
     @_on_its_thread
     def batch(self, ref: HoldRef, max_reports: int) -> Batch:

@@ -6,6 +6,7 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
+from fastapi.responses import PlainTextResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.database import Sessions
@@ -20,7 +21,7 @@ from ops_backend.dependencies import (
 )
 from ops_backend.routes.errors import read, refusals
 from ops_backend.routes.files import ArtifactResponse
-from ops_backend.store import deletion, queries
+from ops_backend.store import deletion, output, queries
 from ops_backend.store.fork import fork_if_there, forked_job, replay_if_there
 from ops_backend.store.retention import delete_if_unused, explain_delete
 from ops_backend.store.submit import once, replay, resolved_job, submit_if_new
@@ -45,7 +46,7 @@ from ops_contract.operations import (
     ResumeAccepted,
     ResumeRequest,
 )
-from ops_contract.wire import Wire
+from ops_contract.wire import LOG_COMPLETE, LOG_END, LOG_NEXT, LOG_OFFSET, Wire
 
 router = APIRouter(prefix="/operations", tags=["operations"])
 
@@ -272,7 +273,12 @@ async def get_artifacts(id: UUID, session: SessionDep, _: CallerDep) -> Artifact
 
 
 @router.head("/{id}/artifacts/{artifact_id}", include_in_schema=False)
-@router.get("/{id}/artifacts/{artifact_id}", response_class=ArtifactResponse, responses=refusals(401, 404, 503))
+@router.get(
+    "/{id}/artifacts/{artifact_id}",
+    status_code=200,  # else FastAPI reads it from the class, and finds none
+    response_class=ArtifactResponse,
+    responses=refusals(401, 404, 503),
+)
 async def get_artifact(
     id: UUID, artifact_id: UUID, sessions: SessionsDep, settings: SettingsDep, _: CallerDep
 ) -> Response:
@@ -285,6 +291,42 @@ async def get_artifact(
 @router.get("/{id}/events", responses=refusals(401, 404))
 async def get_events(id: UUID, session: SessionDep, _: CallerDep, after_seq: Annotated[int, Query(ge=0)] = 0) -> Events:
     return await queries.events(session, id, after_seq)
+
+
+_LOG_HEADERS = {
+    LOG_OFFSET: ("integer", "where the body begins: past `offset` where output was left out"),
+    LOG_NEXT: ("integer", "the `offset` to go on from"),
+    LOG_END: ("integer", "the end of what there is so far"),
+    LOG_COMPLETE: ("boolean", "the operation has ended, and the body is the end of its output"),
+}
+_LOG = {
+    "description": "bytes as they were written, which need not be UTF-8",
+    "headers": {name: {"description": what, "schema": {"type": of}} for name, (of, what) in _LOG_HEADERS.items()},
+}
+
+
+@router.get("/{id}/logs", response_class=PlainTextResponse, responses={200: _LOG, **refusals(401, 404, 422)})
+async def get_logs(
+    id: UUID,
+    session: SessionDep,
+    _: CallerDep,
+    offset: Annotated[int, Query(gt=-(2**63), lt=2**63, description="in bytes; negative: so many before the end")] = 0,
+    max_bytes: Annotated[int, Query(ge=1, le=4 * 2**20)] = 2**20,
+) -> Response:
+    """What its attempts wrote to stdout and stderr, one after another, as one text.
+
+    A body has no gap: it ends where output was left out, and the next one begins after that.
+    """
+    part = await output.read(session, id, offset, max_bytes)
+    headers = {
+        LOG_OFFSET: str(part.start),
+        LOG_NEXT: str(part.start + len(part.data)),
+        LOG_END: str(part.end),
+        LOG_COMPLETE: str(part.complete).lower(),
+        "Cache-Control": "no-cache",
+        "X-Content-Type-Options": "nosniff",  # no browser may take it for a page of ours
+    }
+    return PlainTextResponse(part.data, headers=headers)
 
 
 def _whole(verb: str, id: UUID, wish: bytes) -> bytes:

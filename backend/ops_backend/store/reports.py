@@ -5,6 +5,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ops_backend.store import output
 from ops_backend.store.replay import BEFORE, compare
 from ops_backend.store.retention import retire
 from ops_backend.store.sql import plain, record, statement
@@ -12,7 +13,18 @@ from ops_backend.store.transitions import finish_if_held
 from ops_contract.agents import ReportBatch
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Phase, Status
-from ops_contract.reports import MODEL, ArtifactSaved, CheckpointSaved, Finish, Metrics, Note, Report, Series, Started
+from ops_contract.reports import (
+    MODEL,
+    ArtifactSaved,
+    CheckpointSaved,
+    Finish,
+    LogChunk,
+    Metrics,
+    Note,
+    Report,
+    Series,
+    Started,
+)
 
 # The update locks the row, so what follows in the transaction is fenced: a reaper that wants to end the hold waits.
 # (An INSERT … SELECT … WHERE status = 'running' locks nothing, and a fenced row slips in.)
@@ -172,6 +184,8 @@ async def _write(session: AsyncSession, id: UUID, attempt: int, report: Report) 
             await session.execute(NOTE, {"id": id, "attempt": attempt, "detail": {"message": report.message}})
             if report.inexact:
                 await session.execute(BREAK_PROMISE, {"id": id, "attempt": attempt, "reason": report.inexact})
+        case LogChunk():
+            await output.write(session, id, attempt, report)
         case Finish():
             raise AssertionError("a finish ends its batch and is not written here")
 

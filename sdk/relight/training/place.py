@@ -19,7 +19,17 @@ from pydantic import ValidationError
 
 from ops_contract.agents import CheckpointRef, FailureRecord
 from ops_contract.pipe import Hello
-from ops_contract.reports import ArtifactSaved, CheckpointSaved, Finish, Metrics, Note, Progress, Report, Started
+from ops_contract.reports import (
+    ArtifactSaved,
+    CheckpointSaved,
+    Finish,
+    LogChunk,
+    Metrics,
+    Note,
+    Progress,
+    Report,
+    Started,
+)
 from ops_contract.wire import Name, Wire
 from relight.manifest import CheckpointCorrupt, CheckpointMissing, Manifest
 from relight.pipe import AgentPipe
@@ -186,8 +196,8 @@ class Directory:
                 self._sweep()
             case Note():
                 say(report.message)
-            case Finish():
-                pass  # the exception says it
+            case Finish() | LogChunk():
+                pass  # the exception says it, and the terminal has it
             case _:
                 assert_never(report)
 
