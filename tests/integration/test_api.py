@@ -20,13 +20,13 @@ from ops_contract.lifecycle import Outcome
 from ops_contract.reports import ArtifactSaved, LogChunk, Progress
 
 TOKEN = "a token of the tests"
+STORAGE = tempfile.TemporaryDirectory()
 MISSING = "00000000-0000-0000-0000-000000000000"
 
 
 @asynccontextmanager
 async def serving(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
-    storage = Path(tempfile.gettempdir())  # nothing is retired here
-    app = create_app(Settings(database_url=database_url, api_token=TOKEN, storage_root=storage))
+    app = create_app(Settings(database_url=database_url, api_token=TOKEN, storage_root=Path(STORAGE.name)))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     headers = {"Authorization": f"Bearer {TOKEN}"}
     with pytest.MonkeyPatch.context() as patch:

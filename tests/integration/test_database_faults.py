@@ -25,13 +25,13 @@ from ops_contract.reports import Finish, Report
 from ops_worker.agent import BEAT_RETRY_LEASES
 
 TOKEN = "a token of the tests"
+STORAGE = tempfile.TemporaryDirectory()
 BUSY = (503, "unavailable", "1")
 LEASE_S = 60.0
 
 
 def api_on(url: str, **settings: Any) -> FastAPI:
-    storage = Path(tempfile.gettempdir())  # nothing is deleted here
-    defaults = {"api_token": TOKEN, "storage_root": storage, "lease_s": LEASE_S}
+    defaults = {"api_token": TOKEN, "storage_root": Path(STORAGE.name), "lease_s": LEASE_S}
     return create_app(Settings(database_url=url, **defaults | settings))
 
 

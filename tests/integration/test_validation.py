@@ -28,6 +28,7 @@ from ops_contract.lifecycle import Kind
 from ops_contract.reports import Resolved
 from relight.archive import Entry, write_archive
 
+STORAGE = tempfile.TemporaryDirectory()
 Answer = Callable[[httpx.Request], httpx.Response]
 TOLD = {"config": {"depth": 3, "width": 8}, "reports": {"score": "max"}}
 
@@ -65,8 +66,8 @@ class Backend:
 
 @asynccontextmanager
 async def serving(database_url: str) -> AsyncIterator[Backend]:
-    storage = Path(tempfile.gettempdir())
-    settings = Settings(database_url=database_url, api_token="t" * 16, storage_root=storage, db_pool_size=1)
+    storage_root = Path(STORAGE.name)
+    settings = Settings(database_url=database_url, api_token="t" * 16, storage_root=storage_root, db_pool_size=1)
     app = create_app(settings)
     headers = {"Authorization": f"Bearer {settings.api_token}"}
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
