@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Runs the tests of the parts beside those of the whole service, which mostly wait for processes; each half has its report.
+# Runs unit, integration and the other tests beside each other: much of them waits for processes. Each has its report.
 # Arguments go to pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-report=$(mktemp)
-.venv/bin/python -m pytest "$@" tests/unit tests/integration >"$report" 2>&1 &
-parts=$!
-trap 'kill $parts 2>/dev/null; rm -f "$report"' EXIT
+reports=$(mktemp -d)
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$reports"' EXIT
+for part in unit integration; do
+    .venv/bin/python -m pytest "$@" "tests/$part" >"$reports/$part" 2>&1 &
+done
 # The machine of faults comes last, when it has the cores to itself.
 .venv/bin/python -m pytest "$@" tests/e2e tests/journeys tests/chaos
-whole_failed=$?
-wait $parts
-parts_failed=$?
-cat "$report"
-exit $((whole_failed || parts_failed))
+failed=$?
+for job in $(jobs -p); do
+    wait "$job" || failed=1
+done
+cat "$reports"/*
+exit $failed

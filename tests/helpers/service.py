@@ -21,7 +21,7 @@ from relight.client import Client
 T = TypeVar("T")
 WAIT_S = 60.0
 LEASE_S = 3.0
-LONG = {"max_epochs": 12}  # of digits: 576 steps of a few milliseconds, enough to be stopped in the middle
+LONG = {"max_epochs": 10}  # of digits: 480 steps of a few milliseconds, enough to be stopped in the middle
 
 
 class Service:

@@ -350,7 +350,7 @@ def run_machine(databases: Databases, examples: int) -> None:
 
 
 def test_any_calls_at_once_equal_some_order_of_them(databases: Databases) -> None:
-    run_machine(databases, examples=25)
+    run_machine(databases, examples=20)
 
 
 @pytest.mark.slow
@@ -373,7 +373,13 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+# It takes many calls until it shows.
+RARE = ("finish ignores the order of reports", "lost ignores the lease", "claim takes what is not pending")
+
+
+@pytest.mark.parametrize(
+    "mutant", [pytest.param(name, marks=pytest.mark.slow) if name in RARE else name for name in MUTANTS]
+)
 def test_it_fails_when_a_guard_is_removed(databases: Databases, monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
     module, name, guard, instead = MUTANTS[mutant]
     original = getattr(module, name).text

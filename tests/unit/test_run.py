@@ -20,7 +20,7 @@ from ops_contract.lifecycle import CheckpointType, Phase
 from ops_contract.reports import ArtifactSaved, Finish, Metrics, Started
 from relight.training.faults import TrainingFault
 
-KILLS = [*range(2), *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 24))]
+KILLS = [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 24))]
 
 # Draws its own batches; every kind of generator, scaled gradients gathered over two steps, state that is no tensor.
 OWN_BATCHES = """
@@ -169,7 +169,9 @@ def test_each_step_is_in_the_metrics_once_and_what_was_evaluated_in_its_epoch_s_
     assert sorted({line["learning_rate"] for line in lines}) == [0.00025, 0.0005, 0.001]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_a_signal_saves_at_the_next_boundary_and_leaves(
     scripts: dict[str, Path], undisturbed: Undisturbed, tmp_path: Path, number: int, code: int
 ) -> None:

@@ -597,6 +597,7 @@ def test_garbage_from_the_agent_ends_it_with_a_word(trainer: Trainer) -> None:
     assert b"does not understand" in trainer.errors
 
 
+@pytest.mark.slow
 def test_a_workload_with_its_own_loop_is_stopped_and_goes_on(tmp_path: Path, strange: dict[str, str]) -> None:
     operation = Operation(tmp_path, "loops")
     outcomes = []
