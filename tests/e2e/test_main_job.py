@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 import httpx
 
 from helpers.scoring import score
-from helpers.service import LONG, Service, alive, kill
+from helpers.service import LONG, LONG_STEPS, Service, alive, kill
 from ops_contract.lifecycle import Phase
 
 
@@ -238,7 +238,7 @@ def test_forks_go_on_as_their_parent_did_and_beyond(
     again = service.client.fork(stopped)
     longer = service.client.fork(short, overrides={"execution": {"max_epochs": 2}})
 
-    for fork, parent, end in ((again, stopped, 576), (longer, short, 96)):
+    for fork, parent, end in ((again, stopped, LONG_STEPS), (longer, short, 96)):
         service.wait(fork.id, "completed")
         assert fork.forked_from is not None
         assert fork.forked_from.operation_id == parent

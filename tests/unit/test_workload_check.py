@@ -59,7 +59,8 @@ class Forgets(Good):
 
 class Chance(Good):
     """Its loss goes by what no seed reaches."""
-    def loss(self, model, batch): return super().loss(model, batch)[0] * (1 + int.from_bytes(os.urandom(6), "big") / 2**53), {}
+    def loss(self, model, batch):
+        return super().loss(model, batch)[0] * (1 + int.from_bytes(os.urandom(6), "big") / 2**53), {}
 
 class Shares(Good):
     """The loss looks at what the data set has counted: in another process it counts alone."""
