@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from helpers.service import LONG, Service, kill
+from helpers.service import LONG, LONG_STEPS, Service, kill
 from ops_cli.main import main
 
 
@@ -27,7 +27,7 @@ def test_what_is_redone_after_a_kill_or_on_demand_is_the_same_bit_for_bit(
 
     first, *_, verdict = capsys.readouterr().out.splitlines()
     values = sum(map(len, service.curves(id).values()))
-    assert (left.value.code, verdict) == (0, f"steps 0 to 575: all {values} values equal bit for bit")
+    assert (left.value.code, verdict) == (0, f"steps 0 to {LONG_STEPS - 1}: all {values} values equal bit for bit")
     replay = service.get(service.client.resolve(first.split()[-1]))
     assert replay.progress is not None
     assert (replay.replay_of, replay.progress.percent) == (id, 100)

@@ -259,6 +259,7 @@ def test_the_end_of_the_pipe_ends_it_before_a_job_and_a_stop_before_a_job_counts
         idle.close()
 
 
+@pytest.mark.slow
 def test_it_dies_with_its_agent_even_when_it_does_not_read(tmp_path: Path) -> None:
     # The agent here: starts a trainer, keeps both ends of the pipe inherited by nobody, says its pid, is killed.
     agent = subprocess.Popen(
@@ -523,6 +524,7 @@ def test_a_file_in_place_of_the_storage_root_fails_with_its_reason(tmp_path: Pat
     assert str(tmp_path / "root") in finish.error.message
 
 
+@pytest.mark.slow
 def test_what_user_code_prints_is_not_taken_for_messages(tmp_path: Path, strange: dict[str, str]) -> None:
     trainer = Trainer(tmp_path, strange)
     try:
@@ -589,6 +591,7 @@ def open_all(pids: list[int]) -> list[int]:
     return handles
 
 
+@pytest.mark.slow
 def test_garbage_from_the_agent_ends_it_with_a_word(trainer: Trainer) -> None:
     trainer.receive()
     os.write(trainer.to_child, b'{"kind": "dance"}\n')
