@@ -40,7 +40,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def submit(service: Service, project: Path) -> UUID:
-    execution = {"max_epochs": 5, "learning_rate": 0.01, "checkpoint_every": {"steps": 20}}
+    execution = {"max_epochs": 8, "learning_rate": 0.01, "checkpoint_every": {"steps": 20}}
     job: dict[str, Any] = {"workload": "mine:Mine", "execution": execution, "max_retries": 0}
     return service.client.submit(job | {"code": service.client.upload(pack(project))}).id
 

@@ -9,7 +9,7 @@ from helpers.service import Service, kill
 from relight.packing import pack
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_loop" / "train.py"
-EPOCHS = 12  # of 30 steps
+EPOCHS = 30  # of 30 steps
 
 
 @pytest.fixture

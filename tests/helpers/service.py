@@ -21,8 +21,8 @@ from relight.client import Client
 T = TypeVar("T")
 WAIT_S = 60.0
 LEASE_S = 3.0
-LONG = {"max_epochs": 10}  # of digits, enough to be stopped in the middle
-LONG_STEPS = 480  # of a few milliseconds
+LONG = {"max_epochs": 12}  # of digits, enough to be stopped in the middle
+LONG_STEPS = 576  # of a few milliseconds
 
 
 class Service:
