@@ -4,15 +4,17 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 reports=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$reports"' EXIT
+beside=()
+trap 'kill "${beside[@]}" 2>/dev/null; rm -rf "$reports"' EXIT
 for part in unit integration; do
     .venv/bin/python -m pytest "$@" "tests/$part" >"$reports/$part" 2>&1 &
+    beside+=($!)
 done
 # The machine of faults comes last, when it has the cores to itself.
 .venv/bin/python -m pytest "$@" tests/e2e tests/journeys tests/chaos
 failed=$?
-for job in $(jobs -p); do
-    wait "$job" || failed=1
+for part in "${beside[@]}"; do
+    wait "$part" || failed=1
 done
 cat "$reports"/*
 exit $failed
