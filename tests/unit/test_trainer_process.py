@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -668,6 +669,6 @@ def test_a_trainer_needs_nothing_of_the_agents_nor_of_its_directory(tmp_path: Pa
 
     described = json.loads(done.stdout)
     assert [offer["name"] for offer in described["workloads"]] == ["bytelm"]
-    assert described["versions"]["torch"] == torch.__version__
+    assert described["versions"]["torch"] == version("torch")
     assert done.stderr.decode().count("\n") == 1
     assert "workload digits is left out" in done.stderr.decode()
