@@ -83,8 +83,9 @@ def next_command(operation: "Operation") -> str:
     if operation.status == "completed" and operation.replay_of:
         return f"ops attempts {short}"
     if operation.status == "completed":
-        left = "ops artifacts" if operation.kind == "command" else "ops checkpoints list"
-        return f"ops metrics {short}, {left} {short}"
+        if operation.kind == "command":
+            return f"ops logs {short}, ops metrics {short}, ops artifacts {short}"
+        return f"ops metrics {short}, ops checkpoints list {short}"
     return f"ops watch {short}"
 
 
@@ -115,6 +116,7 @@ def _waits_for(operation: "Operation", workers: "Sequence[WorkerView]") -> str:
 def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, str]:
     """In the order of their interest; an empty one is left out."""
     resumed, forked, exactness = operation.resumed_from, operation.forked_from, operation.exactness
+    used = min(operation.failures, operation.max_retries)  # the failure that ends it uses none
     return {
         "id": str(operation.id),
         "name": show.plain(operation.name),
@@ -124,7 +126,7 @@ def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, s
         "command": show.plain(shlex.join(operation.job.command or [])),
         "code": _code(operation.job.code),
         "progress": show.progress_line(operation.progress, live=operation.ended_at is None),
-        "attempt": f"{operation.attempt}, {operation.failures} of {operation.max_retries} retries used",
+        "attempt": f"{operation.attempt}, {used} of {operation.max_retries} retries used",
         "resumed": f"from {show.came_from(resumed)}" if resumed else "",
         "forked": f"from step {forked.step} of {str(forked.operation_id)[:8]}" if forked else "",
         "replays": f"{str(operation.replay_of)[:8]}, up to step {operation.job.until_step}"

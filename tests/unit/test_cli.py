@@ -1107,6 +1107,11 @@ def left_by(id: UUID, name: str, content: bytes) -> ArtifactView:
     )
 
 
+def test_the_failure_that_ends_an_operation_uses_no_retry(api: Api, ops: Ops) -> None:
+    ran = ops("status", api.holds(operation(status=Status.FAILED, attempt=3, failures=3, max_retries=2)))
+    assert "3, 2 of 2 retries used" in ran.out
+
+
 def test_status_of_a_command_says_the_command_and_its_code(api: Api, ops: Ops) -> None:
     code = Code(sha256="ab" * 32, commit="c" * 40, dirty=True)
     command = ["python", "train.py", "--note", "two words"]
