@@ -40,7 +40,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def submit(service: Service, project: Path) -> UUID:
-    execution = {"max_epochs": 8, "learning_rate": 0.01, "checkpoint_every": {"steps": 20}}
+    execution = {"max_epochs": 12, "learning_rate": 0.01, "checkpoint_every": {"steps": 20}}
     job: dict[str, Any] = {"workload": "mine:Mine", "execution": execution, "max_retries": 0}
     return service.client.submit(job | {"code": service.client.upload(pack(project))}).id
 
@@ -68,11 +68,11 @@ def test_editing_and_deleting_the_source_between_kill_and_resume_leaves_the_curv
 @pytest.mark.slow
 def test_a_fork_with_other_code_runs_it_and_says_that_it_does(service: Service, project: Path) -> None:
     parent = submit(service, project)
-    service.until_saved(parent, 1)
+    saved, *_ = service.until_saved(parent, 1)
     (project / "lib" / "recipe.py").write_text(RECIPE.format(dropout=0.9))
     other = service.client.upload(pack(project))
 
-    fork = service.client.fork(parent, overrides={"code": other.model_dump()}, accept_changes=True).id
+    fork = service.client.fork(parent, saved.id, {"code": other.model_dump()}, accept_changes=True).id
     service.wait(parent, "completed")
     forked = service.wait(fork, "completed")
 

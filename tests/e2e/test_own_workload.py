@@ -80,7 +80,7 @@ def test_a_workload_of_ones_own_runs_in_ones_own_interpreter(
     assert ended[0].job.execution.checkpoint_monitor == "error"
     assert ended[0].job.config == checked.job.config == {"low": 1, **config}
     assert service.curves(unchecked) == service.curves(checked.id)
-    attempts = service.attempts(unchecked)
-    assert len(attempts) == 2
-    assert attempts[0].environment is not None
-    assert attempts[0].environment["executable"] == interpreter
+    # Besides it may have been offered to a worker that was dead already.
+    began = [attempt.environment for attempt in service.attempts(unchecked) if attempt.environment]
+    assert len(began) == 2
+    assert began[0]["executable"] == interpreter
