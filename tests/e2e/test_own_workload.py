@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.service import Service
+from helpers.service import Service, eventually
 from ops_contract.errors import OpsError
 
 CODE = """
@@ -68,6 +68,7 @@ def test_a_workload_of_ones_own_runs_in_ones_own_interpreter(
     unchecked = service.client.submit(job).id  # with no worker that could say
 
     service.only_worker(OPS_USER_CODE="1", OPS_WORKER_PYTHON=interpreter)
+    eventually(lambda: sum(worker.live for worker in service.client.workers()) == 1, "the dead count as such")
     with pytest.raises(OpsError, match="low must be below high"):
         service.client.submit({**job, "config": {"low": 3}})
     checked = service.client.submit(job)
