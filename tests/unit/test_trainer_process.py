@@ -106,6 +106,7 @@ class Trainer:
 
     def __init__(self, root: Path, environment: dict[str, str] | None = None, python: str = sys.executable) -> None:
         self.root = root
+        self.directory = root
         self.output_path = root / f"output-{uuid4()}"
         in_read, self.to_child = os.pipe()
         self.from_child, out_write = os.pipe()
@@ -128,7 +129,11 @@ class Trainer:
     def run(self, operation: Operation) -> None:
         self.send(
             RunJob(
-                start=operation.start(), storage_root=str(self.root), directory=str(self.root), device="cpu", cores=1
+                start=operation.start(),
+                storage_root=str(self.root),
+                directory=str(self.directory),
+                device="cpu",
+                cores=1,
             )
         )
 
