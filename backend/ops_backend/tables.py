@@ -276,14 +276,17 @@ metrics = Table(
     "metrics",
     metadata,
     Column("operation_id", Uuid, primary_key=True),
-    Column("name", Text, primary_key=True),
     Column("attempt", Integer, primary_key=True),
-    Column("first_step", BigInteger, primary_key=True),
+    # The number of the report that brought it: in this order a reader misses nothing, which steps do not promise.
+    Column("seq", BigInteger, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("first_step", BigInteger, nullable=False),
     # Arrays, not a row a point: 14 bytes a point instead of 206.
     Column("steps", ARRAY(BigInteger), nullable=False),
     Column("values", ARRAY(Double), nullable=False),
     ForeignKeyConstraint(["operation_id", "attempt"], ["attempts.operation_id", "attempts.number"]),
 )
+Index("ix_metrics_curve", metrics.c.operation_id, metrics.c.name, metrics.c.attempt, metrics.c.first_step)
 
 # What the attempts print. Offsets count all of it, in order; `stored` what was stored before the row.
 logs = Table(

@@ -70,8 +70,16 @@ class Series(Wire):
 
 
 class Metrics(Wire):
+    """Each name once."""
+
     kind: Literal["metrics"] = "metrics"
     series: list[Series] = Field(max_length=1000)
+
+    @model_validator(mode="after")
+    def _each_name_once(self) -> Self:
+        if len({series.name for series in self.series}) != len(self.series):
+            raise ValueError("a metric is there twice")
+        return self
 
 
 class CheckpointSaved(Wire):

@@ -64,6 +64,10 @@ class Databases:
             self._template = template
         return self._of(await self._create(f"TEMPLATE {self._template}"))
 
+    async def empty(self) -> str:
+        """The URL of a new database without a schema."""
+        return self._of(await self._create(""))
+
     async def _create(self, how: str) -> str:
         name = f"test_{next(_numbers)}"
         connection = await connect(self._url.render_as_string(hide_password=False))

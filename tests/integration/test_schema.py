@@ -1,12 +1,14 @@
 """The database's own word on the contract."""
 
+import asyncio
 import re
 from enum import StrEnum
+from uuid import uuid4
 
 import pytest
 from alembic import command
 
-from helpers.databases import connect
+from helpers.databases import Databases, connect
 from ops_backend.database import alembic_config
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
 
@@ -34,3 +36,24 @@ async def test_check_constraints_equal_the_enums(database_url: str, constraint: 
     definition = await connection.fetchval(sql, constraint)
     await connection.close()
     assert set(re.findall(r"'(\w+)'::text", definition)) == {word.value for word in WORDS[constraint]}
+
+
+async def test_metrics_of_before_keep_their_order_and_come_before_what_their_holds_still_send(
+    databases: Databases,
+) -> None:
+    url = await databases.empty()
+    await asyncio.to_thread(command.upgrade, alembic_config(url), "0013")
+    connection = await connect(url)
+    await connection.execute("SET session_replication_role = replica")  # rows of which only the metrics matter
+    insert = (
+        "INSERT INTO metrics (operation_id, name, attempt, first_step, steps, values) VALUES ($1, $2, $3, $4, $5, $6)"
+    )
+    id = uuid4()
+    for name, attempt, step in [("loss", 1, 0), ("loss", 1, 9), ("val", 1, 5), ("loss", 2, 7)]:
+        await connection.execute(insert, id, name, attempt, step, [step], [0.5])
+
+    await asyncio.to_thread(command.upgrade, alembic_config(url), "head")
+
+    rows = await connection.fetch("SELECT attempt, seq, name, first_step FROM metrics ORDER BY attempt, seq")
+    await connection.close()
+    assert [tuple(row) for row in rows] == [(1, -2, "loss", 0), (1, -1, "val", 5), (1, 0, "loss", 9), (2, 0, "loss", 7)]

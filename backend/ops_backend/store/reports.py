@@ -53,8 +53,8 @@ EXPLAIN = statement("""
 RESOLVE = statement("UPDATE operations SET job = job || :job WHERE id = :id")
 
 INSERT_METRICS = statement("""
-    INSERT INTO metrics (operation_id, name, attempt, first_step, steps, values)
-    VALUES (:id, :name, :attempt, :first_step, :steps, :values)
+    INSERT INTO metrics (operation_id, attempt, seq, name, first_step, steps, values)
+    VALUES (:id, :attempt, :seq, :name, :first_step, :steps, :values)
 """)
 
 # A command may go on from a file of its own: it began where it says, and what was reported before stays.
@@ -118,8 +118,8 @@ async def accept(session: AsyncSession, id: UUID, attempt: int, batch: ReportBat
     body = batch.reports[:-1] if finish else batch.reports
     key = {"id": id, "attempt": attempt, "incarnation": batch.incarnation}
     had, reported_until = await _advance(session, key, batch, body) if body else (batch.first_seq - 1, -1)
-    for report in body[had - batch.first_seq + 1 :]:
-        await _write(session, id, attempt, report)
+    for seq, report in enumerate(body[had - batch.first_seq + 1 :], had + 1):
+        await _write(session, id, attempt, seq, report)
         if isinstance(report, Metrics) and (again := [s for s in report.series if s.steps[0] <= reported_until]):
             await compare(session, id, attempt, again)
     if finish and had < last_seq:
@@ -164,7 +164,7 @@ async def _explain(session: AsyncSession, key: dict[str, Any], last_seq: int) ->
     raise OpsError(ErrorCode.OUT_OF_ORDER, message, last_seq=row.last_seq)
 
 
-async def _write(session: AsyncSession, id: UUID, attempt: int, report: Report) -> None:
+async def _write(session: AsyncSession, id: UUID, attempt: int, seq: int, report: Report) -> None:
     match report:
         case Started():
             values = plain(report) | {"id": id, "attempt": attempt}
@@ -172,7 +172,7 @@ async def _write(session: AsyncSession, id: UUID, attempt: int, report: Report) 
             if report.resolved:
                 await session.execute(RESOLVE, {"id": id, "job": plain(report.resolved)})
         case Metrics():
-            await session.execute(INSERT_METRICS, [_metric_row(id, attempt, s) for s in report.series])
+            await session.execute(INSERT_METRICS, [_metric_row(id, attempt, seq, s) for s in report.series])
         case CheckpointSaved():
             row = report.model_dump(exclude={"kind"}) | {"id": id, "attempt": attempt}
             await session.execute(INSERT_CHECKPOINT, row)
@@ -190,10 +190,11 @@ async def _write(session: AsyncSession, id: UUID, attempt: int, report: Report) 
             raise AssertionError("a finish ends its batch and is not written here")
 
 
-def _metric_row(id: UUID, attempt: int, series: Series) -> dict[str, Any]:
+def _metric_row(id: UUID, attempt: int, seq: int, series: Series) -> dict[str, Any]:
     return {
         "id": id,
         "attempt": attempt,
+        "seq": seq,
         "name": series.name,
         "first_step": series.steps[0],
         "steps": series.steps,
