@@ -12,8 +12,9 @@ from ops_backend.dispatcher import Dispatcher
 from ops_backend.exporter import Exporter
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.reaper import Reaper
-from ops_backend.routes import agents, catalog, cleanup, errors, health, operations, snapshots
+from ops_backend.routes import agents, catalog, cleanup, errors, health, operations, snapshots, status
 from ops_backend.settings import Settings
+from ops_backend.status_reads import StatusReads
 from ops_backend.sweeper import Sweeper
 from ops_backend.validator import Validator
 from ops_contract.wire import API_PREFIX
@@ -28,9 +29,10 @@ EXPORT_S = 600.0
 
 def create_app(settings: Settings) -> FastAPI:
     """Needs a migrated database. One a process; several processes may share a database."""
-    app = FastAPI(title="Relight", version="0.1", lifespan=_lifespan)
+    app = FastAPI(title="Relight", version="0.1", lifespan=_lifespan, responses=errors.refusals(422, 503))
     app.state.settings = settings
     errors.install(app)
+    status.install(app)
     app.include_router(health.router)
     for module in (operations, cleanup, snapshots, agents, catalog):
         app.include_router(module.router, prefix=API_PREFIX)
@@ -43,6 +45,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     url, limits = settings.database_url, settings.db_limits
     app.state.sessions = requests = Sessions(url, settings.db_pool_size, limits)
     app.state.vital_sessions = sessions = Sessions(url, VITAL_CONNECTIONS, limits)
+    app.state.status_reads = reads = StatusReads(requests)
     patient = Sessions(url, 1, Limits(limits.wait_s, EXPORT_S))
     async with httpx.AsyncClient(timeout=WORKER_TIMEOUT_S, trust_env=False) as http:
         app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings)
@@ -57,5 +60,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             loop.cancel()
             with suppress(asyncio.CancelledError):
                 await loop
+    await reads.close()
     for pool in (requests, sessions, patient):
         await pool.dispose()

@@ -44,6 +44,13 @@ class Sessions:
         async with asyncio.timeout(self._transaction_s), self._make.begin() as session:
             yield session
 
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncSession]:
+        """For statements that write nothing: each by itself, and each sees all that is committed when it is sent."""
+        async with asyncio.timeout(self._transaction_s), self._make() as session:
+            await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+            yield session
+
     async def dispose(self) -> None:
         await self._engine.dispose()
 

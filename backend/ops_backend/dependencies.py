@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.database import Sessions
 from ops_backend.settings import Settings
+from ops_backend.status_reads import StatusReads
 from ops_backend.store.transitions import CancelPush
 from ops_backend.store.validation import Question
 from ops_contract.agents import Validated
@@ -44,6 +45,10 @@ def sessions_of(request: Request) -> Sessions:
     return cast(Sessions, request.app.state.sessions)
 
 
+def status_reads_of(request: Request) -> StatusReads:
+    return cast(StatusReads, request.app.state.status_reads)
+
+
 async def session_of(request: Request) -> AsyncIterator[AsyncSession]:
     """One transaction a request, committed before the answer is sent; an error rolls it back."""
     async with sessions_of(request).begin() as session:
@@ -56,8 +61,9 @@ async def vital_session_of(request: Request) -> AsyncIterator[AsyncSession]:
         yield session
 
 
-async def caller(request: Request, settings: Annotated[Settings, Depends(settings_of)]) -> str:
+async def caller(request: Request) -> str:
     """The submitter that the bearer token names. Raises 401."""
+    settings = settings_of(request)
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), settings.api_token.encode()):
         raise OpsError(

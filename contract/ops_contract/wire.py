@@ -3,9 +3,11 @@
 import base64
 import struct
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, StringConstraints
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 API_PREFIX = "/api/v1"
 PIPE_VERSION = 3
@@ -24,6 +26,29 @@ class Wire(BaseModel):
     """Unknown fields are errors; NaN and the infinities are the strings "NaN", "Infinity", "-Infinity"."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings", frozen=True)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Of what is written, the strings too: pydantic itself says `number` of every float."""
+        schema = handler(core)
+        if handler.mode == "serialization":
+            properties = handler.resolve_ref_schema(schema).get("properties", {})
+            for name, field in cls.model_fields.items():
+                if name in properties and all(getattr(m, "allow_inf_nan", True) is not False for m in field.metadata):
+                    properties[name] = _or_non_finite(properties[name])
+        return schema
+
+
+def _or_non_finite(schema: Any) -> Any:
+    """The same JSON Schema with the three strings wherever it has a number."""
+    if isinstance(schema, list):
+        return [_or_non_finite(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("type") == "number":
+        return {"anyOf": [schema, {"enum": ["NaN", "Infinity", "-Infinity"], "type": "string"}]}
+    inner = ("anyOf", "items", "prefixItems", "additionalProperties")
+    return schema | {key: _or_non_finite(schema[key]) for key in inner if key in schema}
 
 
 def pack_float64(values: Sequence[float]) -> str:

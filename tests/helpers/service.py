@@ -12,6 +12,7 @@ from uuid import UUID
 
 import httpx
 
+from helpers.openapi import OpenAPI
 from ops_cli.child import Child
 from ops_cli.up import free_port
 from ops_contract.operations import AttemptView, CheckpointView, MetricPoints, Operation
@@ -26,7 +27,10 @@ LONG_STEPS = 576  # of a few milliseconds
 
 
 class Service:
-    """One API and its workers, each of one core; `client` speaks to it as users do, `http` as curl does."""
+    """One API and its workers, each of one core; `client` speaks to it as users do, `http` as curl does.
+
+    Whatever the two are answered has to be as the server's OpenAPI document says.
+    """
 
     def __init__(self, directory: Path, database_url: str) -> None:
         self.directory = directory
@@ -51,9 +55,12 @@ class Service:
         """The address that users and new workers have from now on."""
         self._url = url
         self.client = Client(url, self.token)
+        self.openapi = OpenAPI(lambda: httpx.get(f"{url}/openapi.json", trust_env=False).json())
         self.http = httpx.Client(
             base_url=url + API_PREFIX, headers={"Authorization": f"Bearer {self.token}"}, trust_env=False
         )
+        for http in (self.client._http, self.http):
+            self.openapi.watch(http)
 
     def replica(self) -> Child:
         """A second API on the same database, at an address of its own, which is in `ready`."""

@@ -11,6 +11,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from helpers.openapi import openapi_of_this_code
 from helpers.store import TOY, Store, losses, saved, started
 from ops_backend.app import create_app
 from ops_backend.dispatcher import Dispatcher
@@ -35,6 +36,7 @@ async def serving(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://test/api/v1", headers=headers) as client,
         ):
+            openapi_of_this_code().watch_async(client)
             yield client
 
 
@@ -347,6 +349,19 @@ async def test_an_unchanged_operation_is_a_304(api: httpx.AsyncClient, offered: 
     assert (changed.status_code, changed.json()["status"]) == (200, "cancelled")
 
 
+async def test_a_poll_is_refused_like_every_call_and_head_is_answered(api: httpx.AsyncClient, offered: str) -> None:
+    path = f"/operations/{(await api.post('/operations', json={'workload': offered})).json()['id']}"
+    bad_token = await api.get("/operations/not-an-id", headers={"Authorization": "Bearer wrong"})
+    bad_id = await api.get("/operations/not-an-id")
+    got, head = await api.get(path), await api.head(path)
+
+    assert refusal(bad_token) == (401, "unauthenticated")
+    assert refusal(bad_id) == (422, "invalid")
+    assert bad_id.json()["error"]["details"]["errors"][0]["field"] == "id"
+    assert (head.status_code, head.headers) == (200, got.headers)
+    assert refusal(await api.put(path)) == (405, "method_not_allowed")
+
+
 async def test_pages_are_newest_first_and_complete(api: httpx.AsyncClient, offered: str) -> None:
     ids = [(await api.post("/operations", json={"workload": offered})).json()["id"] for _ in range(5)]
     seen, cursor = [], None
@@ -471,7 +486,8 @@ async def test_the_health_checks_need_no_token(api: httpx.AsyncClient) -> None:
         assert (await api.get(f"http://test/health/{path}", headers={"Authorization": ""})).json()["status"] == "ok"
 
 
-async def test_a_database_that_is_away_is_a_503_with_retry_after(tmp_path: Any) -> None:
+@pytest.mark.parametrize("path", ["/operations", f"/operations/{MISSING}"])
+async def test_a_database_that_is_away_is_a_503_with_retry_after(tmp_path: Any, path: str) -> None:
     url = f"postgresql+asyncpg://relight:x@/relight?host={tmp_path}"
     app = create_app(Settings(database_url=url, api_token=TOKEN, storage_root=tmp_path))
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -479,7 +495,7 @@ async def test_a_database_that_is_away_is_a_503_with_retry_after(tmp_path: Any) 
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
-        answer = await client.get("/api/v1/operations", headers={"Authorization": f"Bearer {TOKEN}"})
+        answer = await client.get(f"/api/v1{path}", headers={"Authorization": f"Bearer {TOKEN}"})
     assert refusal(answer) == (503, "unavailable")
     assert answer.headers["retry-after"] == "1"
 

@@ -13,6 +13,7 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy import text
 
+from helpers.openapi import openapi_of_this_code
 from helpers.postgres_proxy import PostgresProxy, postgres_proxy
 from helpers.store import Held, Store, at_once, losses, saved, started
 from ops_backend.app import create_app
@@ -43,6 +44,7 @@ async def serving(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test/api/v1", headers=headers) as client,
     ):
+        openapi_of_this_code().watch_async(client)
         yield client
 
 

@@ -16,6 +16,7 @@ import httpx
 import pytest
 import uvicorn
 
+from helpers.openapi import openapi_of_this_code
 from helpers.store import Store
 from ops_backend.app import create_app
 from ops_backend.dispatcher import Dispatcher
@@ -40,6 +41,7 @@ async def api(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test/api/v1", headers=headers) as client,
     ):
+        openapi_of_this_code().watch_async(client)
         yield client
 
 

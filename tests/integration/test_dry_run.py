@@ -8,6 +8,7 @@ from unittest.mock import AsyncMock
 import httpx
 import pytest
 
+from helpers.openapi import openapi_of_this_code
 from helpers.store import TOY, Store, saved
 from ops_backend.app import create_app
 from ops_backend.dispatcher import Dispatcher
@@ -32,6 +33,7 @@ async def api(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test/api/v1", headers=headers) as client,
     ):
+        openapi_of_this_code().watch_async(client)
         yield client
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from helpers.agents import AgentProcess, running_agent
 from helpers.fake_api import FakeApi
+from helpers.openapi import openapi_of_this_code
 from helpers.store import Held, Store, saved, started
 from ops_backend.app import create_app
 from ops_backend.dispatcher import Dispatcher
@@ -77,6 +78,7 @@ async def serving(database_url: str) -> AsyncIterator[Backend]:
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://test/api/v1", headers=headers) as client,
         ):
+            openapi_of_this_code().watch_async(client)
             backend = Backend(client)
             app.state.validator = Validator(httpx.AsyncClient(transport=httpx.MockTransport(backend.receive)), 0.2)
             yield backend

@@ -4,6 +4,7 @@ import asyncio
 import os
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from starlette.responses import FileResponse
 from starlette.types import Receive, Scope, Send
@@ -11,6 +12,18 @@ from starlette.types import Receive, Scope, Send
 from ops_backend.storage import open_file
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.operations import ArtifactView
+
+_FILE = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_PARTS = {"multipart/byteranges": {"schema": {"type": "string", "format": "binary"}}}
+_PLAIN = {"text/plain": {"schema": {"type": "string"}}}
+
+# For a route's documentation: those of FileResponse itself included.
+FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "the whole file", "content": _FILE},
+    206: {"description": "the ranges that were asked for", "content": _FILE | _PARTS},
+    400: {"description": "a Range header that is none", "content": _PLAIN},
+    416: {"description": "a range that the file does not have", "content": _PLAIN},
+}
 
 
 class ArtifactResponse(FileResponse):

@@ -1,6 +1,5 @@
 """What users do with operations."""
 
-import hashlib
 from collections.abc import Awaitable, Callable
 from typing import Annotated
 from uuid import UUID
@@ -20,7 +19,7 @@ from ops_backend.dependencies import (
     ValidatorDep,
 )
 from ops_backend.routes.errors import read, refusals
-from ops_backend.routes.files import ArtifactResponse
+from ops_backend.routes.files import FILE_ANSWERS, ArtifactResponse
 from ops_backend.store import deletion, output, queries
 from ops_backend.store.fork import fork_if_there, forked_job, replay_if_there
 from ops_backend.store.retention import delete_if_unused, explain_delete
@@ -114,14 +113,7 @@ async def list_operations(
     return await queries.list_page(session, wanted, limit, cursor)
 
 
-@router.get("/{id}", response_model=Operation, responses={304: {"description": "unchanged"}, **refusals(401, 404)})
-async def get_operation(
-    id: UUID, session: SessionDep, _: CallerDep, if_none_match: Annotated[str | None, Header()] = None
-) -> Response:
-    return tagged(await queries.get(session, id), if_none_match)
-
-
-@router.delete("/{id}", status_code=204, responses=refusals(401, 404, 409))
+@router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(401, 404, 409))
 async def delete_operation(id: UUID, session: SessionDep, _: CallerDep) -> None:
     """Delete an operation that has ended, for good. Its files, checkpoints and model included, go soon after."""
     if not await deletion.delete_if_ended(session, id):
@@ -259,7 +251,9 @@ async def get_checkpoints(id: UUID, session: SessionDep, _: CallerDep) -> Checkp
     return await queries.checkpoints(session, id)
 
 
-@router.delete("/{id}/checkpoints/{checkpoint_id}", status_code=204, responses=refusals(401, 404, 409))
+@router.delete(
+    "/{id}/checkpoints/{checkpoint_id}", status_code=204, response_class=Response, responses=refusals(401, 404, 409)
+)
 async def delete_checkpoint(id: UUID, checkpoint_id: UUID, session: SessionDep, _: CallerDep) -> None:
     """Give up a checkpoint: it can no longer be used. Its files go within seconds, and its row after them."""
     if not await delete_if_unused(session, id, checkpoint_id):
@@ -277,7 +271,7 @@ async def get_artifacts(id: UUID, session: SessionDep, _: CallerDep) -> Artifact
     "/{id}/artifacts/{artifact_id}",
     status_code=200,  # else FastAPI reads it from the class, and finds none
     response_class=ArtifactResponse,
-    responses=refusals(401, 404, 503),
+    responses=FILE_ANSWERS | refusals(401, 404),
 )
 async def get_artifact(
     id: UUID, artifact_id: UUID, sessions: SessionsDep, settings: SettingsDep, _: CallerDep
@@ -301,11 +295,12 @@ _LOG_HEADERS = {
 }
 _LOG = {
     "description": "bytes as they were written, which need not be UTF-8",
+    "content": {"text/plain": {"schema": {"type": "string"}}},
     "headers": {name: {"description": what, "schema": {"type": of}} for name, (of, what) in _LOG_HEADERS.items()},
 }
 
 
-@router.get("/{id}/logs", response_class=PlainTextResponse, responses={200: _LOG, **refusals(401, 404, 422)})
+@router.get("/{id}/logs", response_class=Response, responses={200: _LOG, **refusals(401, 404, 422)})
 async def get_logs(
     id: UUID,
     session: SessionDep,
@@ -337,15 +332,6 @@ def _whole(verb: str, id: UUID, wish: bytes) -> bytes:
 def as_json(body: Wire) -> Response:
     """Written by the model itself: a union's own serializer would turn NaN into null."""
     return Response(body.model_dump_json(), media_type="application/json")
-
-
-def tagged(body: Wire, if_none_match: str | None) -> Response:
-    """The body under a tag that is its hash; 304 without a body when the reader has it already."""
-    content = body.model_dump_json().encode()
-    tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    if if_none_match == tag:
-        return Response(status_code=304, headers={"ETag": tag})
-    return Response(content, media_type="application/json", headers={"ETag": tag, "Cache-Control": "no-cache"})
 
 
 async def _told(

@@ -17,7 +17,11 @@ Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$")]
 ARCHIVE = "application/octet-stream"
 
 
-@router.put("/{sha256}", status_code=201, responses={200: {"description": "it is here"}, **refusals(401, 413, 422)})
+@router.put(
+    "/{sha256}",
+    status_code=201,
+    responses={200: {"model": None, "description": "it is here"}, **refusals(401, 413, 422)},
+)
 async def put_snapshot(
     sha256: Digest, request: Request, response: Response, sessions: SessionsDep, _: CallerDep
 ) -> None:

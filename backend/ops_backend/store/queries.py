@@ -2,7 +2,7 @@
 
 import base64
 import binascii
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -54,7 +54,7 @@ _PROGRESS = """
     ) told ON true"""
 
 # An attempt that was seen to differ takes the promise from the whole operation, whatever its successors promise.
-GET = statement(f"""
+OPERATIONS = statement(f"""
     SELECT o.*, a.start_step, told.attempt AS told_attempt, told.progress,
            (SELECT x.exactness FROM attempts x
              WHERE x.operation_id = o.id AND x.exactness IS NOT NULL
@@ -66,7 +66,7 @@ GET = statement(f"""
       FROM operations o {_PROGRESS}
       LEFT JOIN checkpoints c ON c.id = coalesce(o.resume_checkpoint_id, a.checkpoint_id)
       LEFT JOIN checkpoints fork ON fork.id = o.forked_from_checkpoint_id
-     WHERE o.id = :id
+     WHERE o.id = ANY (:ids)
 """)
 
 LIST = statement(f"""
@@ -160,9 +160,18 @@ class Filter:
 
 async def get(session: AsyncSession, id: UUID) -> Operation:
     """Raises 404."""
-    row = (await session.execute(GET, {"id": id})).one_or_none()
-    if row is None:
+    rows = await operation_rows(session, [id])
+    if not rows:
         raise not_found(id)
+    return operation_of(rows[0])
+
+
+async def operation_rows(session: AsyncSession, ids: list[UUID]) -> Sequence[Row[Any]]:
+    """Those that there are, each for `operation_of`."""
+    return (await session.execute(OPERATIONS, {"ids": ids})).all()
+
+
+def operation_of(row: Row[Any]) -> Operation:
     return Operation(
         **_summary(row),
         job=row.job,
