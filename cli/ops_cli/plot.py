@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from relight.client import Client
 
 FORMATS = (".png", ".svg", ".pdf")
+DRAWN_POINTS = 5000  # more than the figure has columns
 
 
 def register(app: typer.Typer) -> None:
@@ -44,7 +45,7 @@ def plot(
     axes = figure.subplots()
     for each in operation_ids:
         operation = client.get(client.resolve(each))
-        series = client.metrics(operation.id, metric)
+        series = client.metrics(operation.id, metric, max_points=DRAWN_POINTS)
         if not series.points:
             known = ", ".join(client.metric_names(operation.id)) or "none yet"
             print(f"ops: {operation.name} has no points of {metric}; its metrics: {known}", file=sys.stderr)

@@ -1,9 +1,10 @@
 """The commands that only look."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
+from uuid import UUID
 
 import typer
 
@@ -12,7 +13,7 @@ from ops_cli.connect import Json, OperationId, with_client
 
 if TYPE_CHECKING:
     from ops_contract.jobs import Code
-    from ops_contract.operations import AttemptView, Operation, WorkerView
+    from ops_contract.operations import AttemptView, MetricSummary, Operation, WorkerView
     from relight.client import Client
 
 LAST_POINTS = 20
@@ -216,24 +217,40 @@ def metrics(
     With --json every point, every bit.
     """
     found = client.resolve(operation_id)
-    names = [name] if name else client.metric_names(found)
-    series = [client.metrics(found, each) for each in names]
     if json:
-        print(show.json_array(series))
-    elif name and not series[0].points:
-        known = ", ".join(client.metric_names(found)) or "none yet"
-        print(f"No points of {name}. Metrics of this operation: {known}")
-    elif name:
+        names = [name] if name else client.metric_names(found)
+        print(show.json_array([client.metrics(found, each) for each in names]))
+        return
+    summaries = {each.name: each for each in client.metric_summaries(found)}
+    if name is None:
+        _print_ends(summaries.values())
+    elif name in summaries and (last := summaries[name].last):
         table = show.table("STEP", "VALUE", right=("STEP",))
-        for step, value in series[0].points[-LAST_POINTS:]:
+        for step, value in _last_points(client, found, name, last[0]):
             table.add_row(str(step), repr(value))
         show.print_rich(table)
     else:
-        table = show.table(
-            "METRIC", "POINTS", "FIRST", "LAST", "LAST STEP", right=("POINTS", "FIRST", "LAST", "LAST STEP")
-        )
-        for each in series:
-            ends = [each.points[0][1], each.points[-1][1]] if each.points else [None, None]
-            last_step = str(each.points[-1][0]) if each.points else "–"
-            table.add_row(show.plain(each.name), str(len(each.points)), *map(show.number, ends), last_step)
-        show.print_rich(table)
+        print(f"No points of {name}. Metrics of this operation: {', '.join(summaries) or 'none yet'}")
+
+
+def _print_ends(summaries: "Iterable[MetricSummary]") -> None:
+    columns = ("FIRST STEP", "FIRST", "LAST STEP", "LAST")
+    table = show.table("METRIC", *columns, right=columns)
+    for each in summaries:
+        cells = [cell for end in (each.first, each.last) for cell in _cells(end)]
+        table.add_row(show.plain(each.name), *cells)
+    show.print_rich(table)
+
+
+def _cells(point: tuple[int, float] | None) -> tuple[str, str]:
+    return (str(point[0]), show.number(point[1])) if point else ("–", "–")
+
+
+def _last_points(client: "Client", id: UUID, name: str, last_step: int) -> list[tuple[int, float]]:
+    """Looks back further until there are enough: an evaluation has a point in hundreds of steps."""
+    span = LAST_POINTS
+    while True:
+        points = client.metrics(id, name, after_step=max(last_step - span, -1)).points
+        if len(points) >= LAST_POINTS or span > last_step:
+            return points[-LAST_POINTS:]
+        span *= 10

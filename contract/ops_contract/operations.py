@@ -218,16 +218,32 @@ class Attempts(Wire):
     items: list[AttemptView]
 
 
+class MetricSummary(Wire):
+    """The first and the last point that count; null where none does, or none does any more."""
+
+    name: str
+    first: tuple[int, float] | None = None
+    last: tuple[int, float] | None = None
+
+
 class MetricNames(Wire):
     names: list[str]
+    metrics: list[MetricSummary]
 
 
 class MetricPoints(Wire):
-    """`points` are (step, value) along the lineage; `attempt_starts` are (step, attempt)."""
+    """`points` are (step, value) along the lineage; `attempt_starts` are (step, attempt).
+
+    `cursor`, sent back, gives what has come since. First forget what you have from step `replaces_from` on: a later
+    attempt began there. `more`: there are more points already.
+    """
 
     name: str
     points: list[tuple[int, float]]
     attempt_starts: list[tuple[int, int]]
+    more: bool = False
+    cursor: str
+    replaces_from: int | None = None
 
 
 class CheckpointView(Wire):

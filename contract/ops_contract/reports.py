@@ -1,6 +1,7 @@
 """What an attempt tells: the same models on the trainer's pipe, in the agent's outbox and at the API."""
 
 import base64
+from itertools import pairwise
 from typing import Annotated, Any, Final, Literal, Self
 from uuid import UUID
 
@@ -55,10 +56,12 @@ class Series(Wire):
     values: str
 
     @model_validator(mode="after")
-    def _one_value_a_step(self) -> Self:
+    def _one_value_a_rising_step(self) -> Self:
         values = self.floats()
         if len(values) != len(self.steps):
             raise ValueError(f"metric {self.name}: {len(self.steps)} steps but {len(values)} values")
+        if any(step >= later for step, later in pairwise(self.steps)):
+            raise ValueError(f"metric {self.name}: its steps do not rise")
         return self
 
     @classmethod

@@ -70,6 +70,7 @@ class AsyncClient:
     cleanup = _in_thread(Client.cleanup)
     artifacts = _in_thread(Client.artifacts)
     metric_names = _in_thread(Client.metric_names)
+    metric_summaries = _in_thread(Client.metric_summaries)
     metrics = _in_thread(Client.metrics)
     columns = _in_thread(Client.columns)
     results = _in_thread(Client.results)

@@ -37,6 +37,7 @@ from ops_contract.operations import (
     ForkRequest,
     MetricNames,
     MetricPoints,
+    MetricSummary,
     Operation,
     OperationPage,
     OperationSummary,
@@ -338,10 +339,35 @@ class Client:
     def metric_names(self, operation_id: UUID | str) -> Sequence[str]:
         return self._get(f"/operations/{operation_id}/metrics", MetricNames).names
 
-    def metrics(self, operation_id: UUID | str, name: str, after_step: int | None = None) -> MetricPoints:
-        """Every bit as it was reported, along the lineage."""
-        wanted = {"name": name, "after_step": after_step}
-        return self._get(f"/operations/{operation_id}/metrics", MetricPoints, wanted)
+    def metric_summaries(self, operation_id: UUID | str) -> Sequence[MetricSummary]:
+        """The first and the last point of each, which costs no reading of the points between."""
+        return self._get(f"/operations/{operation_id}/metrics", MetricNames).metrics
+
+    def metrics(
+        self,
+        operation_id: UUID | str,
+        name: str,
+        after_step: int | None = None,
+        max_points: int | None = None,
+        cursor: str | None = None,
+    ) -> MetricPoints:
+        """Every bit as it was reported, along the lineage; with `max_points` few of the points, every spike among them.
+
+        `cursor`, that of an earlier answer: what has come since. If `replaces_from` is not None, forget first what you
+        have from that step on.
+        """
+        wanted = {"name": name, "after_step": after_step, "max_points": max_points}
+        points: builtins.list[tuple[int, float]] = []
+        replaces_from: int | None = None
+        while True:
+            page = self._get(f"/operations/{operation_id}/metrics", MetricPoints, wanted | {"cursor": cursor})
+            if (start := page.replaces_from) is not None:
+                points = [point for point in points if point[0] < start]
+                replaces_from = start if replaces_from is None else min(replaces_from, start)
+            points += page.points
+            if not page.more:
+                return page.model_copy(update={"points": points, "replaces_from": replaces_from})
+            cursor = page.cursor
 
     def columns(self, operation_id: UUID | str, names: Iterable[str] | None = None) -> dict[str, builtins.list[Any]]:
         """`step` and a column for each metric, NaN where it has no value: `pandas.DataFrame(client.columns(id))`."""
@@ -353,8 +379,7 @@ class Client:
     def results(self, operation_id: UUID | str) -> Results:
         """What has come of it, or has so far: the last value of every metric, its files, its exactness."""
         operation = self.get(operation_id)
-        curves = [self.metrics(operation_id, name) for name in self.metric_names(operation_id)]
-        metrics = {curve.name: curve.points[-1][1] for curve in curves if curve.points}
+        metrics = {each.name: each.last[1] for each in self.metric_summaries(operation_id) if each.last}
         return Results(operation, metrics, self.artifacts(operation_id), operation.exactness)
 
     def log_part(self, operation_id: UUID | str, offset: int = 0, max_bytes: int | None = None) -> LogPart:

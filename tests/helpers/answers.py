@@ -1,11 +1,21 @@
 """Bodies as the API answers them."""
 
+from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status
-from ops_contract.operations import EnergyView, Operation, OperationSummary
+from ops_contract.operations import (
+    EnergyView,
+    MetricNames,
+    MetricPoints,
+    MetricSummary,
+    Operation,
+    OperationSummary,
+)
+
+Points = list[tuple[int, float]]
 
 
 def operation(**changes: Any) -> Operation:
@@ -43,3 +53,14 @@ def operation(**changes: Any) -> Operation:
 
 def summary(whole: Operation) -> OperationSummary:
     return OperationSummary(**{name: getattr(whole, name) for name in OperationSummary.model_fields})
+
+
+def metric_names(curves: Mapping[str, Points]) -> MetricNames:
+    ends = [MetricSummary(name=name, first=points[0], last=points[-1]) for name, points in curves.items()]
+    return MetricNames(names=list(curves), metrics=ends)
+
+
+def metric_points(name: str, points: Points, **changes: Any) -> MetricPoints:
+    """The whole of it, in one page."""
+    plain = {"name": name, "points": points, "attempt_starts": [(0, 1)], "cursor": "1.1.1.0"}
+    return MetricPoints.model_validate(plain | changes)

@@ -360,6 +360,14 @@ async def test_a_poll_is_refused_like_every_call_and_head_is_answered(api: httpx
     assert bad_id.json()["error"]["details"]["errors"][0]["field"] == "id"
     assert (head.status_code, head.headers) == (200, got.headers)
     assert refusal(await api.put(path)) == (405, "method_not_allowed")
+async def test_an_unchanged_list_is_a_304(api: httpx.AsyncClient, offered: str) -> None:
+    id = (await api.post("/operations", json={"workload": offered})).json()["id"]
+    seen = {"If-None-Match": (await api.get("/operations")).headers["etag"]}
+    again = await api.get("/operations", headers=seen)
+    assert (again.status_code, again.content) == (304, b"")
+    await api.post(f"/operations/{id}/cancel", json={"reason": "no"})
+    changed = await api.get("/operations", headers=seen)
+    assert (changed.status_code, changed.json()["items"][0]["status"]) == (200, "cancelled")
 
 
 async def test_pages_are_newest_first_and_complete(api: httpx.AsyncClient, offered: str) -> None:
@@ -456,7 +464,7 @@ async def test_non_finite_numbers_are_strings_and_every_bit_is_kept(store: Store
         assert '[1,"NaN"],[2,"Infinity"],[3,-0.0],[4,5e-324]]' in answer.text
         assert answer.json()["points"][0] == [0, 0.1 + 0.2]
         assert answer.json()["attempt_starts"] == [[0, 1]]
-        assert (await api.get(f"{path}/metrics")).json() == {"names": ["loss", "val_loss"]}
+        assert (await api.get(f"{path}/metrics")).json()["names"] == ["loss", "val_loss"]
         [listed] = (await api.get("/operations")).json()["items"]
         got = (await api.get(path)).json()
         assert listed["progress"]["loss"] == got["progress"]["loss"] == "NaN"

@@ -11,7 +11,7 @@ import pytest
 from helpers.store import Held, Store, at_once, losses, saved, started
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.routes import cleanup
-from ops_backend.store import deletion, fork, logs, queries
+from ops_backend.store import curves, deletion, fork, logs, queries
 from ops_backend.sweeper import Sweeper
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Outcome, Status
@@ -83,7 +83,7 @@ async def test_all_rows_go_and_every_read_is_404(store: Store, run: Any, outcome
 
     assert await delete(store, id)
 
-    for read in (queries.get, queries.attempts, queries.metric_names, queries.checkpoints, queries.artifacts):
+    for read in (queries.get, queries.attempts, curves.names, queries.checkpoints, queries.artifacts):
         with pytest.raises(OpsError, match="no operation"):
             async with store.sessions.begin() as session:
                 await read(session, id)

@@ -12,7 +12,7 @@ import pytest
 from helpers.databases import Databases
 from helpers.store import Store, at_once, held, losses, saved, started
 from ops_backend.database import Sessions
-from ops_backend.store import queries
+from ops_backend.store import curves, queries
 from ops_contract.lifecycle import Outcome, Status
 
 BIN = Path("/usr/lib/postgresql/15/bin")
@@ -69,7 +69,7 @@ async def test_the_store_runs_on_postgres_15(postgres_15: str) -> None:
     async with store.sessions.begin() as session:
         page = await queries.list_page(session, queries.Filter(q="toy"), 10, None)
         assert [item.status for item in page.items] == ["completed"]
-        assert (await queries.metric(session, run.operation_id, "loss", -1)).points == [(0, 1.0)]
+        assert (await curves.read(session, run.operation_id, "loss")).points == [(0, 1.0)]
         assert len((await queries.checkpoints(session, run.operation_id)).items) == 2
         assert len((await queries.attempts(session, run.operation_id)).items) == 4
         assert len((await queries.workers(session, 60.0)).items) == 1

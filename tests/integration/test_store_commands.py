@@ -5,7 +5,7 @@ from uuid import uuid4
 import pytest
 
 from helpers.store import Store, at_once, held, losses, saved, started
-from ops_backend.store import queries
+from ops_backend.store import curves
 from ops_contract.agents import WorkloadOffer
 from ops_contract.errors import OpsError
 from ops_contract.lifecycle import Outcome, Status
@@ -135,7 +135,7 @@ async def test_the_curve_of_a_command_that_goes_on_by_itself_is_that_of_all_atte
     await store.report(held(again), started(), started(2), losses((2, 1.5), (3, 0.5)))
 
     async with store.sessions.begin() as session:
-        curve = await queries.metric(session, run.operation_id, "loss", -1)
+        curve = await curves.read(session, run.operation_id, "loss")
     assert curve.points == [(0, 3.0), (1, 2.0), (2, 1.5), (3, 0.5)]
 
 

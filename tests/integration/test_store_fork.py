@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import text
 
 from helpers.store import Held, Store, at_once, held, losses, saved, started
-from ops_backend.store import queries
+from ops_backend.store import curves, queries
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import CheckpointStatus, Outcome, Status
 from ops_contract.operations import CheckpointView
@@ -95,7 +95,7 @@ async def test_the_claim_hands_out_the_parents_checkpoint_until_there_is_an_own_
     assert [(e.start_step, e.end_step) for e in fork.lineage] == [(20, 20), (20, 22), (22, None)]
     assert [(c.operation_id, c.step) for c in await checkpoints(store, id)] == [(parent.operation_id, 20), (id, 22)]
     async with store.sessions.begin() as session:
-        points = (await queries.metric(session, id, "loss", -1)).points
+        points = (await curves.read(session, id, "loss")).points
     assert points == [(20, 1.0), (21, 2.0)]
 
 

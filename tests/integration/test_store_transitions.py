@@ -5,7 +5,7 @@ from uuid import uuid4
 import pytest
 
 from helpers.store import Held, Store, at_once, held, losses, saved, started
-from ops_backend.store import queries
+from ops_backend.store import curves, queries
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Outcome, Phase, Status
 from ops_contract.reports import Exactness, Note
@@ -343,7 +343,7 @@ async def test_resume_from_an_old_checkpoint_then_a_crash_stays_on_the_new_linea
     assert third.checkpoint is not None
     assert (third.checkpoint.step, third.checkpoint.path.split("/")[1]) == (11, "3-11")
     async with store.sessions.begin() as session:
-        curve = await queries.metric(session, run.operation_id, "loss", -1)
+        curve = await curves.read(session, run.operation_id, "loss")
     assert curve.points == [(8, 0.8), (9, 0.9), (10, 1.5)]
 
 

@@ -9,10 +9,10 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from helpers.answers import operation
+from helpers.answers import metric_names, metric_points, operation
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Status
-from ops_contract.operations import Artifacts, MetricNames, MetricPoints
+from ops_contract.operations import Artifacts
 from relight import AsyncClient
 from relight.client import TRIES, Client
 
@@ -93,7 +93,7 @@ async def test_metrics_as_columns_have_nan_where_there_is_no_value() -> None:
 
     def answer(request: httpx.Request) -> httpx.Response:
         name = request.url.params.get("name")
-        body = MetricPoints(name=name, points=curves[name], attempt_starts=[]) if name else MetricNames(names=[*curves])
+        body = metric_points(name, curves[name]) if name else metric_names(curves)
         return httpx.Response(200, text=body.model_dump_json())
 
     async with client(answer) as api:
@@ -133,10 +133,10 @@ async def test_results_are_the_last_values_and_the_files() -> None:
         f"/api/v1/operations/{done.id}": done,
         f"/api/v1/operations/{done.id}/artifacts": Artifacts(items=[]),
     }
-    curve = MetricPoints(name="loss", points=[(0, 2.0), (5, 1.0)], attempt_starts=[])
+    metrics = metric_names({"loss": [(0, 2.0), (5, 1.0)]})
 
     def answer(request: httpx.Request) -> httpx.Response:
-        metrics = curve if request.url.params.get("name") else MetricNames(names=["loss"])
+        assert "name" not in request.url.params, "no curve is read for its last value"
         return httpx.Response(200, text=bodies.get(request.url.path, metrics).model_dump_json())
 
     async with client(answer) as api:

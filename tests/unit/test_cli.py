@@ -22,7 +22,7 @@ import yaml
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from helpers.answers import operation, summary
+from helpers.answers import metric_names, metric_points, operation, summary
 from ops_cli.exits import ExitCode
 from ops_cli.main import main
 from ops_cli.stack import Stack, StackSettings
@@ -47,8 +47,6 @@ from ops_contract.operations import (
     EventView,
     ForkedFrom,
     Health,
-    MetricNames,
-    MetricPoints,
     Operation,
     OperationPage,
     ProgressView,
@@ -86,6 +84,7 @@ class Api:
     artifacts: list[ArtifactView] = field(default_factory=list)
     deleted: list[UUID] = field(default_factory=list)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    points_sent: list[int] = field(default_factory=list)
     workers: list[WorkerView] = field(default_factory=list)
     drained: list[tuple[UUID, str | None]] = field(default_factory=list)
     events: list[EventView] = field(default_factory=list)
@@ -211,10 +210,12 @@ def app_of(api: Api) -> FastAPI:
         return Response(b"weights")
 
     @app.get(f"{API_PREFIX}/operations/{{id}}/metrics")
-    async def metrics(id: UUID, name: str | None = None) -> Response:
+    async def metrics(id: UUID, name: str | None = None, after_step: int = -1) -> Response:
         if name is None:
-            return answer(MetricNames(names=list(api.curves)))
-        return answer(MetricPoints(name=name, points=api.curves.get(name, []), attempt_starts=[(0, 1), (2, 2)]))
+            return answer(metric_names(api.curves))
+        points = [point for point in api.curves.get(name, []) if point[0] > after_step]
+        api.points_sent.append(len(points))
+        return answer(metric_points(name, points, attempt_starts=[(0, 1), (2, 2)]))
 
     @app.get(f"{API_PREFIX}/workers")
     async def workers() -> Response:
@@ -572,6 +573,19 @@ def test_json_is_all_that_stdout_has(api: Api, ops: Ops) -> None:
     assert json.loads(listed.out)[0]["progress"]["loss"] == "Infinity"
     assert Operation.model_validate_json(shown.out).id == known
     assert json.loads(curves.out)[0]["points"] == [[0, 0.1 + 0.2], [1, "NaN"]]
+
+
+def test_metrics_shows_the_ends_of_all_and_the_last_points_of_one_without_reading_the_rest(api: Api, ops: Ops) -> None:
+    known = api.holds(operation())
+    api.curves = {"loss": [(n, float(n)) for n in range(100_000)], "val_loss": [(n * 999, 0.5) for n in range(101)]}
+
+    ends, loss, sparse, unknown = (ops("metrics", known, *name) for name in ((), ("loss",), ("val_loss",), ("los",)))
+
+    assert ends.out.splitlines()[1].split() == ["loss", "0", "0", "99999", "99,999"]
+    assert [line.split()[0] for line in loss.out.splitlines()[1:]] == [str(n) for n in range(99_980, 100_000)]
+    assert [line.split()[0] for line in sparse.out.splitlines()[1:]] == [str(n * 999) for n in range(81, 101)]
+    assert "Metrics of this operation: loss, val_loss" in unknown.out
+    assert max(api.points_sent) < 1000
 
 
 def test_status_says_what_is_not_measured_and_what_to_do_next(api: Api, ops: Ops) -> None:

@@ -10,10 +10,10 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from helpers.answers import operation, summary
+from helpers.answers import metric_points, operation, summary
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Status
-from ops_contract.operations import MetricPoints, OperationPage
+from ops_contract.operations import OperationPage
 from relight.client import TRIES, Client, Unreachable
 from relight.packing import Packed
 from relight.settings import UpState, config_path, find_server, forget_up_state, up_state_path, write_up_state
@@ -197,11 +197,27 @@ def test_a_prefix_of_none_or_of_several_is_refused(
 
 def test_metrics_keep_every_bit() -> None:
     points = [(0, 0.1 + 0.2), (1, float("-inf")), (2, -0.0), (3, 5e-324)]
-    told = MetricPoints(name="loss", points=points, attempt_starts=[(0, 1)])
+    told = metric_points("loss", points)
     script = Script(httpx.Response(200, text=told.model_dump_json()))
 
     with script.client() as client:
         assert [value.hex() for _, value in client.metrics(uuid4(), "loss").points] == [v.hex() for _, v in points]
+
+
+def test_metrics_are_read_to_the_last_page_over_an_attempt_that_begins_meanwhile() -> None:
+    pages = [
+        metric_points("loss", [(0, 4.0), (1, 3.0), (2, 2.0)], more=True, cursor="1.1.1.0"),
+        metric_points("loss", [(1, 3.5)], more=True, cursor="2.1.2.1", replaces_from=1),
+        metric_points("loss", [(2, 2.5)], cursor="2.2.2.1"),
+    ]
+    script = Script(*(httpx.Response(200, text=page.model_dump_json()) for page in pages))
+
+    with script.client() as client:
+        whole = client.metrics(uuid4(), "loss")
+
+    assert whole.points == [(0, 4.0), (1, 3.5), (2, 2.5)]
+    assert (whole.more, whole.cursor, whole.replaces_from) == (False, "2.2.2.1", 1)
+    assert [request.url.params.get("cursor") for request in script.requests] == [None, "1.1.1.0", "2.1.2.1"]
 
 
 @pytest.fixture

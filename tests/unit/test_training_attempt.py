@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_child import Listed, Operation, RandomItems, stopping_after, ticking
 
 from ops_contract.jobs import CheckpointEvery, Execution
@@ -323,6 +324,43 @@ def test_metrics_wait_for_the_clock_but_never_for_a_checkpoint(operation: Operat
     sent = [report.series[0].steps for report in reports if isinstance(report, Metrics)]
     assert sent == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [saved.step for saved in operation.checkpoints] == [0, 4, 8]
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts what waits for a device: a tensor's value that is read on the host."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.count = 0
+        read_all = Tensor.tolist
+        patch.setattr(Tensor, "tolist", lambda tensor: (self._counted(), read_all(tensor))[1])
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is torch.ops.aten._local_scalar_dense.default:
+            self._counted()
+        return op(*args, **(kwargs or {}))
+
+    def _counted(self) -> None:
+        self.count += 1
+
+
+class Telling(Tiny):
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = model(batch).square().mean()
+        return loss, {"root": loss.sqrt()}
+
+
+def test_no_step_waits_for_the_device_before_the_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def synchronisations(steps: int) -> int:
+        knobs = Execution(batch_size=1, max_steps=steps, optimizer="sgd", gradient_clip=1.0)
+        operation = Operation(tmp_path / str(steps), "telling", execution=knobs)
+        with monkeypatch.context() as patch, Synchronisations(patch) as seen:
+            _, reports = attempt(operation, Telling, clock=lambda: 0.0)
+        told = [series for report in reports if isinstance(report, Metrics) for series in report.series]
+        assert [len(series.steps) for series in told if series.name == "root"] == [steps]
+        return seen.count
+
+    assert synchronisations(2) == synchronisations(7) > 0
 
 
 def test_progress_says_rate_and_time_left(operation: Operation) -> None:

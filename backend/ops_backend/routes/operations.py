@@ -20,12 +20,13 @@ from ops_backend.dependencies import (
 )
 from ops_backend.routes.errors import read, refusals
 from ops_backend.routes.files import FILE_ANSWERS, ArtifactResponse
-from ops_backend.store import deletion, output, queries
+from ops_backend.store import curves, deletion, output, queries
 from ops_backend.store.fork import fork_if_there, forked_job, replay_if_there
 from ops_backend.store.retention import delete_if_unused, explain_delete
 from ops_backend.store.submit import once, replay, resolved_job, submit_if_new
 from ops_backend.store.transitions import cancel_if_live, explain_cancel, explain_resume, resume_if_ended
 from ops_backend.store.validation import Question, question
+from ops_backend.tags import Tagged
 from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Job, JobSpec
@@ -96,7 +97,7 @@ async def submit(
     return operation
 
 
-@router.get("", responses=refusals(401, 422))
+@router.get("", response_model=OperationPage, responses={304: {"description": "unchanged"}, **refusals(401, 422)})
 async def list_operations(
     session: SessionDep,
     submitted_by: CallerDep,
@@ -108,9 +109,10 @@ async def list_operations(
     mine: bool = False,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
     cursor: str | None = None,
-) -> OperationPage:
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
     wanted = queries.Filter(_known(status), kind, workload, label, q, submitted_by if mine else None)
-    return await queries.list_page(session, wanted, limit, cursor)
+    return Tagged(await queries.list_page(session, wanted, limit, cursor)).answer(if_none_match)
 
 
 @router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(401, 404, 409))
@@ -232,18 +234,25 @@ async def get_attempts(id: UUID, session: SessionDep, _: CallerDep) -> Attempts:
     return await queries.attempts(session, id)
 
 
-@router.get("/{id}/metrics", response_model=MetricPoints | MetricNames, responses=refusals(401, 404))
+@router.get("/{id}/metrics", response_model=MetricPoints | MetricNames, responses=refusals(401, 404, 422))
 async def get_metrics(
     id: UUID,
     session: SessionDep,
     _: CallerDep,
     name: str | None = None,
-    after_step: Annotated[int, Query(ge=-1)] = -1,
+    max_points: Annotated[int | None, Query(ge=10, le=10_000, description="fewer points, with every spike")] = None,
+    after_step: Annotated[int, Query(ge=-1, lt=2**63)] = -1,
+    cursor: Annotated[str | None, Query(description="an answer's: only what has come since")] = None,
 ) -> Response:
-    """Every point that counts, every bit kept; without `name` the names that there are."""
-    if name is None:
-        return as_json(await queries.metric_names(session, id))
-    return as_json(await queries.metric(session, id, name, after_step))
+    """Every point that counts, every bit kept, in pages; without `name` the names that there are.
+
+    `max_points` keeps of equal widths of steps the lowest and the highest point and the first NaN, and both ends.
+    """
+    if name is not None:
+        return as_json(await curves.read(session, id, name, after_step, max_points, cursor))
+    if (after_step, max_points, cursor) != (-1, None, None):
+        raise OpsError(ErrorCode.INVALID, "name: say which metric; without it only the names are told")
+    return as_json(await curves.names(session, id))
 
 
 @router.get("/{id}/checkpoints", responses=refusals(401, 404))

@@ -29,8 +29,6 @@ from ops_contract.operations import (
     EventView,
     ForkedFrom,
     LineageEntry,
-    MetricNames,
-    MetricPoints,
     Operation,
     OperationPage,
     OperationSummary,
@@ -44,6 +42,8 @@ from ops_contract.operations import (
 )
 
 NOT_MEASURED = "not_measured"
+# Where the first page begins: a bound as any other, so that the index gives it under every plan.
+_NEWEST = ("infinity", UUID(int=2**128 - 1))
 
 # The newest hold that told anything; a claimed attempt that has not spoken yet shows where it starts instead.
 _PROGRESS = """
@@ -81,7 +81,7 @@ LIST = statement(f"""
                  ELSE o.labels->>:label_key = :label_value END)
        AND (CAST(:q AS text) IS NULL OR strpos(lower(o.name), lower(:q)) > 0 OR starts_with(o.id::text, lower(:q)))
        AND (CAST(:submitted_by AS text) IS NULL OR o.submitted_by = :submitted_by)
-       AND (CAST(:cursor_at AS text) IS NULL OR (o.created_at, o.id) < (CAST(:cursor_at AS timestamptz), :cursor_id))
+       AND (o.created_at, o.id) < (CAST(:cursor_at AS timestamptz), :cursor_id)
      ORDER BY o.created_at DESC, o.id DESC
      LIMIT :limit
 """)
@@ -97,13 +97,6 @@ ATTEMPTS = statement("""
       JOIN workers w USING (incarnation)
       LEFT JOIN holds h ON h.operation_id = a.operation_id AND h.attempt = a.number AND h.incarnation = a.incarnation
      WHERE a.operation_id = :id ORDER BY a.number
-""")
-
-METRIC_NAMES = statement("SELECT DISTINCT name FROM metrics WHERE operation_id = :id ORDER BY name")
-
-METRIC = statement("""
-    SELECT attempt, steps, values FROM metrics
-     WHERE operation_id = :id AND name = :name ORDER BY attempt, first_step
 """)
 
 CHECKPOINTS = statement(f"""
@@ -212,7 +205,7 @@ async def list_page(session: AsyncSession, wanted: Filter, limit: int, cursor: s
 
 
 async def attempts(session: AsyncSession, id: UUID) -> Attempts:
-    await _starts(session, id)
+    await starts_of(session, id)
     rows = (await session.execute(ATTEMPTS, {"id": id})).all()
     return Attempts(
         items=[
@@ -241,28 +234,14 @@ async def attempts(session: AsyncSession, id: UUID) -> Attempts:
     )
 
 
-async def metric_names(session: AsyncSession, id: UUID) -> MetricNames:
-    await _starts(session, id)
-    return MetricNames(names=list(await session.scalars(METRIC_NAMES, {"id": id})))
-
-
-async def metric(session: AsyncSession, id: UUID, name: str, after_step: int) -> MetricPoints:
-    """The points after a step that count: each attempt's from its start until a later one starts."""
-    counts = {entry.attempt: entry for entry in lineage(await _starts(session, id))}
-    rows = (await session.execute(METRIC, {"id": id, "name": name})).all()
-    points = [(s, v) for row in rows for s, v in counted(row, counts[row.attempt].end_step) if s > after_step]
-    starts = [(e.start_step, e.attempt) for e in counts.values() if e.end_step is None or e.start_step < e.end_step]
-    return MetricPoints(name=name, points=points, attempt_starts=starts)
-
-
 async def checkpoints(session: AsyncSession, id: UUID) -> Checkpoints:
-    await _starts(session, id)
+    await starts_of(session, id)
     rows = (await session.execute(CHECKPOINTS, {"id": id})).mappings()
     return Checkpoints(items=[CheckpointView(**{f: row[f] for f in CheckpointView.model_fields}) for row in rows])
 
 
 async def artifacts(session: AsyncSession, id: UUID) -> Artifacts:
-    await _starts(session, id)
+    await starts_of(session, id)
     rows = (await session.execute(ARTIFACTS, {"id": id, "artifact_id": None})).mappings()
     return Artifacts(items=[ArtifactView(**row) for row in rows])
 
@@ -276,7 +255,7 @@ async def artifact(session: AsyncSession, id: UUID, artifact_id: UUID) -> Artifa
 
 
 async def events(session: AsyncSession, id: UUID, after: int) -> Events:
-    await _starts(session, id)
+    await starts_of(session, id)
     rows = (await session.execute(EVENTS, {"id": id, "after": after})).all()
     fields = EventView.model_fields.keys() - {"message"}
     return Events(items=[EventView(**{f: getattr(row, f) for f in fields}, message=tell(row)) for row in rows])
@@ -317,7 +296,8 @@ def counted(row: Row[Any], end_step: int | None) -> Iterator[tuple[int, float]]:
     return ((step, value) for step, value in points if end_step is None or step < end_step)
 
 
-async def _starts(session: AsyncSession, id: UUID) -> list[int]:
+async def starts_of(session: AsyncSession, id: UUID) -> list[int]:
+    """Where each attempt began. Raises 404."""
     row = (await session.execute(STARTS, {"id": id})).one_or_none()
     if row is None:
         raise not_found(id)
@@ -369,9 +349,9 @@ def _cursor(row: Row[Any]) -> str:
     return base64.urlsafe_b64encode(f"{row.created_at.isoformat()}|{row.id}".encode()).decode()
 
 
-def _read_cursor(cursor: str | None) -> tuple[str | None, UUID | None]:
+def _read_cursor(cursor: str | None) -> tuple[str, UUID]:
     if cursor is None:
-        return None, None
+        return _NEWEST
     try:
         at, id = base64.urlsafe_b64decode(cursor).decode().split("|")
         return datetime.fromisoformat(at).isoformat(), UUID(id)

@@ -12,6 +12,7 @@ from ops_contract.wire import Wire
 
 # asyncpg sends every parameter with a type; these are the ones whose Python value does not tell it.
 _TYPES: Mapping[str, TypeEngine[Any]] = {
+    "after_step": BigInteger(),
     "attempt": Integer(),
     "attempts": ARRAY(Integer),
     "cancel_reason": Text(),
@@ -46,9 +47,11 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "last_step": BigInteger(),
     "last_steps": ARRAY(BigInteger),
     "max_bytes": BigInteger(),
+    "max_points": Integer(),
     "names": ARRAY(Text),
     "next_seq": BigInteger(),
     "outcome": Text(),
+    "page_points": BigInteger(),
     "paths": ARRAY(Text),
     "permanent": Boolean(),
     "progress": JSONB(none_as_null=True),
