@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 from sqlalchemy.exc import DBAPIError
 
 from ops_backend import postgres
@@ -49,8 +50,7 @@ def serve(settings: Settings, *, as_json: bool, exit_on_eof: bool) -> int:
     except OSError as error:
         print(f"ops server: cannot listen on {settings.host}:{settings.port}: {error}", file=sys.stderr)
         return 1
-    config = uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=5)
-    server = _AnnouncingServer(config, f"http://{settings.host}:{listener.getsockname()[1]}", as_json)
+    server = Server(create_app(settings), f"http://{settings.host}:{listener.getsockname()[1]}", as_json)
     if exit_on_eof:
         threading.Thread(target=_stop_at_eof, daemon=True).start()
     server.run(sockets=[listener])
@@ -67,17 +67,23 @@ def examine(data_dir: Path | None) -> int:
     return int(any(finding.state == "fail" for finding in findings.items))
 
 
-class _AnnouncingServer(uvicorn.Server):
-    """Says that it is ready when requests are answered, not before."""
+class Server(uvicorn.Server):
+    """Says that it is ready when requests are answered, not before, and waits for no stream when it ends."""
 
-    def __init__(self, config: uvicorn.Config, url: str, as_json: bool) -> None:
-        super().__init__(config)
+    def __init__(self, app: FastAPI, url: str, as_json: bool) -> None:
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        self._state = app.state
         self._line = json.dumps({"event": "ready", "url": url}) if as_json else f"API ready at {url}"
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             print(self._line, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Uvicorn waits for open responses before it tells the app that it ends.
+        self._state.streams.close()
+        await super().shutdown(sockets)
 
 
 def _stop_at_eof() -> None:

@@ -12,9 +12,10 @@ from ops_backend.dispatcher import Dispatcher
 from ops_backend.exporter import Exporter
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.reaper import Reaper
-from ops_backend.routes import agents, catalog, cleanup, errors, health, operations, snapshots, status
+from ops_backend.routes import agents, catalog, cleanup, errors, health, operations, snapshots, status, stream
 from ops_backend.settings import Settings
 from ops_backend.status_reads import StatusReads
+from ops_backend.streams import Streams
 from ops_backend.sweeper import Sweeper
 from ops_backend.validator import Validator
 from ops_contract.wire import API_PREFIX
@@ -34,7 +35,7 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app)
     status.install(app)
     app.include_router(health.router)
-    for module in (operations, cleanup, snapshots, agents, catalog):
+    for module in (operations, stream, cleanup, snapshots, agents, catalog):
         app.include_router(module.router, prefix=API_PREFIX)
     return app
 
@@ -50,11 +51,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     async with httpx.AsyncClient(timeout=WORKER_TIMEOUT_S, trust_env=False) as http:
         app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings)
         app.state.validator = Validator(http)
+        app.state.streams = streams = Streams(requests, settings.poll_s, settings.max_streams)
         reaper = Reaper(sessions, settings.lease_s, settings.tick_s, dispatcher.wake)
         sweeper = Sweeper(sessions, settings.storage_root, settings.tick_s)
         orphans = OrphanSweeper(sessions, settings.storage_root, settings.orphan_sweep_s)
         exporter = Exporter(patient, settings.storage_root, settings.tick_s)
-        loops = [asyncio.create_task(loop.run()) for loop in (dispatcher, reaper, sweeper, orphans, exporter)]
+        loops = [asyncio.create_task(loop.run()) for loop in (dispatcher, reaper, sweeper, orphans, exporter, streams)]
         yield
         for loop in loops:
             loop.cancel()

@@ -13,6 +13,7 @@ from ops_backend.settings import Settings
 from ops_backend.status_reads import StatusReads
 from ops_backend.store.transitions import CancelPush
 from ops_backend.store.validation import Question
+from ops_backend.streams import Streams
 from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError
 
@@ -49,6 +50,10 @@ def status_reads_of(request: Request) -> StatusReads:
     return cast(StatusReads, request.app.state.status_reads)
 
 
+def streams_of(request: Request) -> Streams:
+    return cast(Streams, request.app.state.streams)
+
+
 async def session_of(request: Request) -> AsyncIterator[AsyncSession]:
     """One transaction a request, committed before the answer is sent; an error rolls it back."""
     async with sessions_of(request).begin() as session:
@@ -76,6 +81,7 @@ SessionsDep = Annotated[Sessions, Depends(sessions_of)]
 SettingsDep = Annotated[Settings, Depends(settings_of)]
 DispatcherDep = Annotated[Dispatching, Depends(dispatcher_of)]
 ValidatorDep = Annotated[Validating, Depends(validator_of)]
+StreamsDep = Annotated[Streams, Depends(streams_of)]
 SessionDep = Annotated[AsyncSession, Depends(session_of, scope="function")]
 VitalSessionDep = Annotated[AsyncSession, Depends(vital_session_of, scope="function")]
 CallerDep = Annotated[str, Depends(caller)]

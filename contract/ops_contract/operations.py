@@ -246,6 +246,24 @@ class MetricPoints(Wire):
     replaces_from: int | None = None
 
 
+class SeriesPoints(Wire):
+    """`points` are (step, value)."""
+
+    name: str
+    points: list[tuple[int, float]]
+
+
+class AttemptPoints(Wire):
+    """What a report of an attempt brought; without series: where the attempt begins, said again when that changes.
+
+    A point of an attempt counts while its step is before the `start_step` of every later one.
+    """
+
+    attempt: int
+    start_step: int
+    series: list[SeriesPoints]
+
+
 class CheckpointView(Wire):
     """The first one of a fork is its parent's: `operation_id` says whose it is."""
 

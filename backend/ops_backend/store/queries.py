@@ -69,10 +69,14 @@ OPERATIONS = statement(f"""
      WHERE o.id = ANY (:ids)
 """)
 
-LIST = statement(f"""
+_SUMMARY = f"""
     SELECT o.id, o.name, o.status, o.kind, o.workload, o.labels, o.submitted_by, o.priority, o.attempt, o.error,
            o.created_at, o.started_at, o.ended_at, a.start_step, told.attempt AS told_attempt, told.progress
-      FROM operations o {_PROGRESS}
+      FROM operations o {_PROGRESS}"""
+
+SUMMARIES = statement(f"{_SUMMARY} WHERE o.id = ANY (:ids)")
+
+LIST = statement(f"""{_SUMMARY}
      WHERE (CAST(:status AS text) IS NULL OR o.status = ANY (string_to_array(:status, ',')))
        AND (CAST(:kind AS text) IS NULL OR o.kind = :kind)
        AND (CAST(:workload AS text) IS NULL OR o.workload = :workload)
@@ -204,6 +208,12 @@ async def list_page(session: AsyncSession, wanted: Filter, limit: int, cursor: s
     return OperationPage(items=items, next_cursor=_cursor(rows[limit - 1]) if len(rows) > limit else None)
 
 
+async def summaries(session: AsyncSession, ids: list[UUID]) -> dict[UUID, OperationSummary]:
+    """Of those that there are."""
+    rows = await session.execute(SUMMARIES, {"ids": ids})
+    return {row.id: OperationSummary(**_summary(row)) for row in rows}
+
+
 async def attempts(session: AsyncSession, id: UUID) -> Attempts:
     await starts_of(session, id)
     rows = (await session.execute(ATTEMPTS, {"id": id})).all()
@@ -257,8 +267,13 @@ async def artifact(session: AsyncSession, id: UUID, artifact_id: UUID) -> Artifa
 async def events(session: AsyncSession, id: UUID, after: int) -> Events:
     await starts_of(session, id)
     rows = (await session.execute(EVENTS, {"id": id, "after": after})).all()
+    return Events(items=[event_view(row) for row in rows])
+
+
+def event_view(row: Row[Any]) -> EventView:
+    """`row` has what `tell` wants."""
     fields = EventView.model_fields.keys() - {"message"}
-    return Events(items=[EventView(**{f: getattr(row, f) for f in fields}, message=tell(row)) for row in rows])
+    return EventView(**{f: getattr(row, f) for f in fields}, message=tell(row))
 
 
 async def workers(session: AsyncSession, lease_s: float, id: UUID | None = None) -> Workers:
