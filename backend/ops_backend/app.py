@@ -7,17 +7,19 @@ from contextlib import asynccontextmanager, suppress
 import httpx
 from fastapi import FastAPI
 
+from ops_backend.announcer import Announcer
 from ops_backend.database import Limits, Sessions
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.exporter import Exporter
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.reaper import Reaper
-from ops_backend.routes import agents, catalog, cleanup, errors, health, operations, snapshots, status, stream
+from ops_backend.routes import agents, catalog, cleanup, errors, health, operations, snapshots, status, stream, webhooks
 from ops_backend.settings import Settings
 from ops_backend.status_reads import StatusReads
 from ops_backend.streams import Streams
 from ops_backend.sweeper import Sweeper
 from ops_backend.validator import Validator
+from ops_backend.webhooks import WebhookSender
 from ops_contract.wire import API_PREFIX
 
 # Long enough for a worker that checks a manifest on a slow disk; a worker that takes longer is left to the lease.
@@ -35,7 +37,7 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app)
     status.install(app)
     app.include_router(health.router)
-    for module in (operations, stream, cleanup, snapshots, agents, catalog):
+    for module in (operations, stream, cleanup, snapshots, agents, catalog, webhooks):
         app.include_router(module.router, prefix=API_PREFIX)
     return app
 
@@ -52,11 +54,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings)
         app.state.validator = Validator(http)
         app.state.streams = streams = Streams(requests, settings.poll_s, settings.max_streams)
+        app.state.webhook_sender = sender = WebhookSender()
         reaper = Reaper(sessions, settings.lease_s, settings.tick_s, dispatcher.wake)
         sweeper = Sweeper(sessions, settings.storage_root, settings.tick_s)
         orphans = OrphanSweeper(sessions, settings.storage_root, settings.orphan_sweep_s)
         exporter = Exporter(patient, settings.storage_root, settings.tick_s)
-        loops = [asyncio.create_task(loop.run()) for loop in (dispatcher, reaper, sweeper, orphans, exporter, streams)]
+        announcer = Announcer(sessions, sender, settings.tick_s)
+        running = (dispatcher, reaper, sweeper, orphans, exporter, announcer, streams)
+        loops = [asyncio.create_task(loop.run()) for loop in running]
         yield
         for loop in loops:
             loop.cancel()

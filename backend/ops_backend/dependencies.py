@@ -14,6 +14,7 @@ from ops_backend.status_reads import StatusReads
 from ops_backend.store.transitions import CancelPush
 from ops_backend.store.validation import Question
 from ops_backend.streams import Streams
+from ops_backend.webhooks import WebhookSender
 from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError
 
@@ -40,6 +41,10 @@ def dispatcher_of(request: Request) -> Dispatching:
 
 def validator_of(request: Request) -> Validating:
     return cast(Validating, request.app.state.validator)
+
+
+def webhook_sender_of(request: Request) -> WebhookSender:
+    return cast(WebhookSender, request.app.state.webhook_sender)
 
 
 def sessions_of(request: Request) -> Sessions:
@@ -82,6 +87,7 @@ SettingsDep = Annotated[Settings, Depends(settings_of)]
 DispatcherDep = Annotated[Dispatching, Depends(dispatcher_of)]
 ValidatorDep = Annotated[Validating, Depends(validator_of)]
 StreamsDep = Annotated[Streams, Depends(streams_of)]
+WebhookSenderDep = Annotated[WebhookSender, Depends(webhook_sender_of)]
 SessionDep = Annotated[AsyncSession, Depends(session_of, scope="function")]
 VitalSessionDep = Annotated[AsyncSession, Depends(vital_session_of, scope="function")]
 CallerDep = Annotated[str, Depends(caller)]

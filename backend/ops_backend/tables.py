@@ -26,6 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
+from ops_contract.webhooks import DeliveryState, WebhookFormat
 
 metadata = MetaData(
     naming_convention={
@@ -312,10 +313,60 @@ events = Table(
     Column("from_status", Text),
     Column("to_status", Text, nullable=False),
     Column("detail", JSONB, nullable=False),
+    # An end of which there are deliveries to all webhooks that want it; of other events it says nothing.
+    _flag("announced"),
     one_of("name", Event),
     one_of("from_status", Status),
     one_of("to_status", Status),
 )
+Index(
+    "ix_events_unannounced",
+    events.c.at,
+    postgresql_where=text(
+        "NOT announced AND from_status <> to_status AND to_status IN ('completed', 'failed', 'cancelled')"
+    ),
+)
+
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("url", Text, nullable=False),
+    Column("format", Text, nullable=False),
+    Column("statuses", ARRAY(Text), nullable=False),  # sorted, so that equal ones are equal
+    Column("label", Text, nullable=False),  # empty: any
+    Column("description", Text, nullable=False),
+    # As it is: it is needed to sign.
+    Column("secret", Text, nullable=False),
+    _instant("created_at", default_now=True, nullable=False),
+    # Its receiver is gone for good.
+    _instant("stopped_at"),
+    UniqueConstraint("url", "format", "statuses", "label"),
+    one_of("format", WebhookFormat),
+)
+
+# One for each end and webhook. They go with either.
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("webhook_id", Uuid, ForeignKey("webhooks.id", ondelete="CASCADE"), nullable=False),
+    Column("operation_id", Uuid, nullable=False),
+    Column("event_seq", Integer, nullable=False),
+    Column("state", Text, nullable=False, server_default=text("'due'")),
+    # Number of the newest try: only that one may record its answer.
+    _count("tries"),
+    _instant("next_try_at", default_now=True),
+    _instant("last_try_at"),
+    Column("http_status", Integer),
+    Column("answer", Text, nullable=False, server_default=text("''")),
+    _instant("created_at", default_now=True, nullable=False),
+    UniqueConstraint("operation_id", "event_seq", "webhook_id"),
+    ForeignKeyConstraint(["operation_id", "event_seq"], ["events.operation_id", "events.seq"], ondelete="CASCADE"),
+    one_of("state", DeliveryState),
+)
+Index("ix_deliveries_due", deliveries.c.next_try_at, postgresql_where=deliveries.c.state == text("'due'"))
+Index("ix_deliveries_newest", deliveries.c.webhook_id, deliveries.c.created_at.desc(), deliveries.c.id.desc())
 
 # Of each operation that was deleted, for good: who still writes in its directory is found by it.
 deletions = Table(

@@ -21,6 +21,7 @@ from ops_cli import (
     replay,
     up,
     watch,
+    webhooks,
     workers,
     workloads,
 )
@@ -111,6 +112,7 @@ for part in (
     workloads,
     watch,
     logs,
+    webhooks,
     doctor,
 ):
     part.register(app)

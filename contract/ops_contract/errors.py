@@ -26,6 +26,7 @@ class ErrorCode(StrEnum):
     STALE = "stale"
     DEVICE_TAKEN = "device_taken"
     NO_USER_CODE = "no_user_code"
+    WEBHOOK_EXISTS = "webhook_exists"
     UNAUTHENTICATED = "unauthenticated"
     TOO_LARGE = "too_large"
     METHOD_NOT_ALLOWED = "method_not_allowed"
@@ -51,6 +52,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.STALE: 409,
     ErrorCode.DEVICE_TAKEN: 409,
     ErrorCode.NO_USER_CODE: 409,
+    ErrorCode.WEBHOOK_EXISTS: 409,
     ErrorCode.UNAUTHENTICATED: 401,
     ErrorCode.TOO_LARGE: 413,
     ErrorCode.METHOD_NOT_ALLOWED: 405,

@@ -80,6 +80,11 @@ class AsyncClient:
     drain = _in_thread(Client.drain)
     undrain = _in_thread(Client.undrain)
     workloads = _in_thread(Client.workloads)
+    add_webhook = _in_thread(Client.add_webhook)
+    webhooks = _in_thread(Client.webhooks)
+    deliveries = _in_thread(Client.deliveries)
+    test_webhook = _in_thread(Client.test_webhook)
+    remove_webhook = _in_thread(Client.remove_webhook)
     resolve = _in_thread(Client.resolve)
 
     async def list(self, **wanted: Any) -> AsyncIterator[OperationSummary]:

@@ -50,6 +50,16 @@ from ops_contract.operations import (
     WorkloadView,
 )
 from ops_contract.reports import Exactness
+from ops_contract.webhooks import (
+    Deliveries,
+    DeliveryView,
+    WebhookAnswer,
+    WebhookCreated,
+    WebhookFormat,
+    WebhookRequest,
+    Webhooks,
+    WebhookView,
+)
 from ops_contract.wire import API_PREFIX, LOG_COMPLETE, LOG_END, LOG_OFFSET, Wire
 from relight import download
 from relight.download import Part, Progress
@@ -448,6 +458,37 @@ class Client:
 
     def workloads(self) -> Sequence[WorkloadView]:
         return self._get("/workloads", Workloads).items
+
+    def add_webhook(
+        self,
+        url: str,
+        *,
+        format: WebhookFormat | str = WebhookFormat.JSON,
+        statuses: Iterable[Status | str] = TERMINAL,
+        label: str | None = None,
+        description: str = "",
+    ) -> WebhookCreated:
+        """Have `url` told when operations end. Keep the `secret` of the answer: it is not shown again.
+
+        `format`: json, slack or discord. `label`: `key` or `key=value`. Raises ValidationError for a malformed wish.
+        """
+        given = {"url": url, "format": format, "statuses": set(statuses), "label": label, "description": description}
+        return self._parse(self._post("/webhooks", WebhookRequest.model_validate(given)), WebhookCreated)
+
+    def webhooks(self) -> Sequence[WebhookView]:
+        return self._get("/webhooks", Webhooks).items
+
+    def deliveries(self, webhook_id: UUID | str) -> Sequence[DeliveryView]:
+        """The newest hundred."""
+        return self._get(f"/webhooks/{webhook_id}/deliveries", Deliveries).items
+
+    def test_webhook(self, webhook_id: UUID | str) -> WebhookAnswer:
+        """What its receiver answers to a made-up end, sent now."""
+        return self._parse(self._call("POST", f"/webhooks/{webhook_id}/test"), WebhookAnswer)
+
+    def remove_webhook(self, webhook_id: UUID | str) -> None:
+        """With what is still due to it."""
+        self._call("DELETE", f"/webhooks/{webhook_id}")
 
     def stream(
         self, operation_id: UUID | str, *, poll_s: float = 1.0, patience_s: float = 300.0

@@ -11,6 +11,7 @@ from alembic import command
 from helpers.databases import Databases, connect
 from ops_backend.database import alembic_config
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
+from ops_contract.webhooks import DeliveryState, WebhookFormat
 
 WORDS: dict[str, type[StrEnum]] = {
     "ck_operations_status": Status,
@@ -22,6 +23,8 @@ WORDS: dict[str, type[StrEnum]] = {
     "ck_events_name": Event,
     "ck_events_from_status": Status,
     "ck_events_to_status": Status,
+    "ck_webhooks_format": WebhookFormat,
+    "ck_deliveries_state": DeliveryState,
 }
 
 
@@ -57,3 +60,22 @@ async def test_metrics_of_before_keep_their_order_and_come_before_what_their_hol
     rows = await connection.fetch("SELECT attempt, seq, name, first_step FROM metrics ORDER BY attempt, seq")
     await connection.close()
     assert [tuple(row) for row in rows] == [(1, -2, "loss", 0), (1, -1, "val", 5), (1, 0, "loss", 9), (2, 0, "loss", 7)]
+
+
+async def test_ends_of_before_are_told_to_no_webhook_and_later_ones_are(databases: Databases) -> None:
+    url = await databases.empty()
+    await asyncio.to_thread(command.upgrade, alembic_config(url), "0014")
+    connection = await connect(url)
+    await connection.execute("SET session_replication_role = replica")  # rows of which only the events matter
+    insert = """
+        INSERT INTO events (operation_id, seq, attempt, name, from_status, to_status, detail)
+        VALUES ($1, $2, 1, 'complete', 'running', 'completed', '{}')
+    """
+    id = uuid4()
+    await connection.execute(insert, id, 1)
+    await asyncio.to_thread(command.upgrade, alembic_config(url), "head")
+    await connection.execute(insert, id, 2)
+
+    rows = await connection.fetch("SELECT seq, announced FROM events ORDER BY seq")
+    await connection.close()
+    assert [tuple(row) for row in rows] == [(1, True), (2, False)]

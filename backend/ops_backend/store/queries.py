@@ -170,7 +170,7 @@ async def operation_rows(session: AsyncSession, ids: list[UUID]) -> Sequence[Row
 
 def operation_of(row: Row[Any]) -> Operation:
     return Operation(
-        **_summary(row),
+        **summary(row),
         job=row.job,
         max_retries=row.max_retries,
         failures=row.failures,
@@ -204,7 +204,7 @@ async def list_page(session: AsyncSession, wanted: Filter, limit: int, cursor: s
         "limit": limit + 1,
     }
     rows = (await session.execute(LIST, values)).all()
-    items = [OperationSummary(**_summary(row)) for row in rows[:limit]]
+    items = [OperationSummary(**summary(row)) for row in rows[:limit]]
     return OperationPage(items=items, next_cursor=_cursor(rows[limit - 1]) if len(rows) > limit else None)
 
 
@@ -319,7 +319,7 @@ async def starts_of(session: AsyncSession, id: UUID) -> list[int]:
     return list(row.starts or [])
 
 
-def _summary(row: Row[Any]) -> dict[str, Any]:
+def summary(row: Row[Any]) -> dict[str, Any]:
     plain = ("id", "name", "status", "kind", "workload", "labels", "submitted_by", "priority", "attempt", "error")
     times = ("created_at", "started_at", "ended_at")
     return {name: getattr(row, name) for name in (*plain, *times)} | {"progress": _progress(row)}

@@ -1,0 +1,55 @@
+"""Who is told when operations end."""
+
+from datetime import UTC, datetime
+from uuid import UUID, uuid4
+
+from fastapi import APIRouter
+
+from ops_backend.bodies import sample_body
+from ops_backend.dependencies import CallerDep, SessionDep, SessionsDep, WebhookSenderDep
+from ops_backend.routes.errors import refusals
+from ops_backend.store import webhooks
+from ops_backend.store.submit import invalid
+from ops_backend.webhooks import Refused, new_secret
+from ops_contract.webhooks import Deliveries, WebhookAnswer, WebhookCreated, WebhookRequest, Webhooks
+
+router = APIRouter(prefix="/webhooks", tags=["webhooks"], responses=refusals(401))
+
+
+@router.post("", status_code=201, responses=refusals(409, 422))
+async def add_webhook(
+    wish: WebhookRequest, sessions: SessionsDep, _: CallerDep, sender: WebhookSenderDep
+) -> WebhookCreated:
+    """Have ends of operations told to a URL. The secret that the requests are signed with is in this answer only."""
+    try:
+        await sender.check(str(wish.url))
+    except Refused as error:
+        raise invalid([("url", str(error))]) from error
+    async with sessions.begin() as session:
+        return await webhooks.add(session, wish, new_secret())
+
+
+@router.get("")
+async def list_webhooks(session: SessionDep, _: CallerDep) -> Webhooks:
+    return await webhooks.list_all(session)
+
+
+@router.get("/{id}/deliveries", responses=refusals(404, 422))
+async def list_deliveries(id: UUID, session: SessionDep, _: CallerDep) -> Deliveries:
+    """The newest hundred."""
+    return await webhooks.deliveries(session, id)
+
+
+@router.delete("/{id}", status_code=204, responses=refusals(404, 422))
+async def remove_webhook(id: UUID, session: SessionDep, _: CallerDep) -> None:
+    """With what is still due to it."""
+    await webhooks.remove(session, id)
+
+
+@router.post("/{id}/test", responses=refusals(404, 422))
+async def send_sample(id: UUID, sessions: SessionsDep, _: CallerDep, sender: WebhookSenderDep) -> WebhookAnswer:
+    """Send a made-up end, once and now, and say what the receiver answered. It is no delivery."""
+    async with sessions.begin() as session:
+        hook = await webhooks.find(session, id)
+    answer, _after_s = await sender.send(hook, uuid4(), datetime.now(UTC), sample_body(hook.format))
+    return answer
