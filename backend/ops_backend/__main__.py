@@ -20,20 +20,19 @@ from ops_backend.app import create_app
 from ops_backend.database import OldPostgres, migrate
 from ops_backend.postgres_place import PostgresError
 from ops_backend.settings import Settings, SettingsError
+from ops_contract.log_lines import LogFormatError, log_formatter
 
 
 def main() -> int:
     arguments = _parser().parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
+        _log_to_stderr()
         if arguments.verb == "db":
             return postgres.run(arguments.data_dir, json=arguments.json, exit_on_eof=arguments.exit_on_eof)
         if arguments.verb == "doctor":
             return examine(arguments.data_dir)
         return serve(Settings.from_env(), as_json=arguments.json, exit_on_eof=arguments.exit_on_eof)
-    except (SettingsError, PostgresError) as error:
+    except (SettingsError, PostgresError, LogFormatError) as error:
         print(f"ops {arguments.verb}: {error}", file=sys.stderr)
         return 2
 
@@ -71,7 +70,7 @@ class Server(uvicorn.Server):
     """Says that it is ready when requests are answered, not before, and waits for no stream when it ends."""
 
     def __init__(self, app: FastAPI, url: str, as_json: bool) -> None:
-        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        super().__init__(uvicorn.Config(app, log_config=None, log_level="warning", timeout_graceful_shutdown=5))
         self._state = app.state
         self._line = json.dumps({"event": "ready", "url": url}) if as_json else f"API ready at {url}"
 
@@ -90,6 +89,14 @@ def _stop_at_eof() -> None:
     """The supervisor holds the other end of stdin: its death, however sudden, ends this process in order."""
     sys.stdin.buffer.read()
     signal.raise_signal(signal.SIGTERM)
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(log_formatter(os.environ))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version
 
 import httpx
 from fastapi import FastAPI
@@ -13,30 +14,48 @@ from ops_backend.dispatcher import Dispatcher
 from ops_backend.exporter import Exporter
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.reaper import Reaper
-from ops_backend.routes import agents, catalog, cleanup, errors, health, operations, snapshots, status, stream, webhooks
+from ops_backend.routes import (
+    agents,
+    catalog,
+    cleanup,
+    errors,
+    health,
+    operations,
+    scrape,
+    snapshots,
+    status,
+    stream,
+    webhooks,
+)
 from ops_backend.settings import Settings
 from ops_backend.status_reads import StatusReads
 from ops_backend.streams import Streams
 from ops_backend.sweeper import Sweeper
+from ops_backend.telemetry import CountRequests, Telemetry
 from ops_backend.validator import Validator
 from ops_backend.webhooks import WebhookSender
 from ops_contract.wire import API_PREFIX
 
 # Long enough for a worker that checks a manifest on a slow disk; a worker that takes longer is left to the lease.
 WORKER_TIMEOUT_S = 10.0
-# For heartbeats and the loops, beside OPS_DB_POOL_SIZE for requests, and one for the exporter.
+# For heartbeats and the loops, beside OPS_DB_POOL_SIZE for requests, one for the exporter and one for Prometheus.
 VITAL_CONNECTIONS = 8
 # The logs of a large operation are read and written in one transaction, which holds no lock that others want.
 EXPORT_S = 600.0
+# Within the ten seconds that Prometheus waits unless told otherwise.
+SCRAPE_S = 5.0
 
 
 def create_app(settings: Settings) -> FastAPI:
     """Needs a migrated database. One a process; several processes may share a database."""
     app = FastAPI(title="Relight", version="0.1", lifespan=_lifespan, responses=errors.refusals(422, 503))
+    app.state.telemetry = telemetry = Telemetry(version("relight"))
+    app.add_middleware(CountRequests, telemetry=telemetry)
     app.state.settings = settings
     errors.install(app)
     status.install(app)
     app.include_router(health.router)
+    app.include_router(scrape.router)
     for module in (operations, stream, cleanup, snapshots, agents, catalog, webhooks):
         app.include_router(module.router, prefix=API_PREFIX)
     return app
@@ -45,17 +64,19 @@ def create_app(settings: Settings) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
+    telemetry: Telemetry = app.state.telemetry
     url, limits = settings.database_url, settings.db_limits
     app.state.sessions = requests = Sessions(url, settings.db_pool_size, limits)
     app.state.vital_sessions = sessions = Sessions(url, VITAL_CONNECTIONS, limits)
     app.state.status_reads = reads = StatusReads(requests)
+    app.state.scrape_sessions = scrapes = Sessions(url, 1, Limits(SCRAPE_S, SCRAPE_S))
     patient = Sessions(url, 1, Limits(limits.wait_s, EXPORT_S))
     async with httpx.AsyncClient(timeout=WORKER_TIMEOUT_S, trust_env=False) as http:
-        app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings)
+        app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings, telemetry)
         app.state.validator = Validator(http)
         app.state.streams = streams = Streams(requests, settings.poll_s, settings.max_streams)
         app.state.webhook_sender = sender = WebhookSender()
-        reaper = Reaper(sessions, settings.lease_s, settings.tick_s, dispatcher.wake)
+        reaper = Reaper(sessions, settings.lease_s, settings.tick_s, telemetry, dispatcher.wake)
         sweeper = Sweeper(sessions, settings.storage_root, settings.tick_s)
         orphans = OrphanSweeper(sessions, settings.storage_root, settings.orphan_sweep_s)
         exporter = Exporter(patient, settings.storage_root, settings.tick_s)
@@ -68,5 +89,5 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             with suppress(asyncio.CancelledError):
                 await loop
     await reads.close()
-    for pool in (requests, sessions, patient):
+    for pool in (requests, sessions, scrapes, patient):
         await pool.dispose()

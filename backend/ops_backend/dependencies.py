@@ -14,6 +14,7 @@ from ops_backend.status_reads import StatusReads
 from ops_backend.store.transitions import CancelPush
 from ops_backend.store.validation import Question
 from ops_backend.streams import Streams
+from ops_backend.telemetry import Telemetry
 from ops_backend.webhooks import WebhookSender
 from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError
@@ -45,6 +46,10 @@ def validator_of(request: Request) -> Validating:
 
 def webhook_sender_of(request: Request) -> WebhookSender:
     return cast(WebhookSender, request.app.state.webhook_sender)
+
+
+def telemetry_of(request: Request) -> Telemetry:
+    return cast(Telemetry, request.app.state.telemetry)
 
 
 def sessions_of(request: Request) -> Sessions:
@@ -85,6 +90,7 @@ async def caller(request: Request) -> str:
 SessionsDep = Annotated[Sessions, Depends(sessions_of)]
 SettingsDep = Annotated[Settings, Depends(settings_of)]
 DispatcherDep = Annotated[Dispatching, Depends(dispatcher_of)]
+TelemetryDep = Annotated[Telemetry, Depends(telemetry_of)]
 ValidatorDep = Annotated[Validating, Depends(validator_of)]
 StreamsDep = Annotated[Streams, Depends(streams_of)]
 WebhookSenderDep = Annotated[WebhookSender, Depends(webhook_sender_of)]

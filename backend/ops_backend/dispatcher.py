@@ -5,6 +5,7 @@ A delivery that may have arrived is left to the lease; only a definite refusal t
 
 import asyncio
 import logging
+import time
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
@@ -15,6 +16,7 @@ from ops_backend.database import Sessions
 from ops_backend.settings import Settings
 from ops_backend.store.claims import Claim, claim_next, refuse_if_held
 from ops_backend.store.transitions import CancelPush, finish_if_held
+from ops_backend.telemetry import Telemetry
 from ops_contract.agents import CancelTraining, StartTraining
 from ops_contract.errors import ErrorCode
 from ops_contract.lifecycle import Outcome
@@ -32,10 +34,11 @@ _BAD_CHECKPOINT = (ErrorCode.NO_CHECKPOINT, ErrorCode.CHECKPOINT_CORRUPT)
 class Dispatcher:
     """One a backend; several backends share the work through the claim's lock."""
 
-    def __init__(self, sessions: Sessions, http: httpx.AsyncClient, settings: Settings) -> None:
+    def __init__(self, sessions: Sessions, http: httpx.AsyncClient, settings: Settings, telemetry: Telemetry) -> None:
         self._sessions = sessions
         self._http = http
         self._settings = settings
+        self._telemetry = telemetry
         self._due = asyncio.Event()
         self._deliveries: set[asyncio.Task[None]] = set()
 
@@ -77,7 +80,7 @@ class Dispatcher:
     async def _deliver(self, claim: Claim) -> None:
         extra = {"operation_id": claim.operation_id, "attempt": claim.attempt}
         try:
-            refusal = await self._offer(claim)
+            refusal = await self._timed_offer(claim)
             if refusal is not None:
                 log.info("worker %s refused: %s", claim.url, refusal.message, extra=extra)
                 await self._take_back(claim, refusal)
@@ -85,6 +88,15 @@ class Dispatcher:
             log.warning("dispatch to %s is ambiguous, left to the lease: %r", claim.url, error, extra=extra)
         except Exception:
             log.exception("dispatch to %s failed, left to the lease", claim.url, extra=extra)
+
+    async def _timed_offer(self, claim: Claim) -> Fault | None:
+        began_s, outcome = time.monotonic(), "unanswered"
+        try:
+            refusal = await self._offer(claim)
+            outcome = "accepted" if refusal is None else "refused"
+            return refusal
+        finally:
+            self._telemetry.dispatched(outcome, claim.due_s + time.monotonic() - began_s)
 
     async def _offer(self, claim: Claim) -> Fault | None:
         """None when taken; why not, when definitely not. Raises httpx.HTTPError when nobody can know."""
@@ -116,13 +128,14 @@ class Dispatcher:
             if refusal.code in _BAD_CHECKPOINT:
                 finish = Finish(outcome=Outcome.CHECKPOINT_CORRUPT, error=refusal)
                 backoff_s = self._settings.retry_backoff_s
-                await finish_if_held(
+                status = await finish_if_held(
                     session, claim.operation_id, claim.attempt, claim.incarnation, 1, finish, backoff_s
                 )
             else:
                 # A worker that is not there is left alone until its silence shows; a busy one is asked again soon.
                 rest_s = self._settings.lease_s if refusal.code == UNREACHABLE else self._settings.slot_rest_s
-                await refuse_if_held(session, claim, error=refusal, rest_s=rest_s)
+                status = await refuse_if_held(session, claim, error=refusal, rest_s=rest_s)
+        self._telemetry.moved(status)
         self.wake()
 
     async def _post(self, url: str, path: str, secret: str, message: Wire) -> httpx.Response:

@@ -44,7 +44,8 @@ class Exporter:
                 failures.add(str(error))
                 if str(error) not in self._said:
                     self._said.add(str(error))
-                    log.warning("the logs of %s and maybe others are not written yet: %s", self._after, error)
+                    extra = {"operation_id": self._after}
+                    log.warning("its logs, and maybe others', are not written yet: %s", error, extra=extra)
         self._said &= failures
 
     async def _write(self, id: UUID) -> None:

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from ops_backend.database import Sessions
-from ops_backend.storage import published_in, remove_checkpoint
+from ops_backend.storage import owner, published_in, remove_checkpoint
 from ops_backend.store.retention import without_row
 from ops_backend.store.snapshots import delete_unused
 
@@ -51,6 +51,6 @@ class OrphanSweeper:
         """A zombie may be writing there; it then fails, or leaves a directory that the next round finds."""
         try:
             await asyncio.to_thread(remove_checkpoint, self._storage_root, path)
-            log.info("deleted %s, which no checkpoint or artifact refers to", path)
+            log.info("deleted %s, which no checkpoint or artifact refers to", path, extra=owner(path))
         except OSError as error:
-            log.warning("%s is not deleted yet: %s", path, error)
+            log.warning("%s is not deleted yet: %s", path, error, extra=owner(path))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ops_backend.database import Sessions
 from ops_backend.store.leases import expired, tick
 from ops_backend.store.transitions import lose_if_expired
+from ops_backend.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
 
@@ -14,10 +15,13 @@ log = logging.getLogger(__name__)
 class Reaper:
     """One a backend; the statements guard themselves, so several do no harm."""
 
-    def __init__(self, sessions: Sessions, lease_s: float, tick_s: float, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, sessions: Sessions, lease_s: float, tick_s: float, telemetry: Telemetry, wake: Callable[[], None]
+    ) -> None:
         self._sessions = sessions
         self._lease_s = lease_s
         self._tick_s = tick_s
+        self._telemetry = telemetry
         self._wake = wake
 
     async def run(self) -> None:
@@ -39,4 +43,5 @@ class Reaper:
             if status is not None:
                 extra = {"operation_id": operation_id, "attempt": attempt}
                 log.warning("lease ran out: operation is %s", status, extra=extra)
+                self._telemetry.lost(status)
                 self._wake()

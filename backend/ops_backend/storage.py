@@ -52,6 +52,12 @@ def _is_ours(entry: os.DirEntry[str], pattern: re.Pattern[str]) -> re.Match[str]
     return match if match and entry.is_dir(follow_symlinks=False) else None
 
 
+def owner(path: str) -> dict[str, str]:
+    """Whose directory this is below the root, for the log: `<operation>/<attempt>-…`."""
+    operation, _, name = path.partition("/")
+    return {"operation_id": operation, "attempt": name.partition("-")[0]}
+
+
 def remove_checkpoint(root: Path, path: str) -> None:
     """Delete `<operation>/<checkpoint>` below the root; no symbolic link is followed. Gone already is fine.
 

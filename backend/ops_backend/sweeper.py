@@ -6,7 +6,7 @@ from pathlib import Path
 from uuid import UUID
 
 from ops_backend.database import Sessions
-from ops_backend.storage import remove_checkpoint, remove_operation
+from ops_backend.storage import owner, remove_checkpoint, remove_operation
 from ops_backend.store.deletion import mark_swept, unswept
 from ops_backend.store.retention import Retired, deleting, forget, release
 
@@ -45,7 +45,7 @@ class Sweeper:
         try:
             await asyncio.to_thread(remove_checkpoint, self._storage_root, checkpoint.path)
         except OSError as error:
-            log.warning("checkpoint %s is not deleted yet: %s", checkpoint.path, error)
+            log.warning("checkpoint %s is not deleted yet: %s", checkpoint.path, error, extra=owner(checkpoint.path))
             return
         async with self._sessions.begin() as session:
             await forget(session, checkpoint)
@@ -54,7 +54,8 @@ class Sweeper:
         try:
             await asyncio.to_thread(remove_operation, self._storage_root, operation)
         except OSError as error:
-            log.warning("the files of the deleted operation %s are still there: %s", operation, error)
+            extra = {"operation_id": operation}
+            log.warning("the files of the deleted operation are still there: %s", error, extra=extra)
             return
         async with self._sessions.begin() as session:
             await mark_swept(session, operation)

@@ -107,8 +107,8 @@ class Store:
         first = seq or held.seq
         message = ReportBatch(incarnation=held.incarnation, first_seq=first, reports=list(batch), progress=progress)
         async with self.sessions.begin() as session:
-            last = await reports.accept(session, held.operation_id, held.attempt, message, backoff_s=0.0)
-        return Held(held.operation_id, held.attempt, held.incarnation, last + 1)
+            accepted = await reports.accept(session, held.operation_id, held.attempt, message, backoff_s=0.0)
+        return Held(held.operation_id, held.attempt, held.incarnation, accepted.last_seq + 1)
 
     async def finish(self, held: Held, outcome: Outcome, **kw: Any) -> Held:
         return await self.report(held, Finish.model_validate({"outcome": outcome} | kw))

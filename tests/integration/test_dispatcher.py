@@ -12,6 +12,7 @@ import pytest
 from helpers.store import LEASE_S, Held, Store, held, saved, started
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings
+from ops_backend.telemetry import Telemetry
 from ops_contract.lifecycle import Outcome, Status
 
 Answer = Callable[[httpx.Request], httpx.Response]
@@ -32,8 +33,9 @@ class Deliveries:
             slot_rest_s=3600,
             poll_s=0.01,
         )
+        self.telemetry = Telemetry("test")
         http = httpx.AsyncClient(transport=httpx.MockTransport(self._receive))
-        self._dispatcher = Dispatcher(store.sessions, http, settings)
+        self._dispatcher = Dispatcher(store.sessions, http, settings, self.telemetry)
 
     async def __aenter__(self) -> "Deliveries":
         self._loop = asyncio.create_task(self._dispatcher.run())
@@ -100,6 +102,35 @@ async def test_only_a_definite_refusal_takes_the_claim_back(
     assert (path, order["attempt"], order["checkpoint"]) == ("/training/start", 1, None)
     [slot] = await store.fetch("SELECT coalesce(rests_until > now(), false) AS rests FROM slots")
     assert slot.rests is rests
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome"),
+    [
+        (answers(202), "accepted"),
+        (answers(409, "busy"), "refused"),
+        (fails(httpx.ConnectError), "refused"),
+        (fails(httpx.ReadTimeout), "unanswered"),
+        (answers(500), "unanswered"),
+    ],
+)
+async def test_a_delivery_is_measured_from_the_moment_the_operation_was_due(
+    store: Store, database_url: str, answer: Answer, outcome: str
+) -> None:
+    await store.worker()
+    id = await store.submit()
+    await store.execute("UPDATE events SET at = now() - interval '1 h'")
+    await store.execute("UPDATE operations SET not_before = now() - interval '100 s' WHERE id = :id", id=id)
+    async with Deliveries(store, database_url, answer) as deliveries:
+        await deliveries.settled(1)
+
+    text = deliveries.telemetry.render("", None)[0].decode()
+    counted, total = (
+        {line.split('"')[1]: float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"{name}{{")}
+        for name in ("relight_dispatch_seconds_count", "relight_dispatch_seconds_sum")
+    )
+    assert counted == {"accepted": 0, "refused": 0, "unanswered": 0} | {outcome: 1}
+    assert 100 <= total[outcome] < 400
 
 
 @pytest.mark.parametrize(("http_status", "code"), [(404, "no_checkpoint"), (422, "checkpoint_corrupt")])

@@ -15,6 +15,7 @@ from uuid import UUID, uuid4
 
 import uvicorn
 
+from ops_contract.log_lines import LogFormatError, log_formatter
 from ops_worker.agent import Agent
 from ops_worker.describe import DescribeError
 from ops_worker.routes import create_app
@@ -27,13 +28,13 @@ TRAINER = ("-P", "-m", "ops_worker.trainer")
 
 def main(trainer_command: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args()
-    _log_to_stderr()
     try:
         settings = Settings.from_env(os.environ | ({"OPS_WORKER_PYTHON": arguments.python} if arguments.python else {}))
         if trainer_command is None:
             python = os.path.expanduser(settings.worker_python or sys.executable)
             trainer_command = (checked_interpreter(python, os.environ), *TRAINER)
-    except (SettingsError, InterpreterError) as error:
+        _log_to_stderr(settings.worker_name)
+    except (SettingsError, InterpreterError, LogFormatError) as error:
         print(f"ops worker: {error}", file=sys.stderr)
         return 2
     code = 0
@@ -100,10 +101,9 @@ def _stop_at_eof() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr(worker: str) -> None:
     handler = logging.StreamHandler()
-    form = "%(asctime)s %(levelname)s %(name)s [%(operation_id)s/%(attempt)s]: %(message)s"
-    handler.setFormatter(logging.Formatter(form, defaults={"operation_id": "-", "attempt": "-"}))
+    handler.setFormatter(log_formatter(os.environ, worker=worker))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

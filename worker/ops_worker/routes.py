@@ -117,5 +117,6 @@ async def _plain(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    extra = {"operation_id": request.path_params.get("id")}
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error, extra=extra)
     return await _answer(request, OpsError(ErrorCode.INTERNAL, "an error of ours; the worker's log has it"))

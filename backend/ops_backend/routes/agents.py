@@ -5,7 +5,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Path
 
-from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep, SettingsDep, VitalSessionDep
+from ops_backend.dependencies import CallerDep, DispatcherDep, SessionsDep, SettingsDep, TelemetryDep, VitalSessionDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import workers
 from ops_backend.store.reports import accept
@@ -47,12 +47,16 @@ async def report(
     id: UUID,
     attempt: Annotated[int, Path(ge=1)],
     batch: ReportBatch,
-    session: SessionDep,
+    sessions: SessionsDep,
     _: CallerDep,
     dispatcher: DispatcherDep,
+    telemetry: TelemetryDep,
     settings: SettingsDep,
 ) -> ReportsAccepted:
-    last_seq = await accept(session, id, attempt, batch, settings.retry_backoff_s)
+    async with sessions.begin() as session:
+        accepted = await accept(session, id, attempt, batch, settings.retry_backoff_s)
+    telemetry.accepted(accepted.new)
+    telemetry.moved(accepted.status)
     if isinstance(batch.reports[-1], Finish):
         dispatcher.wake()
-    return ReportsAccepted(last_seq=last_seq)
+    return ReportsAccepted(last_seq=accepted.last_seq)

@@ -14,9 +14,11 @@ from starlette.exceptions import HTTPException
 from ops_backend.store.submit import invalid
 from ops_contract.errors import HTTP_STATUS, ErrorBody, ErrorCode, OpsError, without_prefix
 from ops_contract.problems import problems_of
+from ops_contract.wire import API_PREFIX
 
 log = logging.getLogger(__name__)
 
+_PARAMETERS = {"operation_id": "id", "attempt": "attempt"}
 _BAD_VALUE = ("22", "23")  # data exception, integrity constraint violation
 # Connection exception, insufficient resources, operator intervention (a statement that took too long is one),
 # transaction rolled back, a standby, idle for too long, a lock that others hold for too long.
@@ -74,16 +76,16 @@ async def _database(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, DBAPIError)
     state = str(getattr(error.orig, "sqlstate", None) or "")
     if state.startswith(_BAD_VALUE):
-        log.warning("refused by the database: %s", error.orig)
+        log.warning("refused by the database: %s", error.orig, extra=_about(request))
         return await _answer(request, OpsError(ErrorCode.INVALID, f"the database refused a value: {error.orig}"))
     if error.connection_invalidated or not state or state.startswith(_AWAY):  # no state: the connection is gone
         return await _away(request, error)
-    log.error("a statement of ours failed", exc_info=error)
+    log.error("a statement of ours failed", exc_info=error, extra=_about(request))
     return await _unexpected(request, error)
 
 
 async def _away(request: Request, error: Exception) -> JSONResponse:
-    log.warning("database away or busy: %r", error)
+    log.warning("database away or busy: %r", error, extra=_about(request))
     return await _answer(
         request, OpsError(ErrorCode.UNAVAILABLE, "the database is away or busy; try again in a moment")
     )
@@ -91,6 +93,12 @@ async def _away(request: Request, error: Exception) -> JSONResponse:
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     return await _answer(request, OpsError(ErrorCode.INTERNAL, "an error of ours; the server's log has it"))
+
+
+def _about(request: Request) -> dict[str, str | None]:
+    """The operation that the request is of, for the log."""
+    of_one = request.url.path.startswith(f"{API_PREFIX}/operations/")
+    return {name: request.path_params.get(key) if of_one else None for name, key in _PARAMETERS.items()}
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

@@ -15,6 +15,7 @@ from ops_backend.dependencies import (
     SessionDep,
     SessionsDep,
     SettingsDep,
+    TelemetryDep,
     Validating,
     ValidatorDep,
 )
@@ -128,6 +129,7 @@ async def cancel_operation(
     session: SessionDep,
     _: CallerDep,
     dispatcher: DispatcherDep,
+    telemetry: TelemetryDep,
     after: BackgroundTasks,
     wish: CancelRequest | None = None,
 ) -> Operation:
@@ -135,6 +137,7 @@ async def cancel_operation(
     cancelled = await cancel_if_live(session, id, wish.reason, wish.force)
     if cancelled is None:
         raise await explain_cancel(session, id)
+    after.add_task(telemetry.moved, cancelled.status)
     for push in cancelled.pushes:
         after.add_task(dispatcher.push_cancel, id, push, wish.reason, wish.force)
     return await queries.get(session, id)

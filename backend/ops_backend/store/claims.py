@@ -8,6 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
 from ops_contract.agents import CheckpointRef, FailureRecord
 from ops_contract.jobs import Job
+from ops_contract.lifecycle import Status
 from ops_contract.reports import Fault
 
 # Any number that no other user of the database takes; it spells "claim" in base 36.
@@ -39,7 +40,7 @@ CLAIM = statement(f"""
           FROM slots s JOIN workers w USING (incarnation)
          WHERE NOT w.draining AND w.last_seen_at > now() - make_interval(secs => :lease_s)
     ), chosen AS MATERIALIZED (
-        SELECT o.id, o.resume_checkpoint_id, o.forked_from_checkpoint_id, slot.*
+        SELECT o.id, o.not_before, o.resume_checkpoint_id, o.forked_from_checkpoint_id, slot.*
           FROM operations o
           CROSS JOIN LATERAL (
             SELECT f.incarnation, f.index, f.device, f.cores, f.url, f.secret
@@ -76,7 +77,7 @@ CLAIM = statement(f"""
          WHERE o.id = chosen.id AND o.status = 'pending'
            AND (NOT EXISTS (SELECT FROM checkpoint) OR EXISTS (SELECT FROM pinned))
         RETURNING o.id, o.event_seq, o.attempt, 'pending' AS from_status, o.status, o.job, o.accept_changes,
-                  chosen.incarnation, chosen.index, chosen.url, chosen.secret
+                  chosen.incarnation, chosen.index, chosen.url, chosen.secret, chosen.not_before AS was_due_at
     ), attempted AS (
         INSERT INTO attempts (operation_id, number, incarnation, checkpoint_id, start_step)
         SELECT moved.id, moved.attempt, moved.incarnation, pinned.id, coalesce(pinned.step, 0)
@@ -93,8 +94,10 @@ CLAIM = statement(f"""
     SELECT moved.id AS operation_id, moved.attempt, moved.job, moved.accept_changes, moved.incarnation, moved.index,
            moved.url, moved.secret,
            pinned.id AS checkpoint_id, pinned.path, pinned.step, pinned.epoch, pinned.phase, pinned.size_bytes,
-           pinned.manifest_sha256, parent.job AS parent_job
+           pinned.manifest_sha256, parent.job AS parent_job,
+           coalesce(extract(epoch FROM clock_timestamp() - greatest(moved.was_due_at, queued.at)), 0)::float8 AS due_s
       FROM moved LEFT JOIN pinned ON true
+      LEFT JOIN events queued ON queued.operation_id = moved.id AND queued.seq = moved.event_seq - 1
       LEFT JOIN operations parent ON parent.id = pinned.operation_id AND parent.id <> moved.id
 """)
 
@@ -150,6 +153,7 @@ class Claim:
     parent_job: Job | None
     accept_changes: bool
     record: FailureRecord
+    due_s: float  # how long it had been due
 
 
 async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
@@ -174,6 +178,7 @@ async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
         parent_job=Job.model_validate(row["parent_job"]) if row["parent_job"] else None,
         accept_changes=row["accept_changes"],
         record=await failure_record(session),
+        due_s=row["due_s"],
     )
 
 
@@ -183,9 +188,9 @@ async def failure_record(session: AsyncSession) -> FailureRecord:
     return FailureRecord(**row)
 
 
-async def refuse_if_held(session: AsyncSession, claim: Claim, *, error: Fault, rest_s: float) -> str | None:
+async def refuse_if_held(session: AsyncSession, claim: Claim, *, error: Fault, rest_s: float) -> Status | None:
     """Move running → pending (cancelling → cancelled) uncharged, and let the slot rest."""
-    status: str | None = await session.scalar(
+    status = await session.scalar(
         REFUSE,
         {
             "id": claim.operation_id,
@@ -196,4 +201,4 @@ async def refuse_if_held(session: AsyncSession, claim: Claim, *, error: Fault, r
             "rest_s": rest_s,
         },
     )
-    return status
+    return Status(status) if status else None

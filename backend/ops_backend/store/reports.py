@@ -1,5 +1,6 @@
 """What holds may write: a report counts only when it moves the sequence of a hold that has not ended."""
 
+from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -106,8 +107,17 @@ NOTE = statement(f"""
 """)
 
 
-async def accept(session: AsyncSession, id: UUID, attempt: int, batch: ReportBatch, backoff_s: float) -> int:
-    """Write what is new in the batch and return the hold's last sequence number; what it already had is skipped.
+@dataclass(frozen=True)
+class Accepted:
+    """`new` are the reports that the hold did not have before; `status` is what its finish made of the operation."""
+
+    last_seq: int
+    new: list[Report]
+    status: Status | None
+
+
+async def accept(session: AsyncSession, id: UUID, attempt: int, batch: ReportBatch, backoff_s: float) -> Accepted:
+    """Write what is new in the batch; what the hold already had is skipped.
 
     Raises 404 without such a hold, 409 `fenced` when it has ended, 409 `out_of_order` when a number is missing,
     422 for a finish that is not the last, or a checkpoint or artifact outside its place.
@@ -122,13 +132,14 @@ async def accept(session: AsyncSession, id: UUID, attempt: int, batch: ReportBat
         await _write(session, id, attempt, seq, report)
         if isinstance(report, Metrics) and (again := [s for s in report.series if s.steps[0] <= reported_until]):
             await compare(session, id, attempt, again)
+    status = None
     if finish and had < last_seq:
         status = await finish_if_held(session, id, attempt, batch.incarnation, last_seq, finish, backoff_s)
         if status is None:
             await _explain(session, key, last_seq)
         if status is Status.COMPLETED:
             await retire(session, id)
-    return last_seq
+    return Accepted(last_seq, batch.reports[had - batch.first_seq + 1 :], status)
 
 
 async def _advance(

@@ -1,0 +1,40 @@
+"""What Prometheus reads."""
+
+import logging
+from typing import Annotated, cast
+
+from fastapi import APIRouter, Header, Request, Response
+from fastapi.responses import PlainTextResponse
+from sqlalchemy.exc import SQLAlchemyError
+
+from ops_backend.database import Sessions
+from ops_backend.dependencies import CallerDep, SettingsDep, TelemetryDep
+from ops_backend.routes.errors import refusals
+from ops_backend.store import gauges
+
+log = logging.getLogger(__name__)
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/metrics", response_class=PlainTextResponse, responses=refusals(401))
+async def metrics(
+    request: Request,
+    _: CallerDep,
+    telemetry: TelemetryDep,
+    settings: SettingsDep,
+    accept: Annotated[str, Header()] = "",
+) -> Response:
+    """In the text format, or OpenMetrics where `Accept` prefers it. With the database away, what this process knows."""
+    body, content_type = telemetry.render(accept, await _gauges(request, settings.lease_s))
+    return Response(body, media_type=content_type)
+
+
+async def _gauges(request: Request, lease_s: float) -> gauges.Gauges | None:
+    """None where the database does not answer in time: a scrape must not hang, and an alert needs the rest of it."""
+    try:
+        async with cast(Sessions, request.app.state.scrape_sessions).begin() as session:
+            return await gauges.read(session, lease_s)
+    except (SQLAlchemyError, OSError) as error:
+        log.warning("a scrape without the database: %r", error)
+        return None

@@ -1,0 +1,67 @@
+"""What a scrape reads: a constant number of statements, none of which looks at what has ended."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ops_backend.store.sql import statement
+
+# By the two partial indexes, of the queue and of live holds: operations that have ended may be millions. The last event
+# of a pending one is that which made it pending.
+OPERATIONS = statement("""
+    SELECT count(*) FILTER (WHERE status = 'pending') AS pending,
+           count(*) FILTER (WHERE status = 'running') AS running,
+           count(*) FILTER (WHERE status = 'cancelling') AS cancelling,
+           coalesce(max(due_s), 0)::float8 AS queue_oldest_s
+      FROM (SELECT o.status, CASE WHEN coalesce(o.not_before <= now(), true)
+                                  THEN extract(epoch FROM now() - greatest(e.at, o.not_before)) END AS due_s
+              FROM operations o LEFT JOIN events e ON e.operation_id = o.id AND e.seq = o.event_seq
+             WHERE o.status = 'pending'
+            UNION ALL
+            SELECT status, NULL FROM operations
+             WHERE id IN (SELECT operation_id FROM holds WHERE ended_at IS NULL)) live
+""")
+
+# By name: a worker that has been started again is the same one to who watches it, and two of a name are one series.
+WORKERS = statement("""
+    SELECT name, bool_or(live) AS live, coalesce(bool_and(going) FILTER (WHERE live), false) AS draining,
+           extract(epoch FROM now() - max(last_seen_at))::float8 AS last_seen_s
+      FROM (SELECT name, last_seen_at, draining OR drain IS NOT NULL AS going,
+                   last_seen_at > now() - make_interval(secs => :lease_s) AS live
+              FROM workers WHERE last_seen_at > now() - interval '1 hour') seen
+     GROUP BY name ORDER BY name
+""")
+
+SLOTS = statement("""
+    SELECT w.name, s.device, s.device_uuid, count(h.operation_id) AS busy, count(*) - count(h.operation_id) AS free
+      FROM workers w
+      JOIN slots s USING (incarnation)
+      LEFT JOIN holds h ON h.operation_id = s.operation_id AND h.attempt = s.attempt
+                       AND h.incarnation = s.incarnation AND h.ended_at IS NULL
+     WHERE w.last_seen_at > now() - make_interval(secs => :lease_s)
+     GROUP BY w.name, s.device, s.device_uuid ORDER BY w.name, s.device, s.device_uuid
+""")
+
+
+@dataclass(frozen=True)
+class Gauges:
+    """`workers`: name, live, draining, last_seen_s. `slots` of the live ones: name, device, device_uuid, busy, free."""
+
+    operations: dict[str, int]
+    queue_oldest_s: float
+    workers: Sequence[Row[Any]]
+    slots: Sequence[Row[Any]]
+
+
+async def read(session: AsyncSession, lease_s: float) -> Gauges:
+    """Of one moment for each statement."""
+    live = (await session.execute(OPERATIONS)).one()
+    return Gauges(
+        operations={status: getattr(live, status) for status in ("pending", "running", "cancelling")},
+        queue_oldest_s=max(0.0, live.queue_oldest_s),  # the clock may have been set back
+        workers=(await session.execute(WORKERS, {"lease_s": lease_s})).all(),
+        slots=(await session.execute(SLOTS, {"lease_s": lease_s})).all(),
+    )
