@@ -19,6 +19,7 @@ from ops_backend.routes import (
     catalog,
     cleanup,
     errors,
+    exports,
     health,
     operations,
     scrape,
@@ -38,12 +39,14 @@ from ops_contract.wire import API_PREFIX
 
 # Long enough for a worker that checks a manifest on a slow disk; a worker that takes longer is left to the lease.
 WORKER_TIMEOUT_S = 10.0
-# For heartbeats and the loops, beside OPS_DB_POOL_SIZE for requests, one for the exporter and one for Prometheus.
+# For heartbeats and the loops, beside OPS_DB_POOL_SIZE for requests; exporter, exports and Prometheus have theirs.
 VITAL_CONNECTIONS = 8
-# The logs of a large operation are read and written in one transaction, which holds no lock that others want.
+# The metrics of a large operation are read in one transaction, which holds no lock that others want.
 EXPORT_S = 600.0
 # Within the ten seconds that Prometheus waits unless told otherwise.
 SCRAPE_S = 5.0
+# At a time: each has its points in memory, 16 bytes each, and shares the interpreter with everybody else.
+EXPORTS = 2
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -52,11 +55,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.telemetry = telemetry = Telemetry(version("relight"))
     app.add_middleware(CountRequests, telemetry=telemetry)
     app.state.settings = settings
+    app.state.export_turns = asyncio.Semaphore(EXPORTS)
     errors.install(app)
     status.install(app)
     app.include_router(health.router)
     app.include_router(scrape.router)
-    for module in (operations, stream, cleanup, snapshots, agents, catalog, webhooks):
+    for module in (operations, stream, exports, cleanup, snapshots, agents, catalog, webhooks):
         app.include_router(module.router, prefix=API_PREFIX)
     return app
 
@@ -70,7 +74,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.vital_sessions = sessions = Sessions(url, VITAL_CONNECTIONS, limits)
     app.state.status_reads = reads = StatusReads(requests)
     app.state.scrape_sessions = scrapes = Sessions(url, 1, Limits(SCRAPE_S, SCRAPE_S))
-    patient = Sessions(url, 1, Limits(limits.wait_s, EXPORT_S))
+    app.state.patient_sessions = patient = Sessions(url, 1 + EXPORTS, Limits(limits.wait_s, EXPORT_S))
     async with httpx.AsyncClient(timeout=WORKER_TIMEOUT_S, trust_env=False) as http:
         app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings, telemetry)
         app.state.validator = Validator(http)

@@ -1,5 +1,6 @@
 """What routes ask for: a session, the caller, the settings."""
 
+import asyncio
 import hmac
 from collections.abc import AsyncIterator
 from typing import Annotated, Protocol, cast
@@ -64,6 +65,15 @@ def streams_of(request: Request) -> Streams:
     return cast(Streams, request.app.state.streams)
 
 
+def patient_sessions_of(request: Request) -> Sessions:
+    """For reads as long as an operation is."""
+    return cast(Sessions, request.app.state.patient_sessions)
+
+
+def export_turns_of(request: Request) -> asyncio.Semaphore:
+    return cast(asyncio.Semaphore, request.app.state.export_turns)
+
+
 async def session_of(request: Request) -> AsyncIterator[AsyncSession]:
     """One transaction a request, committed before the answer is sent; an error rolls it back."""
     async with sessions_of(request).begin() as session:
@@ -88,6 +98,8 @@ async def caller(request: Request) -> str:
 
 
 SessionsDep = Annotated[Sessions, Depends(sessions_of)]
+PatientSessionsDep = Annotated[Sessions, Depends(patient_sessions_of)]
+ExportTurnsDep = Annotated[asyncio.Semaphore, Depends(export_turns_of)]
 SettingsDep = Annotated[Settings, Depends(settings_of)]
 DispatcherDep = Annotated[Dispatching, Depends(dispatcher_of)]
 TelemetryDep = Annotated[Telemetry, Depends(telemetry_of)]

@@ -1,4 +1,4 @@
-"""The files of an operation that has ended: metrics.csv or an event file, and hparams.yaml."""
+"""The files of an operation: metrics.csv or an event file, and hparams.yaml."""
 
 import csv
 from collections.abc import Callable, Iterator, Mapping
@@ -8,30 +8,34 @@ from heapq import merge
 from io import TextIOWrapper
 from itertools import groupby, repeat
 from operator import itemgetter
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import yaml
 
 from ops_backend import tfevents
-from ops_backend.store.logs import Curve, Ended
+from ops_backend.store.logs import Curve, Recorded
 from ops_backend.store.sql import plain
 from ops_contract.jobs import Job, Logger
 
 Write = Callable[[BinaryIO], None]
 
 
-def files(ended: Ended) -> dict[str, Write]:
+def files(ended: Recorded) -> dict[str, Write]:
     """By name, what writes each; empty for a job that wants none."""
-    hparams: dict[str, Write] = {"hparams.yaml": partial(write_hparams, ended.job)}
-    match ended.job.execution.logger:
-        case Logger.CSV:
-            return hparams | {"metrics.csv": partial(write_metrics, ended.curves)}
-        case Logger.TENSORBOARD:
-            # One name for life: what is written after a resume replaces it, and TensorBoard does not show both.
-            name = f"events.out.tfevents.{int(ended.began_at.timestamp())}.relight"
-            return hparams | {name: partial(write_events, ended.curves, ended.began_at)}
-        case Logger.NONE:
-            return {}
+    logger = ended.job.execution.logger
+    if logger is Logger.NONE:
+        return {}
+    name, write = points(ended, logger)
+    return {"hparams.yaml": partial(write_hparams, ended.job), name: write}
+
+
+def points(recorded: Recorded, logger: Literal[Logger.CSV, Logger.TENSORBOARD]) -> tuple[str, Write]:
+    """The file with every metric: its name, and what writes it."""
+    if logger is Logger.CSV:
+        return "metrics.csv", partial(write_metrics, recorded.curves)
+    # One name for life: what is written after a resume replaces it, and TensorBoard does not show both.
+    name = f"events.out.tfevents.{int(recorded.began_at.timestamp())}.relight"
+    return name, partial(write_events, recorded.curves, recorded.began_at)
 
 
 def write_hparams(job: Job, out: BinaryIO) -> None:

@@ -38,7 +38,7 @@ class Settings(BaseModel):
     retry_backoff_s: float = Field(2.0, ge=0, description="before the first retry; doubles up to five minutes")
     orphan_sweep_s: float = Field(600.0, gt=0, description="how often directories that a crash left are looked for")
     max_streams: int = Field(200, ge=1, description="how many clients may watch by GET …/stream at a time")
-    db_pool_size: int = Field(10, ge=1, description="connections to the database for requests; ten more are its own")
+    db_pool_size: int = Field(10, ge=1, description="connections to the database for requests; twelve more are its own")
 
     @field_validator("database_url")
     @classmethod

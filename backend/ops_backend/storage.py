@@ -16,7 +16,7 @@ from uuid import UUID
 LOGS = "logs"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPERATION = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_PUBLISHED = re.compile(r"([1-9][0-9]{0,8})-(?:0|[1-9][0-9]{0,18})(?:-evaluate|-model|-files)?(?:\.tmp)?")
+_PUBLISHED = re.compile(r"([1-9][0-9]{0,8})-(?:0|[1-9][0-9]{0,18})(?:-evaluate|-model|-files|-finish)?(?:\.tmp)?")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ keeps the 64 bits, where `simple_value` is a float32.
 import struct
 from collections.abc import Mapping
 
+import google_crc32c
+
 _VARINT, _DOUBLE, _BYTES = 0, 1, 2
 _DT_DOUBLE = 2
 _DATA_CLASS_SCALAR = 1
@@ -29,17 +31,8 @@ def scalars(wall_time_s: float, step: int, values: Mapping[str, float]) -> bytes
     return _double(1, wall_time_s) + _varint(2, step) + _bytes(5, summary)
 
 
-def crc32c(data: bytes) -> int:
-    """CRC-32 with Castagnoli's polynomial, as in RFC 3720."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    return crc ^ 0xFFFFFFFF
-
-
 def _value(name: str, value: float) -> bytes:
-    tensor = _varint(1, _DT_DOUBLE) + _bytes(2, b"") + _bytes(6, struct.pack("<d", value))
-    return _bytes(1, name.encode()) + _bytes(8, tensor) + _bytes(9, _SCALAR)
+    return _bytes(1, name.encode()) + _TENSOR + struct.pack("<d", value) + _SCALAR
 
 
 def _double(field: int, value: float) -> bytes:
@@ -65,16 +58,10 @@ def _number(value: int) -> bytes:
 
 
 def _masked(data: bytes) -> bytes:
-    crc = crc32c(data)
+    crc: int = google_crc32c.value(data)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _row(byte: int) -> int:
-    for _ in range(8):
-        byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-    return byte
-
-
-_TABLE = [_row(byte) for byte in range(256)]
-# SummaryMetadata: which plugin shows it.
-_SCALAR = _bytes(1, _bytes(1, b"scalars")) + _varint(4, _DATA_CLASS_SCALAR)
+# TensorProto, but for its eight last bytes, and SummaryMetadata, which says what plugin shows it.
+_TENSOR = _bytes(8, _varint(1, _DT_DOUBLE) + _bytes(2, b"") + _bytes(6, bytes(8)))[:-8]
+_SCALAR = _bytes(9, _bytes(1, _bytes(1, b"scalars")) + _varint(4, _DATA_CLASS_SCALAR))

@@ -108,7 +108,7 @@ MODEL: Final = "model.safetensors"
 class ArtifactSaved(Wire):
     """A file that a completed run leaves, published under the storage root; `sha256` is of the whole file.
 
-    `name`: the final model's, or `files/` and the path of a file that the job's `artifacts` matched.
+    `name`: the final model's, or `files/` and the path of a file that the job's `artifacts` matched, or `finish` left.
     """
 
     kind: Literal["artifact"] = "artifact"

@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from uuid import UUID
 
 from ops_contract.operations import ArtifactView, Operation, OperationSummary
-from relight.client import Client
+from relight.client import Client, ExportFormat
 from relight.download import Progress
 from relight.following import Bar
 
@@ -74,6 +74,7 @@ class AsyncClient:
     metrics = _in_thread(Client.metrics)
     columns = _in_thread(Client.columns)
     results = _in_thread(Client.results)
+    export = _in_thread(Client.export)
     log_part = _in_thread(Client.log_part)
     workers = _in_thread(Client.workers)
     find_worker = _in_thread(Client.find_worker)
@@ -121,6 +122,12 @@ class AsyncClient:
                 yield piece
             elif not output.ended:
                 await asyncio.sleep(poll_s)
+
+    async def export_pieces(self, operation_id: UUID | str, format: ExportFormat = "csv") -> AsyncIterator[bytes]:
+        """As Client.export_pieces."""
+        pieces = self.client.export_pieces(operation_id, format)
+        while (piece := await self._run(lambda: next(pieces, None))) is not None:
+            yield piece
 
     async def wait(
         self, operation_id: UUID | str, *, poll_s: float = 1.0, patience_s: float = 300.0, progress: bool = False

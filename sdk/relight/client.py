@@ -3,6 +3,7 @@
 import builtins
 import math
 import random
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256 as sha256_of
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -71,10 +72,13 @@ if TYPE_CHECKING:
 
 W = TypeVar("W", bound=Wire)
 
+ExportFormat = Literal["csv", "tensorboard"]
+
 TRIES = 4
 BACKOFF_S = 0.2
 RETRY_AFTER_LIMIT_S = 5.0
 PAGE = 100
+EXPORT_TIMEOUT_S = 600.0
 SHORTEST_PREFIX = 4
 CANDIDATES_SHOWN = 5
 
@@ -346,6 +350,36 @@ class Client:
             for each in download.newest(self.artifacts(operation_id), names)
         ]
 
+    def export(self, operation_id: UUID | str, format: ExportFormat = "csv", to: Path | str = ".") -> Path:
+        """Put every metric into a file, along the lineage and every bit kept; of a running operation so far.
+
+        `to`: a directory, where it is `<name>-<id>.csv`, or below `<name>-<id>/` for `tensorboard --logdir TO`; or the
+        file itself, when that ends in .csv. It appears whole, in the place of what was there. Raises OSError for what
+        the disk refuses.
+        """
+        fill = partial(self._fill_export, operation_id, format)
+        if format == "csv" and Path(to).suffix == ".csv":
+            return download.replace(Path(to), fill)
+        operation = self.get(operation_id)
+        run = Path(to) / run_name(operation)
+        if format == "csv":
+            return download.replace(run.with_name(f"{run.name}.csv"), fill)
+        began_at = operation.started_at or operation.created_at  # as the server names it in logs/
+        return download.replace(run / f"events.out.tfevents.{int(began_at.timestamp())}.relight", fill)
+
+    def export_pieces(self, operation_id: UUID | str, format: ExportFormat = "csv") -> Iterator[bytes]:
+        """The bytes of such a file. What it raises may come after some."""
+        url, wanted = f"{API_PREFIX}/operations/{operation_id}/export", {"format": format}
+        try:
+            # It is made whole before the first byte comes.
+            with self._http.stream("GET", url, params=wanted, timeout=EXPORT_TIMEOUT_S) as response:
+                if not response.is_success:
+                    response.read()
+                    self._checked(response)
+                yield from response.iter_bytes()
+        except httpx.TransportError as error:
+            raise self._unreachable(error, True) from error
+
     def metric_names(self, operation_id: UUID | str) -> Sequence[str]:
         return self._get(f"/operations/{operation_id}/metrics", MetricNames).names
 
@@ -580,6 +614,18 @@ class Client:
         except httpx.TransportError as error:
             raise self._unreachable(error, True) from error
 
+    def _fill_export(self, operation_id: UUID | str, format: ExportFormat, part: Part) -> None:
+        for retry_in_s in (*(BACKOFF_S * 2**n for n in range(TRIES - 1)), None):
+            part.restart()
+            try:
+                for piece in self.export_pieces(operation_id, format):
+                    part.write(piece)
+                return
+            except Unreachable:
+                if retry_in_s is None:
+                    raise
+                self._sleep(retry_in_s)
+
     def _remember(self, operation: Operation, etag: str | None) -> Operation:
         if etag and operation.status not in TERMINAL:
             self._seen[operation.id] = (etag, operation)
@@ -645,6 +691,11 @@ class Client:
             f"{self.server.url} ({self.server.origin}) answered HTTP {response.status_code} in a way this client does"
             " not understand: it is no Relight server, or one of another version. Check --url and `ops --version`."
         )
+
+
+def run_name(operation: Operation) -> str:
+    """For a file or directory; the beginning of the id tells those of one name apart."""
+    return f"{re.sub(r'[^0-9A-Za-z_.-]+', '-', operation.name)[:80].lstrip('.-')}-{str(operation.id)[:8]}".lstrip("-")
 
 
 def _fork(**given: Any) -> ForkRequest:

@@ -1,4 +1,4 @@
-"""Files that arrive whole or not at all: a part that can be gone on with, a hash, a rename."""
+"""Files that arrive whole or not at all: a part, a rename; those that have a hash are gone on with."""
 
 import fcntl
 import hashlib
@@ -80,6 +80,23 @@ def fetch(artifact: ArtifactView, to: Path, fill: Callable[[Part], None]) -> Pat
             raise DownloadFailed(f"{artifact.name} did not arrive as it was saved (SHA-256 differs); download it again")
         file.flush()
         os.fsync(file.fileno())
+        name.replace(target)
+    return target
+
+
+def replace(target: Path, fill: Callable[[Part], None]) -> Path:
+    """What `fill` writes takes the place of what was there, when all of it is there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # TensorBoard takes any file whose name says tfevents for one.
+    name = target.with_name(f".relight-{hashlib.sha256(target.name.encode()).hexdigest()[:16]}.part")
+    with _alone(name) as file:
+        try:
+            fill(Part(file))
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            name.unlink()
+            raise
         name.replace(target)
     return target
 

@@ -148,6 +148,15 @@ class Workload(ABC, Generic[C]):
         """Whatever else must survive; called once, after model, optimizer and scheduler are built."""
         return {}
 
+    def finish(self, model: nn.Module, out: Path) -> Mapping[str, float] | None:
+        """Once the last step of a completed training is done: scores, and files of your own in the directory `out`.
+
+        A score is the metric `final/<name>`; a file is an artifact, `files/<path>`. The model is in eval mode and
+        without gradients, and is published afterwards, as this leaves it. Called again, whole, where an attempt died
+        here or this raised.
+        """
+        return None
+
 
 class LoopControl(Protocol):
     """What a LoopWorkload's loop asks and tells. Steps count from 0; a save's step is the next to run."""

@@ -73,7 +73,7 @@ async def test_files_that_a_job_keeps_stay_as_long_as_one_of_them_has_a_row(
     store: Store, run: Held, storage: Path
 ) -> None:
     """Another attempt may have replaced some of them; the output directory is nobody's but the program's."""
-    make(storage, run.operation_id, "1-5-files", "1-55-files", "1-6-files.tmp", "output")
+    make(storage, run.operation_id, "1-5-files", "1-55-files", "1-6-files.tmp", "1-6-finish", "output")
     kept = artifact(run, 5).model_copy(
         update={"name": "files/out/a b.txt", "path": f"{run.operation_id}/1-5-files/out/a b.txt"}
     )

@@ -1,5 +1,6 @@
 """Commands and the user's own code in the store: who is given them, how they resume and fork."""
 
+from contextlib import nullcontext
 from uuid import uuid4
 
 import pytest
@@ -105,6 +106,16 @@ async def test_the_files_that_a_job_keeps_are_listed_however_it_ended(store: Sto
 def test_no_file_has_a_name_outside_its_place(name: str) -> None:
     with pytest.raises(ValueError, match="name"):
         _file(uuid4(), name)
+
+
+@pytest.mark.parametrize(("directory", "taken"), [("1-0-finish", True), ("1-0-other", False), ("2-0-finish", False)])
+async def test_a_file_of_finish_has_its_place_and_no_other(store: Store, directory: str, taken: bool) -> None:
+    await store.worker()
+    run = await store.running()
+    file = _file(run.operation_id, "files/a.txt").model_copy(update={"path": f"{run.operation_id}/{directory}/a.txt"})
+    with nullcontext() if taken else pytest.raises(OpsError, match="belongs at"):
+        await store.report(run, file)
+    assert await store.artifact_names(run.operation_id) == (["files/a.txt"] if taken else [])
 
 
 async def test_claims_of_a_frozen_user_workload_need_the_permission(store: Store) -> None:

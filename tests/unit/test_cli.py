@@ -85,6 +85,7 @@ class Api:
     deleted: list[UUID] = field(default_factory=list)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     points_sent: list[int] = field(default_factory=list)
+    table: str | None = None
     workers: list[WorkerView] = field(default_factory=list)
     drained: list[tuple[UUID, str | None]] = field(default_factory=list)
     events: list[EventView] = field(default_factory=list)
@@ -216,6 +217,10 @@ def app_of(api: Api) -> FastAPI:
         points = [point for point in api.curves.get(name, []) if point[0] > after_step]
         api.points_sent.append(len(points))
         return answer(metric_points(name, points, attempt_starts=[(0, 1), (2, 2)]))
+
+    @app.get(f"{API_PREFIX}/operations/{{id}}/export")
+    async def export(id: UUID, format: str) -> Response:
+        return Response(f"{format} of {api.now(id).name}\n" if api.table is None else api.table)
 
     @app.get(f"{API_PREFIX}/workers")
     async def workers() -> Response:

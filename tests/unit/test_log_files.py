@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops_backend.logs import files, write_events, write_hparams, write_metrics
-from ops_backend.store.logs import Curve, Ended
-from ops_backend.tfevents import crc32c
+from ops_backend.store.logs import Curve, Recorded
 from ops_contract.jobs import Execution, Job, Logger
 from ops_contract.lifecycle import Kind
+from relight.download import Part, replace
 
 BEGAN_AT = datetime(2026, 1, 1, tzinfo=UTC)
 AWKWARD = [0.1, 1e-300, 5e-324, float("nan"), float("inf"), float("-inf"), -0.0, 1 / 3]
@@ -79,11 +79,6 @@ def test_hparams_read_back_equal(config: dict[str, Any]) -> None:
     assert Job.model_validate(read) == job
 
 
-def test_the_checksum_is_that_of_rfc_3720() -> None:
-    assert crc32c(b"123456789") == 0xE3069283
-    assert crc32c(bytes(32)) == 0x8A9136AA
-
-
 def test_an_event_file_is_this_byte_for_byte() -> None:
     """As TensorBoard 2.21 reads it, bits included; the test below asks a real one."""
     golden = (
@@ -116,7 +111,7 @@ def test_an_event_file_is_this_byte_for_byte() -> None:
 )
 def test_each_logger_has_its_files(logger: Logger, names: list[str]) -> None:
     job = Job(kind=Kind.TRAINING, workload="toy", config={}, execution=Execution(logger=logger))
-    assert sorted(files(Ended(uuid4(), 1, job, BEGAN_AT, {}))) == names
+    assert sorted(files(Recorded(uuid4(), 1, job, BEGAN_AT, {}))) == names
 
 
 READ = """
@@ -127,26 +122,37 @@ runs = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(sys.argv
 runs.Reload()
 provider = data_provider.MultiplexerDataProvider(runs, sys.argv[1])
 found = provider.read_scalars(RequestContext(), experiment_id="", plugin_name="scalars", downsample=1000)
-for tag, data in sorted(found["."].items()):
+for tag, data in sorted(found["digits-1f6e0a2b"].items()):
     for datum in data:
-        print(tag, datum.step, repr(datum.value), repr(datum.wall_time))
+        print(len(found), tag, datum.step, repr(datum.value), repr(datum.wall_time))
 """
 
 
 @pytest.mark.slow
-def test_tensorboard_itself_reads_every_bit_of_it(tmp_path: Path) -> None:
+def test_tensorboard_itself_reads_every_bit_of_an_export_and_no_unfinished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     installed = subprocess.run([python, "-m", "pip", "install", "-q", "tensorboard"], capture_output=True, text=True)
     if installed.returncode:
         pytest.skip(f"tensorboard cannot be installed here: {installed.stderr[-300:]}")
     runs = tmp_path / "runs"
-    runs.mkdir()
     curves = {"loss": curve(*enumerate(AWKWARD)), "val_loss": curve((3, 0.1))}
-    with (runs / "events.out.tfevents.1767225600.relight").open("wb") as out:
-        write_events(curves, BEGAN_AT, out)
+    events = written(lambda out: write_events(curves, BEGAN_AT, out))
+
+    def dies(part: Part) -> None:
+        part.write(events)
+        raise SystemExit
+
+    exported = runs / "digits-1f6e0a2b" / "events.out.tfevents.1767225600.relight"
+    replace(exported, lambda part: part.write(events))
+    monkeypatch.setattr(Path, "unlink", lambda path: None)  # as when it is killed there
+    with pytest.raises(SystemExit):
+        replace(exported, dies)
+    assert len(list(exported.parent.iterdir())) == 2
 
     read = subprocess.run([python, "-c", READ, runs], capture_output=True, text=True, check=True).stdout
 
-    wanted = [f"loss {step} {value!r} 1767225600.0" for step, value in enumerate(AWKWARD)]
-    assert read.splitlines() == [*wanted, "val_loss 3 0.1 1767225600.0"]
+    wanted = [f"1 loss {step} {value!r} 1767225600.0" for step, value in enumerate(AWKWARD)]
+    assert read.splitlines() == [*wanted, "1 val_loss 3 0.1 1767225600.0"]

@@ -42,6 +42,9 @@ class OwnGenerator(Good):
 class Sum(Good):
     def loss(self, model, batch): return model(batch["x"]).square().sum(), {}
 
+class Links(Good):
+    def finish(self, model, out): (out / "link").symlink_to("/etc/hostname")
+
 class Hidden(Good):
     """Lasting state that no checkpoint has."""
     steps = 0
@@ -94,6 +97,7 @@ for name in sys.argv[1:]:
 BROKEN = {
     "OwnGenerator": ("items", "training item 0 is another one when asked for a second time: its field ['x'] differs"),
     "Sum": ("loss", "so it is a sum: return the mean over units(batch)"),
+    "Links": ("finish", "link is a link or a special file"),
     "Hidden": ("resume", "3 steps, a new process, and 3 more are not 6 steps: loss of step 3 differs"),
     "Forgets": ("state", "load_state_dict does not give back what state_dict gave for state.average"),
     "Chance": ("repeat", "two runs with one seed are not the same: loss of step 0 differs"),
@@ -123,7 +127,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str |
 def test_a_class_that_keeps_the_contract_and_what_init_writes_pass_every_check(
     found: dict[str, dict[str, str | None]], name: str
 ) -> None:
-    checks = ("config", "data", "items", "loss", "state", "kernels", "repeat", "resume", "workers")
+    checks = ("config", "data", "items", "loss", "finish", "state", "kernels", "repeat", "resume", "workers")
     assert found[name] == dict.fromkeys(checks)
 
 

@@ -1,14 +1,17 @@
-"""Which operations have ended without their files, and what is written into these."""
+"""Which operations have ended without their files, and what is written into these and into exports."""
 
 from array import array
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
+from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.queries import counted, lineage
 from ops_backend.store.sql import statement
+from ops_backend.store.transitions import not_found
 from ops_contract.jobs import Job
 
 # Any number that no other user of the database takes; it spells "logs" in base 36.
@@ -23,13 +26,15 @@ UNLOGGED = statement(f"""
 
 TRY_LOGS_LOCK = statement(f"SELECT pg_try_advisory_xact_lock({LOGS_LOCK})")
 
-# The lock keeps it from being deleted while its files are written: nobody would look for them afterwards.
-ENDED = statement(f"""
+_RECORDED = """
     SELECT o.id, o.event_seq, o.attempt, o.job, coalesce(o.started_at, o.created_at) AS began_at,
            (SELECT array_agg(a.start_step ORDER BY a.number) FROM attempts a WHERE a.operation_id = o.id) AS starts
-      FROM operations o WHERE o.id = :id AND {_UNLOGGED}
-       FOR KEY SHARE OF o
-""")
+      FROM operations o WHERE o.id = :id"""
+
+RECORDED = statement(_RECORDED)
+
+# The lock keeps it from being deleted while its files are written: nobody would look for them afterwards.
+ENDED = statement(f"{_RECORDED} AND {_UNLOGGED} FOR KEY SHARE OF o")
 
 # Not those of an attempt that has begun since: then nothing will come of these files, but they must still add up.
 CURVES = statement("""
@@ -51,8 +56,8 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """An operation as it ended with `event_seq`; `began_at` is when it was first claimed."""
+class Recorded:
+    """An operation as it was at `event_seq`; `began_at` is when it was first claimed."""
 
     id: UUID
     event_seq: int
@@ -66,7 +71,15 @@ async def unlogged(session: AsyncSession, after: UUID | None) -> list[UUID]:
     return list(await session.scalars(UNLOGGED, {"cursor_id": after}))
 
 
-async def read_if_unlogged(session: AsyncSession, id: UUID) -> Ended | None:
+async def read(session: AsyncSession, id: UUID) -> Recorded:
+    """What there is so far, in whatever status. Raises 404."""
+    row = (await session.execute(RECORDED, {"id": id})).one_or_none()
+    if row is None:
+        raise not_found(id)
+    return await _recorded(session, row)
+
+
+async def read_if_unlogged(session: AsyncSession, id: UUID) -> Recorded | None:
     """What its files are made of. None: they are there, it runs again, or another backend is writing files.
 
     The transaction is the only one that writes files until it ends.
@@ -74,19 +87,21 @@ async def read_if_unlogged(session: AsyncSession, id: UUID) -> Ended | None:
     if not await session.scalar(TRY_LOGS_LOCK):
         return None
     row = (await session.execute(ENDED, {"id": id})).one_or_none()
-    if row is None:
-        return None
+    return None if row is None else await _recorded(session, row)
+
+
+async def mark_if_unmoved(session: AsyncSession, ended: Recorded) -> bool:
+    """The files are of this end; False when it has moved meanwhile. Until the transaction ends it cannot move."""
+    return await session.scalar(MARK, {"id": ended.id, "event_seq": ended.event_seq}) is not None
+
+
+async def _recorded(session: AsyncSession, row: Row[Any]) -> Recorded:
     ends = {entry.attempt: entry.end_step for entry in lineage(row.starts or [])}
     curves: dict[str, Curve] = {}
-    found = await session.stream(CURVES, {"id": id, "attempt": row.attempt}, execution_options={"yield_per": 20})
+    found = await session.stream(CURVES, {"id": row.id, "attempt": row.attempt}, execution_options={"yield_per": 20})
     async for part in found:
         curve = curves.setdefault(part.name, Curve())
         for step, value in counted(part, ends[part.attempt]):
             curve.steps.append(step)
             curve.values.append(value)
-    return Ended(row.id, row.event_seq, Job.model_validate(row.job), row.began_at, curves)
-
-
-async def mark_if_unmoved(session: AsyncSession, ended: Ended) -> bool:
-    """The files are of this end; False when it has moved meanwhile. Until the transaction ends it cannot move."""
-    return await session.scalar(MARK, {"id": ended.id, "event_seq": ended.event_seq}) is not None
+    return Recorded(row.id, row.event_seq, Job.model_validate(row.job), row.began_at, curves)

@@ -217,14 +217,19 @@ def _check(id: UUID, attempt: int, batch: ReportBatch) -> None:
     if any(isinstance(r, Finish) for r in batch.reports[:-1]):
         raise OpsError(ErrorCode.INVALID, "reports: a finish must be the last of its batch")
     for report in batch.reports:
-        if isinstance(report, CheckpointSaved | ArtifactSaved) and report.path != _place(id, attempt, report):
-            raise OpsError(ErrorCode.INVALID, f"path: this {report.kind} belongs at {_place(id, attempt, report)}")
+        if isinstance(report, CheckpointSaved | ArtifactSaved):
+            places = _places(report)
+            if report.path not in [f"{id}/{attempt}-{report.step}{place}" for place in places]:
+                raise OpsError(
+                    ErrorCode.INVALID, f"path: this {report.kind} belongs at {id}/{attempt}-{report.step}{places[0]}"
+                )
 
 
-def _place(id: UUID, attempt: int, report: CheckpointSaved | ArtifactSaved) -> str:
+def _places(report: CheckpointSaved | ArtifactSaved) -> list[str]:
     """No text of a client's becomes a path: it is derived, and compared."""
-    if isinstance(report, ArtifactSaved):
-        directory = "model/" if report.name == MODEL else ""  # the other names have theirs
-        return f"{id}/{attempt}-{report.step}-{directory}{report.name}"
-    suffix = "-evaluate" if report.phase is Phase.EVALUATE else ""
-    return f"{id}/{attempt}-{report.step}{suffix}"
+    if isinstance(report, CheckpointSaved):
+        return ["-evaluate" if report.phase is Phase.EVALUATE else ""]
+    if report.name == MODEL:
+        return [f"-model/{MODEL}"]
+    # What the job's `artifacts` matched, or what the workload's finish() left.
+    return [f"-{report.name}", f"-finish/{report.name.removeprefix('files/')}"]

@@ -21,6 +21,7 @@ from relight.training import changes, numerics
 from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
 from relight.training.final import publish_model
+from relight.training.finishing import finish
 from relight.training.fork import forked_tree
 from relight.training.interval import Pace
 from relight.training.loop import Loop, Why
@@ -86,14 +87,16 @@ class Attempt:
                     loop.saver.save(CheckpointType.INITIAL, loop.cursor, {})
                 why = loop.run()
             if why is None and self._start.job.until_step is None:  # a replay leaves nothing
-                self._publish_model(loop)
+                self._finish(loop)
             return Outcome(why or Outcome.COMPLETED)
 
-    def _publish_model(self, loop: Loop) -> None:
+    def _finish(self, loop: Loop) -> None:
         """By every attempt that comes to the end, one that had no step left too: the one before may have died here."""
-        start, step = self._start, loop.cursor.step
-        model = loop.live.model
-        self._sink.report(publish_model(self._site.storage_root, start.operation_id, start.attempt, step, model))
+        model, root = loop.live.model, self._site.storage_root
+        where = self._start.operation_id, self._start.attempt, loop.cursor.step
+        for report in finish(loop.workload, model, root, *where):
+            self._sink.report(report)
+        self._sink.report(publish_model(root, *where, model))
 
     def _threads(self, before: Manifest | None) -> int:
         """Sums depend on the number of threads: what the first attempt's slot decided holds for its successors."""

@@ -35,6 +35,7 @@ from relight.training.attempt import Attempt, Site
 from relight.training.checkpoint import restore
 from relight.training.codec import digests, encode
 from relight.training.faults import TrainingFault
+from relight.training.finishing import finish
 from relight.training.order import to_device
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.workload import Env, LoopWorkload, MapDataset, Workload
@@ -55,7 +56,7 @@ class Finding:
 def check(path: str, config: dict[str, Any], execution: Execution, steps: int = 3) -> Iterator[Finding]:
     """Findings as they come; after a failed one those that build on it are left out."""
     numerics.warm_up()  # once, and not in every process
-    for name, look in (("config", _config), ("data", _data), ("items", _items), ("loss", _loss)):
+    for name, look in (("config", _config), ("data", _data), ("items", _items), ("loss", _loss), ("finish", _finish)):
         problem = _in_child(look, path, config, execution)
         yield Finding(name, problem)
         if problem is not None and name != "items":
@@ -194,6 +195,17 @@ def _loss(path: str, config: dict[str, Any], execution: Execution) -> str | None
             "the same batch twice over has twice the loss, so it is a sum: return the mean over units(batch), or "
             "batches of other sizes and accumulated ones weigh wrongly"
         )
+    return None
+
+
+def _finish(path: str, config: dict[str, Any], execution: Execution) -> str | None:
+    workload = _built(path, config, execution)
+    workload.data()
+    with tempfile.TemporaryDirectory(prefix="relight-check-") as root:
+        try:
+            finish(workload, workload.model().to(workload.env.device), Path(root), uuid4(), attempt=1, step=1)
+        except TrainingFault as fault:
+            return fault.message
     return None
 
 
@@ -402,6 +414,7 @@ _TITLES = {
     "data": "there are data to train on, by index",
     "items": "data items follow from their index alone",
     "loss": "the loss is a finite mean",
+    "finish": "finish() works on a model that is not trained yet, and what it leaves can be kept",
     "state": "it trains, and its state survives a round trip through a checkpoint",
     "kernels": "every operator has a deterministic kernel",
     "repeat": "a second run is the same, bit for bit",

@@ -20,6 +20,7 @@ class Stream(Enum):
     VALIDATION_SAMPLE = b"val-sample"  # index: every evaluation sees the same samples
     VALIDATION_COLLATE = b"val-collate"  # batch
     EVALUATE = b"evaluate"  # step, batch, rank
+    FINISH = b"finish"  # step
 
 
 def derive(seed: int, stream: Stream, *counters: int) -> int:
