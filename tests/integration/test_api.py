@@ -370,6 +370,8 @@ async def test_a_poll_is_refused_like_every_call_and_head_is_answered(api: httpx
     assert bad_id.json()["error"]["details"]["errors"][0]["field"] == "id"
     assert (head.status_code, head.headers) == (200, got.headers)
     assert refusal(await api.put(path)) == (405, "method_not_allowed")
+
+
 async def test_an_unchanged_list_is_a_304(api: httpx.AsyncClient, offered: str) -> None:
     id = (await api.post("/operations", json={"workload": offered})).json()["id"]
     seen = {"If-None-Match": (await api.get("/operations")).headers["etag"]}

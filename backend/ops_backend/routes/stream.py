@@ -18,7 +18,7 @@ from ops_contract.errors import ErrorCode, OpsError
 router = APIRouter(prefix="/operations", tags=["operations"])
 
 # Well within what the columns hold.
-_POSITION = re.compile(r"(\d{1,9})\.(\d{1,9})\.(\d{1,18})", re.ASCII)
+_POSITION = re.compile(r"(\d{1,9})\.(\d{1,9})\.(-?\d{1,18})", re.ASCII)
 # To end a response in order, where its client takes anything at all.
 LAST_WORD_S = 0.5
 

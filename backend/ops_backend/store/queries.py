@@ -211,7 +211,7 @@ async def list_page(session: AsyncSession, wanted: Filter, limit: int, cursor: s
 async def summaries(session: AsyncSession, ids: list[UUID]) -> dict[UUID, OperationSummary]:
     """Of those that there are."""
     rows = await session.execute(SUMMARIES, {"ids": ids})
-    return {row.id: OperationSummary(**_summary(row)) for row in rows}
+    return {row.id: OperationSummary(**summary(row)) for row in rows}
 
 
 async def attempts(session: AsyncSession, id: UUID) -> Attempts:
