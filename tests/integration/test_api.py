@@ -493,9 +493,11 @@ async def test_a_value_the_database_refuses_is_the_senders_fault(store: Store, d
     nul = started().model_dump(mode="json") | {"environment": {"host": "a\x00b"}}
     twice = losses((0, 1.0)).model_dump(mode="json")
     twice["series"] *= 2
+    falling = losses((0, 1.0), (1, 2.0)).model_dump(mode="json")
+    falling["series"][0]["steps"] = [1, 0]
 
     async with serving(database_url) as api:
-        for report in (nul, twice):
+        for report in (nul, twice, falling):
             batch = {"incarnation": str(run.incarnation), "first_seq": 1, "reports": [report]}
             answer = await api.post(f"/operations/{run.operation_id}/attempts/1/reports", json=batch)
             assert refusal(answer) == (422, "invalid")
