@@ -37,6 +37,8 @@ class Scraped:
 
     def __init__(self, samples: Iterable[Sample]) -> None:
         self.samples = list(samples)
+        series = [(sample.name, *sorted(sample.labels.items())) for sample in self.samples]
+        assert len(series) == len(set(series)), "Prometheus refuses a scrape that has a series twice"
 
     def value(self, name: str, **labels: str) -> float | None:
         """None when there is no such series."""
@@ -162,7 +164,7 @@ async def test_the_queue_is_as_old_as_what_has_been_due_longest(api: Api, store:
 
 
 async def test_workers_are_known_by_name_and_for_an_hour(api: Api, store: Store) -> None:
-    """Two incarnations of a name are one series: Prometheus refuses a scrape that has one twice."""
+    """Two incarnations of a name are one series."""
     for name in ("again", "again", "silent", "forgotten", "drained"):
         incarnation = await store.worker(name, slots=2)
     await store.drain(incarnation, "finish")

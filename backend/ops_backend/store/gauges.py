@@ -10,15 +10,17 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ops_backend.store.sql import statement
 
 # By the two partial indexes, of the queue and of live holds: operations that have ended may be millions. The last event
-# of a pending one is that which made it pending.
+# of a pending one is that which made it pending. A join, not looked up one by one, would read all events of all time.
 OPERATIONS = statement("""
     SELECT count(*) FILTER (WHERE status = 'pending') AS pending,
            count(*) FILTER (WHERE status = 'running') AS running,
            count(*) FILTER (WHERE status = 'cancelling') AS cancelling,
            coalesce(max(due_s), 0)::float8 AS queue_oldest_s
       FROM (SELECT o.status, CASE WHEN coalesce(o.not_before <= now(), true)
-                                  THEN extract(epoch FROM now() - greatest(e.at, o.not_before)) END AS due_s
-              FROM operations o LEFT JOIN events e ON e.operation_id = o.id AND e.seq = o.event_seq
+                                  THEN extract(epoch FROM now() - greatest(o.not_before, (
+                                      SELECT at FROM events WHERE operation_id = o.id AND seq = o.event_seq
+                                  ))) END AS due_s
+              FROM operations o
              WHERE o.status = 'pending'
             UNION ALL
             SELECT status, NULL FROM operations
