@@ -138,7 +138,7 @@ async def test_a_row_that_cannot_be_shown_fails_its_own_readers_only(store: Stor
     good, bad = await store.submit(), await store.submit()
     await store.execute("UPDATE operations SET job = '{\"execution\": {}}' WHERE id = :id", id=bad)
 
-    found, broken = await asyncio.gather(reads.get(good), reads.get(bad), return_exceptions=True)
+    broken, found = await asyncio.gather(reads.get(bad), reads.get(good), return_exceptions=True)
 
     assert isinstance(found, Tagged)
     assert isinstance(broken, ValueError)
