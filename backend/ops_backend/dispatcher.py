@@ -42,8 +42,11 @@ class Dispatcher:
         self._due = asyncio.Event()
         self._deliveries: set[asyncio.Task[None]] = set()
 
-    def wake(self) -> None:
-        """Something may be due. Only a hint: the poll finds it anyway."""
+    async def wake(self) -> None:
+        """Something may be due. Only a hint: the poll finds it anyway.
+
+        A coroutine, so that a background task of a route runs it in the loop: from a thread nobody would hear it.
+        """
         self._due.set()
 
     async def run(self) -> None:
@@ -136,7 +139,7 @@ class Dispatcher:
                 rest_s = self._settings.lease_s if refusal.code == UNREACHABLE else self._settings.slot_rest_s
                 status = await refuse_if_held(session, claim, error=refusal, rest_s=rest_s)
         self._telemetry.moved(status)
-        self.wake()
+        await self.wake()
 
     async def _post(self, url: str, path: str, secret: str, message: Wire) -> httpx.Response:
         headers: dict[str, Any] = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}

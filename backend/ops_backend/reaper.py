@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from ops_backend.database import Sessions
 from ops_backend.store.leases import expired, tick
@@ -16,7 +16,12 @@ class Reaper:
     """One a backend; the statements guard themselves, so several do no harm."""
 
     def __init__(
-        self, sessions: Sessions, lease_s: float, tick_s: float, telemetry: Telemetry, wake: Callable[[], None]
+        self,
+        sessions: Sessions,
+        lease_s: float,
+        tick_s: float,
+        telemetry: Telemetry,
+        wake: Callable[[], Awaitable[None]],
     ) -> None:
         self._sessions = sessions
         self._lease_s = lease_s
@@ -44,4 +49,4 @@ class Reaper:
                 extra = {"operation_id": operation_id, "attempt": attempt}
                 log.warning("lease ran out: operation is %s", status, extra=extra)
                 self._telemetry.lost(status)
-                self._wake()
+                await self._wake()

@@ -213,3 +213,7 @@ async def at_once(*calls: Any) -> list[Any]:
 
 def threads(number: int) -> dict[str, Any]:
     return {"execution": Execution(threads=number).model_dump()}
+
+
+async def no_wake() -> None:
+    """For a reaper without a dispatcher."""

@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from helpers.openapi import openapi_of_this_code
 from helpers.postgres_proxy import PostgresProxy, postgres_proxy
-from helpers.store import Held, Store, at_once, losses, saved, started
+from helpers.store import Held, Store, at_once, losses, no_wake, saved, started
 from ops_backend.app import create_app
 from ops_backend.reaper import Reaper
 from ops_backend.settings import Settings
@@ -260,7 +260,7 @@ class TestClocks:
         self, store: Store, living_and_dead: tuple[Held, Held], hours: int
     ) -> None:
         living, dead = living_and_dead
-        reapers = [Reaper(store.sessions, LEASE_S, 1.0, Telemetry("test"), lambda: None) for _ in range(2)]
+        reapers = [Reaper(store.sessions, LEASE_S, 1.0, Telemetry("test"), no_wake) for _ in range(2)]
         await advance(store, hours * 3600)
 
         await at_once(*(reaper.reap() for reaper in reapers))
@@ -324,7 +324,7 @@ async def test_two_reapers_take_each_lost_attempt_once(store: Store) -> None:
     await store.execute("UPDATE service SET last_tick_at = now() + interval '1 s'")  # began later, was first
 
     answers = await at_once(
-        *(Reaper(store.sessions, LEASE_S, 1.0, Telemetry("test"), lambda: None).reap() for _ in range(3))
+        *(Reaper(store.sessions, LEASE_S, 1.0, Telemetry("test"), no_wake).reap() for _ in range(3))
     )
     assert answers == [None] * 3
 
@@ -335,7 +335,7 @@ async def test_two_reapers_take_each_lost_attempt_once(store: Store) -> None:
 async def test_an_api_that_was_away_too_shortly_for_a_grace_reaps_nobody_who_beats_again(store: Store) -> None:
     """Scenario 28: away just after the tick before a beat was due, back just before the reaper would notice."""
     terms = Settings(database_url="postgres://x", api_token=TOKEN, storage_root=Path("/"), lease_s=LEASE_S)
-    reaper = Reaper(store.sessions, LEASE_S, 1.0, Telemetry("test"), lambda: None)
+    reaper = Reaper(store.sessions, LEASE_S, 1.0, Telemetry("test"), no_wake)
     await store.worker()
     run = await store.running()
     await store.tick()

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from prometheus_client.samples import Sample
 
 from helpers.postgres_proxy import postgres_proxy
-from helpers.store import LEASE_S, Held, Store, losses, started
+from helpers.store import LEASE_S, Held, Store, losses, no_wake, started
 from ops_backend.app import create_app
 from ops_backend.reaper import Reaper
 from ops_backend.settings import Settings
@@ -80,7 +80,7 @@ class Api:
 
     async def reap(self, store: Store) -> None:
         await store.execute("INSERT INTO service (id, last_tick_at) VALUES (1, now())")
-        await Reaper(store.sessions, LEASE_S, 1.0, self.app.state.telemetry, lambda: None).reap()
+        await Reaper(store.sessions, LEASE_S, 1.0, self.app.state.telemetry, no_wake).reap()
 
 
 @asynccontextmanager

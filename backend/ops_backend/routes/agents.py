@@ -58,5 +58,5 @@ async def report(
     telemetry.accepted(accepted.new)
     telemetry.moved(accepted.status)
     if isinstance(batch.reports[-1], Finish):
-        dispatcher.wake()
+        await dispatcher.wake()
     return ReportsAccepted(last_seq=accepted.last_seq)
