@@ -27,7 +27,8 @@ from ops_backend.__main__ import Server
 from ops_backend.app import create_app
 from ops_backend.database import Sessions
 from ops_backend.settings import Settings
-from ops_backend.store import queries, stream
+from ops_backend.store import curves as curves_of
+from ops_backend.store import stream
 from ops_backend.store.deletion import delete_if_ended
 from ops_backend.store.stream import Position
 from ops_backend.streams import Streams
@@ -137,8 +138,8 @@ async def rows(store: Store, id: UUID) -> tuple[list[int], list[tuple[int, int]]
     sql = "SELECT DISTINCT attempt, seq FROM metrics WHERE operation_id = :id ORDER BY 1, 2"
     reports = [tuple(row) for row in await store.fetch(sql, id=id)]
     async with store.sessions.begin() as session:
-        names = (await queries.metric_names(session, id)).names
-        curves = {name: (await queries.metric(session, id, name, -1)).points for name in names}
+        names = (await curves_of.names(session, id)).names
+        curves = {name: (await curves_of.read(session, id, name)).points for name in names}
     return events, reports, repr(curves)  # NaN is equal to NaN in it
 
 

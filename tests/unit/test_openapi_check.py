@@ -9,7 +9,7 @@ import pytest
 from helpers import answers
 from helpers.openapi import NotDocumented, OpenAPI, openapi_of_this_code
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.operations import MetricPoints, ProgressView
+from ops_contract.operations import ProgressView
 
 PATH = "/api/v1/operations/00000000-0000-0000-0000-000000000000"
 JSON = "application/json"
@@ -34,7 +34,7 @@ def test_what_is_documented_passes(api: OpenAPI) -> None:
     api.check("GET", f"{PATH}/logs", 200, "text/plain; charset=utf-8", b"")
     for path in (PATH, f"{PATH}/logs", "/no/such/path"):
         api.check("GET", path, 404, JSON, refusal)
-    points = MetricPoints(name="loss", points=[(0, 1.0), (1, float("-inf"))], attempt_starts=[(0, 1)])
+    points = answers.metric_points("loss", [(0, 1.0), (1, float("-inf"))])
     api.check("GET", f"{PATH}/metrics", 200, JSON, points.model_dump_json().encode())
 
 

@@ -75,7 +75,7 @@ async def test_what_was_dropped_is_gone_and_its_numbers_are_not_used_again(outbo
 
 async def test_a_batch_is_bounded_by_count_and_by_size_but_never_empty(outbox, ref):
     big = "x" * (BATCH_BYTES // 50)
-    await outbox.add(ref, [Metrics(series=[Series.of("loss", [(0, 1.0)] * 100_000)])])
+    await outbox.add(ref, [Metrics(series=[Series.of("loss", [(step, 1.0) for step in range(100_000)])])])
     await outbox.add(ref, [note(big[:20_000]) for _ in range(80)])
 
     first = await outbox.batch(ref, 100)

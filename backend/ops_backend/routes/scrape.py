@@ -1,10 +1,9 @@
 """What Prometheus reads."""
 
 import logging
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Header, Request, Response
-from fastapi.responses import PlainTextResponse
 from sqlalchemy.exc import SQLAlchemyError
 
 from ops_backend.database import Sessions
@@ -16,8 +15,14 @@ log = logging.getLogger(__name__)
 
 router = APIRouter(tags=["health"])
 
+_TEXT: dict[str, Any] = {"schema": {"type": "string"}}
+_SCRAPE = {
+    "description": "in the one or the other text format of Prometheus",
+    "content": {"text/plain": _TEXT, "application/openmetrics-text": _TEXT},
+}
 
-@router.get("/metrics", response_class=PlainTextResponse, responses=refusals(401))
+
+@router.get("/metrics", response_class=Response, responses={200: _SCRAPE, **refusals(401)})
 async def metrics(
     request: Request,
     _: CallerDep,

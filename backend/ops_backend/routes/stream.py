@@ -6,7 +6,7 @@ from uuid import UUID
 
 import anyio
 from fastapi import APIRouter, Header, Query
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ops_backend.dependencies import CallerDep, StreamsDep
@@ -63,8 +63,7 @@ _STREAM: dict[str, Any] = {
 
 @router.get(
     "/{id}/stream",
-    status_code=200,  # else FastAPI reads it from the class, and finds none
-    response_class=EventStream,
+    response_class=Response,
     responses={200: _STREAM, **refusals(401, 404, 422, 503)},
 )
 async def stream_operation(
