@@ -20,18 +20,17 @@ ARCHIVE = "application/octet-stream"
 @router.put(
     "/{sha256}",
     status_code=201,
-    responses={200: {"model": None, "description": "it is here"}, **refusals(401, 413, 422)},
+    response_class=Response,
+    responses={200: {"description": "it was here already"}, **refusals(401, 413, 422)},
 )
-async def put_snapshot(
-    sha256: Digest, request: Request, response: Response, sessions: SessionsDep, _: CallerDep
-) -> None:
+async def put_snapshot(sha256: Digest, request: Request, sessions: SessionsDep, _: CallerDep) -> Response:
     """Upload an archive. It stays while an operation refers to it, and for a day after it was last asked for."""
     archive = await _body(request)
     if hashlib.sha256(archive).hexdigest() != sha256:
         raise OpsError(ErrorCode.INVALID, "sha256: the body has another hash; it was changed on its way, send it again")
     async with sessions.begin() as session:
         is_new = await snapshots.keep(session, sha256, archive)
-    response.status_code = 201 if is_new else 200
+    return Response(status_code=201 if is_new else 200)
 
 
 @router.head("/{sha256}", responses=refusals(401, 404, 422))
