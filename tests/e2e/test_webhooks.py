@@ -32,12 +32,14 @@ def test_an_end_is_told_though_the_api_was_killed_then(
         return capsys.readouterr().out
 
     port = free_port()
-    hook = json.loads(ops("add", f"http://127.0.0.1:{port}/", "--status", "completed", "--json"))
+    hook = json.loads(ops("add", f"http://127.0.0.1:{port}/", "--status", "completed", "--label", "told=here", "--json"))
     with receiver(hook["secret"], port) as process:
         assert "It arrived: 204" in ops("test", hook["id"][:8])
         assert told(process)["type"] == "webhook.test"
 
-        id = service.submit(max_epochs=1)
+        id = service.client.submit(
+            {"workload": "digits", "execution": {"max_epochs": 1}, "labels": {"told": "here"}}
+        ).id
         service.wait(id, "completed")
         service.server.kill()
         service.server.close()

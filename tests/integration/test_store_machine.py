@@ -350,7 +350,7 @@ def run_machine(databases: Databases, examples: int) -> None:
 
 
 def test_any_calls_at_once_equal_some_order_of_them(databases: Databases) -> None:
-    run_machine(databases, examples=20)
+    run_machine(databases, examples=10)
 
 
 @pytest.mark.slow
