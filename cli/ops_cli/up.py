@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import random
 import secrets
 import socket
 import sys
