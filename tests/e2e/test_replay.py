@@ -8,6 +8,7 @@ from helpers.service import LONG, LONG_STEPS, Service, kill
 from ops_cli.main import main
 
 
+@pytest.mark.slow
 def test_what_is_redone_after_a_kill_or_on_demand_is_the_same_bit_for_bit(
     service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,10 +1,12 @@
 """Early stopping and retention in the running service, with the trainer killed in between."""
 
+import pytest
 import safetensors.torch
 
 from helpers.service import Service, eventually, kill
 
 
+@pytest.mark.slow
 def test_an_early_stop_leaves_the_best_and_the_last_on_disk_also_after_a_kill(service: Service) -> None:
     """Scenario 12."""
     id = service.submit(

@@ -18,6 +18,7 @@ from ops_cli.up import free_port
 MONITORING = Path(__file__).parents[2] / "docs" / "monitoring.md"
 
 
+@pytest.mark.slow
 def test_an_end_is_told_though_the_api_was_killed_then(
     service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
