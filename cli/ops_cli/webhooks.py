@@ -45,7 +45,7 @@ def add(
         made = client.add_webhook(receiver, format=format, statuses=statuses, label=label, description=description)
     except ValidationError as error:
         problems = (f"{each['loc'][0]}: {each['msg'].removeprefix('Value error, ')}" for each in error.errors())
-        raise typer.BadParameter(f"{'; '.join(problems)}; --status takes completed, failed, cancelled") from error
+        raise typer.BadParameter("; ".join(problems)) from error
     if json:
         print(made.model_dump_json())
         return

@@ -694,8 +694,10 @@ class Client:
 
 
 def run_name(operation: Operation) -> str:
-    """For a file or directory; the beginning of the id tells those of one name apart."""
-    return f"{re.sub(r'[^0-9A-Za-z_.-]+', '-', operation.name)[:80].lstrip('.-')}-{str(operation.id)[:8]}".lstrip("-")
+    """For a file or directory; the beginning of the id, which a name of ours ends in, tells those of one name apart."""
+    short = str(operation.id)[:8]
+    name = re.sub(r"[^0-9A-Za-z_.-]+", "-", operation.name.removesuffix(f"-{short}"))
+    return f"{name[:80].lstrip('.-')}-{short}".lstrip("-")
 
 
 def _fork(**given: Any) -> ForkRequest:

@@ -14,7 +14,7 @@ from helpers.answers import metric_points, operation, summary
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Status
 from ops_contract.operations import OperationPage
-from relight.client import TRIES, Client, Unreachable
+from relight.client import TRIES, Client, Unreachable, run_name
 from relight.packing import Packed
 from relight.settings import UpState, config_path, find_server, forget_up_state, up_state_path, write_up_state
 
@@ -325,3 +325,16 @@ def test_a_snapshot_is_given_whole_or_not_at_all() -> None:
     with Script(refusal(ErrorCode.NOT_FOUND)).client() as client, pytest.raises(OpsError) as gone:
         client.snapshot(packed().sha256)
     assert gone.value.code is ErrorCode.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("digits-1", "digits-1-1f6e0a2b"),
+        ("digits-1f6e0a2b", "digits-1f6e0a2b"),
+        ("../a b", "a-b-1f6e0a2b"),
+        ("…", "1f6e0a2b"),
+    ],
+)
+def test_a_file_is_named_after_its_operation_and_the_beginning_of_its_id_once(name: str, file: str) -> None:
+    assert run_name(operation(id=UUID("1f6e0a2b-0000-4000-8000-000000000000"), name=name)) == file
