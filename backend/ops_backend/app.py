@@ -23,6 +23,7 @@ from ops_backend.routes import (
     health,
     operations,
     scrape,
+    session,
     snapshots,
     status,
     stream,
@@ -60,7 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
     status.install(app)
     app.include_router(health.router)
     app.include_router(scrape.router)
-    for module in (operations, stream, exports, cleanup, snapshots, agents, catalog, webhooks):
+    for module in (operations, stream, exports, cleanup, snapshots, agents, catalog, webhooks, session):
         app.include_router(module.router, prefix=API_PREFIX)
     return app
 

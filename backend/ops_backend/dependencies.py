@@ -9,9 +9,11 @@ from uuid import UUID
 from fastapi import Depends, Request
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ops_backend.browsers import cookie_of, digest
 from ops_backend.database import Sessions
 from ops_backend.settings import Settings
 from ops_backend.status_reads import StatusReads
+from ops_backend.store import logins
 from ops_backend.store.transitions import CancelPush
 from ops_backend.store.validation import Question
 from ops_backend.streams import Streams
@@ -87,14 +89,20 @@ async def vital_session_of(request: Request) -> AsyncIterator[AsyncSession]:
 
 
 async def caller(request: Request) -> str:
-    """The submitter that the bearer token names. Raises 401."""
+    """The submitter that the bearer token names, or the browser's cookie. Raises 401."""
     settings = settings_of(request)
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), settings.api_token.encode()):
-        raise OpsError(
-            ErrorCode.UNAUTHENTICATED, "send `Authorization: Bearer <token>`; `ops up` keeps it in DIR/token"
-        )
-    return "operator"
+    if scheme.lower() == "bearer" and is_token(token, settings):
+        return "operator"
+    if not scheme and (secret := cookie_of(request, settings)):
+        async with sessions_of(request).begin() as session:
+            if found := await logins.find(session, digest(settings, secret)):
+                return found.user
+    raise OpsError(ErrorCode.UNAUTHENTICATED, "send `Authorization: Bearer <token>`; `ops up` keeps it in DIR/token")
+
+
+def is_token(token: str, settings: Settings) -> bool:
+    return hmac.compare_digest(token.encode(), settings.api_token.encode())
 
 
 SessionsDep = Annotated[Sessions, Depends(sessions_of)]

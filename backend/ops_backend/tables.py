@@ -379,6 +379,18 @@ deletions = Table(
 )
 Index("ix_deletions_unswept", deletions.c.operation_id, postgresql_where=deletions.c.swept_at.is_(None))
 
+# Codes that log a browser in, and browsers that are logged in. The secrets themselves are with their holders alone.
+logins = Table(
+    "logins",
+    metadata,
+    Column("digest", LargeBinary, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("submitter", Text, nullable=False),
+    _instant("created_at", default_now=True, nullable=False),
+    _instant("expires_at", nullable=False),
+    CheckConstraint("kind IN ('link', 'session')", name="kind"),
+)
+
 service = Table(
     "service",
     metadata,

@@ -128,8 +128,21 @@ def _welcome(settings: "StackSettings") -> str:
     lines = [f"Relight is up: {settings.url}"]
     if settings.host not in ("127.0.0.1", "localhost"):
         lines.append(f"Other machines reach it too, with the token in {settings.data_dir / 'token'}")
+    lines += ["In a browser, once and within an hour (`ops dashboard` makes another link):"]
+    lines += [f"  {_dashboard_link(settings)}"]
     lines += ["In another terminal:", "  ops train digits --watch", "  ops list", "Ctrl-C stops it."]
     return "\n".join(lines)
+
+
+def _dashboard_link(settings: "StackSettings") -> str:
+    from ops_contract.errors import OpsError
+    from relight.client import Client
+
+    try:
+        with Client(settings.url, settings.token) as client:
+            return client.dashboard_link()
+    except OpsError as error:  # it may be on its way back
+        return f"none now: {error.message}"
 
 
 def kept_token(data_dir: Path) -> str:

@@ -81,6 +81,7 @@ class AsyncClient:
     drain = _in_thread(Client.drain)
     undrain = _in_thread(Client.undrain)
     workloads = _in_thread(Client.workloads)
+    dashboard_link = _in_thread(Client.dashboard_link)
     add_webhook = _in_thread(Client.add_webhook)
     webhooks = _in_thread(Client.webhooks)
     deliveries = _in_thread(Client.deliveries)

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from ops_contract.errors import ErrorBody, ErrorCode, OpsError
 from ops_contract.jobs import Code, Job, JobSpec
 from ops_contract.lifecycle import TERMINAL, Kind, Status
+from ops_contract.logins import LoginLink
 from ops_contract.operations import (
     Artifacts,
     ArtifactView,
@@ -492,6 +493,11 @@ class Client:
 
     def workloads(self) -> Sequence[WorkloadView]:
         return self._get("/workloads", Workloads).items
+
+    def dashboard_link(self) -> str:
+        """Logs one browser in, once, within an hour."""
+        link = self._parse(self._call("POST", "/session/links", repeatable=True), LoginLink)
+        return f"{self.server.url.rstrip('/')}/#login={link.code}"
 
     def add_webhook(
         self,

@@ -46,6 +46,7 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "label_key": Text(),
     "label_value": Text(),
     "labels": JSONB(),
+    "lasts_s": Double(),
     "lease_s": Double(),
     "last_seq": BigInteger(),
     "last_step": BigInteger(),
