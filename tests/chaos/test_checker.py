@@ -12,6 +12,9 @@ from chaos.cluster import Cluster, OwnPostgres, cluster_at
 from helpers.databases import connect
 from helpers.history import LATE, violations
 from helpers.service import eventually
+from helpers.store import Store, held
+from ops_backend.store import webhooks
+from ops_contract.lifecycle import Outcome
 
 LONG = {"max_epochs": 400}
 REPORTS, TRANSITIONS, CLAIMS = (f"ops_backend.store.{name}" for name in ("reports", "transitions", "claims"))
@@ -87,6 +90,23 @@ def test_it_sees_what_a_store_without_a_guard_does(own_postgres: OwnPostgres, tm
         found = asyncio.run(checked(cluster))
 
     assert any(said in violation for violation in found), found
+
+
+async def test_an_end_that_is_announced_late_is_no_overlap(store: Store, database_url: str, tmp_path: Path) -> None:
+    """Only who wrote an event counts: telling webhooks of it writes its row again."""
+    await store.worker(user_code=True)
+    run = await store.finish(await store.running(command=["true"], max_retries=0), Outcome.FAILED)
+    await store.resume(run.operation_id)
+    claim = await store.claim()
+    assert claim is not None
+    async with store.sessions.begin() as session:
+        await webhooks.announce(session)
+    await store.finish(held(claim), Outcome.COMPLETED)
+
+    assert await store.fetch("SELECT seq FROM events WHERE announced")
+    database = await connect(database_url)
+    assert await violations(database, tmp_path) == []
+    await database.close()
 
 
 async def checked(cluster: Cluster) -> list[str]:

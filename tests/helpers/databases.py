@@ -12,6 +12,7 @@ from pathlib import Path
 import asyncpg
 from sqlalchemy import make_url
 
+from helpers.history import KEEP_WRITERS
 from ops_backend.database import migrate
 
 _numbers = count(1)
@@ -57,10 +58,13 @@ class Databases:
         self._template: str | None = None
 
     async def fresh(self) -> str:
-        """The URL of a new database with our schema and no rows."""
+        """The URL of a new database with our schema and no rows, which the checker of histories can read."""
         if self._template is None:
             template = await self._create("")
             await migrate(self._of(template))
+            connection = await connect(self._of(template))
+            await connection.execute(KEEP_WRITERS)
+            await connection.close()
             self._template = template
         return self._of(await self._create(f"TEMPLATE {self._template}"))
 

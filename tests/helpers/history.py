@@ -17,23 +17,35 @@ from relight.training.checkpoint import restore
 Rows = list[Any]
 
 
+# Who wrote an event: its own xmin is that of the announcement to webhooks, once there was one.
+KEEP_WRITERS = """
+    CREATE SCHEMA history;
+    CREATE TABLE history.written (operation_id uuid, seq bigint);
+    CREATE INDEX ON history.written (operation_id, seq);
+    CREATE FUNCTION history.note() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN INSERT INTO history.written VALUES (NEW.operation_id, NEW.seq); RETURN NULL; END
+    $$;
+    CREATE TRIGGER note AFTER INSERT ON events FOR EACH ROW EXECUTE FUNCTION history.note();
+"""
+_EVENTS = """(SELECT operation_id, attempt, name, pg_xact_commit_timestamp(w.xmin) AS committed_at
+                FROM events JOIN history.written w USING (operation_id, seq))"""
 # What ends an attempt. It and every report of the attempt lock the same hold, so their commits have an order.
-LATE = """
+LATE = f"""
     SELECT r.operation_id, r.attempt, r.name, r.first
       FROM (SELECT operation_id, attempt, name, first_step AS first, xmin AS written FROM metrics
              UNION ALL SELECT operation_id, attempt, 'output', start, xmin FROM logs) r
-      JOIN events e USING (operation_id, attempt)
+      JOIN {_EVENTS} e USING (operation_id, attempt)
      WHERE e.name IN ('complete', 'fail', 'retry', 'preempt', 'stop', 'lost', 'refuse', 'checkpoint_corrupt')
-       AND pg_xact_commit_timestamp(r.written) > pg_xact_commit_timestamp(e.xmin)
+       AND pg_xact_commit_timestamp(r.written) > e.committed_at
 """
 
 # Events of one operation lock it, so their commits have an order too.
-OVERLAPS = """
-    SELECT c.operation_id, c.attempt FROM events c
-      JOIN events e ON e.operation_id = c.operation_id AND e.attempt = c.attempt - 1
+OVERLAPS = f"""
+    SELECT c.operation_id, c.attempt FROM {_EVENTS} c
+      JOIN {_EVENTS} e ON e.operation_id = c.operation_id AND e.attempt = c.attempt - 1
      WHERE c.name = 'claim'
        AND e.name IN ('complete', 'fail', 'retry', 'preempt', 'stop', 'lost', 'refuse', 'checkpoint_corrupt')
-       AND pg_xact_commit_timestamp(c.xmin) < pg_xact_commit_timestamp(e.xmin)
+       AND c.committed_at < e.committed_at
 """
 # In the order in which it was stored, offsets grow by at least what the rows have.
 PRINTED_OVER = """
@@ -51,7 +63,7 @@ async def violations(database: asyncpg.Connection, storage: Path, damaged: Colle
     """Empty when all is well. To be called when every operation has ended and no report is on its way.
 
     `damaged` are the paths of checkpoints that were spoilt from outside: these need not load, and may be marked.
-    Needs `track_commit_timestamp = on`.
+    Needs `track_commit_timestamp = on`, and KEEP_WRITERS from the beginning.
     """
     operations = await database.fetch("SELECT * FROM operations ORDER BY created_at")
     attempts = await database.fetch("SELECT * FROM attempts ORDER BY operation_id, number")
