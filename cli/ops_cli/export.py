@@ -11,7 +11,7 @@ from uuid import UUID
 
 import typer
 
-from ops_cli.connect import Json, with_client
+from ops_cli.connect import Json, OperationIds, with_client
 from ops_cli.exits import ExitCode
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
 @with_client
 def export(
     client: "Client",
-    operation_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Operations, by a beginning of the id.")],
+    operation_ids: OperationIds,
     format: Annotated[Format, typer.Option(help="What to make of them.")] = Format.CSV,
     to: Annotated[
         str | None,

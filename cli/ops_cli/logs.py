@@ -10,7 +10,7 @@ from uuid import UUID
 import typer
 
 from ops_cli.connect import OperationId, with_client
-from ops_cli.watch import POLL_S, detachable
+from ops_cli.watch import POLL_S, Away, detachable
 
 if TYPE_CHECKING:
     from relight.client import Client
@@ -45,21 +45,6 @@ def logs(
             sys.stdout.buffer.write(screen.harmless(piece) if screen else piece)
             sys.stdout.buffer.flush()
             away.over()
-
-
-class Away:
-    """Said once for each time."""
-
-    def __init__(self) -> None:
-        self._said = False
-
-    def say(self, message: str) -> None:
-        if not self._said:
-            print(f"{message} Waiting for it.", file=sys.stderr)
-        self._said = True
-
-    def over(self) -> None:
-        self._said = False
 
 
 class Screen:

@@ -61,7 +61,7 @@ def list_all(client: "Client", json: Json = False) -> None:
     if json:
         print(show.json_array(items))
         return
-    table = show.table("ID", "URL", "FORMAT", "WHEN", "LABEL", "LAST", "FAILURES", right=("FAILURES",), wide="URL")
+    table = show.table("ID", "URL", "FORMAT", "WHEN", "LABEL", "LAST", "FAILURES", right=("FAILURES",), wide=["URL"])
     ids = show.shortest(item.id for item in items)
     for item in items:
         cells = (item.format, ",".join(item.statuses), show.plain(item.label or "any"), _last(item), str(item.failures))
@@ -88,7 +88,7 @@ def deliveries(client: "Client", webhook: Webhook, json: Json = False) -> None:
     if json:
         print(show.json_array(items))
         return
-    table = show.table("ID", "OPERATION", "END", "STATE", "TRIES", "ANSWER", right=("TRIES",), wide="ANSWER")
+    table = show.table("ID", "OPERATION", "END", "STATE", "TRIES", "ANSWER", right=("TRIES",), wide=["ANSWER"])
     ids = show.shortest(item.id for item in items)
     for item in items:
         answer = show.cut(_said(item.http_status, item.answer))

@@ -112,7 +112,7 @@ def _print_workload(workload: "WorkloadView") -> None:
         f"[bold]{show.plain(workload.name)}[/]  {show.plain(workload.title)}"
         + (f"\n  reports {show.plain(reports)}" if reports else "")
     )
-    table = show.table("  FIELD", "TYPE", "DEFAULT", "", wide="")
+    table = show.table("  FIELD", "TYPE", "DEFAULT", "", wide=[""])
     for name, field in workload.config_schema.get("properties", {}).items():
         cells = (f"  {name}", _type(field), str(field.get("default", "required")), str(field.get("description", "")))
         table.add_row(*map(show.plain, cells))

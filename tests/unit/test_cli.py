@@ -589,7 +589,8 @@ def test_metrics_shows_the_ends_of_all_and_the_last_points_of_one_without_readin
     assert ends.out.splitlines()[1].split() == ["loss", "0", "0", "99999", "99,999"]
     assert [line.split()[0] for line in loss.out.splitlines()[1:]] == [str(n) for n in range(99_980, 100_000)]
     assert [line.split()[0] for line in sparse.out.splitlines()[1:]] == [str(n * 999) for n in range(81, 101)]
-    assert "Metrics of this operation: loss, val_loss" in unknown.out
+    assert (unknown.code, unknown.out) == (ExitCode.NOT_FOUND, "")
+    assert "did you mean loss?" in unknown.err
     assert max(api.points_sent) < 1000
 
 
@@ -1091,7 +1092,7 @@ def test_plot_says_what_it_lacks(api: Api, ops: Ops, tmp_path: Path, monkeypatch
     id = api.holds(operation())
     api.curves["loss"] = [(0, 2.0)]
 
-    assert "its metrics: loss" in ops("plot", id, "--metric", "los", "--to", tmp_path / "a.png").err
+    assert "did you mean loss?" in ops("plot", id, "--metric", "los", "--to", tmp_path / "a.png").err
     assert ops("plot", id, "--to", tmp_path / "a.txt").code == ExitCode.USAGE
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
