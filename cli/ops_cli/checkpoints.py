@@ -63,7 +63,7 @@ def verify(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Read the files of an operation's checkpoints, and compare every byte with what was committed.
+    """Read checkpoints, and compare every byte with what was committed.
 
     Exits with 1 when one of them is not good.
     """
@@ -104,7 +104,7 @@ def delete(
 
 @with_client
 def artifacts(client: "Client", operation_id: OperationId, json: Json = False) -> None:
-    """The files that a completed operation left: its final model, as safetensors.
+    """The files that an operation left, such as its final model.
 
     Their paths are below the storage root.
     """

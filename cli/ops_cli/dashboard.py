@@ -18,7 +18,10 @@ def register(app: typer.Typer) -> None:
 def dashboard(
     client: "Client", open_it: Annotated[bool, typer.Option("--open", help="In this machine's browser.")] = False
 ) -> None:
-    """Print a link to the dashboard; it logs one browser in, once, within an hour."""
+    """Print a link to the dashboard.
+
+    It logs one browser in, once, within an hour.
+    """
     import webbrowser
 
     link = client.dashboard_link()

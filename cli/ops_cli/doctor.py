@@ -39,9 +39,10 @@ def doctor(
     url: Url = None,
     token: Token = None,
 ) -> None:
-    """Check database, storage, API, workers, clocks and drivers, and say what to do.
+    """Is all in order, and if not, what to do.
 
-    Works with the service down. Exits with 1 when something fails.
+    Looks at database, storage, API, workers, clocks and drivers. Works with the service down. Exits with 1 when
+    something fails.
     """
     findings = list(examine(data_dir, url, token))
     if json:

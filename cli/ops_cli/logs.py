@@ -34,7 +34,13 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it has ended. Ctrl-C detaches.")] = False,
     tail: Annotated[int | None, typer.Option(min=0, metavar="LINES", help="Only so many of the last lines.")] = None,
 ) -> None:
-    """What its attempts wrote to stdout and stderr: as it is into a file or pipe, made harmless on a terminal."""
+    """What an operation's attempts wrote to stdout and stderr.
+
+    As it is into a file or pipe, made harmless on a terminal.
+
+    \b
+    ops logs 1f6e --tail 100 -f
+    """
     found = client.resolve(operation_id)
     screen, away = Screen() if sys.stdout.isatty() else None, Away()
     with detachable(found, back="ops logs -f"):

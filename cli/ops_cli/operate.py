@@ -52,7 +52,12 @@ def submit(
     watch: Watch = False,
     json: Json = False,
 ) -> None:
-    """Submit the job that a file describes."""
+    """Submit the job that a file describes.
+
+    \b
+    ops submit job.yaml --set execution.seed=3 --watch
+    ops submit job.yaml --dry-run
+    """
     from ops_cli.jobs import job_from_text
 
     text = sys.stdin.read() if file == "-" else _read(Path(file))
@@ -101,6 +106,10 @@ def train(
     """Train a workload.
 
     Of your own code the current directory is packed, and every attempt runs that: see `ops pack`.
+
+    \b
+    ops train digits --max-epochs 20 --watch
+    ops train mine:Mine --set config.hidden=64 --checkpoint-every 200steps
     """
     from ops_cli import jobs
 
@@ -209,6 +218,10 @@ def resume(
     """Go on with a failed or cancelled operation.
 
     From its newest checkpoint, unless told otherwise.
+
+    \b
+    ops resume 1f6e --watch
+    ops resume 1f6e --from-checkpoint 9ab2
     """
     found = client.resolve(operation_id)
     chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
@@ -241,7 +254,11 @@ def fork(
 ) -> None:
     """Begin a new operation at a checkpoint of another one.
 
-    The newest, unless told otherwise. A completed run goes on so: ops fork ID --set execution.max_epochs=20
+    The newest, unless told otherwise. So a completed run goes on, too.
+
+    \b
+    ops fork 1f6e --set execution.max_epochs=20
+    ops fork 1f6e --code . --name with-the-fix
     """
     from ops_cli import jobs
     from ops_contract.operations import ForkOverrides

@@ -44,7 +44,11 @@ def plot(
 ) -> None:
     """Draw a metric of one operation or several.
 
-    In the terminal, or into a file: ops plot ID --to loss.png. Marked is where a later attempt went on.
+    In the terminal, or into a file. It is marked where a later attempt went on.
+
+    \b
+    ops plot 1f6e 9ab2 --metric val_loss
+    ops plot 1f6e --log --smooth 0.9 --to loss.svg
     """
     if to is not None:
         if to.suffix not in FORMATS:

@@ -41,7 +41,11 @@ def list_operations(
     limit: Annotated[int, typer.Option(min=1)] = 20,
     json: Json = False,
 ) -> None:
-    """Operations, newest first."""
+    """Operations, newest first.
+
+    \b
+    ops list --status running,pending --label team=vision
+    """
     found = client.list(status=status, workload=workload, label=label, q=query, limit=limit)
     items = list(found)
     if json:
@@ -69,7 +73,7 @@ def status(client: "Client", operation_id: OperationId, json: Json = False) -> N
     if json:
         print(operation.model_dump_json())
         return
-    table = show.table("FACT", "")
+    table = show.table("FACT", "", wide=[""])
     table.show_header = False
     waits_for = _waits_for(operation, client.workers()) if operation.status == "pending" else ""
     for label, value in _facts(operation, waits_for, datetime.now(UTC)).items():
@@ -203,9 +207,9 @@ def events(client: "Client", operation_id: OperationId, json: Json = False) -> N
         print(show.json_array(items))
         return
     table = show.table("#", "AT", "STATUS", "WHAT HAPPENED", right=("#",), wide=["WHAT HAPPENED"])
+    now = datetime.now().astimezone()
     for item in items:
-        at = item.at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        table.add_row(str(item.seq), at, show.coloured(item.to_status), show.plain(item.message))
+        table.add_row(str(item.seq), show.moment(item.at, now), show.coloured(item.to_status), show.plain(item.message))
     show.print_rich(table)
 
 
@@ -216,9 +220,12 @@ def metrics(
     name: Annotated[str | None, typer.Argument(help="One metric; else a line for each.")] = None,
     json: Json = False,
 ) -> None:
-    """The metrics of an operation.
+    """The metrics of an operation, or the last values of one.
 
     With --json every point, every bit.
+
+    \b
+    ops metrics 1f6e val_loss
     """
     found = client.resolve(operation_id)
     if json:

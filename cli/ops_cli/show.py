@@ -52,6 +52,12 @@ def age(at: datetime | None, now: datetime) -> str:
     return duration((now - at) / timedelta(seconds=1)) if at else "–"
 
 
+def moment(at: datetime, now: datetime) -> str:
+    """In the time zone of `now`; of today without the day."""
+    here = at.astimezone(now.tzinfo)
+    return here.strftime("%H:%M:%S" if here.date() == now.date() else "%d %b %Y %H:%M")
+
+
 def size(size_bytes: int) -> str:
     value = float(size_bytes)
     for unit in ("B", "kB", "MB", "GB"):

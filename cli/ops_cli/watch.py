@@ -38,6 +38,9 @@ def watch(
     """Follow operations to their end.
 
     Ctrl-C detaches and never cancels. The exit code is 0 when all of them completed, 1 when not.
+
+    \b
+    ops watch 1f6e 9ab2 && ops compare 1f6e 9ab2
     """
     ids = list(dict.fromkeys(client.resolve(each) for each in operation_ids))
     watch_to_end(client, ids, JsonLines() if json else view_for_people())

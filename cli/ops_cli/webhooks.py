@@ -18,7 +18,7 @@ Webhook = Annotated[str, typer.Argument(metavar="WEBHOOK", help="Of `ops webhook
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(help="Have a URL told when operations end: add, test, list or remove.", no_args_is_help=True)
+    group = typer.Typer(help="Have a URL told when operations end.", no_args_is_help=True)
     group.command()(add)
     group.command("list")(list_all)
     group.command("test")(send_sample)
@@ -83,7 +83,7 @@ def send_sample(client: "Client", webhook: Webhook, json: Json = False) -> None:
 
 @with_client
 def deliveries(client: "Client", webhook: Webhook, json: Json = False) -> None:
-    """The newest deliveries, what was answered, and when they are tried again."""
+    """The newest deliveries, and how each was answered."""
     items = client.deliveries(_find(client, webhook))
     if json:
         print(show.json_array(items))

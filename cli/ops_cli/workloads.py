@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 
 
 def workloads(context: typer.Context, json: Json = False, url: Url = None, token: Token = None) -> None:
-    """What can be trained, with the fields of its config; and a check of your own."""
+    """What can be trained, and a check of your own."""
     if context.invoked_subcommand is None:
         list_workloads(json=json, url=url, token=token)
 
@@ -44,9 +44,10 @@ def check(
         str, typer.Option(metavar="PATH", help="The Python to run it in, with torch and relight.")
     ] = sys.executable,
 ) -> None:
-    """Run the contract against a Workload class: what would break exactness, and how to mend it.
+    """What in a Workload class of yours would break exactness.
 
-    No server is needed. It trains a few steps, on the CPU, resumes them in a new process, and compares every bit.
+    And how to mend it. No server is needed. It trains a few steps, on the CPU, resumes them in a new process, and
+    compares every bit.
     """
     from ops_cli.jobs import content_from_flags
     from relight.interpreter import InterpreterError, checked_interpreter
