@@ -193,7 +193,7 @@ class Screen:
             lines.append(_line(f"[red]Server away; what was known then:[/] {show.plain(away)}"))
         room = NO_LIMIT if height is None else height - len(lines) - 1  # for the line of the keys
         workers = _workers(seen.workers, max(3, room // 3))
-        operations = _operations(self._sorted(seen), seen, width, room - workers.row_count - 2)
+        operations = _operations(self._sorted(seen), seen, width, room - workers.row_count - 3)
         left = room - workers.row_count - operations.row_count - 3
         foot: list[RenderableType] = [*[""] * left, _line(self._keys())] if height is not None else []
         return Group(*lines, workers, "", operations, *foot)
@@ -257,7 +257,8 @@ def _fitting(table: "Table", rows: "Sequence[R]", room: int, what: str) -> "Iter
     shown = len(rows) if len(rows) <= room else max(0, room - 1)
     yield from rows[:shown]
     if shown < len(rows):
-        table.add_row("…", f"{len(rows) - shown} more {what}")
+        wide = next(n for n, column in enumerate(table.columns) if not column.no_wrap)
+        table.add_row("…", *[""] * (wide - 1), show.cut(f"{len(rows) - shown} more {what}"))
 
 
 def _line(text: str) -> "Text":
