@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from ops_contract.errors import OpsError
     from ops_contract.operations import OperationSummary, WorkerView
     from relight.client import Client
 
@@ -103,12 +102,11 @@ class Looking(threading.Thread):
         super().__init__(daemon=True)
         self.latest = first
         self.away: str | None = None
-        self.refused: OpsError | None = None
+        self.refused: Exception | None = None
         self.stopping = threading.Event()
         self._client, self._every_s = client, every_s
 
     def run(self) -> None:
-        from ops_contract.errors import OpsError
         from relight.client import Unreachable
 
         while not self.stopping.wait(self._every_s):
@@ -117,7 +115,7 @@ class Looking(threading.Thread):
                 self.away = None
             except Unreachable as away:
                 self.away = str(away)
-            except OpsError as error:
+            except Exception as error:  # a refusal, or the client is closed, because the user has left
                 self.refused = error
                 return
 
@@ -212,8 +210,9 @@ class Screen:
         key = SORTS[self._sort]
         # Within equals the oldest first: in the queue it is the next.
         rows = sorted([*seen.running, *seen.pending], key=lambda each: each.created_at)
-        known = sorted((each for each in rows if key(each) is not None), key=key, reverse=self._reverse)
-        return known + [each for each in rows if key(each) is None]
+        unknown = [each for each in rows if key(each) is None or key(each) != key(each)]  # a NaN has no place either
+        known = [each for each in rows if each not in unknown]
+        return sorted(known, key=key, reverse=self._reverse) + unknown
 
 
 def _workers(workers: "Sequence[WorkerView]", room: int) -> "Table":

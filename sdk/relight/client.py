@@ -578,10 +578,10 @@ class Client:
         if len(matches) == 1:
             return matches[0].id
         if matches:
-            message = f"{prefix!r} begins {len(matches)} ids, give more characters: {_told(matches)}"
+            message = f"{prefix!r} begins {len(matches)} ids, give more characters:{_told(matches)}"
             raise OpsError(ErrorCode.INVALID, message, candidates=[str(each.id) for each in matches])
-        hint = f"in a name it is: {_told(found)}" if found else "see `ops list`"
-        raise OpsError(ErrorCode.NOT_FOUND, f"no operation has an id that begins with {prefix!r}; {hint}")
+        hint = f", but there is a name with it:{_told(found)}" if found else "; see `ops list`"
+        raise OpsError(ErrorCode.NOT_FOUND, f"no operation has an id that begins with {prefix!r}{hint}")
 
     def _changes(self, operation_id: UUID | str, poll_s: float, patience_s: float) -> Changes:
         return Changes(partial(self.get, operation_id), Unreachable, poll_s, patience_s)

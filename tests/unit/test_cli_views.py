@@ -84,15 +84,15 @@ def test_top_fits_its_screen_however_much_there_is(api: Api, width: int, height:
 
 
 def test_top_sorts_by_keys_with_what_is_unknown_last(api: Api) -> None:
-    for name, loss in (("b", 2.0), ("a", None), ("c", 1.0)):
+    for name, loss in (("b", 2.0), ("n", NAN), ("a", None), ("c", 1.0)):
         api.holds(operation(name=name, progress=ProgressView(step=1, loss=loss)))
 
     def names(typed: str) -> list[str]:
         return [line.split()[1] for line in shown(api, 80, 24, typed=typed) if re.match("[0-9a-f]{8} ", line)]
 
-    assert names("s") == ["a", "b", "c"]
-    assert names("ssss") == ["c", "b", "a"], "by loss"
-    assert names("ssssr") == ["b", "c", "a"]
+    assert names("s") == ["a", "b", "c", "n"]
+    assert names("ssss") == ["c", "b", "n", "a"], "by loss"
+    assert names("ssssr") == ["b", "c", "n", "a"]
     assert not top.Screen("queue", "").key("xq")
 
 
