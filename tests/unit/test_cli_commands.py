@@ -249,7 +249,9 @@ def test_a_reader_that_has_enough_ends_it_quietly(api: Api, monkeypatch: pytest.
     for many in (1, 2000):
         for _ in range(many):
             api.holds(operation())
-        with subprocess.Popen([OPS, "list", "--limit", "2000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ran:
+        with subprocess.Popen(
+            [OPS, "list", "--json", "--limit", "2000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as ran:
             assert ran.stdout is not None
             assert ran.stderr is not None
             ran.stdout.close()

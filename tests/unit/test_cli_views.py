@@ -1,6 +1,7 @@
 """What `ops` shows of several operations: top, compare, watch, plot."""
 
 import json
+import os
 import re
 import signal
 import socket
@@ -174,6 +175,15 @@ def test_ctrl_c_leaves_without_a_traceback_whatever_it_waits_for(tmp_path: Path)
                 out, err = waiting.communicate()
 
     assert (waiting.returncode, out, err) == (ExitCode.DETACHED, "", "")
+
+
+def test_ctrl_c_is_quiet_while_it_is_still_importing(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    ran = subprocess.run([sys.executable, "-m", "ops_cli", "list"], env=environ, capture_output=True, text=True)
+
+    assert (ran.returncode, ran.stdout, ran.stderr) == (ExitCode.DETACHED, "", "")
 
 
 def drawn(curves: list[Curve], log: bool = False) -> list[str]:
