@@ -1,5 +1,6 @@
 """The command `ops`."""
 
+import errno
 import importlib.util
 import os
 import sys
@@ -64,10 +65,10 @@ def main() -> NoReturn:
     # As where it is not installed: httpx's own command line is most of what importing httpx takes.
     sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
     try:
-        app()
-    except SystemExit:
-        _flush()
-        raise
+        try:
+            app()
+        finally:
+            _flush()
     except Exception as error:
         from ops_contract.errors import OpsError
         from relight.settings import SettingsError
@@ -76,16 +77,21 @@ def main() -> NoReturn:
             _leave(error.message, exit_code(error.http_status))
         if isinstance(error, SettingsError):
             _leave(str(error), exit_code(422))
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _leave(f"this cannot be written: {error}", 1)
         raise
     raise AssertionError("typer leaves by SystemExit")
 
 
 def _flush() -> None:
-    """Python would do it after us, and complain where nobody reads any more: `ops list | head -1`."""
+    """Python would do it after us, and complain where nobody reads any more: `ops list --json | head -1`."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+        if sys.stdout is not None:  # >&-
+            sys.stdout.flush()
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -203,6 +203,7 @@ class Bar:
             transient=True,
         )
         self._tasks: dict[UUID, TaskID] = {}
+        self._over: set[UUID] = set()
         self._headlines: dict[UUID, str] = {}
         self._away = Away(self._say)
 
@@ -219,6 +220,8 @@ class Bar:
             self._say(line)
         if operation.id not in self._tasks:
             self._tasks[operation.id] = self._progress.add_task("", total=None, figures="")
+        if operation.ended_at is not None:
+            self._over.add(operation.id)
         self._headlines[operation.id] = line
         self._away.over()
         name = f"{show.plain(operation.name[:NAME_CHARS])} " if len(self._tasks) > 1 else ""
@@ -232,8 +235,8 @@ class Bar:
 
     def away(self, message: str) -> None:
         self._away.say(message)
-        for task in self._tasks.values():
-            self._progress.update(task, description="[red]server away[/]")
+        for id in self._tasks.keys() - self._over:
+            self._progress.update(self._tasks[id], description="[red]server away[/]")
 
     def ended(self, operation: "Operation") -> None:
         for line in last_lines(operation):

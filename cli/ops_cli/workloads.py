@@ -4,7 +4,6 @@ import json as json_text
 import os
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -73,6 +72,8 @@ def init(
     ] = "workload",
 ) -> None:
     """Write a small project to begin with, ready to train."""
+    from importlib.resources import files
+
     template = files("ops_cli") / "templates" / kind
     common = files("ops_cli") / "templates"
     wanted = {entry.name: entry for entry in template.iterdir() if entry.is_file()}

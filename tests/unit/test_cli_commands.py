@@ -1,6 +1,7 @@
 """What holds for every command of `ops`: a new one without its row here fails."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -256,6 +257,17 @@ def test_a_reader_that_has_enough_ends_it_quietly(api: Api, monkeypatch: pytest.
             assert ran.stderr is not None
             ran.stdout.close()
             assert ran.stderr.read() == b""
+
+
+@pytest.mark.parametrize(("to", "code", "said"), [("&-", 0, ""), ("/dev/full", 1, "No space left on device")])
+def test_output_that_cannot_be_written_is_said(to: str, code: int, said: str) -> None:
+    for buffering in ("", "-u"):
+        program = f"{sys.executable} {buffering} -m ops_cli schema >{to}"
+        environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+        ran = subprocess.run(["bash", "-c", program], stderr=subprocess.PIPE, text=True, env=environ)
+
+        assert (ran.returncode, said in ran.stderr, "Traceback" in ran.stderr) == (code, True, False)
 
 
 def completed(*lines: str) -> list[list[str]]:

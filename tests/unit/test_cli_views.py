@@ -21,6 +21,7 @@ from ops_cli import top
 from ops_cli.canvas import Curve, draw
 from ops_cli.exits import ExitCode
 from ops_cli.plot import smoothed
+from ops_cli.watch import Bar
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status
 from ops_contract.operations import ProgressView
@@ -152,6 +153,18 @@ def test_watch_follows_several_and_fails_when_one_does(api: Api, ops: Ops) -> No
     assert (fine.code, bad.code) == (ExitCode.DONE, ExitCode.FAILED)
     assert fine.out.index("slow completed") < fine.out.index("quick completed")
     assert "bad failed" in bad.out
+
+
+def test_bars_say_that_the_server_is_away_but_for_what_is_over(capsys: pytest.CaptureFixture[str]) -> None:
+    bars, ended = Bar(), operation(name="over", status=Status.COMPLETED, ended_at="2026-01-01T00:00:00Z")
+    bars.show(operation(name="a-[name]"))
+    bars.show(ended)
+
+    bars.away("No server answers.")
+    bars.away("No server answers.")
+
+    assert capsys.readouterr().out.count("No server answers. Waiting for it.") == 1
+    assert [task.description.split("]")[-2] for task in bars._progress.tasks] == ["server away[/", "completed[/"]
 
 
 def test_a_submit_that_is_watched_is_json_lines_too(api: Api, ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
