@@ -288,12 +288,10 @@ def test_a_tab_offers_what_there_is(api: Api) -> None:
     api.workers = [worker(name="here"), worker(name="gone", live=False)]
     offers = {
         "ops status ": [ID[:8], OTHER[:8]],
-        "ops compare 1111 2": [OTHER[:8]],
         "ops resume ": [ID[:8]],
         "ops workers drain ": ["here"],
         "ops train d": ["digits"],
         "ops list --status running,fa": ["running,failed"],
-        "ops checkpoints ver": ["verify"],
     }
 
     assert completed(*offers) == list(offers.values())
