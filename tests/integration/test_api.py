@@ -393,6 +393,14 @@ async def test_pages_are_newest_first_and_complete(api: httpx.AsyncClient, offer
     assert seen == ids[::-1]
 
 
+async def test_what_was_meant_is_said(api: httpx.AsyncClient, offered: str) -> None:
+    status = await api.get("/operations", params={"status": "pending,runing"})
+    workload = await api.post("/operations", json={"workload": f"{offered}x"})
+
+    assert "did you mean running?" in status.json()["error"]["message"]
+    assert f"did you mean {offered}?" in workload.json()["error"]["message"]
+
+
 async def test_filters_narrow_the_list(api: httpx.AsyncClient, offered: str) -> None:
     async def add(**job: Any) -> str:
         return str((await api.post("/operations", json={"workload": offered, **job})).json()["id"])

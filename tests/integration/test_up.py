@@ -225,7 +225,7 @@ def test_a_child_that_says_much_is_drained(tmp_path: Path) -> None:
     [
         ({"loss": [(0, 1.0), (1, float("nan"))]}, None),
         ({"loss": [(0, 1.0), (1, 2.0)]}, "step 1"),
-        ({"loss": [(0, 1.0)]}, "2 points in one and 1"),
+        ({"loss": [(0, 1.0)]}, "step 1 loss is nan and missing"),
         ({"loss": [(0, 1.0), (1, float("nan"))], "val_loss": [(1, 1.0)]}, "val_loss"),
         ({"loss": [(0, 1.0000000000000002), (1, float("nan"))]}, "step 0"),
     ],

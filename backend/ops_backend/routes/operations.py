@@ -47,6 +47,7 @@ from ops_contract.operations import (
     ResumeAccepted,
     ResumeRequest,
 )
+from ops_contract.problems import offer
 from ops_contract.wire import LOG_COMPLETE, LOG_END, LOG_NEXT, LOG_OFFSET, Wire
 
 router = APIRouter(prefix="/operations", tags=["operations"])
@@ -356,7 +357,6 @@ async def _told(
 
 
 def _known(statuses: str | None) -> str | None:
-    unknown = set((statuses or "").split(",")) - {"", *Status}
-    if unknown:
-        raise OpsError(ErrorCode.INVALID, f"status: no such status {', '.join(unknown)}; there are {', '.join(Status)}")
+    for unknown in sorted(set((statuses or "").split(",")) - {"", *Status}):
+        raise OpsError(ErrorCode.INVALID, f"status: no such status {unknown}; {offer(unknown, Status)}")
     return statuses or None
