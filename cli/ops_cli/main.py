@@ -8,12 +8,14 @@ from typing import Annotated, NoReturn
 import typer
 
 from ops_cli import (
+    backup,
     checkpoints,
     cleanup,
     code,
     dashboard,
     demo,
     doctor,
+    down,
     export,
     files,
     logs,
@@ -21,6 +23,7 @@ from ops_cli import (
     plot,
     read,
     replay,
+    service,
     up,
     watch,
     webhooks,
@@ -101,6 +104,9 @@ def _become(module: str, *arguments: str, needs: str) -> NoReturn:
 
 for part in (
     up,
+    down,
+    service,
+    backup,
     demo,
     operate,
     code,
