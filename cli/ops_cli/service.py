@@ -150,6 +150,8 @@ WantedBy=default.target
 def exec_line(command: Sequence[str]) -> str:
     """As systemd splits it: quoted, without its specifiers and variables. The program's own path takes no variables."""
     program, *arguments = command
+    if set(program) & set("\"'\\"):
+        raise typer.BadParameter(f"systemd runs no program with quotes in its path, and {program} is one")
     return " ".join([_quoted(program), *(_quoted(argument).replace("$", "$$") for argument in arguments)])
 
 

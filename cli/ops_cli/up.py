@@ -92,7 +92,7 @@ def _detach(data_dir: Path, host: str, port: int | None, given: list[str]) -> No
 
     found = start(data_dir, given, port)
     token = os.environ.get("OPS_API_TOKEN") or kept_token(data_dir)
-    _say(_welcome(str(found.url), token, host, data_dir))
+    _say(_welcome(str(found.url), token, host, data_dir, link=True))
     _say(f"`ops down` stops it (pid {found.pid}); its log is {data_dir / 'logs' / 'up.log'}")
 
 
@@ -140,7 +140,9 @@ def _serve(settings: "StackSettings", lock: "Lock", stops: StopRequests) -> None
         write_up_state(UpState(settings.url, settings.token, str(settings.data_dir), os.getpid()))
         lock.note(**facts, ready=True)
         tell_systemd("READY=1")
-        _say(_welcome(settings.url, settings.token, settings.host, settings.data_dir))
+        # Who reads a log or a journal, maybe somebody else, gets no link that logs in.
+        link = sys.stdout.isatty()
+        _say(_welcome(settings.url, settings.token, settings.host, settings.data_dir, link))
         _say("Ctrl-C stops it.")
         while True:
             stops.pause()
@@ -156,12 +158,13 @@ def _serve(settings: "StackSettings", lock: "Lock", stops: StopRequests) -> None
     _say("Stopped.")
 
 
-def _welcome(url: str, token: str, host: str, data_dir: Path) -> str:
+def _welcome(url: str, token: str, host: str, data_dir: Path, link: bool) -> str:
     lines = [f"Relight is up: {url}"]
     if host not in ("127.0.0.1", "localhost"):
         lines.append(f"Other machines reach it too, with the token in {data_dir / 'token'}")
-    lines += ["In a browser, once and within an hour (`ops dashboard` makes another link):"]
-    lines += [f"  {_dashboard_link(url, token)}"]
+    if link:
+        lines.append("In a browser, once and within an hour (`ops dashboard` makes another link):")
+        lines.append(f"  {_dashboard_link(url, token)}")
     lines += ["In another terminal:", "  ops train digits --watch", "  ops list"]
     return "\n".join(lines)
 
