@@ -284,6 +284,6 @@ def _answering(home: Path) -> str | None:
 def _explained() -> Iterator[None]:
     try:
         yield
-    except (PostgresRefusal, InterfaceError, DBAPIError) as error:
+    except (PostgresRefusal, InterfaceError, DBAPIError, ConnectionError) as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BackupError(f"the database did not go along, try again when it is well: {cause}") from error
