@@ -1,9 +1,11 @@
 """The service of one user as it lives on a machine: in the background, at boot, backed up, brought back."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import UUID
@@ -11,6 +13,7 @@ from uuid import UUID
 import psutil
 import pytest
 
+from helpers.databases import POSTGRES_15, debian_postgres
 from helpers.service import LONG, eventually
 from helpers.units import environment, exec_start
 from ops_cli.service import NAME
@@ -37,8 +40,8 @@ class Machine:
         self.home = home
         self.environ = {"HOME": str(home), "PATH": os.environ["PATH"], "OPS_LEASE_S": "3", "OPS_SLOT_REST_S": "0.5"}
 
-    def ops(self, *arguments: str, code: int = 0) -> str:
-        done = subprocess.run(self.command(*arguments), env=self.environ, text=True, capture_output=True)
+    def ops(self, *arguments: str, code: int = 0, **more: str) -> str:
+        done = subprocess.run(self.command(*arguments), env=self.environ | more, text=True, capture_output=True)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -50,8 +53,9 @@ class Machine:
         state = eventually(lambda: read_up_state(self.environ), "it is up", self.logs)
         return Client(state.url, state.token)
 
-    def up(self, data_dir: Path) -> Client:
-        self.ops("up", "-d", "--data-dir", str(data_dir), "--port", str(free_port()), "--workers", "2")
+    def up(self, data_dir: Path, **more: str) -> Client:
+        port = str(free_port())
+        self.ops("up", "-d", "--data-dir", str(data_dir), "--port", port, "--workers", "2", **more)
         return self.client()
 
     def logs(self) -> str:
@@ -64,6 +68,15 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     yield made
     for lock in tmp_path.glob("**/lock"):
         subprocess.run(made.command("down", "--now", "--data-dir", str(lock.parent)), env=made.environ)
+
+
+@pytest.fixture
+def reachable() -> Iterator[Path]:
+    """By the account of Debian's Postgres, too."""
+    directory = Path(tempfile.mkdtemp(prefix="relight-"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)
 
 
 def until_saved(client: Client, id: UUID) -> None:
@@ -162,3 +175,28 @@ def killed_while_restoring(machine: Machine, file: Path, data_dir: Path) -> None
     with subprocess.Popen(command, env=machine.environ, start_new_session=True) as restoring:
         eventually(lambda: (data_dir / "storage" / "restoring").exists(), "it has begun")
         os.killpg(restoring.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not POSTGRES_15.exists(), reason="no Postgres 15 here (apt install postgresql-15)")
+def test_another_postgres_major_is_refused_and_what_the_refusal_says_works(machine: Machine, reachable: Path) -> None:
+    old, new = reachable / "old", machine.home / "new"
+    (old / "postgres").mkdir(parents=True)
+    with debian_postgres(free_port(), "x", old / "postgres") as server:
+        address = {"OPS_DATABASE_URL": f"postgresql://relight:x@127.0.0.1:{server.port}/postgres"}
+        with machine.up(old, **address) as client:
+            id = client.submit(JOB | {"execution": {"max_epochs": 1}}).id
+            trained = completed(client, id)
+        machine.ops("down", "--data-dir", str(old))
+
+    refused = machine.ops("up", "--data-dir", str(old), code=1)
+
+    assert "was made by PostgreSQL 15 and this Relight brings 18; nothing was changed" in refused
+    assert f"`OPS_DATABASE_URL=… ops backup --data-dir {old}`" in refused
+    assert "`ops restore FILE --data-dir NEW`" in refused
+    with debian_postgres(server.port, "x", old / "postgres"):
+        machine.ops("backup", "--data-dir", str(old), "--to", str(machine.home / "old.tar"), **address)
+    machine.ops("restore", str(machine.home / "old.tar"), "--data-dir", str(new))
+    with machine.up(new) as client:
+        assert curves(client, id) == trained
+        assert client.get(id).status == "completed"
