@@ -194,5 +194,5 @@ def digest(path: Path) -> str:
             found.update(block)
             left -= len(block)
         if file.read() != f"sha256 {found.hexdigest()}\n".encode():
-            raise ArchiveError(f"{path} is damaged or cut short: its SHA-256 is not the one that it ends with")
+            raise ArchiveError(f"{path} is damaged, cut short or no backup: it does not end with its SHA-256")
     return found.hexdigest()

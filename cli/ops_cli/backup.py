@@ -94,16 +94,15 @@ def _ask(verb: str, *arguments: str, data_dir: Path | None = None, lock: int | N
     if data_dir:
         command += ["--data-dir", str(data_dir)]
     passed = [lock] if lock is not None else []
-    with subprocess.Popen(
-        command, pass_fds=passed, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        while True:
-            try:
-                answer = process.stdout.read()
-                break
-            except KeyboardInterrupt:
-                continue  # it got the same, and clears away what it began
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # Its own session: a ctrl-C is ours to pass on, which the end of its stdin does.
+    with subprocess.Popen(command, pass_fds=passed, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            answer: str = process.stdout.read().decode()
+        except KeyboardInterrupt:
+            process.stdin.close()
+            process.wait()
+            raise typer.Exit(ExitCode.DETACHED) from None
     if process.returncode != 0:
         raise typer.Exit(process.returncode if process.returncode > 0 else ExitCode.FAILED)
     return answer
