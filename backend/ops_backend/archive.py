@@ -12,7 +12,7 @@ import io
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,7 +74,7 @@ class ArchiveWriter:
         reading = _Padded(file)
         self._tar.addfile(member, reading)
         if reading.padded or os.fstat(file.fileno()).st_mtime_ns != found.st_mtime_ns:
-            self.changed.append(name)
+            self.changed.append(os.fsencode(name).decode(errors="replace"))
 
     def close(self) -> None:
         """Durably."""
@@ -109,7 +109,7 @@ def new_archive(path: Path) -> Iterator[ArchiveWriter]:
     if path.exists():
         raise FileExistsError(f"{path} is there already")
     unfinished = path.with_name(path.name + UNFINISHED)
-    _clear_away_unfinished(path.parent)
+    _clear_away([unfinished, *path.parent.glob(f"relight-*{UNFINISHED}")])
     with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         # As long as we live: a later backup deletes what nobody writes any more.
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -123,8 +123,9 @@ def new_archive(path: Path) -> Iterator[ArchiveWriter]:
     sync_directory(path.parent)
 
 
-def _clear_away_unfinished(directory: Path) -> None:
-    for path in directory.glob(f"relight-*{UNFINISHED}"):
+def _clear_away(unfinished: Iterable[Path]) -> None:
+    """What killed ones have left."""
+    for path in unfinished:
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Self
 
-from asyncpg import InterfaceError
+from asyncpg import InterfaceError, LockNotAvailableError
 from asyncpg import PostgresError as PostgresRefusal
 from sqlalchemy.exc import DBAPIError
 
@@ -70,7 +70,7 @@ class Service:
 
 def back_up(service: Service, to: Path, say: Say) -> Taken:
     """Raises BackupError, PostgresError, OSError; then there is no file."""
-    if _begun(service.storage_root):
+    if _begun(service.storage_root) is not None:
         raise BackupError(f"a restore into {service.storage_root} did not finish: do it again")
     if to.is_dir():
         to /= f"relight-{datetime.now(UTC):%Y%m%d-%H%M%S}.tar"
@@ -284,6 +284,8 @@ def _answering(home: Path) -> str | None:
 def _explained() -> Iterator[None]:
     try:
         yield
+    except LockNotAvailableError as error:
+        raise BackupError("another backup of it is being taken: wait until that is done") from error
     except (PostgresRefusal, InterfaceError, DBAPIError, ConnectionError) as error:
         cause = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BackupError(f"the database did not go along, try again when it is well: {cause}") from error

@@ -96,6 +96,7 @@ def test_ctrl_c_while_it_comes_up_takes_back_what_was_begun(house: House) -> Non
     assert find_holder(house.data_dir) is None
 
 
+@pytest.mark.slow
 def test_down_ends_one_in_the_foreground_too(house: House) -> None:
     with running(house) as first:
         ended = house.ops("down")
@@ -141,6 +142,7 @@ def test_down_leaves_a_process_alone_that_does_not_hold_the_lock(
     assert "does not hold its lock" in ended.stdout + ended.stderr.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_a_restore_is_not_ended_and_nothing_begins_beside_it(house: House, stranger: subprocess.Popen[bytes]) -> None:
     house.data_dir.mkdir()
     with (house.data_dir / "lock").open("w") as lock:

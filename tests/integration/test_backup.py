@@ -80,6 +80,7 @@ async def a_life(store: Store, storage: Path) -> Held:
     made = ArtifactSaved(artifact_id=uuid4(), name="files/model.bin", step=2, path=path, size_bytes=4, sha256="0" * 64)
     write(storage, path, "made")
     write(storage, f"{done.operation_id}/output/sub/out.txt", "printed")
+    write(storage, os.fsdecode(f"{done.operation_id}/output/".encode() + b"not utf-8 \xff"), "strange")
     write(storage, f"{done.operation_id}/logs/metrics.csv", "derived")
     points = losses((0, 0.1), (1, float("nan")), (2, -0.0), (3, 5e-324))
     await store.finish(await store.report(done, started(), points, made), Outcome.COMPLETED)
@@ -173,7 +174,7 @@ async def test_what_is_written_while_it_is_taken_is_wholly_in_it_or_not_at_all(
 
 
 async def test_the_sweepers_delete_nothing_while_a_backup_copies_and_go_on_after_it(
-    store: Store, service: Service
+    store: Store, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await store.worker()
     run = await store.running()
@@ -189,6 +190,10 @@ async def test_the_sweepers_delete_nothing_while_a_backup_copies_and_go_on_after
     )
 
     async with holding_files(service.database_url or ""):
+        with monkeypatch.context() as patient:
+            patient.setitem(backup_module.store._SESSION, "lock_timeout", "10ms")
+            with pytest.raises(BackupError, match="another backup"):
+                await take(service, tmp_path)
         for sweeper in sweepers:
             await sweeper.sweep()
         assert len(contents(service.storage_root)) == 2
@@ -359,6 +364,7 @@ def die(verb: str, where: str, service: Service, file: Path) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
+@pytest.mark.slow
 async def test_a_backup_that_is_killed_leaves_nothing_that_passes_for_one_and_the_next_clears_it_away(
     store: Store, service: Service, other: Service, tmp_path: Path
 ) -> None:
@@ -370,13 +376,25 @@ async def test_a_backup_that_is_killed_leaves_nothing_that_passes_for_one_and_th
     await bring_back(other, tmp_path / whole)
 
     await asyncio.to_thread(die, "backup", "backup._add", service, to)
+    await asyncio.to_thread(die, "backup", "backup._add", service, to / "named.tar")
     assert [path.suffix for path in to.iterdir()] == [".partial"]
+    await take(service, to / "named.tar")
+    os.unlink(to / "named.tar")
 
     taken = await take(service, to)
     assert [str(path) for path in to.iterdir()] == [taken.path]
 
 
-@pytest.mark.parametrize("where", ["backup.mark_restoring", "backup.migrate", "store.fill", "backup.sync_directory"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "store.fill",
+        *(
+            pytest.param(where, marks=pytest.mark.slow)
+            for where in ("backup.mark_restoring", "backup.migrate", "backup.sync_directory")
+        ),
+    ],
+)
 async def test_a_restore_that_is_killed_is_no_service_and_is_done_again(
     where: str, store: Store, service: Service, other: Service, tmp_path: Path
 ) -> None:

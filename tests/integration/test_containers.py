@@ -145,6 +145,7 @@ async def create_database(port: int, environment: dict[str, Any]) -> None:
     await connection.close()
 
 
+@pytest.mark.slow
 def test_the_services_come_up_healthy_one_after_the_other_and_complete_a_job(composed: Composed) -> None:
     assert not composed.healthy("api")
     composed.start("api")

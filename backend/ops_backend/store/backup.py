@@ -22,7 +22,20 @@ BACKUP_LOCK = 682_510_993
 LEFT_OUT = ("logins",)
 WRITTEN_AT_START = ("service", "workers", "slots", "workloads", *LEFT_OUT)
 
-TRY_SWEEP = statement(f"SELECT pg_try_advisory_xact_lock({BACKUP_LOCK})")
+TRY_SWEEP = statement(f"SELECT pg_try_advisory_xact_lock_shared({BACKUP_LOCK})")
+
+# What text means must not depend on the settings of a role or a server, nor how long a copy may take.
+_SESSION = {
+    "application_name": "relight backup",
+    "bytea_output": "hex",
+    "datestyle": "ISO",
+    "extra_float_digits": "1",
+    "intervalstyle": "postgres",
+    "timezone": "UTC",
+    "statement_timeout": "0",
+    "idle_session_timeout": "0",
+    "lock_timeout": "10s",
+}
 
 _CHECKPOINTS = "SELECT path, size_bytes FROM checkpoints WHERE status <> 'deleting' ORDER BY path"
 _ARTIFACTS = "SELECT path, size_bytes FROM artifacts ORDER BY path"
@@ -114,10 +127,10 @@ class Holding:
 
 @asynccontextmanager
 async def holding_files(url: str) -> AsyncIterator[Holding]:
-    """Raises OSError, or the driver's own errors."""
+    """Raises OSError, or the driver's own errors: LockNotAvailableError while another one holds them."""
     async with _driver(url) as driver:
-        # Shared among backups. The wait is that for a transaction of a sweeper.
-        await driver.execute(f"SELECT pg_advisory_lock_shared({BACKUP_LOCK})")
+        # A sweeper has it for the moment in which it finds out what is to go.
+        await driver.execute(f"SELECT pg_advisory_lock({BACKUP_LOCK})")
         yield Holding(driver)
 
 
@@ -192,7 +205,7 @@ async def _present(driver: Any, names: Sequence[str]) -> list[str]:
 @asynccontextmanager
 async def _driver(url: str) -> AsyncIterator[Any]:
     """A connection of the driver itself, which knows COPY."""
-    engine = create_async_engine(url, poolclass=NullPool)
+    engine = create_async_engine(url, poolclass=NullPool, connect_args={"server_settings": _SESSION})
     async with engine.connect() as connection:
         yield (await connection.get_raw_connection()).driver_connection
     await engine.dispose()
