@@ -169,6 +169,7 @@ def test_nothing_begins_on_a_restore_that_did_not_finish(house: House) -> None:
 
 def test_systemd_is_told_when_it_is_ready_and_how_long_the_end_may_take(house: House) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.settimeout(60)
         systemd.bind(str(house.root / "notify"))
         with running(house, NOTIFY_SOCKET=str(house.root / "notify"), OPS_CANCEL_GRACE_S="100"):
             assert systemd.recv(4096) == b"READY=1"

@@ -423,4 +423,5 @@ def serve(service: Service) -> subprocess.CompletedProcess[str]:
         "OPS_STORAGE_ROOT": str(service.storage_root),
         "OPS_PORT": "0",
     }
-    return subprocess.run([sys.executable, "-m", "ops_backend", "server"], env=environ, capture_output=True, text=True)
+    command = [sys.executable, "-m", "ops_backend", "server"]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)

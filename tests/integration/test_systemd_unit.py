@@ -13,7 +13,7 @@ from ops_cli.service import NAME, unit
 
 ANALYZE = shutil.which("systemd-analyze")
 # A home such as nobody should have.
-STRANGE = 'home of 50% $HOME "x"'
+STRANGE = 'home of 50%h $HOME "x"'
 
 # Notes what it is asked, and answers as a systemd that runs.
 SYSTEMCTL = """#!/bin/sh
@@ -74,7 +74,7 @@ def test_the_unit_passes_systemds_own_check_and_means_what_was_asked(home: Home,
 
 
 def test_a_program_in_a_strange_place_is_found_by_systemd(tmp_path: Path) -> None:
-    program = tmp_path / "50% $HOME" / "py thon$1%"
+    program = tmp_path / "50%h $HOME" / "py thon$1%h"
     program.parent.mkdir()
     program.symlink_to(sys.executable)
     path = tmp_path / NAME

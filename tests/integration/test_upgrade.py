@@ -83,4 +83,4 @@ async def test_a_newer_schema_is_refused_with_what_to_do_and_stays_as_it_is(
 def serve(url: str, storage: Path) -> subprocess.CompletedProcess[str]:
     settings = {"OPS_DATABASE_URL": url, "OPS_API_TOKEN": "x" * 16, "OPS_STORAGE_ROOT": str(storage), "OPS_PORT": "0"}
     command = [sys.executable, "-m", "ops_backend", "server"]
-    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+    return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60)
