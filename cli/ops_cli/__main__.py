@@ -1,4 +1,4 @@
-"""Where `ops` begins: a ctrl-C is quiet even while it is still importing."""
+"""Where `ops` begins, `python -m ops_cli` too: a ctrl-C is quiet even while it is still importing."""
 
 import sys
 

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from ops_cli import (
+    backup,
     checkpoints,
     cleanup,
     code,
@@ -17,6 +18,7 @@ from ops_cli import (
     dashboard,
     demo,
     doctor,
+    down,
     export,
     files,
     logs,
@@ -24,6 +26,7 @@ from ops_cli import (
     plot,
     read,
     replay,
+    service,
     top,
     up,
     watch,
@@ -147,6 +150,9 @@ def _become(module: str, *arguments: str, needs: str) -> NoReturn:
 
 for part in (
     up,
+    down,
+    service,
+    backup,
     demo,
     operate,
     code,
