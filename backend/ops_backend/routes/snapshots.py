@@ -13,7 +13,7 @@ from ops_contract.jobs import SNAPSHOT_MAX_BYTES
 
 router = APIRouter(prefix="/snapshots", tags=["snapshots"])
 
-Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$")]
+Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="of the archive, in hexadecimal")]
 ARCHIVE = "application/octet-stream"
 
 
@@ -46,6 +46,7 @@ async def has_snapshot(sha256: Digest, session: SessionDep, _: CallerDep) -> Non
     responses={200: {"content": {ARCHIVE: {}}, "description": "a tar file"}, **refusals(401, 404, 422)},
 )
 async def get_snapshot(sha256: Digest, session: SessionDep, _: CallerDep) -> Response:
+    """The archive, as it was uploaded."""
     archive = await snapshots.archive(session, sha256)
     if archive is None:
         raise _unknown(sha256)
