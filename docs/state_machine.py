@@ -1,6 +1,6 @@
 """Draws the state machine of an operation as state-machine.svg: `.venv/bin/python docs/state_machine.py`.
 
-The table of `ops_contract.lifecycle` says what is drawn, and this file where. A test compares the drawing with the table.
+The table of `ops_contract.lifecycle` says what is drawn, this file says where. A test compares the two.
 """
 
 from pathlib import Path
@@ -31,7 +31,8 @@ LINES: dict[tuple[Status | None, Status], tuple[str, tuple[int, int], str, int]]
     (Status.RUNNING, Status.WAITING): ("M 436 249 L 256 397", (338, 352), "start", 1),
     (Status.WAITING, Status.PENDING): ("M 204 401 V 253", (213, 320), "start", 1),
     (Status.PENDING, Status.CANCELLED): (
-        "M 164 249 V 310 Q 164 330 144 330 H 120 Q 100 330 100 350 V 480 Q 100 500 120 500 H 750 Q 770 500 770 480 V 453",
+        "M 164 249 V 310 Q 164 330 144 330 H 120 Q 100 330 100 350 V 480 Q 100 500 120 500 "
+        "H 750 Q 770 500 770 480 V 453",
         (335, 492),
         "middle",
         1,
@@ -79,7 +80,8 @@ def svg() -> str:
             names.append(t.event)
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="title">',
+            '<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-labelledby="title"'
+            f' viewBox="0 0 {WIDTH} {HEIGHT}">',
             '<title id="title">The states of an operation and the events that move it</title>',
             f"<style>{STYLE}</style>",
             '<defs><marker id="arrow" viewBox="0 0 10 10" refX="9" refY="5" markerWidth="9" markerHeight="9"'

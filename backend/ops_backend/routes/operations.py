@@ -254,7 +254,9 @@ async def get_metrics(
     id: UUID,
     session: SessionDep,
     _: CallerDep,
-    name: Annotated[str | None, Query(description="which metric; without it their names, first and last points")] = None,
+    name: Annotated[
+        str | None, Query(description="which metric; without it their names, first and last points")
+    ] = None,
     max_points: Annotated[int | None, Query(ge=10, le=10_000, description="fewer points, with every spike")] = None,
     after_step: Annotated[int, Query(ge=-1, lt=2**63, description="only later steps")] = -1,
     cursor: Annotated[str | None, Query(description="an answer's: only what has come since")] = None,
