@@ -29,7 +29,8 @@ html_show_sphinx = False
 
 default_role = "code"  # docstrings are written as these pages are
 autodoc_member_order = "bysource"
-autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 80
 nitpick_ignore_regex = [("py:.*", ".*")]  # the types of other libraries, which are documented elsewhere
 

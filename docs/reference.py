@@ -5,6 +5,7 @@ conf.py puts it where the page says `<!-- made from code: NAME -->`.
 
 import json
 from collections.abc import Iterable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from ops_contract.jobs import JobSpec
 from ops_contract.lifecycle import TRANSITIONS
 
 Json = dict[str, Any]
+
+# What FastAPI says of an answer of which we say nothing.
+_SAYS_NOTHING = {"Successful Response", "Validation Error", *(status.phrase for status in HTTPStatus)}
 
 _EXITS = {
     ExitCode.DONE: "done",
@@ -82,7 +86,7 @@ def job() -> str:
     """A job file, field by field."""
     schema = JobSpec.model_json_schema()
     inner = schema.pop("$defs")
-    order = {"the job": schema} | {name: inner[name] for name in ("Execution", "CheckpointEvery", "Resources", "Code")}
+    order = {"The job": schema} | {name: inner[name] for name in ("Execution", "CheckpointEvery", "Resources", "Code")}
     return _objects(order, "##", inner)
 
 
@@ -106,20 +110,22 @@ def _call(heading: str, call: Json, known: dict[str, Json]) -> str:
         for p in call.get("parameters", [])
     ]
     body = call.get("requestBody", {}).get("content", {})
-    answers = [(status, *_answer(answer, known)) for status, answer in sorted(call["responses"].items())]
+    answers: dict[tuple[str, str], list[str]] = {}
+    for status, answer in sorted(call["responses"].items()):
+        answers.setdefault(_answer(answer, known), []).append(status)
     parts = [
         f"### {heading}",
         call["description"],
         parameters and _table(("parameter", "in", "type", ""), parameters),
         body and f"Body: {_bodies(body, known)}",
-        _table(("answer", "body", ""), answers),
+        _table(("answer", "body", ""), [(", ".join(codes), *what) for what, codes in answers.items()]),
     ]
     return "\n\n".join(filter(None, parts))
 
 
 def _answer(answer: Json, known: dict[str, Json]) -> tuple[str, str]:
     said = answer.get("description", "")
-    said = "" if said in ("Successful Response", "Validation Error") else said
+    said = "" if said in _SAYS_NOTHING else said
     return _bodies(answer.get("content", {}), known), said.partition("\n")[0]
 
 

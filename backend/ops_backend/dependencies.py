@@ -100,7 +100,7 @@ class Bearer(SecurityBase):
         pass
 
 
-async def caller(request: Request, _: Annotated[None, Depends(Bearer())] = None) -> str:
+async def caller(request: Request, _bearer: Annotated[None, Depends(Bearer())] = None) -> str:
     """The submitter that the bearer token names, or the browser's cookie. Raises 401."""
     settings = settings_of(request)
     scheme, _, token = request.headers.get("authorization", "").partition(" ")

@@ -19,7 +19,7 @@ from ops_backend.dispatcher import UNREACHABLE
 from ops_backend.settings import Settings as BackendSettings
 from ops_cli.jobs import job_from_text
 from ops_contract.errors import HTTP_STATUS
-from ops_contract.jobs import JobSpec
+from ops_contract.jobs import CheckpointEvery, Code, Execution, JobSpec, Resources
 from ops_worker.settings import Settings as WorkerSettings
 
 
@@ -67,6 +67,11 @@ def test_every_call_and_parameter_of_the_api_is_described() -> None:
             for parameter in call.get("parameters", ()):
                 assert parameter["in"] == "path" or parameter.get("description"), f"{method} {path} {parameter['name']}"
                 assert not (parameter["in"] == "header" and parameter["name"] == "authorization")
+
+
+@pytest.mark.parametrize("model", [JobSpec, Execution, CheckpointEvery, Resources, Code])
+def test_every_field_of_a_job_is_described(model: type[BaseModel]) -> None:
+    assert [name for name, field in model.model_fields.items() if not field.description] == []
 
 
 @pytest.mark.slow
