@@ -72,6 +72,13 @@ def test_every_block_of_python_compiles(block: Block) -> None:
     compile(textwrap.dedent(block.text), block.where, "exec")
 
 
+def test_the_class_on_the_page_is_the_one_that_init_writes_and_that_is_checked() -> None:
+    written = (ROOT / "cli/ops_cli/templates/workload/workload.py").read_text()
+    [shown] = [block for block in BLOCKS if block.text.startswith("class Mine(Workload[Config])")]
+
+    assert shown.text in written
+
+
 def _command(words: list[str]) -> tuple[Any, str, list[str]]:
     """What typer makes of the first words, how it is called, and the other words."""
     command, path = typer.main.get_command(app), "ops"
