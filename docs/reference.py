@@ -118,6 +118,7 @@ def _call(heading: str, call: Json, known: dict[str, Json]) -> str:
         call["description"],
         parameters and _table(("parameter", "in", "type", ""), parameters),
         body and f"Body: {_bodies(body, known)}",
+        *(f"```json\n{json.dumps(media['example'])}\n```" for media in body.values() if "example" in media),
         _table(("answer", "body", ""), [(", ".join(codes), *what) for what, codes in answers.items()]),
     ]
     return "\n\n".join(filter(None, parts))

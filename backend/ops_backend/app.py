@@ -22,6 +22,7 @@ from ops_backend.routes import (
     exports,
     health,
     operations,
+    raw_bodies,
     scrape,
     session,
     snapshots,
@@ -75,6 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.export_turns = asyncio.Semaphore(EXPORTS)
     errors.install(app)
     status.install(app)
+    raw_bodies.install(app)
     app.include_router(health.router)
     app.include_router(scrape.router)
     for module in (operations, stream, exports, cleanup, snapshots, agents, catalog, webhooks, session):

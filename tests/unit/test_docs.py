@@ -22,6 +22,8 @@ from ops_contract.errors import HTTP_STATUS
 from ops_contract.jobs import CheckpointEvery, Code, Execution, JobSpec, Resources
 from ops_worker.settings import Settings as WorkerSettings
 
+BODILESS = {f"/api/v1/{path}" for path in ("workers/{id}/undrain", "webhooks/{id}/test", "session/links")}
+
 
 @pytest.mark.parametrize(("heading", "settings"), [("API", BackendSettings), ("Worker", WorkerSettings)])
 def test_every_setting_is_documented_with_its_default(heading: str, settings: type[BaseModel]) -> None:
@@ -64,6 +66,9 @@ def test_every_call_and_parameter_of_the_api_is_described() -> None:
         for method, call in methods.items():
             assert call.get("description"), f"{method} {path} has no docstring"
             assert set(call["tags"]) <= tags
+            assert ("requestBody" in call) == (
+                method in ("put", "patch") or (method == "post" and path not in BODILESS)
+            )
             for parameter in call.get("parameters", ()):
                 assert parameter["in"] == "path" or parameter.get("description"), f"{method} {path} {parameter['name']}"
                 assert not (parameter["in"] == "header" and parameter["name"] == "authorization")

@@ -21,6 +21,7 @@ from ops_backend.dependencies import (
 )
 from ops_backend.routes.errors import read, refusals
 from ops_backend.routes.files import FILE_ANSWERS, ArtifactResponse
+from ops_backend.routes.raw_bodies import reads
 from ops_backend.store import curves, deletion, output, queries
 from ops_backend.store.fork import fork_if_there, forked_job, replay_if_there
 from ops_backend.store.retention import delete_if_unused, explain_delete
@@ -64,6 +65,7 @@ DryRun = Annotated[bool, Query(description="store nothing, and answer 200 with t
     status_code=201,
     response_model=Operation,
     responses={200: {"model": Operation | Job}, **refusals(401, 409, 422)},
+    openapi_extra=reads(JobSpec, {"workload": "digits", "execution": {"max_epochs": 20}}, required=True),
 )
 async def submit(
     request: Request,
@@ -176,6 +178,7 @@ async def resume_operation(
     status_code=201,
     response_model=Operation,
     responses={200: {"model": Operation | Job}, **refusals(401, 404, 409, 422)},
+    openapi_extra=reads(ForkRequest, {"overrides": {"execution": {"max_epochs": 40}}}, required=False),
 )
 async def fork_operation(
     id: UUID,
@@ -218,7 +221,12 @@ async def fork_operation(
     return operation
 
 
-@router.post("/{id}/replay", status_code=201, responses={200: {"model": Operation}, **refusals(401, 404, 409, 422)})
+@router.post(
+    "/{id}/replay",
+    status_code=201,
+    responses={200: {"model": Operation}, **refusals(401, 404, 409, 422)},
+    openapi_extra=reads(ReplayRequest, {"steps": 50}, required=False),
+)
 async def replay_operation(
     id: UUID,
     request: Request,

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Path, Request, Response
 
 from ops_backend.dependencies import CallerDep, SessionDep, SessionsDep
 from ops_backend.routes.errors import refusals
+from ops_backend.routes.raw_bodies import reads_bytes
 from ops_backend.store import snapshots
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import SNAPSHOT_MAX_BYTES
@@ -22,6 +23,7 @@ ARCHIVE = "application/octet-stream"
     status_code=201,
     response_class=Response,
     responses={200: {"description": "it was here already"}, **refusals(401, 413, 422)},
+    openapi_extra=reads_bytes(ARCHIVE),
 )
 async def put_snapshot(sha256: Digest, request: Request, sessions: SessionsDep, _: CallerDep) -> Response:
     """Upload an archive. It stays while an operation refers to it, and for a day after it was last asked for."""
