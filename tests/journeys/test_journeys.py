@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("journey", ["readme.sh", "student.sh", "engineer.sh"])
 def test_a_page_takes_its_reader_to_where_it_promises(tmp_path: Path, journey: str) -> None:
     done = subprocess.run(
