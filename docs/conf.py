@@ -17,7 +17,6 @@ version = release = version_of("relight")
 copyright = "the Relight authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 
-myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 4
 
 html_theme = "furo"

@@ -58,10 +58,12 @@ def commands() -> Iterator[tuple[str, Any]]:
     """`ops up`, `ops checkpoints list`, …, and what typer makes of each."""
 
     def below(path: str, command: Any) -> Iterator[tuple[str, Any]]:
-        if not hasattr(command, "commands"):
+        group = hasattr(command, "commands")
+        if not group or command.invoke_without_command:
             yield path, command
-        for name, child in getattr(command, "commands", {}).items():
-            yield from below(f"{path} {name}", child)
+        for name, child in command.commands.items() if group else ():
+            if not child.hidden:
+                yield from below(f"{path} {name}", child)
 
     yield from below("ops", typer.main.get_command(ops))
 
@@ -115,7 +117,7 @@ def _call(heading: str, call: Json, known: dict[str, Json]) -> str:
         answers.setdefault(_answer(answer, known), []).append(status)
     parts = [
         f"### {heading}",
-        call["description"],
+        call.get("description", ""),
         parameters and _table(("parameter", "in", "type", ""), parameters),
         body and f"Body: {_bodies(body, known)}",
         *(f"```json\n{json.dumps(media['example'])}\n```" for media in body.values() if "example" in media),
@@ -189,7 +191,7 @@ def _number(value: float) -> str:
 
 
 def _values(values: Iterable[object]) -> str:
-    return ", ".join(_code(value) for value in values)
+    return ", ".join(dict.fromkeys(map(_code, values)))
 
 
 def _default(schema: Json, required: bool) -> str:
@@ -204,8 +206,14 @@ def _code(value: object) -> str:
 
 
 def _prose(text: str | None) -> str:
-    """Help and docstrings are Markdown but for what a terminal wants in angles."""
-    return (text or "").replace("<", "\\<").replace("*", "\\*")
+    """Help and docstrings are Markdown, but for angles and stars, and for \\b before lines that stay lines."""
+    plain, *kept = (text or "").split("\b\n")
+    blocks = (part.partition("\n\n") for part in kept)
+    return _escaped(plain) + "".join(f"```sh\n{lines}\n```\n{_escaped(rest)}" for lines, _, rest in blocks)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("<", "\\<").replace("*", "\\*")
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -30,7 +30,7 @@ next_block() { # runs it in this shell: what it sets is there afterwards
 
 next_file() { # FILE: puts a block of Python there
     number=$((number + 1))
-    cp "$root/blocks/$number.python" "$1"
+    fill <"$root/blocks/$number.python" >"$1"
 }
 
 no_block_is_left() {

@@ -4,7 +4,6 @@ Follows the link of `ops dashboard`, finds the operation in the list, and looks 
 """
 
 import sys
-from collections import Counter
 from io import BytesIO
 from pathlib import Path
 
@@ -14,13 +13,16 @@ from playwright.sync_api import Page, expect, sync_playwright
 CHROMIUM = "/usr/bin/chromium"
 # A line through some thousand steps is this much ink, at least; axes and a grid alone are of one more colour.
 INK = 300
+PATIENCE_MS = 60_000
 
 
 def main(link: str, operation_id: str, out: Path) -> None:
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         hosts = set[str]()
+        page.set_default_timeout(PATIENCE_MS)
         page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
         page.goto(link)
         look(page, operation_id, out)
@@ -38,7 +40,8 @@ def look(page: Page, operation_id: str, out: Path) -> None:
     drawn = Image.open(BytesIO(chart.screenshot())).convert("RGB")
     line = chart.locator("path.js-line").first.evaluate("line => getComputedStyle(line).stroke")
     colour = tuple(map(int, line.removeprefix("rgb(").rstrip(")").split(",")))
-    ink = Counter(drawn.get_flattened_data() if hasattr(drawn, "get_flattened_data") else drawn.getdata())[colour]
+    pixels = {of: number for number, of in drawn.getcolors(drawn.width * drawn.height)}
+    ink = pixels.get(colour, 0)
     assert ink >= INK, f"{ink} pixels of the line's colour {colour}"
 
 

@@ -26,8 +26,10 @@ router = APIRouter(tags=["agents"])
 async def register(
     worker: WorkerRegistration, session: VitalSessionDep, _: CallerDep, settings: SettingsDep
 ) -> WorkerRegistered:
-    """A worker process begins. The secret in the answer is what the API shows it from then on; 409 where a live worker
-    has one of its devices."""
+    """A worker process begins. The answer has the secret that the API shows it from then on.
+
+    409 where a live worker has one of its devices.
+    """
     secret = await workers.register(session, worker, settings.lease_s)
     return WorkerRegistered(
         secret=secret,
