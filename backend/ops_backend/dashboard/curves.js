@@ -1,0 +1,152 @@
+/** The curves of one operation or of several, in one view: the same zoom, smoothing and scale for all. */
+
+import { get } from "./api.js";
+import { Chart, colour } from "./chart.js";
+import { Curve } from "./curve.js";
+import { h, render } from "./dom.js";
+import { plural } from "./format.js";
+import { problem } from "./notice.js";
+
+const KEY = "relight.curves";
+const SHOWN = 12;  // charts at first: thousands of metrics are not thousands of charts
+const DRAW_MS = 500;
+
+/**
+ * @param {HTMLElement} root
+ * @param {{id: string, label: string}[]} operations
+ */
+export function curves(root, operations) {
+  const gone = new AbortController();
+  const charts = new Map();  // by metric
+  const known = new Map();  // Curve by metric and operation
+  let metrics = null, most = SHOWN, named = "", range = null, failed = null, timer, refreshing = false;
+  const view = { smoothing: 0, log: false, ...JSON.parse(localStorage.getItem(KEY) ?? "{}") };
+
+  const curveOf = (name, { id }) => {
+    const key = `${name}\n${id}`;
+    if (!known.has(key)) known.set(key, new Curve(id, name));
+    return known.get(key);
+  };
+  const wanted = () => metrics.filter(name => name.toLowerCase().includes(named.toLowerCase())).slice(0, most);
+
+  /** Everything anew: at first, and when a stream stands again. */
+  async function load() {
+    try {
+      const all = await Promise.all(operations.map(({ id }) => get(`/operations/${id}/metrics`, gone.signal)));
+      metrics = [...new Set(all.flatMap(body => body.names))].sort(byImportance);
+      failed = null;
+      for (const curve of known.values()) curve.loaded = false;
+      draw();
+      await fill();
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      failed = error;
+      draw();
+    }
+  }
+
+  async function fill() {
+    await Promise.all(wanted().flatMap(name => operations.map(async operation => {
+      const curve = curveOf(name, operation);
+      if (curve.loaded) return;
+      await curve.load(gone.signal);
+      await curve.look(range, gone.signal);
+      paint(name);
+    })));
+  }
+
+  function paint(name) {
+    const lines = operations.map((operation, index) => ({ label: operation.label, index, curve: curveOf(name, operation) }));
+    charts.get(name)?.draw(lines, { ...view, range });
+  }
+
+  const paintAll = () => wanted().forEach(paint);
+
+  async function zoom(to) {
+    range = to && to[1] - to[0] >= 1 ? to : null;
+    draw();
+    paintAll();
+    await Promise.all([...known.values()].filter(curve => curve.loaded).map(curve => curve.look(range, gone.signal)));
+    paintAll();
+  }
+
+  function change(values) {
+    Object.assign(view, values);
+    localStorage.setItem(KEY, JSON.stringify(view));
+    draw();
+    paintAll();
+  }
+
+  /** What the stream brings: drawn together, a few times a second at most. */
+  function take(id, report) {
+    if (!metrics) return;
+    const fresh = report.series.map(({ name }) => name).filter(name => !metrics.includes(name));
+    if (fresh.length) { metrics = [...metrics, ...fresh].sort(byImportance); draw(); fill().catch(() => {}); }
+    for (const curve of known.values()) {
+      if (curve.operationId === id && curve.take(report)) { curve.loaded = false; refreshing = true; }
+    }
+    timer ??= setTimeout(() => {
+      timer = null;
+      if (refreshing) { refreshing = false; fill().catch(() => {}); }
+      paintAll();
+    }, DRAW_MS);
+  }
+
+  function draw() {
+    if (failed && !metrics) return render(root, problem(failed, load));
+    if (!metrics) return render(root, h("p", { class: "quiet" }, "Loading…"));
+    if (!metrics.length) return render(root, h("p", { class: "empty" }, "No metric has been reported yet. They appear here by themselves."));
+    for (const name of wanted()) if (!charts.has(name)) charts.set(name, new Chart(name, zoom));
+    const found = metrics.filter(name => name.toLowerCase().includes(named.toLowerCase())).length;
+    render(root, tools(), operations.length > 1 && legend(),
+      h("div", { class: "charts" }, wanted().map(name => charts.get(name).element)),
+      found > most && h("p", {}, h("button", { type: "button", onclick: () => { most += SHOWN; draw(); fill().catch(() => {}); } },
+        `Show more; ${plural(found - most, "metric")} not shown`)));
+  }
+
+  function tools() {
+    const typed = index => event => {
+      const value = Number(event.target.value);
+      const to = range ? [...range] : [0, lastStep()];
+      to[index] = value;
+      zoom(event.target.value === "" ? null : to);
+    };
+    const step = index => h("input", { inputmode: "numeric", size: 8, "aria-label": index ? "Until step" : "From step", placeholder: index ? "last" : "first",
+      value: range ? String(Math.round(range[index])) : "", onchange: typed(index) });
+    return h("div", { class: "curve-tools", role: "group", "aria-label": "How curves are drawn" },
+      metrics.length > 4 && h("input", { type: "search", "aria-label": "Filter metrics", placeholder: "Filter metrics", oninput: event => { named = event.target.value; draw(); fill().catch(() => {}); paintAll(); } }),
+      h("label", {}, "Smoothing", h("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: String(view.smoothing), oninput: event => change({ smoothing: Number(event.target.value) }) }),
+        h("output", {}, view.smoothing.toFixed(2))),
+      h("label", { class: "check" }, h("input", { type: "checkbox", checked: view.log, onchange: event => change({ log: event.target.checked }) }), "Log scale"),
+      h("span", { class: "steps" }, "Steps", step(0), "to", step(1)),
+      range && h("button", { type: "button", class: "plain", onclick: () => zoom(null) }, "Whole curve"));
+  }
+
+  function legend() {
+    return h("ul", { class: "legend" }, operations.map(({ id, label }, index) =>
+      h("li", {}, h("span", { class: "swatch", style: { background: colour(index) }, "aria-hidden": "true" }),
+        h("a", { href: `#/operations/${id}` }, label))));
+  }
+
+  const lastStep = () => Math.max(0, ...[...known.values()].map(curve => curve.whole.steps.at(-1) ?? 0));
+  const themed = () => { if (metrics) { draw(); paintAll(); } };
+  addEventListener("theme", themed);
+  draw();
+  load();
+  return {
+    load,
+    take,
+    stop() {
+      gone.abort();
+      clearTimeout(timer);
+      removeEventListener("theme", themed);
+      for (const chart of charts.values()) chart.stop();
+    },
+  };
+}
+
+/** What people look at first; `epoch` is what they look at last. */
+function byImportance(a, b) {
+  const rank = name => name === "loss" ? 0 : name === "val_loss" ? 1 : name.startsWith("val") ? 2 : name === "epoch" ? 4 : 3;
+  return rank(a) - rank(b) || a.localeCompare(b);
+}
