@@ -89,7 +89,7 @@ export class Chart {
 function traces({ label, index, curve }, { smoothing, log }, several) {
   const { steps, values } = curve.points;
   const finite = values.map(value => Number.isFinite(value) && (!log || value > 0) ? value : null);
-  const line = { color: colour(index), width: 1.8, dash: LINES[Math.floor(index / COLOURS) % LINES.length] };
+  const line = { color: colour(index), width: steps.length > 500 ? 1.2 : 1.8, dash: LINES[Math.floor(index / COLOURS) % LINES.length] };
   const name = several ? label : "";
   const few = steps.length < 60 ? "lines+markers" : "lines";
   const raw = { x: steps, y: finite, mode: few, marker: { size: 4 }, line, name, hovertemplate: `%{y:.5g}<extra>${escaped(name)}</extra>` };
@@ -109,7 +109,8 @@ function odd(steps, values, index) {
   }).filter(({ x }) => x.length);
 }
 
-function layout(lines, { log, range }) {
+function layout(lines, view) {
+  const { log, range } = view;
   const grid = style("--line"), ink = style("--quiet");
   const axis = { gridcolor: grid, zeroline: false, linecolor: grid, tickcolor: grid, automargin: true };
   const starts = lines.flatMap(({ curve, index }) => curve.starts.slice(1).map(([step, attempt]) => ({ step, attempt, index })));
@@ -124,18 +125,23 @@ function layout(lines, { log, range }) {
     dragmode: "zoom",
     showlegend: false,
     xaxis: { ...axis, ...(range ? { range: [...range], autorange: false } : { autorange: true }), title: { text: "step", standoff: 4 }, exponentformat: "none", separatethousands: true },
-    yaxis: { ...axis, type: log ? "log" : "linear", fixedrange: true, exponentformat: "power", ...heights(lines, log) },
+    yaxis: { ...axis, type: log ? "log" : "linear", fixedrange: true, exponentformat: "power", ...heights(lines, view) },
     yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
     shapes: starts.map(({ step, index }) => ({ type: "line", x0: step, x1: step, yref: "paper", y0: 0, y1: 1, line: { color: lines.length > 1 ? colour(index) : ink, width: 1, dash: "dot" } })),
     annotations: lines.length > 1 ? [] : starts.slice(-20).map(({ step, attempt }) => ({ x: step, y: 1, yref: "paper", yanchor: "bottom", text: `attempt ${attempt}`, showarrow: false, font: { size: 10, color: ink } })),
   };
 }
 
-/** Plotly would draw what is constant at 0.001 between −1 and 1. */
-function heights(lines, log) {
-  const [first, ...rest] = new Set(lines.flatMap(({ curve }) => curve.points.values.filter(Number.isFinite)));
-  const constant = first && !rest.length && !log;
-  return constant ? { range: [first - Math.abs(first) / 2, first + Math.abs(first) / 2], autorange: false } : { autorange: true };
+/** How high the drawing is, where plotly should not decide it. */
+function heights(lines, { log, calm }) {
+  const values = lines.flatMap(({ curve }) => curve.points.values.filter(value => Number.isFinite(value) && (!log || value > 0))).sort((a, b) => a - b);
+  const last = values.length - 1, between = (low, high) => ({ range: log ? [Math.log10(low), Math.log10(high)] : [low, high], autorange: false });
+  // Plotly would draw what is constant at 0.001 between −1 and 1.
+  if (values[0] && values[0] === values[last]) return between(...[values[0] / 2, values[0] * 1.5].sort((a, b) => a - b));
+  if (!calm || last < 20) return { autorange: true };
+  const low = values[Math.floor(last * 0.02)], high = values[Math.ceil(last * 0.98)];
+  const room = log ? 0 : (high - low) * 0.08;
+  return low < high ? between(low - room, high + room) : { autorange: true };
 }
 
 function notes(lines, { log }) {

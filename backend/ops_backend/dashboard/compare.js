@@ -15,21 +15,28 @@ const MOST = 20;
 export function compare(main, _, query) {
   document.title = "Compare · Relight";
   const gone = new AbortController();
-  const ids = (query.get("ids") ?? "").split(",").filter(Boolean).slice(0, MOST);
+  let ids = (query.get("ids") ?? "").split(",").filter(Boolean).slice(0, MOST);
+  const missing = [];
   const head = h("div", { keep: true }), below = h("div", { keep: true });
   let all = null, drawn = null, failed = null;
 
   async function ask() {
     const before = all;
-    all = await Promise.all(ids.map(id => get(`/operations/${id}`, gone.signal)));
-    failed = null;
+    const found = await Promise.all(ids.map(id => get(`/operations/${id}`, gone.signal).catch(error => {
+      if (error.status !== 404 && error.status !== 422) throw error;
+      missing.push(id);
+      return null;
+    })));
+    ids = ids.filter((_, i) => found[i]);
+    [all, failed] = [found.filter(Boolean), null];
     draw();
     if (!drawn) drawn = curves(below, all.map(({ id, name }) => ({ id, label: `${name} ${short(id)}` })));
     else if (all.some((operation, i) => operation !== before[i])) drawn.load();
   }
 
   function draw() {
-    render(main, h("h1", {}, "Compare"), failed && problem(failed, polling.now), head, below);
+    render(main, h("div", { class: "heading" }, h("h1", {}, "Compare")), failed && problem(failed, polling.now),
+      missing.length > 0 && h("p", { class: "remark" }, `Not there (any more): ${missing.map(short).join(", ")}`), head, h("h2", { class: "apart" }, "Curves"), below);
     if (ids.length < 2) return render(head, h("p", { class: "empty" }, "Choose two operations or more in ", h("a", { href: "#/" }, "the list"), "."));
     if (!all) return render(head, failed ? null : h("p", { class: "quiet" }, "Loading…"));
     render(head, h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "What is different" }, h("table", {},
@@ -40,7 +47,7 @@ export function compare(main, _, query) {
         row("status", ({ status }) => chip(status)),
         row("step", ({ progress }) => progress?.step ?? "–"),
         row("loss", ({ progress }) => measured(progress?.loss)),
-        differing().map(([name, values]) => h("tr", { key: name }, h("th", { scope: "row" }, name), values.map(value => h("td", {}, value === undefined ? "–" : String(JSON.stringify(value))))))))));
+        differing().map(([name, values]) => h("tr", { key: name }, h("th", { scope: "row" }, name), values.map(value => h("td", {}, written(value)))))))));
   }
 
   const row = (name, value) => h("tr", {}, h("th", { scope: "row" }, name), all.map(each => h("td", {}, value(each))));
@@ -56,4 +63,9 @@ export function compare(main, _, query) {
   const polling = ids.length < 2 ? null : poll(async () => { if (!all || all.some(({ status }) => !TERMINAL.has(status))) await ask(); }, POLL_MS,
     error => { failed = error; draw(); });
   return { stop() { gone.abort(); polling?.stop(); drawn?.stop(); } };
+}
+
+function written(value) {
+  if (value === undefined) return "–";
+  return typeof value === "number" ? String(Number(value.toPrecision(6))) : typeof value === "string" ? value : JSON.stringify(value);
 }

@@ -1,15 +1,16 @@
 /** The curves of one operation or of several, in one view: the same zoom, smoothing and scale for all. */
 
-import { get } from "./api.js";
+import { Away, get } from "./api.js";
 import { Chart, colour } from "./chart.js";
 import { Curve } from "./curve.js";
 import { h, render } from "./dom.js";
 import { plural } from "./format.js";
-import { problem } from "./notice.js";
+import { problem, say } from "./notice.js";
 
 const KEY = "relight.curves";
 const SHOWN = 12;  // charts at first: thousands of metrics are not thousands of charts
 const DRAW_MS = 500;
+const AGAIN_MS = 3000;
 
 /**
  * @param {HTMLElement} root
@@ -19,8 +20,8 @@ export function curves(root, operations) {
   const gone = new AbortController();
   const charts = new Map();  // by metric
   const known = new Map();  // Curve by metric and operation
-  let metrics = null, most = SHOWN, named = "", range = null, failed = null, timer, refreshing = false;
-  const view = { smoothing: 0, log: false, ...JSON.parse(localStorage.getItem(KEY) ?? "{}") };
+  let metrics = null, most = SHOWN, named = "", range = null, failed = null, timer, again, refreshing = false;
+  const view = { smoothing: 0, log: false, calm: false, ...JSON.parse(localStorage.getItem(KEY) ?? "{}") };
 
   const curveOf = (name, { id }) => {
     const key = `${name}\n${id}`;
@@ -31,28 +32,36 @@ export function curves(root, operations) {
 
   /** Everything anew: at first, and when a stream stands again. */
   async function load() {
+    for (const curve of known.values()) curve.loaded = false;
+    await fill(true);
+  }
+
+  /** Reads what is wanted and not there yet, again and again while the server does not answer. */
+  async function fill(names = false) {
+    clearTimeout(again);
     try {
-      const all = await Promise.all(operations.map(({ id }) => get(`/operations/${id}/metrics`, gone.signal)));
-      metrics = [...new Set(all.flatMap(body => body.names))].sort(byImportance);
+      if (names || !metrics) {
+        const all = await Promise.all(operations.map(({ id }) => get(`/operations/${id}/metrics`, gone.signal)));
+        metrics = [...new Set(all.flatMap(body => body.names))].sort(byImportance);
+        draw();
+      }
+      await Promise.all(wanted().flatMap(name => operations.map(operation => read(name, operation))));
       failed = null;
-      for (const curve of known.values()) curve.loaded = false;
-      draw();
-      await fill();
     } catch (error) {
       if (error.name === "AbortError") return;
       failed = error;
-      draw();
+      if (error instanceof Away) again = setTimeout(fill, AGAIN_MS);
     }
+    draw();
   }
 
-  async function fill() {
-    await Promise.all(wanted().flatMap(name => operations.map(async operation => {
-      const curve = curveOf(name, operation);
-      if (curve.loaded) return;
-      await curve.load(gone.signal);
-      await curve.look(range, gone.signal);
-      paint(name);
-    })));
+  async function read(name, operation) {
+    const curve = curveOf(name, operation);
+    if (curve.loaded) return;
+    await curve.load(gone.signal);
+    paint(name);
+    await curve.look(range, gone.signal);
+    paint(name);
   }
 
   function paint(name) {
@@ -66,8 +75,12 @@ export function curves(root, operations) {
     range = to && to[1] - to[0] >= 1 ? to : null;
     draw();
     paintAll();
-    await Promise.all([...known.values()].filter(curve => curve.loaded).map(curve => curve.look(range, gone.signal)));
-    paintAll();
+    try {
+      await Promise.all([...known.values()].filter(curve => curve.loaded).map(curve => curve.look(range, gone.signal)));
+      paintAll();
+    } catch (error) {
+      if (error.name !== "AbortError") say(`Not drawn finer: ${error.message}`);
+    }
   }
 
   function change(values) {
@@ -81,26 +94,26 @@ export function curves(root, operations) {
   function take(id, report) {
     if (!metrics) return;
     const fresh = report.series.map(({ name }) => name).filter(name => !metrics.includes(name));
-    if (fresh.length) { metrics = [...metrics, ...fresh].sort(byImportance); draw(); fill().catch(() => {}); }
+    if (fresh.length) { metrics = [...metrics, ...fresh].sort(byImportance); draw(); fill(); }
     for (const curve of known.values()) {
       if (curve.operationId === id && curve.take(report)) { curve.loaded = false; refreshing = true; }
     }
     timer ??= setTimeout(() => {
       timer = null;
-      if (refreshing) { refreshing = false; fill().catch(() => {}); }
+      if (refreshing) { refreshing = false; fill(); }
       paintAll();
     }, DRAW_MS);
   }
 
   function draw() {
-    if (failed && !metrics) return render(root, problem(failed, load));
+    if (failed && !metrics) return render(root, problem(failed, () => fill(true)));
     if (!metrics) return render(root, h("p", { class: "quiet" }, "Loading…"));
     if (!metrics.length) return render(root, h("p", { class: "empty" }, "No metric has been reported yet. They appear here by themselves."));
     for (const name of wanted()) if (!charts.has(name)) charts.set(name, new Chart(name, zoom));
     const found = metrics.filter(name => name.toLowerCase().includes(named.toLowerCase())).length;
-    render(root, tools(), operations.length > 1 && legend(),
+    render(root, tools(), operations.length > 1 && legend(), failed && problem(failed, () => fill()),
       h("div", { class: "charts" }, wanted().map(name => charts.get(name).element)),
-      found > most && h("p", {}, h("button", { type: "button", onclick: () => { most += SHOWN; draw(); fill().catch(() => {}); } },
+      found > most && h("p", {}, h("button", { type: "button", onclick: () => { most += SHOWN; draw(); fill(); } },
         `Show more; ${plural(found - most, "metric")} not shown`)));
   }
 
@@ -114,10 +127,11 @@ export function curves(root, operations) {
     const step = index => h("input", { inputmode: "numeric", size: 8, "aria-label": index ? "Until step" : "From step", placeholder: index ? "last" : "first",
       value: range ? String(Math.round(range[index])) : "", onchange: typed(index) });
     return h("div", { class: "curve-tools", role: "group", "aria-label": "How curves are drawn" },
-      metrics.length > 4 && h("input", { type: "search", "aria-label": "Filter metrics", placeholder: "Filter metrics", oninput: event => { named = event.target.value; draw(); fill().catch(() => {}); paintAll(); } }),
+      metrics.length > 4 && h("input", { type: "search", "aria-label": "Filter metrics", placeholder: "Filter metrics", oninput: event => { named = event.target.value; draw(); fill(); paintAll(); } }),
       h("label", {}, "Smoothing", h("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: String(view.smoothing), oninput: event => change({ smoothing: Number(event.target.value) }) }),
         h("output", {}, view.smoothing.toFixed(2))),
       h("label", { class: "check" }, h("input", { type: "checkbox", checked: view.log, onchange: event => change({ log: event.target.checked }) }), "Log scale"),
+      h("label", { class: "check" }, h("input", { type: "checkbox", checked: view.calm, onchange: event => change({ calm: event.target.checked }) }), "Ignore outliers"),
       h("span", { class: "steps" }, "Steps", step(0), "to", step(1)),
       range && h("button", { type: "button", class: "plain", onclick: () => zoom(null) }, "Whole curve"));
   }
@@ -139,6 +153,7 @@ export function curves(root, operations) {
     stop() {
       gone.abort();
       clearTimeout(timer);
+      clearTimeout(again);
       removeEventListener("theme", themed);
       for (const chart of charts.values()) chart.stop();
     },

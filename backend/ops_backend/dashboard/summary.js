@@ -67,7 +67,7 @@ function energyTile({ energy }) {
 function fault({ status, error, cancel_reason, exit_unconfirmed }) {
   return [
     error && status !== "completed" && h("div", { class: status === "failed" ? "problem" : "remark", key: "fault" },
-      h("p", {}, h("strong", {}, words(error.code)), ": ", error.message),
+      h("p", {}, status !== "failed" && "An attempt before this one ended with ", h("strong", {}, words(error.code)), ": ", error.message),
       error.details?.log_tail && h("details", {}, h("summary", {}, "Last lines of its output"), h("pre", { class: "tail", tabindex: "0" }, text(error.details.log_tail))),
       status === "failed" && h("p", { class: "small" }, "Resume tries again from its last checkpoint.")),
     cancel_reason && h("p", { class: "remark", key: "reason" }, `Cancelled: ${cancel_reason}`),
@@ -77,8 +77,8 @@ function fault({ status, error, cancel_reason, exit_unconfirmed }) {
 
 const text = tail => Array.isArray(tail) ? tail.join("\n") : String(tail);
 
-function origin({ resumed_from, forked_from, replay_of, logs }) {
-  const other = id => h("a", { href: link(`operations/${id}`) }, short(id));
+function origin({ id, resumed_from, forked_from, replay_of, logs }) {
+  const other = parent => [h("a", { href: link(`operations/${parent}`) }, short(parent)), " (", h("a", { href: link("compare", { ids: `${parent},${id}` }) }, "compare"), ")"];
   const said = [
     forked_from && ["a fork of ", other(forked_from.operation_id), `, from step ${count(forked_from.step)}`],
     replay_of && ["a replay of ", other(replay_of)],

@@ -51,7 +51,7 @@ export function attempts(operation, all) {
 /** A JSON object, flat. */
 function pairs(values, prefix = "") {
   return h("dl", { class: "pairs" }, flat(values, prefix).map(([name, value]) =>
-    h("div", {}, h("dt", {}, name), h("dd", {}, typeof value === "string" ? value : JSON.stringify(value)))));
+    h("div", {}, h("dt", {}, name), h("dd", { class: value === null && "quiet" }, typeof value === "string" ? value : JSON.stringify(value)))));
 }
 
 function flat(values, prefix) {
