@@ -27,7 +27,10 @@ def chromium() -> Iterator[Browser]:
 
 
 class Tab:
-    """One tab of one user, logged in by a link; `complaints` is what its console said, and what left the host."""
+    """One tab of one user; `complaints` is what its console said, and what left the host.
+
+    `expected`: parts of complaints that a test means to cause.
+    """
 
     def __init__(self, browser: Browser, url: str, **settings: Any) -> None:
         settings = {"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce"} | settings
@@ -35,6 +38,7 @@ class Tab:
         self.context = browser.new_context(**settings)
         self.context.set_default_timeout(WAIT_S * 1000)
         self.complaints: list[str] = []
+        self.expected: list[str] = []
         self.answers: list[tuple[str, int]] = []
         self.page = self.open()
 
@@ -49,6 +53,19 @@ class Tab:
 
     def go(self, fragment: str) -> None:
         self.page.goto(f"{self.url}/#{fragment}")
+
+    def hide(self, hidden: bool) -> None:
+        """As if another tab were in front: a headless page always is."""
+        self.page.evaluate(
+            "hidden => { Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});"
+            " document.dispatchEvent(new Event('visibilitychange')); }",
+            hidden,
+        )
+
+    def close(self) -> None:
+        self.context.close()
+        unexpected = [each for each in self.complaints if not any(part in each for part in self.expected)]
+        assert unexpected == []
 
     def asked(self, *paths: str) -> list[int]:
         """The statuses of the answers under these paths."""
