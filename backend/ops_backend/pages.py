@@ -8,6 +8,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 DIRECTORY = Path(__file__).parent / "dashboard"
+INDEX = "index.html"
 
 _TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -31,23 +32,22 @@ class Page:
 def release() -> str:
     """Names the files as they are: an upgraded server's page never loads a module of the one before."""
     digest = hashlib.sha256()
-    for name, path in sorted(_files().items()):
-        digest.update(f"{name} {path.stat().st_size} ".encode() + path.read_bytes())
+    for name, body in sorted(_files().items()):
+        digest.update(f"{name} {len(body)} ".encode() + body)
     return digest.hexdigest()[:16]
 
 
 @cache
 def index() -> Page:
     """The page itself, which names where the rest of this release is."""
-    text = (DIRECTORY / "index.html").read_text().replace("{release}", release()).replace("{plotly}", plotly_name())
+    text = _files()[INDEX].decode().replace("{release}", release()).replace("{plotly}", plotly_name())
     return _page(text.encode(), ".html")
 
 
 @cache
-def asset(name: str) -> Page | None:
-    """None where there is none of this name. Only what was found in the directory has one."""
-    path = _files().get(name)
-    return _page(path.read_bytes(), path.suffix) if path else None
+def assets() -> dict[str, Page]:
+    """All the others, by name."""
+    return {name: _page(body, Path(name).suffix) for name, body in _files().items() if name != INDEX}
 
 
 def plotly_name() -> str:
@@ -62,8 +62,9 @@ def plotly() -> Page:
 
 
 @cache
-def _files() -> dict[str, Path]:
-    return {p.name: p for p in DIRECTORY.iterdir() if p.suffix in _TYPES and p.name != "index.html"}
+def _files() -> dict[str, bytes]:
+    """Read once, together: an upgrade under a running server changes nothing of what it serves."""
+    return {path.name: path.read_bytes() for path in DIRECTORY.iterdir() if path.suffix in _TYPES}
 
 
 def _page(body: bytes, suffix: str) -> Page:

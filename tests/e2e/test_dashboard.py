@@ -295,4 +295,4 @@ def some_steps() -> re.Pattern[str]:
 
 
 def final_step(steps: int) -> re.Pattern[str]:
-    return re.compile(rf"at step {steps - 1}\.$")
+    return re.compile(rf"at step {steps - 1:,}\.$")

@@ -24,7 +24,7 @@ SELECT CASE WHEN n <= 2 THEN CAST(lpad(to_hex(n), 32, '0') AS uuid) ELSE CAST(md
        now() - n * interval '97 s', CASE WHEN s.status <> 'pending' THEN now() - n * interval '97 s' END,
        CASE WHEN s.status IN ('completed', 'failed', 'cancelled') THEN now() - n * interval '61 s' END
   FROM generate_series(1, @operations) n,
-       LATERAL (SELECT CASE WHEN n <= 14 THEN 'running' WHEN n <= 17 THEN 'pending' WHEN n % 9 = 0 THEN 'failed'
+       LATERAL (SELECT CASE WHEN n <= 2 OR n < 40 AND n % 4 = 1 THEN 'running' WHEN n < 6 THEN 'pending' WHEN n % 9 = 0 THEN 'failed'
                             WHEN n % 14 = 0 THEN 'cancelled' ELSE 'completed' END AS status) s;
 INSERT INTO attempts (operation_id, number, incarnation, start_step, claimed_at, started_at, ended_at, outcome,
                       exactness, environment)

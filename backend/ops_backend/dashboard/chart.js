@@ -22,6 +22,7 @@ export const COLOURS = 8;
 export const colour = index => style(`--line-${index % COLOURS}`);
 const style = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+const FEW = 60;  // points that are drawn as points
 const CONFIG = { displayModeBar: false, responsive: true, doubleClick: false };
 
 export class Chart {
@@ -91,9 +92,10 @@ function traces({ label, index, curve }, { smoothing, log }, several) {
   const finite = values.map(value => Number.isFinite(value) && (!log || value > 0) ? value : null);
   const line = { color: colour(index), width: steps.length > 500 ? 1.2 : 1.8, dash: LINES[Math.floor(index / COLOURS) % LINES.length] };
   const name = several ? label : "";
-  const few = steps.length < 60 ? "lines+markers" : "lines";
-  const raw = { x: steps, y: finite, mode: few, marker: { size: 4 }, line, name, hovertemplate: `%{y:.5g}<extra>${escaped(name)}</extra>` };
-  const drawn = smoothing
+  const few = steps.length < FEW;
+  const raw = { x: steps, y: finite, mode: few ? "lines+markers" : "lines", marker: { size: 4 }, line, name, hovertemplate: `%{y:.5g}<extra>${escaped(name)}</extra>` };
+  // A handful of values has no noise to take out; an average of them is a lag.
+  const drawn = smoothing && !few
     ? [{ ...raw, mode: "lines", opacity: 0.3, hoverinfo: "skip", hovertemplate: null, showlegend: false },
       { ...raw, mode: "lines", y: smoothed(finite.map(y => y ?? NaN), smoothing), customdata: finite, hovertemplate: `%{y:.5g} smoothed, %{customdata:.5g}<extra>${escaped(name)}</extra>` }]
     : [raw];

@@ -30,8 +30,8 @@ export function compare(main, _, query) {
     ids = ids.filter((_, i) => found[i]);
     [all, failed] = [found.filter(Boolean), null];
     draw();
-    if (!drawn) drawn = curves(below, all.map(({ id, name }) => ({ id, label: `${name} ${short(id)}` })));
-    else if (all.some((operation, i) => operation !== before[i])) drawn.load();
+    if (!drawn) drawn = curves(below, all.map(({ id, name }) => ({ id, label: `${name} ${short(id)}` })), true);
+    else drawn.more(all.filter(operation => !before.includes(operation)).map(({ id }) => id));
   }
 
   function draw() {

@@ -14,7 +14,10 @@ export class Curve {
   starts = [];
   loaded = false;
   #early = [];
+  // Answers may overtake each other: the newest question counts.
   #loading = 0;
+  #looking = 0;
+  #cursor = null;
 
   constructor(operationId, name) {
     Object.assign(this, { operationId, name });
@@ -27,17 +30,28 @@ export class Curve {
     if (mine !== this.#loading) return;
     this.whole = split(body.points);
     this.starts = body.attempt_starts;
+    this.#cursor = body.cursor;
     this.loaded = true;
     // What the stream said meanwhile may be in the answer already.
     for (const report of this.#early.splice(0)) this.take(report);
   }
 
+  /** What has come since, where no stream brings it. */
+  async refresh(signal) {
+    const body = await get(this.#path({ max_points: POINTS, cursor: this.#cursor }), signal);
+    if (body.replaces_from !== null) cut(this.whole, body.replaces_from);
+    append(this.whole, body.points);
+    this.starts = body.attempt_starts;
+    this.#cursor = body.cursor;
+  }
+
   /** @param {[number, number] | null} range */
   async look(range, signal) {
+    const mine = ++this.#looking;
     if (!range || this.whole.steps.length < POINTS / 4) { this.part = null; return; }
     const [from, to] = [Math.max(0, Math.floor(range[0])), Math.max(0, Math.ceil(range[1]))];
     const body = await get(this.#path({ max_points: POINTS, after_step: from - 1, until_step: to }), signal);
-    this.part = { range, ...split(body.points) };
+    if (mine === this.#looking) this.part = { range, ...split(body.points) };
   }
 
   /** A report of the stream. True where the curve has to be read anew. */

@@ -11,12 +11,14 @@ const KEY = "relight.curves";
 const SHOWN = 12;  // charts at first: thousands of metrics are not thousands of charts
 const DRAW_MS = 500;
 const AGAIN_MS = 3000;
+const STREAM_MS = 1000;
 
 /**
  * @param {HTMLElement} root
  * @param {{id: string, label: string}[]} operations
+ * @param {boolean} now whether to begin, or to wait a moment for the stream to stand: what is read before is read again
  */
-export function curves(root, operations) {
+export function curves(root, operations, now) {
   const gone = new AbortController();
   const charts = new Map();  // by metric
   const known = new Map();  // Curve by metric and operation
@@ -32,6 +34,7 @@ export function curves(root, operations) {
 
   /** Everything anew: at first, and when a stream stands again. */
   async function load() {
+    clearTimeout(first);
     for (const curve of known.values()) curve.loaded = false;
     await fill(true);
   }
@@ -145,13 +148,27 @@ export function curves(root, operations) {
   const lastStep = () => Math.max(0, ...[...known.values()].map(curve => curve.whole.steps.at(-1) ?? 0));
   const themed = () => { if (metrics) { draw(); paintAll(); } };
   addEventListener("theme", themed);
+
+  /** Of these operations what has come since, where no stream tells it. */
+  async function more(ids) {
+    if (!metrics) return;
+    try {
+      await Promise.all(wanted().flatMap(name => ids.map(id => curveOf(name, { id })).filter(curve => curve.loaded).map(curve => curve.refresh(gone.signal))));
+      paintAll();
+    } catch (error) {
+      if (!(error instanceof Away) && error.name !== "AbortError") say(error.message);
+    }
+  }
+
   draw();
-  load();
+  const first = setTimeout(load, now ? 0 : STREAM_MS);
   return {
     load,
+    more,
     take,
     stop() {
       gone.abort();
+      clearTimeout(first);
       clearTimeout(timer);
       clearTimeout(again);
       removeEventListener("theme", themed);

@@ -1,7 +1,7 @@
 /** Logging in with a token; links of `ops dashboard` need no form. */
 
 import { send } from "./api.js";
-import { h, render } from "./dom.js";
+import { h } from "./dom.js";
 
 /**
  * @param {string | undefined} why shown above the form
@@ -23,7 +23,7 @@ export function login(main, why, entered) {
     }
   }
 
-  render(main, h("section", { class: "login" },
+  main.replaceChildren(h("section", { class: "login" },
     h("h1", {}, "Log in to Relight"),
     told,
     h("p", {}, "The easy way is a link, made where ", h("code", {}, "ops"), " runs:"),

@@ -23,6 +23,7 @@ const PLACES = [["", "Operations"], ["workers", "Workers"], ["new", "New operati
 let shown = null;
 let user = null;
 let away = false;
+let asking = false;
 
 async function start() {
   theme.apply();
@@ -32,10 +33,14 @@ async function start() {
   connection.addEventListener("back", () => { away = false; frame(); });
   connection.addEventListener("logged-out", () => askToLogIn());
   addEventListener("theme", frame);
+  await enter(takeCode());
+}
+
+/** That of a link, out of the address before anything else: it must not stay in the history. */
+function takeCode() {
   const code = new URLSearchParams(location.hash.slice(1)).get("login");
-  // Out of the address before anything else: it must not stay in the history.
   if (code) history.replaceState(null, "", "/#/");
-  await enter(code);
+  return code;
 }
 
 /** Logs in by the code of a link, if there is one; whoever is logged in already needs none. */
@@ -58,13 +63,15 @@ async function enter(code) {
   }
 }
 
-/** The address stays as it is: after the login one is where one was. */
+/** The address stays as it is: after the login one is where one was. Several answers may say that one is logged out. */
 function askToLogIn(why) {
+  if (asking) return;
+  asking = true;
   leave();
   user = null;
   frame();
   document.title = "Log in · Relight";
-  login(main, why, () => enter(null));
+  login(main, why, () => { asking = false; enter(null); });
 }
 
 async function logOut() {
@@ -73,11 +80,9 @@ async function logOut() {
 }
 
 function show() {
-  if (!user) {
-    // A second link in a page that asks for one.
-    if (new URLSearchParams(location.hash.slice(1)).get("login")) location.reload();
-    return;
-  }
+  const code = takeCode();
+  if (code) { asking = false; return enter(code); }
+  if (!user) return;
   const { path, query } = here();
   const name = path[0] in PAGES ? path[0] : "";
   if (shown?.name === name && shown.page.update?.(path.slice(1), query)) return frame();

@@ -15,6 +15,8 @@ import { logs } from "./logs.js";
 import { timeline } from "./timeline.js";
 
 const TABS = ["curves", "attempts", "checkpoints", "events", "logs", "job", "artifacts"];
+// Those that are read when they are looked at, and where.
+const PARTS = { checkpoints: "checkpoints", artifacts: "artifacts" };
 // Besides the stream: for what it does not tell (checkpoints, artifacts), and for when there is none.
 const POLL_MS = 3000;
 const TICK_MS = 1000;
@@ -25,22 +27,30 @@ export function operation(main, [id], query) {
   const path = `/operations/${id}`;
   const parts = {};  // of each tab that was opened: what the API said
   let shown = null, tried = null, told = [], failed = null, deleted = false, tab = tabOf(query), living = null;
+  let answer = null, stands = false;  // of the last poll; whether the stream does
 
   const head = h("div", { keep: true });
   const panel = h("div", { id: "panel", role: "tabpanel", tabindex: "0", "aria-labelledby": `tab-${tab}`, keep: true });
 
-  async function ask() {
-    const [found, tries] = await Promise.all([get(path, gone.signal), get(`${path}/attempts`, gone.signal)]);
-    failed = null;
-    [shown, tried] = [found, tries.items];
-    await part();
+  /** @param {boolean} [all] also what looks unchanged */
+  async function ask(all) {
+    const before = answer, found = await get(path, gone.signal);
+    const moved = all === true || !tried || tab === "attempts" || gist(found) !== gist(before);
+    if (moved) tried = (await get(`${path}/attempts`, gone.signal)).items;
+    [answer, shown, failed] = [found, found, null];
+    if (moved || found !== before || (tab in PARTS && !parts[tab])) await part();
+    if (!stands) living?.more?.([id]);
     draw();
   }
 
+  /** Of an operation what its attempts change with. */
+  const gist = one => one && [one.attempt, one.status, one.failures, one.exactness?.promise].join();
+
+  const refresh = () => ask(true);
+
   /** What the open tab needs. */
   async function part() {
-    const from = { checkpoints: "checkpoints", artifacts: "artifacts" }[tab];
-    if (from) parts[tab] = (await get(`${path}/${from}`, gone.signal)).items;
+    if (tab in PARTS) parts[tab] = (await get(`${path}/${PARTS[tab]}`, gone.signal)).items;
     if (tab === "events") await moreEvents();
   }
 
@@ -53,10 +63,11 @@ export function operation(main, [id], query) {
   }
 
   const refused = error => { failed = error; deleted ||= error.status === 404 && shown !== null; draw(); };
-  const polling = poll(ask, POLL_MS, refused);
+  const polling = poll(() => ask(), POLL_MS, refused);
   const ticking = setInterval(() => { if (shown && !document.hidden) draw(); }, TICK_MS);
   const streaming = stream(id, {
-    opened() { living?.load?.(); },
+    opened() { stands = true; living?.load?.(); },
+    lost() { stands = false; },
     progress(summary) { if (shown) { shown = { ...shown, ...summary }; draw(); } },
     metrics(report) { living?.take?.(id, report); },
     event() { polling.now(); },
@@ -72,7 +83,7 @@ export function operation(main, [id], query) {
     living = null;
     render(panel);
     panel.setAttribute("aria-labelledby", `tab-${tab}`);
-    if (tab === "curves") living = curves(panel, [{ id, label: shown?.name ?? id }]);
+    if (tab === "curves") living = curves(panel, [{ id, label: shown?.name ?? id }], stands);
     else if (tab === "logs") living = logs(panel, id, () => !shown || !TERMINAL.has(shown.status));
   }
 
@@ -84,7 +95,7 @@ export function operation(main, [id], query) {
     render(main, head, tabs(), panel);
     render(head, summary(shown, tried, buttons()), failed && problem(failed, polling.now), timeline(shown, tried));
     if (fresh) open();
-    const made = { attempts: () => attempts(shown, tried), checkpoints: () => checkpoints(shown, parts.checkpoints, ask), events: () => events(told),
+    const made = { attempts: () => attempts(shown, tried), checkpoints: () => checkpoints(shown, parts.checkpoints, refresh), events: () => events(told),
       job: () => job(shown), artifacts: () => artifacts(shown, parts.artifacts) }[tab];
     if (made) render(panel, made());
   }
@@ -106,9 +117,9 @@ export function operation(main, [id], query) {
   function offers() {
     const { status } = shown;
     return {
-      c: (CANCELLABLE.has(status) && ["Cancel", () => actions.cancel(shown, ask)]) ||
-        (status === "cancelling" && ["Stop at once", () => actions.force(shown, ask)]),
-      r: RESUMABLE.has(status) && ["Resume", () => actions.resume(shown, tried, ask)],
+      c: (CANCELLABLE.has(status) && ["Cancel", () => actions.cancel(shown, refresh)]) ||
+        (status === "cancelling" && ["Stop at once", () => actions.force(shown, refresh)]),
+      r: RESUMABLE.has(status) && ["Resume", () => actions.resume(shown, tried, refresh)],
       f: shown.kind === "training" && ["Fork", () => actions.fork(shown)],
       delete: TERMINAL.has(status) && ["Delete", () => actions.remove(shown)],
     };

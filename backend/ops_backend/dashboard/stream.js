@@ -8,7 +8,7 @@ const MOST_MS = 30_000;
 /**
  * @param {string} id
  * @param {{progress(o: object): void, metrics(m: object): void, event(e: object): void, deleted(): void,
- *          opened(): void}} hear `opened`: from here on nothing is missed; what was before has to be asked for
+ *          opened(): void, lost(): void}} hear `opened`: from here on nothing is missed; what was before has to be asked for
  */
 export function stream(id, hear) {
   let source = null, timer, failures = 0, stopped = false;
@@ -36,6 +36,7 @@ export function stream(id, hear) {
   function close() {
     source?.close();
     source = null;
+    hear.lost();
   }
 
   const turn = () => document.hidden ? close() : open();
@@ -49,5 +50,5 @@ export function stream(id, hear) {
 
   document.addEventListener("visibilitychange", turn);
   open();
-  return { stop, open: () => source !== null };
+  return { stop };
 }

@@ -15,7 +15,7 @@ export function submission(main, _, query) {
   document.title = `${forked ? "Fork" : "New operation"} · Relight`;
   const state = { values: {}, problems: {}, defs: {} };
   let workloads = null, schema = null, parent = null, checkpoints = [], failed = null, refused = null, resolved = null, busy = false;
-  let workload = "", checkpoint = query.get("checkpoint") ?? "", sent = { body: null, key: null };
+  let workload = "", checkpoint = query.get("checkpoint") ?? "", sent = { body: null, key: null }, accept = false;
 
   async function load() {
     try {
@@ -48,7 +48,7 @@ export function submission(main, _, query) {
     if (!pairs.every(pair => LABEL.test(pair))) throw { path: "labels", problem: "give key=value, several joined by commas" };
     const common = { config: entered(configSchema(), "config.", state), execution: entered(execution(), "execution.", state),
       labels: Object.fromEntries(pairs.map(pair => [pair.slice(0, pair.indexOf("=")), pair.slice(pair.indexOf("=") + 1)])), ...rest };
-    if (forked) return { ...(name && { name }), ...(checkpoint && { from_checkpoint: checkpoint }), overrides: common };
+    if (forked) return { ...(name && { name }), ...(checkpoint && { from_checkpoint: checkpoint }), accept_changes: accept, overrides: common };
     return { workload, ...(name && { name }), ...common };
   }
 
@@ -115,7 +115,9 @@ export function submission(main, _, query) {
     return h("div", { class: "field" }, h("label", { for: "from" }, "Checkpoint"),
       h("select", { id: "from", onchange: event => { checkpoint = event.target.value; } },
         h("option", { value: "" }, "the newest of its lineage"),
-        usable.map(each => h("option", { value: each.id, selected: each.id === checkpoint }, `step ${count(each.step)}, epoch ${count(each.epoch)} (attempt ${each.attempt})`))));
+        usable.map(each => h("option", { value: each.id, selected: each.id === checkpoint }, `step ${count(each.step)}, epoch ${count(each.epoch)} (attempt ${each.attempt})`))),
+      h("label", { class: "check" }, h("input", { type: "checkbox", checked: accept, onchange: event => { accept = event.target.checked; } }),
+        "Go on even if code or data have changed; it is then best effort"));
   }
 
   function answer() {

@@ -77,13 +77,12 @@ function fault({ status, error, cancel_reason, exit_unconfirmed }) {
 
 const text = tail => Array.isArray(tail) ? tail.join("\n") : String(tail);
 
-function origin({ id, resumed_from, forked_from, replay_of, logs }) {
+function origin({ id, resumed_from, forked_from, replay_of }) {
   const other = parent => [h("a", { href: link(`operations/${parent}`) }, short(parent)), " (", h("a", { href: link("compare", { ids: `${parent},${id}` }) }, "compare"), ")"];
   const said = [
     forked_from && ["a fork of ", other(forked_from.operation_id), `, from step ${count(forked_from.step)}`],
     replay_of && ["a replay of ", other(replay_of)],
     resumed_from && `this attempt goes on from the ${resumed_from.checkpoint_type} checkpoint of step ${count(resumed_from.step)}, epoch ${count(resumed_from.epoch)}`,
-    logs && ["its files: ", h("code", {}, logs), " in the storage root"],
   ].filter(Boolean);
   return said.length > 0 && h("p", { class: "facts quiet" }, said.map(each => h("span", {}, each)));
 }

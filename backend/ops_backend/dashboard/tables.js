@@ -109,6 +109,7 @@ export function artifacts(operation, all) {
         number(count(file.step)), number(file.attempt), number(bytes(file.size_bytes)), h("td", {}, h("code", { class: "small" }, file.sha256.slice(0, 16), "…")))))
       : empty("Nothing yet: a training leaves its model when it is completed, a command what its job names under artifacts."),
     h("p", {}, "All metrics: ", h("a", { href: url(`/operations/${operation.id}/export?format=csv`), download: true }, "CSV"), ", ",
-      h("a", { href: url(`/operations/${operation.id}/export?format=tensorboard`), download: true }, "TensorBoard event file"), "."),
+      h("a", { href: url(`/operations/${operation.id}/export?format=tensorboard`), download: true }, "TensorBoard event file"), ".",
+      operation.logs && [" In the storage root: ", h("code", {}, operation.logs)]),
   ];
 }

@@ -51,7 +51,7 @@ async def asset(release: str, name: str, accept_encoding: Accepts = "", if_none_
     if (release, name) == ("vendor", pages.plotly_name()):
         found = await asyncio.to_thread(pages.plotly)  # five megabytes to pack, once
     elif release == pages.release():
-        found = pages.asset(name)
+        found = pages.assets().get(name)
     if found is None:
         raise OpsError(ErrorCode.NOT_FOUND, "no such file of the dashboard; load the page again")
     return _answer(found, _FOR_GOOD, accept_encoding, if_none_match)
