@@ -11,12 +11,19 @@ const path = ({ id }) => `/operations/${id}`;
 
 export function cancel(operation, done) {
   const reason = h("input", { id: "reason", maxlength: 1000, autocomplete: "off" });
-  const happens = operation.status === "pending"
-    ? "It waits, so it is cancelled at once."
-    : operation.kind === "command" ? "Its program gets a SIGTERM, and a while to end." : "It saves a checkpoint at the very next step, and ends.";
+  const happens =
+    operation.status === "pending"
+      ? "It waits, so it is cancelled at once."
+      : operation.kind === "command"
+        ? "Its program gets a SIGTERM, and a while to end."
+        : "It saves a checkpoint at the very next step, and ends.";
   confirm({
     title: `Cancel ${operation.name}?`,
-    body: [h("p", {}, happens, " It can be resumed later."), h("label", { for: "reason" }, "Reason, if you like"), reason],
+    body: [
+      h("p", {}, happens, " It can be resumed later."),
+      h("label", { for: "reason" }, "Reason, if you like"),
+      reason,
+    ],
     action: "Cancel operation",
     danger: true,
     async act() {
@@ -30,7 +37,11 @@ export function cancel(operation, done) {
 export function force(operation, done) {
   confirm({
     title: `Stop ${operation.name} at once?`,
-    body: h("p", {}, "Its process is killed now, without saving. What it did since its last checkpoint is lost. It can be resumed from there."),
+    body: h(
+      "p",
+      {},
+      "Its process is killed now, without saving. What it did since its last checkpoint is lost. It can be resumed from there.",
+    ),
     action: "Stop at once",
     danger: true,
     async act() {
@@ -52,17 +63,28 @@ export async function resume(operation, attempts, done, chosen = "") {
   const last = attempts.at(-1)?.last_step ?? null;
   const accept = h("input", { type: "checkbox" });
   const happens = h("p", { "aria-live": "polite" });
-  const select = h("select", { id: "checkpoint", onchange: tell },
+  const select = h(
+    "select",
+    { id: "checkpoint", onchange: tell },
     newest && h("option", { value: "" }, `the newest: ${named(newest)}`),
-    usable.map(each => h("option", { value: each.id, selected: each.id === chosen }, named(each))));
+    usable.map(each => h("option", { value: each.id, selected: each.id === chosen }, named(each))),
+  );
 
   function tell() {
     const from = usable.find(each => each.id === select.value) ?? newest;
     const redone = from && last !== null ? last + 1 - from.step : 0;
-    render(happens, !from
-      ? operation.kind === "command" ? "It has no checkpoint, so its program runs again from the beginning." : "It has no checkpoint to go on from, so this will be refused."
-      : [`It goes on from step ${count(from.step)}, epoch ${count(from.epoch)}, as soon as a slot is free.`,
-        redone > 0 && ` ${plural(redone, "reported step")} after it will be done again, and compared with what was reported.`]);
+    render(
+      happens,
+      !from
+        ? operation.kind === "command"
+          ? "It has no checkpoint, so its program runs again from the beginning."
+          : "It has no checkpoint to go on from, so this will be refused."
+        : [
+            `It goes on from step ${count(from.step)}, epoch ${count(from.epoch)}, as soon as a slot is free.`,
+            redone > 0 &&
+              ` ${plural(redone, "reported step")} after it will be done again, and compared with what was reported.`,
+          ],
+    );
   }
 
   tell();
@@ -71,11 +93,20 @@ export async function resume(operation, attempts, done, chosen = "") {
     body: [
       usable.length > 0 && [h("label", { for: "checkpoint" }, "From checkpoint"), select],
       happens,
-      operation.kind === "training" && h("label", { class: "check" }, accept, "Go on even if code or data have changed. It is then best effort, not bit for bit."),
+      operation.kind === "training" &&
+        h(
+          "label",
+          { class: "check" },
+          accept,
+          "Go on even if code or data have changed. It is then best effort, not bit for bit.",
+        ),
     ],
     action: "Resume",
     async act() {
-      await send("POST", `${path(operation)}/resume`, { from_checkpoint: select.value || null, accept_changes: accept.checked });
+      await send("POST", `${path(operation)}/resume`, {
+        from_checkpoint: select.value || null,
+        accept_changes: accept.checked,
+      });
       say("Resumed: it waits for a slot.");
       await done();
     },
@@ -89,7 +120,11 @@ export function fork(operation, checkpoint) {
 export function remove(operation) {
   confirm({
     title: `Delete ${operation.name}?`,
-    body: h("p", {}, `Operation ${short(operation.id)} goes for good: its history, metrics, logs, checkpoints and artifacts. Nothing brings it back.`),
+    body: h(
+      "p",
+      {},
+      `Operation ${short(operation.id)} goes for good: its history, metrics, logs, checkpoints and artifacts. Nothing brings it back.`,
+    ),
     action: "Delete for good",
     danger: true,
     async act() {
@@ -113,4 +148,5 @@ export function removeCheckpoint(operation, checkpoint, done) {
   });
 }
 
-const named = each => `step ${count(each.step)}, epoch ${count(each.epoch)} (${each.checkpoint_type}, attempt ${each.attempt}${each.in_lineage ? "" : ", left behind"})`;
+const named = each =>
+  `step ${count(each.step)}, epoch ${count(each.epoch)} (${each.checkpoint_type}, attempt ${each.attempt}${each.in_lineage ? "" : ", left behind"})`;

@@ -57,7 +57,9 @@ export function newKey() {
 
 /** `?a=b` of what is given. */
 export function query(values) {
-  const given = Object.entries(values).filter(([, value]) => value !== undefined && value !== null && value !== "" && value !== false);
+  const given = Object.entries(values).filter(
+    ([, value]) => value !== undefined && value !== null && value !== "" && value !== false,
+  );
   return given.length ? `?${new URLSearchParams(given)}` : "";
 }
 
@@ -72,7 +74,10 @@ async function ask(method, path, options) {
     throw lost("the server does not answer");
   }
   if ([502, 503, 504].includes(answer.status)) throw lost((await refusal(answer)).message);
-  if (away) { away = false; connection.dispatchEvent(new Event("back")); }
+  if (away) {
+    away = false;
+    connection.dispatchEvent(new Event("back"));
+  }
   const date = Date.parse(answer.headers.get("Date"));
   if (date) skewMs = Math.abs(date - Date.now()) < 2000 ? 0 : date - Date.now();
   if (answer.ok || answer.status === 304) return answer;
@@ -82,7 +87,10 @@ async function ask(method, path, options) {
 }
 
 function lost(message) {
-  if (!away) { away = true; connection.dispatchEvent(new Event("away")); }
+  if (!away) {
+    away = true;
+    connection.dispatchEvent(new Event("away"));
+  }
   return new Away(message);
 }
 

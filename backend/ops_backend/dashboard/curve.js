@@ -48,7 +48,10 @@ export class Curve {
   /** @param {[number, number] | null} range */
   async look(range, signal) {
     const mine = ++this.#looking;
-    if (!range || this.whole.steps.length < POINTS / 4) { this.part = null; return; }
+    if (!range || this.whole.steps.length < POINTS / 4) {
+      this.part = null;
+      return;
+    }
     const [from, to] = [Math.max(0, Math.floor(range[0])), Math.max(0, Math.ceil(range[1]))];
     const body = await get(this.#path({ max_points: POINTS, after_step: from - 1, until_step: to }), signal);
     if (mine === this.#looking) this.part = { range, ...split(body.points) };
@@ -56,7 +59,10 @@ export class Curve {
 
   /** A report of the stream. True where the curve has to be read anew. */
   take({ attempt, start_step, series }) {
-    if (!this.loaded) { this.#early.push({ attempt, start_step, series }); return false; }
+    if (!this.loaded) {
+      this.#early.push({ attempt, start_step, series });
+      return false;
+    }
     const [begun, newest] = this.starts.at(-1) ?? [0, 0];
     if (attempt < newest) return false;
     if (attempt === newest && start_step !== begun) return true;
@@ -66,7 +72,11 @@ export class Curve {
     }
     const points = series.find(each => each.name === this.name)?.points ?? [];
     append(this.whole, points);
-    if (this.part) append(this.part, points.filter(([step]) => step <= this.part.range[1]));
+    if (this.part)
+      append(
+        this.part,
+        points.filter(([step]) => step <= this.part.range[1]),
+      );
     return this.whole.steps.length > 3 * POINTS;
   }
 
@@ -91,7 +101,10 @@ function split(points) {
 
 function cut(points, step) {
   const keep = points.steps.findIndex(each => each >= step);
-  if (keep >= 0) { points.steps.length = keep; points.values.length = keep; }
+  if (keep >= 0) {
+    points.steps.length = keep;
+    points.values.length = keep;
+  }
 }
 
 /** Steps of a metric rise: what is not after the last one is there already. */
@@ -109,7 +122,8 @@ function append(to, points) {
  */
 export function smoothed(values, weight) {
   if (!weight) return values;
-  let mean = 0, seen = 0;
+  let mean = 0,
+    seen = 0;
   return values.map(value => {
     if (!Number.isFinite(value)) return null;
     mean = weight * mean + (1 - weight) * value;

@@ -8,7 +8,7 @@ import { plural } from "./format.js";
 import { problem, say } from "./notice.js";
 
 const KEY = "relight.curves";
-const SHOWN = 12;  // charts at first: thousands of metrics are not thousands of charts
+const SHOWN = 12; // charts at first: thousands of metrics are not thousands of charts
 const DRAW_MS = 500;
 const AGAIN_MS = 3000;
 const STREAM_MS = 1000;
@@ -20,9 +20,16 @@ const STREAM_MS = 1000;
  */
 export function curves(root, operations, now) {
   const gone = new AbortController();
-  const charts = new Map();  // by metric
-  const known = new Map();  // Curve by metric and operation
-  let metrics = null, most = SHOWN, named = "", range = null, failed = null, timer, again, refreshing = false;
+  const charts = new Map(); // by metric
+  const known = new Map(); // Curve by metric and operation
+  let metrics = null,
+    most = SHOWN,
+    named = "",
+    range = null,
+    failed = null,
+    timer,
+    again,
+    refreshing = false;
   const view = { smoothing: 0, log: false, calm: false, ...JSON.parse(localStorage.getItem(KEY) ?? "{}") };
 
   const curveOf = (name, { id }) => {
@@ -68,7 +75,11 @@ export function curves(root, operations, now) {
   }
 
   function paint(name) {
-    const lines = operations.map((operation, index) => ({ label: operation.label, index, curve: curveOf(name, operation) }));
+    const lines = operations.map((operation, index) => ({
+      label: operation.label,
+      index,
+      curve: curveOf(name, operation),
+    }));
     charts.get(name)?.draw(lines, { ...view, range });
   }
 
@@ -97,27 +108,69 @@ export function curves(root, operations, now) {
   function take(id, report) {
     if (!metrics) return;
     const fresh = report.series.map(({ name }) => name).filter(name => !metrics.includes(name));
-    if (fresh.length) { metrics = [...metrics, ...fresh].sort(byImportance); draw(); fill(); }
+    if (fresh.length) {
+      metrics = [...metrics, ...fresh].sort(byImportance);
+      draw();
+      fill();
+    }
     for (const curve of known.values()) {
-      if (curve.operationId === id && curve.take(report)) { curve.loaded = false; refreshing = true; }
+      if (curve.operationId === id && curve.take(report)) {
+        curve.loaded = false;
+        refreshing = true;
+      }
     }
     timer ??= setTimeout(() => {
       timer = null;
-      if (refreshing) { refreshing = false; fill(); }
+      if (refreshing) {
+        refreshing = false;
+        fill();
+      }
       paintAll();
     }, DRAW_MS);
   }
 
   function draw() {
-    if (failed && !metrics) return render(root, problem(failed, () => fill(true)));
+    if (failed && !metrics)
+      return render(
+        root,
+        problem(failed, () => fill(true)),
+      );
     if (!metrics) return render(root, h("p", { class: "quiet" }, "Loading…"));
-    if (!metrics.length) return render(root, h("p", { class: "empty" }, "No metric has been reported yet. They appear here by themselves."));
+    if (!metrics.length)
+      return render(
+        root,
+        h("p", { class: "empty" }, "No metric has been reported yet. They appear here by themselves."),
+      );
     for (const name of wanted()) if (!charts.has(name)) charts.set(name, new Chart(name, zoom));
     const found = metrics.filter(name => name.toLowerCase().includes(named.toLowerCase())).length;
-    render(root, tools(), operations.length > 1 && legend(), failed && problem(failed, () => fill()),
-      h("div", { class: "charts" }, wanted().map(name => charts.get(name).element)),
-      found > most && h("p", {}, h("button", { type: "button", onclick: () => { most += SHOWN; draw(); fill(); } },
-        `Show more; ${plural(found - most, "metric")} not shown`)));
+    render(
+      root,
+      tools(),
+      operations.length > 1 && legend(),
+      failed && problem(failed, () => fill()),
+      h(
+        "div",
+        { class: "charts" },
+        wanted().map(name => charts.get(name).element),
+      ),
+      found > most &&
+        h(
+          "p",
+          {},
+          h(
+            "button",
+            {
+              type: "button",
+              onclick: () => {
+                most += SHOWN;
+                draw();
+                fill();
+              },
+            },
+            `Show more; ${plural(found - most, "metric")} not shown`,
+          ),
+        ),
+    );
   }
 
   function tools() {
@@ -127,33 +180,97 @@ export function curves(root, operations, now) {
       to[index] = value;
       zoom(event.target.value === "" ? null : to);
     };
-    const step = index => h("input", { inputmode: "numeric", size: 8, "aria-label": index ? "Until step" : "From step", placeholder: index ? "last" : "first",
-      value: range ? String(Math.round(range[index])) : "", onchange: typed(index) });
-    return h("div", { class: "curve-tools", role: "group", "aria-label": "How curves are drawn" },
-      metrics.length > 4 && h("input", { type: "search", "aria-label": "Filter metrics", placeholder: "Filter metrics", oninput: event => { named = event.target.value; draw(); fill(); paintAll(); } }),
-      h("label", {}, "Smoothing", h("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: String(view.smoothing), oninput: event => change({ smoothing: Number(event.target.value) }) }),
-        h("output", {}, view.smoothing.toFixed(2))),
-      h("label", { class: "check" }, h("input", { type: "checkbox", checked: view.log, onchange: event => change({ log: event.target.checked }) }), "Log scale"),
-      h("label", { class: "check" }, h("input", { type: "checkbox", checked: view.calm, onchange: event => change({ calm: event.target.checked }) }), "Ignore outliers"),
+    const step = index =>
+      h("input", {
+        inputmode: "numeric",
+        size: 8,
+        "aria-label": index ? "Until step" : "From step",
+        placeholder: index ? "last" : "first",
+        value: range ? String(Math.round(range[index])) : "",
+        onchange: typed(index),
+      });
+    return h(
+      "div",
+      { class: "curve-tools", role: "group", "aria-label": "How curves are drawn" },
+      metrics.length > 4 &&
+        h("input", {
+          type: "search",
+          "aria-label": "Filter metrics",
+          placeholder: "Filter metrics",
+          oninput: event => {
+            named = event.target.value;
+            draw();
+            fill();
+            paintAll();
+          },
+        }),
+      h(
+        "label",
+        {},
+        "Smoothing",
+        h("input", {
+          type: "range",
+          min: 0,
+          max: 0.99,
+          step: 0.01,
+          value: String(view.smoothing),
+          oninput: event => change({ smoothing: Number(event.target.value) }),
+        }),
+        h("output", {}, view.smoothing.toFixed(2)),
+      ),
+      h(
+        "label",
+        { class: "check" },
+        h("input", { type: "checkbox", checked: view.log, onchange: event => change({ log: event.target.checked }) }),
+        "Log scale",
+      ),
+      h(
+        "label",
+        { class: "check" },
+        h("input", { type: "checkbox", checked: view.calm, onchange: event => change({ calm: event.target.checked }) }),
+        "Ignore outliers",
+      ),
       h("span", { class: "steps" }, "Steps", step(0), "to", step(1)),
-      range && h("button", { type: "button", class: "plain", onclick: () => zoom(null) }, "Whole curve"));
+      range && h("button", { type: "button", class: "plain", onclick: () => zoom(null) }, "Whole curve"),
+    );
   }
 
   function legend() {
-    return h("ul", { class: "legend" }, operations.map(({ id, label }, index) =>
-      h("li", {}, h("span", { class: "swatch", style: { background: colour(index) }, "aria-hidden": "true" }),
-        h("a", { href: `#/operations/${id}` }, label))));
+    return h(
+      "ul",
+      { class: "legend" },
+      operations.map(({ id, label }, index) =>
+        h(
+          "li",
+          {},
+          h("span", { class: "swatch", style: { background: colour(index) }, "aria-hidden": "true" }),
+          h("a", { href: `#/operations/${id}` }, label),
+        ),
+      ),
+    );
   }
 
   const lastStep = () => Math.max(0, ...[...known.values()].map(curve => curve.whole.steps.at(-1) ?? 0));
-  const themed = () => { if (metrics) { draw(); paintAll(); } };
+  const themed = () => {
+    if (metrics) {
+      draw();
+      paintAll();
+    }
+  };
   addEventListener("theme", themed);
 
   /** Of these operations what has come since, where no stream tells it. */
   async function more(ids) {
     if (!metrics) return;
     try {
-      await Promise.all(wanted().flatMap(name => ids.map(id => curveOf(name, { id })).filter(curve => curve.loaded).map(curve => curve.refresh(gone.signal))));
+      await Promise.all(
+        wanted().flatMap(name =>
+          ids
+            .map(id => curveOf(name, { id }))
+            .filter(curve => curve.loaded)
+            .map(curve => curve.refresh(gone.signal)),
+        ),
+      );
       paintAll();
     } catch (error) {
       if (!(error instanceof Away) && error.name !== "AbortError") say(error.message);
@@ -179,6 +296,7 @@ export function curves(root, operations, now) {
 
 /** What people look at first; `epoch` is what they look at last. */
 function byImportance(a, b) {
-  const rank = name => name === "loss" ? 0 : name === "val_loss" ? 1 : name.startsWith("val") ? 2 : name === "epoch" ? 4 : 3;
+  const rank = name =>
+    name === "loss" ? 0 : name === "val_loss" ? 1 : name.startsWith("val") ? 2 : name === "epoch" ? 4 : 3;
   return rank(a) - rank(b) || a.localeCompare(b);
 }

@@ -35,7 +35,12 @@ export function confirm({ title, body, action, danger, act }) {
       }
     }
 
-    return h("form", { onsubmit: submit }, body, told,
-      h("div", { class: "buttons" }, h("button", { type: "button", onclick: close }, "Back"), button));
+    return h(
+      "form",
+      { onsubmit: submit },
+      body,
+      told,
+      h("div", { class: "buttons" }, h("button", { type: "button", onclick: close }, "Back"), button),
+    );
   });
 }

@@ -29,8 +29,11 @@ function made(element, props, children) {
     if (value === undefined || value === null || value === false) continue;
     if (name === "key" || name === "keep") element[name] = value;
     else if (name === "style") for (const [rule, is] of Object.entries(value)) element.style.setProperty(rule, is);
-    else if (name.startsWith("on")) { element[name] = value; element.listens.push(name); }
-    else if (name === "value" || name === "checked" || name === "selected") element.stated = { ...element.stated, [name]: value };
+    else if (name.startsWith("on")) {
+      element[name] = value;
+      element.listens.push(name);
+    } else if (name === "value" || name === "checked" || name === "selected")
+      element.stated = { ...element.stated, [name]: value };
     else element.setAttribute(name, value === true ? "" : value);
   }
   element.append(...nodes(children));
@@ -39,9 +42,10 @@ function made(element, props, children) {
 }
 
 function nodes(children) {
-  return children.flat(Infinity)
+  return children
+    .flat(Infinity)
     .filter(child => child !== null && child !== undefined && child !== false && child !== "")
-    .map(child => child instanceof Node ? child : document.createTextNode(String(child)));
+    .map(child => (child instanceof Node ? child : document.createTextNode(String(child))));
 }
 
 function sync(parent, wanted) {
@@ -55,12 +59,19 @@ function sync(parent, wanted) {
   let at = parent.firstChild;
   for (const node of wanted) {
     const old = node.key ? keyed.get(node.key) : at && !at.key && at;
-    if (!old || !alike(old, node)) { parent.insertBefore(node, at); continue; }
+    if (!old || !alike(old, node)) {
+      parent.insertBefore(node, at);
+      continue;
+    }
     if (old === at) at = at.nextSibling;
     else parent.insertBefore(old, at);
     morph(old, node);
   }
-  while (at) { const next = at.nextSibling; at.remove(); at = next; }
+  while (at) {
+    const next = at.nextSibling;
+    at.remove();
+    at = next;
+  }
 }
 
 function alike(old, node) {
@@ -69,10 +80,15 @@ function alike(old, node) {
 
 function morph(old, node) {
   if (old === node) return;
-  if (node.nodeType === Node.TEXT_NODE) { if (old.data !== node.data) old.data = node.data; return; }
+  if (node.nodeType === Node.TEXT_NODE) {
+    if (old.data !== node.data) old.data = node.data;
+    return;
+  }
   // What the reader opened stays open.
-  for (const { name } of [...old.attributes]) if (!node.hasAttribute(name) && name !== "open" && name !== "style") old.removeAttribute(name);
-  for (const { name, value } of node.attributes) if (name !== "style" && old.getAttribute(name) !== value) old.setAttribute(name, value);
+  for (const { name } of [...old.attributes])
+    if (!node.hasAttribute(name) && name !== "open" && name !== "style") old.removeAttribute(name);
+  for (const { name, value } of node.attributes)
+    if (name !== "style" && old.getAttribute(name) !== value) old.setAttribute(name, value);
   if (old.style.cssText !== node.style.cssText) old.style.cssText = node.style.cssText;
   for (const name of new Set([...(old.listens ?? []), ...node.listens])) old[name] = node[name] ?? null;
   old.listens = node.listens;

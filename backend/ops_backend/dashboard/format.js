@@ -8,7 +8,7 @@ const whole = new Intl.NumberFormat("en-GB", { maximumFractionDigits: 0 });
 const at = new Intl.DateTimeFormat("en-GB", { dateStyle: "medium", timeStyle: "medium" });
 
 /** The API writes what is not finite as a string. */
-export const toNumber = value => typeof value === "string" ? Number(value) : value;
+export const toNumber = value => (typeof value === "string" ? Number(value) : value);
 
 export function count(value) {
   return value === null || value === undefined ? UNKNOWN : whole.format(value);
@@ -30,7 +30,8 @@ export function duration(seconds) {
   const s = Math.max(0, toNumber(seconds));
   if (s < 10) return `${s.toFixed(1)} s`;
   if (s < 60) return `${Math.round(s)} s`;
-  const minutes = Math.floor(s / 60), two = n => String(n).padStart(2, "0");
+  const minutes = Math.floor(s / 60),
+    two = n => String(n).padStart(2, "0");
   if (minutes < 60) return `${minutes} min ${two(Math.floor(s % 60))} s`;
   const hours = Math.floor(minutes / 60);
   if (hours < 48) return `${hours} h ${two(minutes % 60)} min`;
@@ -42,12 +43,16 @@ export const secondsBetween = (from, to) => ((to ? Date.parse(to) : now()) - Dat
 export function ago(iso) {
   if (!iso) return UNKNOWN;
   const seconds = secondsBetween(iso);
-  const [size, unit] = [[86400, "d"], [3600, "h"], [60, "min"]].find(([size]) => seconds >= size) ?? [1, "s"];
+  const [size, unit] = [
+    [86400, "d"],
+    [3600, "h"],
+    [60, "min"],
+  ].find(([size]) => seconds >= size) ?? [1, "s"];
   const text = seconds < 5 ? "just now" : `${Math.floor(seconds / size)} ${unit} ago`;
   return h("time", { datetime: iso, title: at.format(new Date(iso)) }, text);
 }
 
-export const clock = iso => iso ? at.format(new Date(iso)) : UNKNOWN;
+export const clock = iso => (iso ? at.format(new Date(iso)) : UNKNOWN);
 
 export function bytes(size) {
   if (size === null || size === undefined) return UNKNOWN;
@@ -55,7 +60,7 @@ export function bytes(size) {
   return power ? `${(size / 1000 ** power).toPrecision(3)} ${["", "kB", "MB", "GB", "TB"][power]}` : `${size} B`;
 }
 
-export const percent = value => value === null || value === undefined ? UNKNOWN : `${Math.floor(value)} %`;
+export const percent = value => (value === null || value === undefined ? UNKNOWN : `${Math.floor(value)} %`);
 
 export const short = id => id.slice(0, 8);
 

@@ -8,7 +8,13 @@ import { h } from "./dom.js";
  * @param {() => void} entered
  */
 export function login(main, why, entered) {
-  const token = h("input", { id: "token", type: "password", autocomplete: "current-password", required: true, "aria-describedby": "token-help" });
+  const token = h("input", {
+    id: "token",
+    type: "password",
+    autocomplete: "current-password",
+    required: true,
+    "aria-describedby": "token-help",
+  });
   const told = h("p", { class: "problem", role: "alert", hidden: !why }, why);
 
   async function submit(event) {
@@ -23,16 +29,30 @@ export function login(main, why, entered) {
     }
   }
 
-  main.replaceChildren(h("section", { class: "login" },
-    h("h1", {}, "Log in to Relight"),
-    told,
-    h("p", {}, "The easy way is a link, made where ", h("code", {}, "ops"), " runs:"),
-    h("pre", {}, "ops dashboard"),
-    h("form", { onsubmit: submit },
-      h("label", { for: "token" }, "Or the token of this server"),
-      token,
-      h("p", { id: "token-help", class: "quiet" }, h("code", {}, "ops up"), " keeps it in DIR/token, mostly ",
-        h("code", {}, "~/.local/share/relight/token"), "."),
-      h("button", { class: "primary" }, "Log in"))));
+  main.replaceChildren(
+    h(
+      "section",
+      { class: "login" },
+      h("h1", {}, "Log in to Relight"),
+      told,
+      h("p", {}, "The easy way is a link, made where ", h("code", {}, "ops"), " runs:"),
+      h("pre", {}, "ops dashboard"),
+      h(
+        "form",
+        { onsubmit: submit },
+        h("label", { for: "token" }, "Or the token of this server"),
+        token,
+        h(
+          "p",
+          { id: "token-help", class: "quiet" },
+          h("code", {}, "ops up"),
+          " keeps it in DIR/token, mostly ",
+          h("code", {}, "~/.local/share/relight/token"),
+          ".",
+        ),
+        h("button", { class: "primary" }, "Log in"),
+      ),
+    ),
+  );
   token.focus();
 }

@@ -21,7 +21,10 @@ export function logs(root, id, live) {
   const state = h("div", {});
   /** @type {{start: number, next: number, node: Text}[]} */
   const chunks = [];
-  let end = 0, complete = false, first = true, decoder = new TextDecoder();
+  let end = 0,
+    complete = false,
+    first = true,
+    decoder = new TextDecoder();
 
   root.append(bar, state, text);
 
@@ -58,17 +61,24 @@ export function logs(root, id, live) {
 
   function gap(size, start) {
     decoder = new TextDecoder();
-    chunks.push({ start, next: start, node: text.appendChild(document.createTextNode(`\n… ${bytes(size)} were left out …\n`)) });
+    chunks.push({
+      start,
+      next: start,
+      node: text.appendChild(document.createTextNode(`\n… ${bytes(size)} were left out …\n`)),
+    });
   }
 
   /** The part before; the newest goes where it would be too much. */
   async function earlier() {
-    const to = chunks[0].start, from = Math.max(0, to - READ_BYTES);
+    const to = chunks[0].start,
+      from = Math.max(0, to - READ_BYTES);
     const { data, start, next } = await read(from);
     const part = data.subarray(0, Math.max(0, to - start));
     follow.checked = false;
     const height = text.scrollHeight;
-    const node = document.createTextNode(tidy(new TextDecoder().decode(part)) + (next < to ? `\n… ${bytes(to - next)} were left out …\n` : ""));
+    const node = document.createTextNode(
+      tidy(new TextDecoder().decode(part)) + (next < to ? `\n… ${bytes(to - next)} were left out …\n` : ""),
+    );
     chunks.unshift({ start: Math.min(start, from), next: to, node });
     text.prepend(node);
     text.scrollTop += text.scrollHeight - height;
@@ -76,26 +86,58 @@ export function logs(root, id, live) {
   }
 
   function draw() {
-    const from = chunks[0]?.start ?? 0, to = chunks.at(-1)?.next ?? 0;
-    render(bar,
+    const from = chunks[0]?.start ?? 0,
+      to = chunks.at(-1)?.next ?? 0;
+    render(
+      bar,
       h("label", { class: "check" }, follow, "Follow"),
-      h("span", { class: "small quiet" }, first ? "Loading…" : end ? `bytes ${count(from)} to ${count(to)} of ${count(end)}` : ""),
+      h(
+        "span",
+        { class: "small quiet" },
+        first ? "Loading…" : end ? `bytes ${count(from)} to ${count(to)} of ${count(end)}` : "",
+      ),
       from > 0 && h("button", { type: "button", onclick: () => earlier().catch(failed) }, "Earlier"),
-      end > 0 && h("a", { href: url(`${path}?offset=${Math.max(0, end - DOWNLOAD_BYTES)}&max_bytes=${DOWNLOAD_BYTES}`), download: `${id.slice(0, 8)}.log` }, "Download"),
-      end > DOWNLOAD_BYTES && h("span", { class: "small quiet" }, `the last ${bytes(DOWNLOAD_BYTES)}; all of it: `, h("code", {}, `ops logs ${id.slice(0, 8)}`)));
+      end > 0 &&
+        h(
+          "a",
+          {
+            href: url(`${path}?offset=${Math.max(0, end - DOWNLOAD_BYTES)}&max_bytes=${DOWNLOAD_BYTES}`),
+            download: `${id.slice(0, 8)}.log`,
+          },
+          "Download",
+        ),
+      end > DOWNLOAD_BYTES &&
+        h(
+          "span",
+          { class: "small quiet" },
+          `the last ${bytes(DOWNLOAD_BYTES)}; all of it: `,
+          h("code", {}, `ops logs ${id.slice(0, 8)}`),
+        ),
+    );
     text.hidden = !chunks.length;
-    if (!first && !chunks.length) render(state, h("p", { class: "empty" }, live() ? "It has printed nothing yet." : "It printed nothing."));
+    if (!first && !chunks.length)
+      render(state, h("p", { class: "empty" }, live() ? "It has printed nothing yet." : "It printed nothing."));
   }
 
   const failed = error => render(state, problem(error, polling.now));
   // Reading back is no reason to be thrown to the end.
-  text.addEventListener("scroll", () => { follow.checked = text.scrollTop + text.clientHeight >= text.scrollHeight - 8; });
+  text.addEventListener("scroll", () => {
+    follow.checked = text.scrollTop + text.clientHeight >= text.scrollHeight - 8;
+  });
   draw();
   const polling = poll(more, POLL_MS, failed);
-  return { stop() { gone.abort(); polling.stop(); } };
+  return {
+    stop() {
+      gone.abort();
+      polling.stop();
+    },
+  };
 }
 
 /** Colours are left out; of a line that was written over and over (a progress bar) its last state stays. */
 function tidy(text) {
-  return text.replace(/\x1b\[[0-9;?]*[A-Za-z]/g, "").replace(/[^\n]*\r(?!\n)/g, "").replace(/\r\n/g, "\n");
+  return text
+    .replace(/\x1b\[[0-9;?]*[A-Za-z]/g, "")
+    .replace(/[^\n]*\r(?!\n)/g, "")
+    .replace(/\r\n/g, "\n");
 }

@@ -17,7 +17,11 @@ const top = document.getElementById("top");
 const main = document.getElementById("main");
 
 const PAGES = { "": list, operations: operation, compare, new: submission, workers };
-const PLACES = [["", "Operations"], ["workers", "Workers"], ["new", "New operation"]];
+const PLACES = [
+  ["", "Operations"],
+  ["workers", "Workers"],
+  ["new", "New operation"],
+];
 
 /** @type {{name: string, page: {stop(): void, update?(path: string[], query: URLSearchParams): boolean}} | null} */
 let shown = null;
@@ -29,8 +33,14 @@ async function start() {
   theme.apply();
   shortcuts.install(() => shown?.page);
   addEventListener("hashchange", show);
-  connection.addEventListener("away", () => { away = true; frame(); });
-  connection.addEventListener("back", () => { away = false; frame(); });
+  connection.addEventListener("away", () => {
+    away = true;
+    frame();
+  });
+  connection.addEventListener("back", () => {
+    away = false;
+    frame();
+  });
   connection.addEventListener("logged-out", () => askToLogIn());
   addEventListener("theme", frame);
   await enter(takeCode());
@@ -71,7 +81,10 @@ function askToLogIn(why) {
   user = null;
   frame();
   document.title = "Log in · Relight";
-  login(main, why, () => { asking = false; enter(null); });
+  login(main, why, () => {
+    asking = false;
+    enter(null);
+  });
 }
 
 async function logOut() {
@@ -81,7 +94,10 @@ async function logOut() {
 
 function show() {
   const code = takeCode();
-  if (code) { asking = false; return enter(code); }
+  if (code) {
+    asking = false;
+    return enter(code);
+  }
   if (!user) return;
   const { path, query } = here();
   const name = path[0] in PAGES ? path[0] : "";
@@ -100,17 +116,40 @@ function leave() {
 
 function frame() {
   const place = here().path[0] ?? "";
-  render(top,
-    h("a", { class: "brand", href: "#/", "aria-label": "Relight, all operations" }, h("span", { "aria-hidden": "true" }, "Relight")),
-    user && h("nav", { "aria-label": "Pages" }, PLACES.map(([name, text]) =>
-      h("a", { href: link(name), "aria-current": place === name ? "page" : undefined }, text))),
+  render(
+    top,
+    h(
+      "a",
+      { class: "brand", href: "#/", "aria-label": "Relight, all operations" },
+      h("span", { "aria-hidden": "true" }, "Relight"),
+    ),
+    user &&
+      h(
+        "nav",
+        { "aria-label": "Pages" },
+        PLACES.map(([name, text]) =>
+          h("a", { href: link(name), "aria-current": place === name ? "page" : undefined }, text),
+        ),
+      ),
     h("p", { class: "away", role: "status" }, away ? "Connection lost. Trying again…" : ""),
-    h("div", { class: "tools" },
-      h("button", { type: "button", class: "plain", title: "Theme (t)", onclick: () => say(`Theme: ${theme.next()}`) },
-        { auto: "◐", light: "☀", dark: "☾" }[theme.theme()], h("span", { class: "hidden" }, ` Theme: ${theme.theme()}`)),
-      h("button", { type: "button", class: "plain", title: "Keyboard (?)", onclick: shortcuts.help },
-        "?", h("span", { class: "hidden" }, " Keyboard shortcuts")),
-      user && h("button", { type: "button", class: "plain", onclick: logOut }, "Log out")));
+    h(
+      "div",
+      { class: "tools" },
+      h(
+        "button",
+        { type: "button", class: "plain", title: "Theme (t)", onclick: () => say(`Theme: ${theme.next()}`) },
+        { auto: "◐", light: "☀", dark: "☾" }[theme.theme()],
+        h("span", { class: "hidden" }, ` Theme: ${theme.theme()}`),
+      ),
+      h(
+        "button",
+        { type: "button", class: "plain", title: "Keyboard (?)", onclick: shortcuts.help },
+        "?",
+        h("span", { class: "hidden" }, " Keyboard shortcuts"),
+      ),
+      user && h("button", { type: "button", class: "plain", onclick: logOut }, "Log out"),
+    ),
+  );
 }
 
 start();

@@ -13,7 +13,10 @@ export function say(text) {
 
 /** An error in its place on a page. */
 export function problem(error, again) {
-  return h("div", { class: "problem", role: "alert" },
+  return h(
+    "div",
+    { class: "problem", role: "alert" },
     h("p", {}, h("strong", {}, error.code ? error.code.replaceAll("_", " ") : "error"), ": ", error.message),
-    again && h("button", { type: "button", onclick: again }, "Try again"));
+    again && h("button", { type: "button", onclick: again }, "Try again"),
+  );
 }

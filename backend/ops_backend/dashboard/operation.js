@@ -25,16 +25,24 @@ export function operation(main, [id], query) {
   document.title = "Operation · Relight";
   const gone = new AbortController();
   const path = `/operations/${id}`;
-  const parts = {};  // of each tab that was opened: what the API said
-  let shown = null, tried = null, told = [], failed = null, deleted = false, tab = tabOf(query), living = null;
-  let answer = null, stands = false;  // of the last poll; whether the stream does
+  const parts = {}; // of each tab that was opened: what the API said
+  let shown = null,
+    tried = null,
+    told = [],
+    failed = null,
+    deleted = false,
+    tab = tabOf(query),
+    living = null;
+  let answer = null,
+    stands = false; // of the last poll; whether the stream does
 
   const head = h("div", { keep: true });
   const panel = h("div", { id: "panel", role: "tabpanel", tabindex: "0", "aria-labelledby": `tab-${tab}`, keep: true });
 
   /** @param {boolean} [all] also what looks unchanged */
   async function ask(all) {
-    const before = answer, found = await get(path, gone.signal);
+    const before = answer,
+      found = await get(path, gone.signal);
     const moved = all === true || !tried || tab === "attempts" || gist(found) !== gist(before);
     if (moved) tried = (await get(`${path}/attempts`, gone.signal)).items;
     [answer, shown, failed] = [found, found, null];
@@ -62,16 +70,39 @@ export function operation(main, [id], query) {
     }
   }
 
-  const refused = error => { failed = error; deleted ||= error.status === 404 && shown !== null; draw(); };
+  const refused = error => {
+    failed = error;
+    deleted ||= error.status === 404 && shown !== null;
+    draw();
+  };
   const polling = poll(() => ask(), POLL_MS, refused);
-  const ticking = setInterval(() => { if (shown && !document.hidden) draw(); }, TICK_MS);
+  const ticking = setInterval(() => {
+    if (shown && !document.hidden) draw();
+  }, TICK_MS);
   const streaming = stream(id, {
-    opened() { stands = true; living?.load?.(); },
-    lost() { stands = false; },
-    progress(summary) { if (shown) { shown = { ...shown, ...summary }; draw(); } },
-    metrics(report) { living?.take?.(id, report); },
-    event() { polling.now(); },
-    deleted() { deleted = true; draw(); },
+    opened() {
+      stands = true;
+      living?.load?.();
+    },
+    lost() {
+      stands = false;
+    },
+    progress(summary) {
+      if (shown) {
+        shown = { ...shown, ...summary };
+        draw();
+      }
+    },
+    metrics(report) {
+      living?.take?.(id, report);
+    },
+    event() {
+      polling.now();
+    },
+    deleted() {
+      deleted = true;
+      draw();
+    },
   });
 
   function select(name) {
@@ -88,15 +119,35 @@ export function operation(main, [id], query) {
   }
 
   function draw() {
-    if (deleted) return render(main, h("section", { class: "empty" }, h("h1", {}, "This operation was deleted"), h("p", {}, h("a", { href: "#/" }, "All operations"))));
-    if (!shown) return render(main, failed ? [h("h1", {}, "Operation"), problem(failed), h("p", {}, h("a", { href: "#/" }, "All operations"))] : h("p", { class: "quiet" }, "Loading…"));
+    if (deleted)
+      return render(
+        main,
+        h(
+          "section",
+          { class: "empty" },
+          h("h1", {}, "This operation was deleted"),
+          h("p", {}, h("a", { href: "#/" }, "All operations")),
+        ),
+      );
+    if (!shown)
+      return render(
+        main,
+        failed
+          ? [h("h1", {}, "Operation"), problem(failed), h("p", {}, h("a", { href: "#/" }, "All operations"))]
+          : h("p", { class: "quiet" }, "Loading…"),
+      );
     document.title = `${shown.name}: ${shown.status} · Relight`;
     const fresh = !panel.isConnected;
     render(main, head, tabs(), panel);
     render(head, summary(shown, tried, buttons()), failed && problem(failed, polling.now), timeline(shown, tried));
     if (fresh) open();
-    const made = { attempts: () => attempts(shown, tried), checkpoints: () => checkpoints(shown, parts.checkpoints, refresh), events: () => events(told),
-      job: () => job(shown), artifacts: () => artifacts(shown, parts.artifacts) }[tab];
+    const made = {
+      attempts: () => attempts(shown, tried),
+      checkpoints: () => checkpoints(shown, parts.checkpoints, refresh),
+      events: () => events(told),
+      job: () => job(shown),
+      artifacts: () => artifacts(shown, parts.artifacts),
+    }[tab];
     if (made) render(panel, made());
   }
 
@@ -108,16 +159,33 @@ export function operation(main, [id], query) {
       select(TABS[(TABS.indexOf(tab) + by + TABS.length) % TABS.length]);
       document.getElementById(`tab-${tab}`).focus();
     };
-    return h("div", { class: "tabs", role: "tablist", "aria-label": "Parts of the operation", onkeydown: move }, TABS.map(name =>
-      h("button", { type: "button", id: `tab-${name}`, role: "tab", "aria-selected": String(name === tab), "aria-controls": "panel",
-        tabindex: name === tab ? "0" : "-1", onclick: () => select(name) }, name)));
+    return h(
+      "div",
+      { class: "tabs", role: "tablist", "aria-label": "Parts of the operation", onkeydown: move },
+      TABS.map(name =>
+        h(
+          "button",
+          {
+            type: "button",
+            id: `tab-${name}`,
+            role: "tab",
+            "aria-selected": String(name === tab),
+            "aria-controls": "panel",
+            tabindex: name === tab ? "0" : "-1",
+            onclick: () => select(name),
+          },
+          name,
+        ),
+      ),
+    );
   }
 
   /** What may be done now, in words. */
   function offers() {
     const { status } = shown;
     return {
-      c: (CANCELLABLE.has(status) && ["Cancel", () => actions.cancel(shown, refresh)]) ||
+      c:
+        (CANCELLABLE.has(status) && ["Cancel", () => actions.cancel(shown, refresh)]) ||
         (status === "cancelling" && ["Stop at once", () => actions.force(shown, refresh)]),
       r: RESUMABLE.has(status) && ["Resume", () => actions.resume(shown, tried, refresh)],
       f: shown.kind === "training" && ["Fork", () => actions.fork(shown)],
@@ -126,27 +194,54 @@ export function operation(main, [id], query) {
   }
 
   function buttons() {
-    return Object.entries(offers()).filter(([, offer]) => offer).map(([name, [text, act]]) =>
-      h("button", { type: "button", key: text, class: name === "delete" || text === "Stop at once" ? "danger" : name === "r" ? "primary" : "", onclick: act }, text));
+    return Object.entries(offers())
+      .filter(([, offer]) => offer)
+      .map(([name, [text, act]]) =>
+        h(
+          "button",
+          {
+            type: "button",
+            key: text,
+            class: name === "delete" || text === "Stop at once" ? "danger" : name === "r" ? "primary" : "",
+            onclick: act,
+          },
+          text,
+        ),
+      );
   }
 
-  const press = key => () => { if (shown) offers()[key]?.[1]?.(); };
+  const press = key => () => {
+    if (shown) offers()[key]?.[1]?.();
+  };
 
   draw();
   return {
-    stop() { gone.abort(); polling.stop(); streaming.stop(); clearInterval(ticking); living?.stop(); },
+    stop() {
+      gone.abort();
+      polling.stop();
+      streaming.stop();
+      clearInterval(ticking);
+      living?.stop();
+    },
     update([other], changed) {
       if (other !== id) return false;
       if (tabOf(changed) !== tab) {
         tab = tabOf(changed);
         open();
         draw();
-        part().then(draw, error => { if (!(error instanceof Away) && error.name !== "AbortError") refused(error); });
+        part().then(draw, error => {
+          if (!(error instanceof Away) && error.name !== "AbortError") refused(error);
+        });
       }
       return true;
     },
-    keys: { c: press("c"), r: press("r"), f: press("f"), ...Object.fromEntries(TABS.map((name, i) => [String(i + 1), () => select(name)])) },
+    keys: {
+      c: press("c"),
+      r: press("r"),
+      f: press("f"),
+      ...Object.fromEntries(TABS.map((name, i) => [String(i + 1), () => select(name)])),
+    },
   };
 }
 
-const tabOf = query => TABS.includes(query.get("tab")) ? query.get("tab") : "curves";
+const tabOf = query => (TABS.includes(query.get("tab")) ? query.get("tab") : "curves");

@@ -10,12 +10,19 @@ const MOST_MS = 15_000;
  * @param {(error: Error) => void} failed for what is not a lost connection
  */
 export function poll(work, everyMs, failed) {
-  let timer, stopped = false, running = false, wanted = false, failures = 0;
+  let timer,
+    stopped = false,
+    running = false,
+    wanted = false,
+    failures = 0;
 
   async function tick() {
     clearTimeout(timer);
     if (stopped || document.hidden) return;
-    if (running) { wanted = true; return; }
+    if (running) {
+      wanted = true;
+      return;
+    }
     running = true;
     try {
       await work();
@@ -35,6 +42,10 @@ export function poll(work, everyMs, failed) {
   tick();
   return {
     now: tick,
-    stop() { stopped = true; clearTimeout(timer); document.removeEventListener("visibilitychange", tick); },
+    stop() {
+      stopped = true;
+      clearTimeout(timer);
+      document.removeEventListener("visibilitychange", tick);
+    },
   };
 }

@@ -37,12 +37,30 @@ export function install(page) {
 }
 
 export function help() {
-  const row = ([keys, does]) => h("div", {}, h("dt", {}, keys.split(" ").map(key => h("kbd", {}, key))), h("dd", {}, does));
+  const row = ([keys, does]) =>
+    h(
+      "div",
+      {},
+      h(
+        "dt",
+        {},
+        keys.split(" ").map(key => h("kbd", {}, key)),
+      ),
+      h("dd", {}, does),
+    );
   const all = [...Object.entries(EVERYWHERE).map(([key, [does]]) => [key, does]), ...Object.entries(ON_PAGES)];
   open("Keyboard", close => [
     h("dl", { class: "keys" }, all.map(row)),
-    h("label", { class: "check" }, h("input", { type: "checkbox", checked: enabled(),
-      onchange: event => localStorage.setItem(KEY, event.target.checked ? "on" : "off") }), "Single keys do something"),
+    h(
+      "label",
+      { class: "check" },
+      h("input", {
+        type: "checkbox",
+        checked: enabled(),
+        onchange: event => localStorage.setItem(KEY, event.target.checked ? "on" : "off"),
+      }),
+      "Single keys do something",
+    ),
     h("div", { class: "buttons" }, h("button", { type: "button", class: "primary", onclick: close }, "Close")),
   ]);
 }

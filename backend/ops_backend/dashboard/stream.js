@@ -11,7 +11,10 @@ const MOST_MS = 30_000;
  *          opened(): void, lost(): void}} hear `opened`: from here on nothing is missed; what was before has to be asked for
  */
 export function stream(id, hear) {
-  let source = null, timer, failures = 0, stopped = false;
+  let source = null,
+    timer,
+    failures = 0,
+    stopped = false;
 
   function open() {
     clearTimeout(timer);
@@ -21,11 +24,17 @@ export function stream(id, hear) {
     source.addEventListener("progress", ({ data }) => {
       failures = 0;
       // The first one says that the stream stands; an EventSource that comes back by itself misses nothing.
-      if (first) { first = false; hear.opened(); }
+      if (first) {
+        first = false;
+        hear.opened();
+      }
       hear.progress(JSON.parse(data));
     });
     for (const name of ["metrics", "event"]) source.addEventListener(name, ({ data }) => hear[name](JSON.parse(data)));
-    source.addEventListener("deleted", () => { stop(); hear.deleted(); });
+    source.addEventListener("deleted", () => {
+      stop();
+      hear.deleted();
+    });
     source.addEventListener("error", () => {
       if (source?.readyState !== EventSource.CLOSED) return;
       close();
@@ -39,7 +48,7 @@ export function stream(id, hear) {
     hear.lost();
   }
 
-  const turn = () => document.hidden ? close() : open();
+  const turn = () => (document.hidden ? close() : open());
 
   function stop() {
     stopped = true;

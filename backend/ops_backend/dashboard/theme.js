@@ -3,7 +3,7 @@
 const KEY = "relight.theme";
 const ORDER = ["auto", "light", "dark"];
 
-export const theme = () => ORDER.includes(localStorage.getItem(KEY)) ? localStorage.getItem(KEY) : "auto";
+export const theme = () => (ORDER.includes(localStorage.getItem(KEY)) ? localStorage.getItem(KEY) : "auto");
 
 export function apply() {
   document.documentElement.dataset.theme = theme();
