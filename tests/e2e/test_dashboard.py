@@ -99,7 +99,7 @@ def test_whatever_things_are_called_is_text(service: Service, tab: Tab) -> None:
 @pytest.mark.slow
 def test_an_attempt_that_was_killed_is_seen_where_it_ended_and_what_was_redone(service: Service, tab: Tab) -> None:
     page = tab.page
-    id = service.submit(max_epochs=40)
+    id = service.submit(max_epochs=25)
     tab.go(f"/operations/{id}")
     service.until_saved(id, attempt=1, number=2)
     kill(service.attempts(id)[0].trainer_pid)
@@ -114,10 +114,13 @@ def test_an_attempt_that_was_killed_is_seen_where_it_ended_and_what_was_redone(s
     expect(page.locator(".facts .chip")).to_have_text("completed")
     if redone:
         expect(page.get_by_text(re.compile(rf"^{redone} steps? redone$"))).to_be_visible()
+    # What grew before the reader's eyes, over the kill, is what there is.
+    expect(page.get_by_role("img", name="loss. ").first).to_have_attribute("aria-label", final_step(25 * 48))
+    drawn = page.evaluate("(({x, y}) => x.map((step, i) => [step, y[i]]))(document.querySelector('.canvas').data[0])")
+    assert [tuple(point) for point in drawn] == service.curves(id)["loss"]
     page.keyboard.press("2")
     expect(page.get_by_role("row", name="trainer killed")).to_be_visible()
-    drawn = page.evaluate("document.querySelector('.track').children.length")
-    assert drawn == 2
+    assert page.evaluate("document.querySelector('.track').children.length") == 2
 
 
 @pytest.mark.slow

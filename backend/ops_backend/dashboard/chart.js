@@ -170,8 +170,8 @@ function odd(steps, values, index) {
 
 function layout(lines, view) {
   const { log, range } = view;
-  const grid = style("--line"),
-    ink = style("--quiet");
+  const grid = style("--line");
+  const ink = style("--quiet");
   const axis = { gridcolor: grid, zeroline: false, linecolor: grid, tickcolor: grid, automargin: true };
   const starts = lines.flatMap(({ curve, index }) =>
     curve.starts.slice(1).map(([step, attempt]) => ({ step, attempt, index })),
@@ -232,14 +232,14 @@ function heights(lines, { log, calm }) {
   const values = lines
     .flatMap(({ curve }) => curve.points.values.filter(value => Number.isFinite(value) && (!log || value > 0)))
     .sort((a, b) => a - b);
-  const last = values.length - 1,
-    between = (low, high) => ({ range: log ? [Math.log10(low), Math.log10(high)] : [low, high], autorange: false });
+  const last = values.length - 1;
+  const between = (low, high) => ({ range: log ? [Math.log10(low), Math.log10(high)] : [low, high], autorange: false });
   // Plotly would draw what is constant at 0.001 between −1 and 1.
   if (values[0] && values[0] === values[last])
     return between(...[values[0] / 2, values[0] * 1.5].sort((a, b) => a - b));
   if (!calm || last < 20) return { autorange: true };
-  const low = values[Math.floor(last * 0.02)],
-    high = values[Math.ceil(last * 0.98)];
+  const low = values[Math.floor(last * 0.02)];
+  const high = values[Math.ceil(last * 0.98)];
   const room = log ? 0 : (high - low) * 0.08;
   return low < high ? between(low - room, high + room) : { autorange: true };
 }

@@ -17,11 +17,11 @@ export function compare(main, _, query) {
   const gone = new AbortController();
   let ids = (query.get("ids") ?? "").split(",").filter(Boolean).slice(0, MOST);
   const missing = [];
-  const head = h("div", { keep: true }),
-    below = h("div", { keep: true });
-  let all = null,
-    drawn = null,
-    failed = null;
+  const head = h("div", { keep: true });
+  const below = h("div", { keep: true });
+  let all = null;
+  let drawn = null;
+  let failed = null;
 
   async function ask() {
     const before = all;

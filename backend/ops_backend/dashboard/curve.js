@@ -122,8 +122,8 @@ function append(to, points) {
  */
 export function smoothed(values, weight) {
   if (!weight) return values;
-  let mean = 0,
-    seen = 0;
+  let mean = 0;
+  let seen = 0;
   return values.map(value => {
     if (!Number.isFinite(value)) return null;
     mean = weight * mean + (1 - weight) * value;

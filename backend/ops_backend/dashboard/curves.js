@@ -22,14 +22,14 @@ export function curves(root, operations, now) {
   const gone = new AbortController();
   const charts = new Map(); // by metric
   const known = new Map(); // Curve by metric and operation
-  let metrics = null,
-    most = SHOWN,
-    named = "",
-    range = null,
-    failed = null,
-    timer,
-    again,
-    refreshing = false;
+  let metrics = null; // names
+  let most = SHOWN;
+  let named = ""; // what their names are filtered by
+  let range = null; // of steps, that is looked at
+  let failed = null;
+  let refreshing = false; // whether a curve has to be read anew
+  let timer;
+  let again;
   const view = { smoothing: 0, log: false, calm: false, ...JSON.parse(localStorage.getItem(KEY) ?? "{}") };
 
   const curveOf = (name, { id }) => {

@@ -28,8 +28,8 @@ export function fields(schema, prefix, state) {
 }
 
 function field(name, schema, path, state, required) {
-  const id = `field-${path}`,
-    problem = state.problems[path];
+  const id = `field-${path}`;
+  const problem = state.problems[path];
   const standing = state.was?.[name] ?? schema.default;
   const described = [schema.description && `${id}-help`, problem && `${id}-problem`].filter(Boolean).join(" ");
   const props = {

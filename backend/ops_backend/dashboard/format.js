@@ -30,8 +30,8 @@ export function duration(seconds) {
   const s = Math.max(0, toNumber(seconds));
   if (s < 10) return `${s.toFixed(1)} s`;
   if (s < 60) return `${Math.round(s)} s`;
-  const minutes = Math.floor(s / 60),
-    two = n => String(n).padStart(2, "0");
+  const minutes = Math.floor(s / 60);
+  const two = n => String(n).padStart(2, "0");
   if (minutes < 60) return `${minutes} min ${two(Math.floor(s % 60))} s`;
   const hours = Math.floor(minutes / 60);
   if (hours < 48) return `${hours} h ${two(minutes % 60)} min`;

@@ -17,11 +17,11 @@ export function list(main, _, query) {
   document.title = "Operations · Relight";
   const gone = new AbortController();
   const chosen = new Map(); // to compare: id → name
-  let page = null,
-    counts = null,
-    workloads = [],
-    failed = null,
-    typing;
+  let page = null;
+  let counts = null;
+  let workloads = [];
+  let failed = null;
+  let typing;
 
   const ask = async () => {
     const wanted = Object.fromEntries(query);

@@ -21,10 +21,10 @@ export function logs(root, id, live) {
   const state = h("div", {});
   /** @type {{start: number, next: number, node: Text}[]} */
   const chunks = [];
-  let end = 0,
-    complete = false,
-    first = true,
-    decoder = new TextDecoder();
+  let end = 0;
+  let complete = false;
+  let first = true;
+  let decoder = new TextDecoder();
 
   root.append(bar, state, text);
 
@@ -36,8 +36,8 @@ export function logs(root, id, live) {
   }
 
   async function more() {
-    // After the end a resume may write more, so it is looked at again, only more slowly.
-    if (complete && !live() && Math.random() > 0.2) return;
+    // A resume makes it live again.
+    if (complete && !live()) return;
     for (let i = 0; i < 8; i++) {
       const from = chunks.at(-1)?.next ?? -READ_BYTES;
       const { data, start, next } = await read(from);
@@ -70,8 +70,8 @@ export function logs(root, id, live) {
 
   /** The part before; the newest goes where it would be too much. */
   async function earlier() {
-    const to = chunks[0].start,
-      from = Math.max(0, to - READ_BYTES);
+    const to = chunks[0].start;
+    const from = Math.max(0, to - READ_BYTES);
     const { data, start, next } = await read(from);
     const part = data.subarray(0, Math.max(0, to - start));
     follow.checked = false;
@@ -86,8 +86,8 @@ export function logs(root, id, live) {
   }
 
   function draw() {
-    const from = chunks[0]?.start ?? 0,
-      to = chunks.at(-1)?.next ?? 0;
+    const from = chunks[0]?.start ?? 0;
+    const to = chunks.at(-1)?.next ?? 0;
     render(
       bar,
       h("label", { class: "check" }, follow, "Follow"),

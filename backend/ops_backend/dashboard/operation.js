@@ -24,25 +24,25 @@ const TICK_MS = 1000;
 export function operation(main, [id], query) {
   document.title = "Operation · Relight";
   const gone = new AbortController();
-  const path = `/operations/${id}`;
+  const path = `/operations/${encodeURIComponent(id)}`;
   const parts = {}; // of each tab that was opened: what the API said
-  let shown = null,
-    tried = null,
-    told = [],
-    failed = null,
-    deleted = false,
-    tab = tabOf(query),
-    living = null;
-  let answer = null,
-    stands = false; // of the last poll; whether the stream does
+  const told = []; // events
+  let answer = null; // of the last poll
+  let shown = null; // the same, with what the stream has said since
+  let tried = null; // attempts
+  let failed = null;
+  let deleted = false;
+  let tab = tabOf(query);
+  let living = null; // what in the open tab lives by itself: curves, logs
+  let stands = false; // whether the stream does
 
   const head = h("div", { keep: true });
   const panel = h("div", { id: "panel", role: "tabpanel", tabindex: "0", "aria-labelledby": `tab-${tab}`, keep: true });
 
   /** @param {boolean} [all] also what looks unchanged */
   async function ask(all) {
-    const before = answer,
-      found = await get(path, gone.signal);
+    const before = answer;
+    const found = await get(path, gone.signal);
     const moved = all === true || !tried || tab === "attempts" || gist(found) !== gist(before);
     if (moved) tried = (await get(`${path}/attempts`, gone.signal)).items;
     [answer, shown, failed] = [found, found, null];

@@ -10,11 +10,11 @@ const MOST_MS = 15_000;
  * @param {(error: Error) => void} failed for what is not a lost connection
  */
 export function poll(work, everyMs, failed) {
-  let timer,
-    stopped = false,
-    running = false,
-    wanted = false,
-    failures = 0;
+  let timer;
+  let stopped = false;
+  let running = false;
+  let wanted = false;
+  let failures = 0;
 
   async function tick() {
     clearTimeout(timer);

@@ -11,10 +11,10 @@ const MOST_MS = 30_000;
  *          opened(): void, lost(): void}} hear `opened`: from here on nothing is missed; what was before has to be asked for
  */
 export function stream(id, hear) {
-  let source = null,
-    timer,
-    failures = 0,
-    stopped = false;
+  let source = null;
+  let timer;
+  let failures = 0;
+  let stopped = false;
 
   function open() {
     clearTimeout(timer);

@@ -22,22 +22,22 @@ const COMMON = [
 const LABEL = /^[^=\s]+=.+$/;
 
 export function submission(main, _, query) {
-  const forked = query.get("fork"),
-    gone = new AbortController();
+  const forked = query.get("fork");
+  const gone = new AbortController();
   document.title = `${forked ? "Fork" : "New operation"} · Relight`;
   const state = { values: {}, problems: {}, defs: {} };
-  let workloads = null,
-    schema = null,
-    parent = null,
-    checkpoints = [],
-    failed = null,
-    refused = null,
-    resolved = null,
-    busy = false;
-  let workload = "",
-    checkpoint = query.get("checkpoint") ?? "",
-    sent = { body: null, key: null },
-    accept = false;
+  let workloads = null;
+  let schema = null;
+  let parent = null;
+  let checkpoints = [];
+  let failed = null;
+  let refused = null;
+  let resolved = null;
+  let busy = false;
+  let workload = "";
+  let checkpoint = query.get("checkpoint") ?? "";
+  let sent = { body: null, key: null };
+  let accept = false;
 
   async function load() {
     try {
@@ -105,8 +105,8 @@ export function submission(main, _, query) {
     state.problems = {};
     refused = resolved = null;
     try {
-      const wish = body(),
-        text = JSON.stringify(wish);
+      const wish = body();
+      const text = JSON.stringify(wish);
       // The same wish again, after an answer that was lost or a double click, is the same operation.
       if (sent.body !== text) sent = { body: text, key: newKey() };
       busy = true;

@@ -152,8 +152,8 @@ export function checkpoints(operation, all, changed) {
     .slice(0, MOST)
     .map(checkpoint => {
       const { id, step, status } = checkpoint;
-      const usable = status === "committed",
-        own = checkpoint.operation_id === operation.id;
+      const usable = status === "committed";
+      const own = checkpoint.operation_id === operation.id;
       return h(
         "tr",
         { key: id },

@@ -13,9 +13,9 @@ const POLL_MS = 3000;
 export function workers(main) {
   document.title = "Workers · Relight";
   const gone = new AbortController();
-  let all = null,
-    names = new Map(),
-    failed = null;
+  let all = null;
+  let names = new Map();
+  let failed = null;
 
   const polling = poll(
     async () => {
