@@ -50,6 +50,7 @@ def assets() -> dict[str, Page]:
     return {name: _page(body, Path(name).suffix) for name, body in _files().items() if name != INDEX}
 
 
+@cache
 def plotly_name() -> str:
     return f"plotly-{distribution('plotly').version}.min.js"
 
