@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, Response, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, expect, sync_playwright
 
 from helpers.service import WAIT_S
 
@@ -39,7 +39,6 @@ class Tab:
         self.context.set_default_timeout(WAIT_S * 1000)
         self.complaints: list[str] = []
         self.expected: list[str] = []
-        self.answers: list[tuple[str, int]] = []
         self.page = self.open()
 
     def open(self) -> Page:
@@ -48,7 +47,6 @@ class Tab:
         page.on("console", self._console)
         page.on("pageerror", self._error)
         page.on("request", self._request)
-        page.on("response", self._response)
         return page
 
     def go(self, fragment: str) -> None:
@@ -67,10 +65,6 @@ class Tab:
         unexpected = [each for each in self.complaints if not any(part in each for part in self.expected)]
         assert unexpected == []
 
-    def asked(self, *paths: str) -> list[int]:
-        """The statuses of the answers under these paths."""
-        return [status for path, status in self.answers if path.startswith(paths)]
-
     def _console(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
             self.complaints.append(f"console: {message.text} {message.location}")
@@ -81,6 +75,3 @@ class Tab:
     def _request(self, request: Request) -> None:
         if urlsplit(request.url).scheme in ("http", "https") and not request.url.startswith(self.url + "/"):
             self.complaints.append(f"left the host: {request.url}")
-
-    def _response(self, response: Response) -> None:
-        self.answers.append((urlsplit(response.url).path, response.status))
