@@ -36,8 +36,8 @@ def test_from_a_link_to_a_run_that_was_cancelled_and_resumed(service: Service, t
 
     page.keyboard.press("n")
     page.get_by_label("Name").fill("from the browser")
-    page.get_by_label("Max epochs").fill("20")
-    page.get_by_label("Checkpoint every").fill("20 steps")
+    page.get_by_label("Max epochs").fill("14")
+    page.get_by_label("Checkpoint every").fill("200 steps")
     page.get_by_role("button", name="Submit").dblclick()
     expect(page.get_by_role("heading", name="from the browser")).to_be_visible()
     id = UUID(page.url.rpartition("/")[2])
@@ -56,11 +56,34 @@ def test_from_a_link_to_a_run_that_was_cancelled_and_resumed(service: Service, t
     expect(page.get_by_role("dialog")).to_contain_text(f"goes on from step {stopped_at}")
     page.get_by_role("dialog").get_by_role("button", name="Resume").click()
     expect(page.locator(".facts .chip")).to_have_text("completed")
-    expect(loss).to_have_attribute("aria-label", final_step(20 * 48))
+    expect(loss).to_have_attribute("aria-label", final_step(14 * 48))
 
     assert len(list(service.client.list(q="from the browser"))) == 1  # the second click was the same wish
     moves = [name for name in service.events(id) if name != "note"]
     assert moves == ["submit", "claim", "cancel", "stop", "resume", "claim", "complete"]
+
+
+CURVES = """async () => {
+    const {Curve, smoothed} = await import(document.querySelector('script[type=module]').src.replace('main', 'curve'));
+    const curve = new Curve('id', 'loss');
+    const report = (attempt, start_step, ...points) => ({attempt, start_step, series: [{name: 'loss', points}]});
+    Object.assign(curve, {loaded: true, whole: {steps: [0, 1, 2, 3], values: [4, 3, 2, 1]}, starts: [[0, 1]]});
+    curve.take(report(1, 0, [3, 1], [4, 0]));
+    curve.take(report(2, 2, [2, 'NaN']));
+    curve.take(report(1, 0, [5, 9]));
+    curve.take(report(2, 2, [3, '-Infinity']));
+    const anew = curve.take(report(2, 1, [1, 0]));
+    return [curve.whole.steps, curve.whole.values.map(String), curve.starts, anew, smoothed([NaN, 1, 1, 5], 0.5)];
+}"""
+
+
+@pytest.mark.slow
+def test_a_curve_forgets_what_a_later_attempt_replaces(tab: Tab) -> None:
+    steps, values, starts, read_anew, smooth = tab.page.evaluate(CURVES)
+    assert (steps, values) == ([0, 1, 2, 3], ["4", "3", "NaN", "-Infinity"])
+    assert starts == [[0, 1], [2, 2]]
+    assert read_anew  # the attempt began elsewhere than was said
+    assert smooth == [None, 1, 1, pytest.approx(23 / 7)]
 
 
 HOSTILE = "<img src=x onerror=hacked=1>"

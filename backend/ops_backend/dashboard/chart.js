@@ -1,4 +1,4 @@
-/** Curves as a drawing, by plotly, which is loaded when the first one is wanted. */
+/** Curves as a drawing, by plotly, which is loaded when the first ones are wanted. */
 
 import { smoothed } from "./curve.js";
 import { h, render } from "./dom.js";
@@ -18,6 +18,11 @@ function plotly() {
     document.head.append(script);
   });
   return loading;
+}
+
+/** Begins to load what draws, while the points are on their way; a failure is said where something is drawn. */
+export function prepare() {
+  plotly().catch(() => {});
 }
 
 /** Told apart in both themes, and by their dashes. */

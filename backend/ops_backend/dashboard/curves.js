@@ -1,7 +1,7 @@
 /** The curves of one operation or of several, in one view: the same zoom, smoothing and scale for all. */
 
 import { Away, get } from "./api.js";
-import { Chart, colour } from "./chart.js";
+import { Chart, colour, prepare } from "./chart.js";
 import { Curve } from "./curve.js";
 import { h, render } from "./dom.js";
 import { plural } from "./format.js";
@@ -9,7 +9,7 @@ import { problem, say } from "./notice.js";
 
 const KEY = "relight.curves";
 const SHOWN = 12; // charts at first: thousands of metrics are not thousands of charts
-const DRAW_MS = 500;
+const DRAW_MS = 1000;
 const AGAIN_MS = 3000;
 const STREAM_MS = 1000;
 
@@ -104,7 +104,7 @@ export function curves(root, operations, now) {
     paintAll();
   }
 
-  /** What the stream brings: drawn together, a few times a second at most. */
+  /** What the stream brings: drawn together, once a second at most. */
   function take(id, report) {
     if (!metrics) return;
     const fresh = report.series.map(({ name }) => name).filter(name => !metrics.includes(name));
@@ -277,6 +277,7 @@ export function curves(root, operations, now) {
     }
   }
 
+  prepare();
   draw();
   const first = setTimeout(load, now ? 0 : STREAM_MS);
   return {
