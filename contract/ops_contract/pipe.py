@@ -44,7 +44,7 @@ class Alive(Wire):
 
 
 class Mark(Wire):
-    """From the mark before until `at_s` (CLOCK_MONOTONIC, seconds) the time went to `use`; the device has done all of it.
+    """From the mark before until `at_s` (CLOCK_MONOTONIC, s) the time went to `use`; the device has done all of it.
 
     `step` is the next one. `epoch` and `units` (samples or tokens trained on) are of the time before it. `edge`: a
     later attempt may begin here, so that no window may reach across.
