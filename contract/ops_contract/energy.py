@@ -59,7 +59,8 @@ class EnergyWindow(Wire):
     """`index` counts the windows of a hold and device from 1. Steps: `first_step` ≤ s < `until_step`.
 
     What came after the last mark of an attempt that died belongs to the step in flight. `energy_j` null: not known,
-    for `reason`; without a meter (`no_meter`) source and quality are null too. `error_j` bounds the error of its edges. `baseline_w` is what the device takes when it is idle.
+    for `reason`; without a meter (`no_meter`) source and quality are null too. `error_j` bounds the error of its edges.
+    `baseline_w` is what the device takes when it is idle.
     """
 
     index: int = Field(ge=1)
