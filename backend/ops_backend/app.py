@@ -18,6 +18,7 @@ from ops_backend.routes import (
     agents,
     catalog,
     cleanup,
+    energy,
     errors,
     exports,
     health,
@@ -61,7 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
     status.install(app)
     app.include_router(health.router)
     app.include_router(scrape.router)
-    for module in (operations, stream, exports, cleanup, snapshots, agents, catalog, webhooks, session):
+    for module in (operations, energy, stream, exports, cleanup, snapshots, agents, catalog, webhooks, session):
         app.include_router(module.router, prefix=API_PREFIX)
     return app
 

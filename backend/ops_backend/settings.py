@@ -38,6 +38,13 @@ class Settings(BaseModel):
     retry_backoff_s: float = Field(2.0, ge=0, description="before the first retry; doubles up to five minutes")
     orphan_sweep_s: float = Field(600.0, gt=0, description="how often directories that a crash left are looked for")
     max_streams: int = Field(200, ge=1, description="how many clients may watch by GET …/stream at a time")
+    carbon_g_per_kwh: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="grams of CO2 that a kilowatt-hour causes; else carbon is null"
+    )
+    price_per_kwh: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="what a kilowatt-hour costs; else the cost is null"
+    )
+    currency: str | None = Field(None, min_length=1, max_length=8, description="of the price, such as EUR")
     db_pool_size: int = Field(10, ge=1, description="connections to the database for requests; twelve more are its own")
 
     @field_validator("database_url")

@@ -13,6 +13,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ops_backend.store.energy import Booked
 from ops_backend.store.gauges import Gauges
 from ops_contract.lifecycle import TERMINAL, Status
 from ops_contract.reports import Metrics, Report
@@ -64,6 +65,12 @@ class Telemetry:
             buckets=ANSWER_S,
             registry=registry,
         )
+        self._joules = Total(
+            "relight_energy_joules",
+            "What devices used for operations, as workers booked it; upper bounds are no part of a sum.",
+            ["worker", "device", "quality", "use"],
+            registry=registry,
+        )
         self._begin_at_zero()
 
     def dispatched(self, outcome: str, seconds: float) -> None:
@@ -83,6 +90,10 @@ class Telemetry:
             self._reports.labels(report.kind).inc()
             if isinstance(report, Metrics):
                 self._points.inc(sum(len(series.steps) for series in report.series))
+
+    def booked(self, windows: Iterable[Booked]) -> None:
+        for new in windows:
+            self._joules.labels(new.worker, new.device, new.quality, new.use).inc(new.energy_j)
 
     def answered(self, scope: Scope, status: int, seconds: float) -> None:
         # Of the route, never the path: that has ids. Whether it has the prefix depends on the version of FastAPI.

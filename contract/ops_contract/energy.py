@@ -5,7 +5,7 @@ measurement: a mark falls wherever a later attempt may begin.
 """
 
 from enum import StrEnum
-from typing import Final
+from typing import Annotated, Final
 from uuid import UUID
 
 from pydantic import Field, model_validator
@@ -40,6 +40,11 @@ class Use(StrEnum):
     UNATTRIBUTED = "unattributed"  # after the last that a killed agent had booked: whose it was is not known
 
 
+# Of one window, so that no sum of them overflows: a kilowatt for eleven days, three years, more steps than those have.
+MOST_J: Final = 1e9
+MOST_S: Final = 1e8
+MOST_STEPS: Final = 10**10
+
 # Said apart from what trained; evaluation too, but that can be lost.
 OVERHEAD: Final = frozenset({Use.STARTUP, Use.RESTORE, Use.SAVE, Use.FINISH})
 
@@ -52,7 +57,7 @@ class DeviceState(Wire):
     sm_clock_mean_mhz: float | None = Field(None, ge=0, allow_inf_nan=False)
     utilization_mean_percent: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     memory_used_max_bytes: int | None = Field(None, ge=0)
-    throttled_s: dict[Name, float] = {}
+    throttled_s: dict[Name, Annotated[float, Field(ge=0, le=MOST_S)]] = Field({}, max_length=64)
 
 
 class EnergyWindow(Wire):
@@ -71,20 +76,20 @@ class EnergyWindow(Wire):
     epoch: Step | None = None
     first_step: Step
     until_step: Step
-    units: int = Field(0, ge=0, lt=2**63, description="samples or tokens trained on in it")
-    duration_s: float = Field(ge=0, allow_inf_nan=False)
-    energy_j: float | None = Field(ge=0, allow_inf_nan=False)
-    error_j: float | None = Field(None, ge=0, allow_inf_nan=False)
+    units: int = Field(0, ge=0, le=10**15, description="samples or tokens trained on in it")
+    duration_s: float = Field(ge=0, le=MOST_S, allow_inf_nan=False)
+    energy_j: float | None = Field(ge=0, le=MOST_J, allow_inf_nan=False)
+    error_j: float | None = Field(None, ge=0, le=MOST_J, allow_inf_nan=False)
     reason: Name | None = None
-    baseline_w: float | None = Field(None, ge=0, allow_inf_nan=False)
+    baseline_w: float | None = Field(None, ge=0, le=MOST_J, allow_inf_nan=False)
     state: DeviceState | None = None
 
     @model_validator(mode="after")
     def _unknown_has_its_reason(self) -> "EnergyWindow":
         if (self.energy_j is None) != (self.reason is not None):
             raise ValueError("energy_j and reason: exactly one of them is null")
-        if self.until_step < self.first_step:
-            raise ValueError("until_step lies before first_step")
+        if not 0 <= self.until_step - self.first_step <= MOST_STEPS:
+            raise ValueError("until_step lies before first_step, or too far behind it")
         return self
 
 
@@ -93,6 +98,10 @@ class EnergyBatch(Wire):
 
     incarnation: UUID
     windows: list[EnergyWindow] = Field(min_length=1, max_length=1000)
+
+
+class EnergyBooked(Wire):
+    """Each window of the batch counts, once."""
 
 
 class DeviceNow(Wire):
