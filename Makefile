@@ -2,13 +2,14 @@
 BIN := .venv/bin
 TEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo up lint test test-all bench chaos constraints
+.PHONY: help setup demo up lint test test-all docs bench chaos constraints
 
 help:
 	@echo "make demo      a training is killed, goes on elsewhere, and is compared bit for bit (about 2 minutes)"
 	@echo "make up        the whole service: database, API, worker"
 	@echo "make test      lint and tests, at most 10 minutes"
 	@echo "make test-all  everything, at most 60 minutes"
+	@echo "make docs      the documentation as pages, in build/docs"
 	@echo "make chaos     real faults, then a check of the whole history; SEED=… and FAULTS=… or MINUTES=… choose them;"
 	@echo "               KILLS=… real kills of each training of the matrix of exactness, compared bit for bit"
 
@@ -40,6 +41,11 @@ test-all: lint
 chaos: setup
 	SEED=$(SEED) FAULTS=$(FAULTS) MINUTES=$(MINUTES) $(TEST) -s tests/chaos/test_chaos.py
 	EXACTNESS_KILLS=$(or $(KILLS),3) $(TEST) -s -m slow tests/unit/test_exactness_matrix.py
+
+# Warnings are errors: what does not lead anywhere would be found by a reader.
+docs: setup
+	$(BIN)/python -m sphinx -W -n -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 bench: setup
 	$(BIN)/python benchmarks/checkpoint_stall.py

@@ -1,4 +1,4 @@
-"""`python -m ops_backend server|db`: each one process in the foreground, ready when it says so; `doctor` looks."""
+"""`python -m ops_backend server|db`: each one process in the foreground, ready when it says so; other verbs end."""
 
 import argparse
 import asyncio
@@ -17,9 +17,10 @@ from sqlalchemy.exc import DBAPIError
 
 from ops_backend import postgres
 from ops_backend.app import create_app
-from ops_backend.database import OldPostgres, migrate
+from ops_backend.database import UnfitDatabase, migrate
 from ops_backend.postgres_place import PostgresError
 from ops_backend.settings import Settings, SettingsError
+from ops_backend.storage import RESTORING
 from ops_contract.log_lines import LogFormatError, log_formatter
 
 
@@ -31,6 +32,8 @@ def main() -> int:
             return postgres.run(arguments.data_dir, json=arguments.json, exit_on_eof=arguments.exit_on_eof)
         if arguments.verb == "doctor":
             return examine(arguments.data_dir)
+        if arguments.verb in ("backup", "restore"):
+            return copy(arguments)
         return serve(Settings.from_env(), as_json=arguments.json, exit_on_eof=arguments.exit_on_eof)
     except (SettingsError, PostgresError, LogFormatError) as error:
         print(f"ops {arguments.verb}: {error}", file=sys.stderr)
@@ -39,9 +42,12 @@ def main() -> int:
 
 def serve(settings: Settings, *, as_json: bool, exit_on_eof: bool) -> int:
     """Migrate, bind, say so, serve until SIGTERM, ctrl-C or (with `exit_on_eof`) the end of stdin."""
+    if (settings.storage_root / RESTORING).exists():
+        print(f"ops server: a restore into {settings.storage_root} did not finish: do it again", file=sys.stderr)
+        return 1
     try:
         asyncio.run(migrate(settings.database_url))
-    except (OSError, DBAPIError, OldPostgres) as error:
+    except (OSError, DBAPIError, UnfitDatabase) as error:
         print(f"ops server: cannot use the database of OPS_DATABASE_URL: {error}", file=sys.stderr)
         return 1
     try:
@@ -66,6 +72,33 @@ def examine(data_dir: Path | None) -> int:
     return int(any(finding.state == "fail" for finding in findings.items))
 
 
+def copy(arguments: argparse.Namespace) -> int:
+    """Back up or restore, say on stderr how it goes, and print what was done, as JSON."""
+    from ops_backend import backup
+    from ops_backend.archive import ArchiveError
+
+    def say(line: str) -> None:
+        print(f"  {line}", file=sys.stderr, flush=True)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it clears away what it began
+    if arguments.exit_on_eof:
+        threading.Thread(target=_stop_at_eof, daemon=True).start()
+    service = backup.Service.find(arguments.data_dir, os.environ)
+    try:
+        if arguments.verb == "backup":
+            done = backup.back_up(service, arguments.to, say).model_dump_json()
+        else:
+            done = backup.restore(service, arguments.file, arguments.replace, say).model_dump_json()
+    except (backup.BackupError, ArchiveError, UnfitDatabase, OSError) as error:
+        print(f"ops {arguments.verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"ops {arguments.verb}: stopped before it was done", file=sys.stderr)
+        return 130
+    print(done)
+    return 0
+
+
 class Server(uvicorn.Server):
     """Says that it is ready when requests are answered, not before, and waits for no stream when it ends."""
 
@@ -87,7 +120,9 @@ class Server(uvicorn.Server):
 
 def _stop_at_eof() -> None:
     """The supervisor holds the other end of stdin: its death, however sudden, ends this process in order."""
-    sys.stdin.buffer.read()
+    # Not sys.stdin: its lock, held by a daemon thread, would abort the interpreter's exit.
+    while os.read(0, 4096):
+        pass
     signal.raise_signal(signal.SIGTERM)
 
 
@@ -108,9 +143,16 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("server", parents=[common], help="the API, set up by OPS_* variables")
     database = verbs.add_parser("db", parents=[common], help="the embedded Postgres")
     database.add_argument("--data-dir", type=Path, required=True)
-    doctor = verbs.add_parser("doctor", help="look at database and storage")
-    doctor.add_argument("--data-dir", type=Path, help="of an `ops up`, where OPS_* variables do not say")
-    doctor.add_argument("--json", action="store_true", help="the only form there is")
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument("--data-dir", type=Path, help="of an `ops up`, where OPS_* variables do not say")
+    place.add_argument("--json", action="store_true", help="the only form there is")
+    verbs.add_parser("doctor", parents=[place], help="look at database and storage")
+    place.add_argument("--exit-on-eof", action="store_true", help="stop when stdin ends")
+    backup = verbs.add_parser("backup", parents=[place], help="the whole service as one file")
+    backup.add_argument("--to", type=Path, required=True, help="a file, or a directory to make one in")
+    restore = verbs.add_parser("restore", parents=[place], help="a backup, into a place of its own")
+    restore.add_argument("file", type=Path)
+    restore.add_argument("--replace", action="store_true", help="set aside what is there")
     return parser
 
 

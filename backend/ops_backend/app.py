@@ -23,6 +23,7 @@ from ops_backend.routes import (
     exports,
     health,
     operations,
+    raw_bodies,
     scrape,
     session,
     snapshots,
@@ -49,17 +50,34 @@ EXPORT_S = 600.0
 SCRAPE_S = 5.0
 # At a time: each has its points in memory, 16 bytes each, and shares the interpreter with everybody else.
 EXPORTS = 2
+# In the order in which people get to know them.
+TAGS = {
+    "operations": "What runs, ran or waits: submit, watch, cancel, resume, fork, and all that an operation leaves.",
+    "workers": "Who works here, and what can be trained.",
+    "webhooks": "URLs that are told when operations end.",
+    "snapshots": "Users' code, packed as a tar file, by its SHA-256.",
+    "session": "How a browser logs in: a link that works once becomes a cookie.",
+    "health": "For probes and Prometheus.",
+    "agents": "What workers say. Users have no need of it.",
+}
 
 
 def create_app(settings: Settings) -> FastAPI:
     """Needs a migrated database. One a process; several processes may share a database."""
-    app = FastAPI(title="Relight", version="0.1", lifespan=_lifespan, responses=errors.refusals(422, 503))
+    app = FastAPI(
+        title="Relight",
+        version="0.1",
+        openapi_tags=[{"name": name, "description": text} for name, text in TAGS.items()],
+        lifespan=_lifespan,
+        responses=errors.refusals(422, 503),
+    )
     app.state.telemetry = telemetry = Telemetry(version("relight"))
     app.add_middleware(CountRequests, telemetry=telemetry)
     app.state.settings = settings
     app.state.export_turns = asyncio.Semaphore(EXPORTS)
     errors.install(app)
     status.install(app)
+    raw_bodies.install(app)
     app.include_router(health.router)
     app.include_router(scrape.router)
     for module in (operations, energy, stream, exports, cleanup, snapshots, agents, catalog, webhooks, session):

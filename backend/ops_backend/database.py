@@ -11,6 +11,7 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -88,20 +89,36 @@ def alembic_config(url: str) -> Config:
     return config
 
 
-class OldPostgres(Exception):
-    """The server is older than our statements."""
+class UnfitDatabase(Exception):
+    """The server, or what is in its database, is not for this version; the message says what to do."""
 
 
-async def migrate(url: str) -> None:
-    """Bring the schema to this version's. Raises OldPostgres."""
+async def migrate(url: str, revision: str = "head") -> None:
+    """Bring the schema to this version's, or to an older one of an empty database. Raises UnfitDatabase."""
     engine = create_async_engine(url, poolclass=NullPool)
     async with engine.connect() as connection:
         version = str(await connection.scalar(text("SHOW server_version")))
+        has_schema = await connection.scalar(text("SELECT to_regclass('alembic_version')"))
+        found = await connection.scalar(text("SELECT version_num FROM alembic_version")) if has_schema else None
     await engine.dispose()
     if int(version.split(".")[0]) < OLDEST_POSTGRES:
-        raise OldPostgres(f"this is Postgres {version}; Relight needs {OLDEST_POSTGRES} or newer")
+        raise UnfitDatabase(f"this is Postgres {version}; Relight needs {OLDEST_POSTGRES} or newer")
+    if found is not None and not is_known(found):
+        raise UnfitDatabase(
+            f"its schema {found} was made by a newer Relight than this one, which knows up to {newest_revision()}; "
+            "nothing was changed. Use that version again, or restore a backup that this one has made"
+        )
     # Alembic is synchronous and brings its own event loop.
-    await asyncio.to_thread(command.upgrade, alembic_config(url), "head")
+    await asyncio.to_thread(command.upgrade, alembic_config(url), revision)
+
+
+def newest_revision() -> str:
+    """Of the schema, as this version has it."""
+    return str(ScriptDirectory.from_config(alembic_config("")).get_current_head())
+
+
+def is_known(revision: str) -> bool:
+    return any(known.revision == revision for known in ScriptDirectory.from_config(alembic_config("")).walk_revisions())
 
 
 def _decode_json(connection: Any, _record: object) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Protocol, cast
 from uuid import UUID
 
 from fastapi import Depends, Request
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security.base import SecurityBase
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.browsers import cookie_of, digest
@@ -88,7 +90,17 @@ async def vital_session_of(request: Request) -> AsyncIterator[AsyncSession]:
         yield session
 
 
-async def caller(request: Request) -> str:
+class Bearer(SecurityBase):
+    """Says in the OpenAPI document which calls want a token; `caller` itself reads what comes."""
+
+    scheme_name = "token"
+    model = HTTPBearer(description="what `ops up` keeps in DIR/token; a browser has a cookie instead")
+
+    async def __call__(self) -> None:
+        pass
+
+
+async def caller(request: Request, _bearer: Annotated[None, Depends(Bearer())] = None) -> str:
     """The submitter that the bearer token names, or the browser's cookie. Raises 401."""
     settings = settings_of(request)
     scheme, _, token = request.headers.get("authorization", "").partition(" ")

@@ -7,14 +7,13 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
-from alembic.script import ScriptDirectory
 from asyncpg import PostgresError as PostgresRefusal
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from ops_backend.database import OLDEST_POSTGRES, alembic_config
+from ops_backend.database import OLDEST_POSTGRES, newest_revision
 from ops_backend.postgres import socket_dir_of, url_of
 from ops_backend.postgres_place import PostgresError, existing_home
 from ops_backend.settings import with_our_driver
@@ -80,7 +79,7 @@ async def _look_at(connection: AsyncConnection) -> AsyncIterator[Finding]:
     sent_s = time.time()
     now_s = float(str(await connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())"))))
     yield clock("clock of the database", now_s - (sent_s + time.time()) / 2)
-    head = ScriptDirectory.from_config(alembic_config("")).get_current_head()
+    head = newest_revision()
     has_schema = await connection.scalar(text("SELECT to_regclass('alembic_version')"))
     at = await connection.scalar(text("SELECT version_num FROM alembic_version")) if has_schema else None
     if at != head:

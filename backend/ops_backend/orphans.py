@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ops_backend.database import Sessions
 from ops_backend.storage import owner, published_in, remove_checkpoint
+from ops_backend.store.backup import may_sweep
 from ops_backend.store.retention import without_row
 from ops_backend.store.snapshots import delete_unused
 
@@ -42,7 +43,7 @@ class OrphanSweeper:
         # the two would be here without a row. An attempt that is seen to have ended gets no row any more: whatever it
         # was allowed to report was committed before its end, and what waits in an outbox will be refused.
         async with self._sessions.begin() as session:
-            orphans = await without_row(session, found)
+            orphans = await without_row(session, found) if await may_sweep(session) else []
             await delete_unused(session)
         for path in orphans:
             await self._delete(path)

@@ -27,6 +27,7 @@ from typing import IO, Any, Literal, NoReturn
 from urllib.parse import quote
 
 from ops_backend.postgres_place import PostgresError, Process, find_place
+from ops_backend.storage import sync_directory
 
 logger = logging.getLogger(__name__)
 
@@ -261,15 +262,16 @@ class EmbeddedPostgres:
         self._initdb(lock, unfinished)
         self._single_user(lock, unfinished, f"CREATE DATABASE {NAME}")
         unfinished.rename(data)
-        _sync_directory(self.home)
+        sync_directory(self.home)
 
     def _check_version(self, data: Path) -> None:
         theirs, ours = (data / "PG_VERSION").read_text().strip(), self._place.version.partition(".")[0]
         if theirs != ours:
             raise PostgresError(
-                f"{data} was made by PostgreSQL {theirs} and this Relight brings {ours}; nothing was changed. Dump it "
-                "(`ops backup`, pg_dump) with the Relight that made it and restore it into a new --data-dir with this "
-                f"one, or serve it with PostgreSQL {theirs} and set OPS_DATABASE_URL"
+                f"{data} was made by PostgreSQL {theirs} and this Relight brings {ours}; nothing was changed. Take a "
+                "backup with the Relight that made it (`ops backup`), or with this one while a PostgreSQL "
+                f"{theirs} serves it (`OPS_DATABASE_URL=… ops backup --data-dir {self.home.parent}`), and restore that "
+                "with this one: `ops restore FILE --data-dir NEW`"
             )
 
     def _replace_password(self, lock: int, data: Path) -> None:
@@ -440,11 +442,3 @@ def _try_lock(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

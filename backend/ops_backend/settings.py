@@ -27,17 +27,28 @@ class Settings(BaseModel):
     database_url: str = Field(description="postgresql://user:password@host/database, Postgres 15 or newer")
     api_token: str = Field(min_length=16, description="the bearer token of users and workers")
     storage_root: DirectoryPath = Field(
-        description="where the workers publish checkpoints; old ones are deleted there, and logs written"
+        description="where the workers publish checkpoints; must exist; old ones are deleted there, and logs written"
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8470, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     lease_s: float = Field(15.0, gt=0, description="a worker silent for this long has lost its operations")
     cancel_grace_s: float = Field(30.0, gt=0, description="from asking a trainer to stop to killing it")
-    poll_s: float = Field(0.5, gt=0, description="how often the dispatcher looks for work, and streams for news")
+    poll_s: float = Field(
+        0.5, gt=0, description="how often the dispatcher looks for work unprompted, and streams for what is new"
+    )
     slot_rest_s: float = Field(5.0, ge=0, description="how long a slot that refused is left alone")
     retry_backoff_s: float = Field(2.0, ge=0, description="before the first retry; doubles up to five minutes")
-    orphan_sweep_s: float = Field(600.0, gt=0, description="how often directories that a crash left are looked for")
-    max_streams: int = Field(200, ge=1, description="how many clients may watch by GET …/stream at a time")
+    orphan_sweep_s: float = Field(
+        600.0,
+        gt=0,
+        description="how often directories that a crash left are looked for, a thousand operations at a time, and "
+        "snapshots that nothing refers to",
+    )
+    max_streams: int = Field(
+        200,
+        ge=1,
+        description="how many clients may watch by `GET …/stream` at a time, of each API; one more is a 503",
+    )
     carbon_g_per_kwh: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="grams of CO2 that a kilowatt-hour causes; else carbon is null"
     )
@@ -45,7 +56,12 @@ class Settings(BaseModel):
         None, ge=0, allow_inf_nan=False, description="what a kilowatt-hour costs; else the cost is null"
     )
     currency: str | None = Field(None, min_length=1, max_length=8, description="of the price, such as EUR")
-    db_pool_size: int = Field(10, ge=1, description="connections to the database for requests; twelve more are its own")
+    db_pool_size: int = Field(
+        10,
+        ge=1,
+        description="connections to the database for requests; twelve more are its own: heartbeats, loops and "
+        "`/metrics` wait for no request",
+    )
 
     @field_validator("database_url")
     @classmethod

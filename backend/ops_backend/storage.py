@@ -14,6 +14,8 @@ from typing import BinaryIO
 from uuid import UUID
 
 LOGS = "logs"
+# In a storage root that a restore is filling: which backup it is. No API starts there.
+RESTORING = "restoring"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPERATION = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _PUBLISHED = re.compile(r"([1-9][0-9]{0,8})-(?:0|[1-9][0-9]{0,18})(?:-evaluate|-model|-files|-finish)?(?:\.tmp)?")
@@ -166,6 +168,45 @@ def _logs_of(root: Path, operation: str) -> Iterator[int]:
         yield at
     finally:
         os.close(at)
+
+
+def operations_in(root: Path) -> list[UUID]:
+    """Whose directories there are; none in a root that is not there."""
+    with suppress(FileNotFoundError), os.scandir(root) as entries:
+        return [UUID(entry.name) for entry in entries if _is_ours(entry, _OPERATION)]
+    return []
+
+
+def mark_restoring(root: Path, digest: str) -> None:
+    """Durably, before anything of the backup is there."""
+    with (root / RESTORING).open("w") as file:
+        file.write(digest)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(root)
+
+
+def sync_directory(path: Path) -> None:
+    """What was renamed or made in it is durable."""
+    directory = os.open(path, _DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def files_in(root: Path, path: str) -> Iterator[str]:
+    """What is no directory, in the directory `path` below the root and in those below it; nothing where it is missing.
+
+    No symbolic link is followed.
+    """
+    storage = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(FileNotFoundError):
+            for directory, _, names, _ in os.fwalk(path, dir_fd=storage):
+                yield from (f"{directory}/{name}" for name in sorted(names))
+    finally:
+        os.close(storage)
 
 
 def _remove_tree(root: Path, operation: str, name: str) -> None:

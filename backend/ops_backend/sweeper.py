@@ -7,6 +7,7 @@ from uuid import UUID
 
 from ops_backend.database import Sessions
 from ops_backend.storage import owner, remove_checkpoint, remove_operation
+from ops_backend.store.backup import may_sweep
 from ops_backend.store.deletion import mark_swept, unswept
 from ops_backend.store.retention import Retired, deleting, forget, release
 
@@ -33,6 +34,8 @@ class Sweeper:
     async def sweep(self) -> None:
         async with self._sessions.begin() as session:
             await release(session)
+            if not await may_sweep(session):
+                return
             retired = await deleting(session)
             deleted = await unswept(session)
         for checkpoint in retired:

@@ -63,7 +63,7 @@ def verify(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Read the files of an operation's checkpoints, and compare every byte with what was committed.
+    """Read checkpoints, and compare every byte with what was committed.
 
     Exits with 1 when one of them is not good.
     """
@@ -104,7 +104,7 @@ def delete(
 
 @with_client
 def artifacts(client: "Client", operation_id: OperationId, json: Json = False) -> None:
-    """The files that a completed operation left: its final model, as safetensors.
+    """The files that an operation left, such as its final model.
 
     Their paths are below the storage root.
     """
@@ -115,7 +115,7 @@ def artifacts(client: "Client", operation_id: OperationId, json: Json = False) -
     if not items:
         print("No artifact: a training leaves its model when it completes.")
         return
-    table = show.table("NAME", "STEP", "SIZE", "SHA256", "PATH", right=("STEP", "SIZE"), wide="PATH")
+    table = show.table("NAME", "STEP", "SIZE", "SHA256", "PATH", right=("STEP", "SIZE"), wide=["PATH"])
     for item in items:
         table.add_row(item.name, str(item.step), show.size(item.size_bytes), item.sha256[:12], item.path)
     show.print_rich(table)
@@ -173,7 +173,7 @@ def _print_problems(problems: "Sequence[tuple[CheckpointView, str | None]]") -> 
     if not problems:
         print("No checkpoint yet.")
         return
-    table = show.table("ID", "STEP", "SIZE", "FILES", "", right=("STEP", "SIZE"), wide="")
+    table = show.table("ID", "STEP", "SIZE", "FILES", "", right=("STEP", "SIZE"), wide=[""])
     ids = show.shortest(item.id for item, _ in problems)
     for item, problem in problems:
         files = "[red]corrupt[/]" if problem else "[green]good[/]"

@@ -79,13 +79,7 @@ class Child:
             self._process.wait()
 
     def last_lines(self, count: int) -> list[str]:
-        """Of its log."""
-        try:
-            with self.log.open("rb") as log:
-                log.seek(max(0, self.log.stat().st_size - TAIL_BYTES))
-                return log.read().decode(errors="replace").splitlines()[-count:]
-        except OSError as error:
-            return [f"(its log cannot be read: {error})"]
+        return last_lines(self.log, count)
 
     def _drain(self, stdout: IO[bytes]) -> None:
         """To its end, or a child that says much would stand still."""
@@ -97,6 +91,15 @@ class Child:
                 else:
                     log.write(line)
                     log.flush()
+
+
+def last_lines(log: Path, count: int) -> list[str]:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+            return file.read().decode(errors="replace").splitlines()[-count:]
+    except OSError as error:
+        return [f"(its log cannot be read: {error})"]
 
 
 def rotate(log: Path) -> None:

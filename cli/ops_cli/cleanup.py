@@ -27,9 +27,10 @@ def delete(
     operation_id: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids, or unique beginnings of them.")],
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
 ) -> None:
-    """Delete operations that have ended, with their history, checkpoints, model and logs.
+    """Delete operations that have ended, with all that they left.
 
-    Forks and replays need what they began at: delete them first, or with it. What cannot go is said, and the rest goes.
+    That is history, checkpoints, model and logs. Forks and replays need what they began at: delete them first, or with
+    it. What cannot go is said, and the rest goes.
     """
     from ops_contract.errors import OpsError
 
@@ -65,7 +66,13 @@ def cleanup(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go, whatever else is said.")] = False,
     json: Json = False,
 ) -> None:
-    """Delete operations that ended long ago; without --yes show what would go, and how much."""
+    """Delete operations that ended long ago.
+
+    Without --yes it only shows what would go, and how much.
+
+    \b
+    ops cleanup --older-than 30d --keep-model
+    """
     from pydantic import ValidationError
 
     try:
@@ -81,7 +88,7 @@ def cleanup(
     if json:
         print(show.json_array(items))
         return
-    table = show.table("ID", "NAME", "STATUS", "ENDED", "GOES", "SIZE", "", right=("SIZE",), wide="")
+    table = show.table("ID", "NAME", "STATUS", "ENDED", "GOES", "SIZE", "", right=("SIZE",), wide=[""])
     ids = show.shortest(item.id for item in items)
     for item in items:
         ended = item.ended_at.astimezone().strftime("%Y-%m-%d")

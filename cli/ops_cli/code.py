@@ -35,10 +35,10 @@ def register(app: typer.Typer) -> None:
 def pack(
     directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Your project.")] = Path("."), json: Json = False
 ) -> None:
-    """Show what a submit would pack of a directory; nothing is sent.
+    """Show what a submit would pack of a directory.
 
-    Within a git work tree what git tracks and what it would, else all but hidden files, caches and venvs.
-    Name in .relightignore what does not belong to it, in the words of .gitignore.
+    Nothing is sent. Within a git work tree what git tracks and what it would, else all but hidden files, caches and
+    venvs. Name in .relightignore what does not belong to it, in the words of .gitignore.
     """
     from relight import packing
 
@@ -58,7 +58,7 @@ def code(
     to: Annotated[Path | None, typer.Option(metavar="DIR", help="Unpack it there: a new or empty directory.")] = None,
     json: Json = False,
 ) -> None:
-    """Show or unpack the code that an operation runs, as it was at submit."""
+    """Show or unpack the code of an operation, as it was at submit."""
     from ops_contract.errors import ErrorCode, OpsError
 
     found = client.resolve(operation_id)

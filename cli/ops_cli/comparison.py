@@ -1,10 +1,12 @@
-"""Two runs of one job: are they equal bit for bit, and how do they look."""
+"""Runs side by side: are they equal bit for bit, what did they cost, and how do they look."""
 
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
+from uuid import UUID
 
 from ops_cli.plot import columns, new_figure, save
 
@@ -12,18 +14,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from ops_contract.operations import AttemptView, Operation
+    from relight.client import Client
+
+NO_VALUES = "neither run reported a metric"
 
 Curves = dict[str, list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
 class Run:
-    """An operation that has ended, with every point of its metrics."""
+    """An operation with every point of its metrics; of a live one those so far."""
 
     label: str
     operation: "Operation"
     attempts: "Sequence[AttemptView]"
     curves: Curves
+
+    @classmethod
+    def fetch(cls, client: "Client", id: UUID, label: str) -> Self:
+        curves = {name: client.metrics(id, name).points for name in client.metric_names(id)}
+        return cls(label, client.get(id), client.attempts(id), curves)
 
     @property
     def interruptions(self) -> list[tuple[int, int]]:
@@ -37,30 +47,45 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return len(self.curves.get("loss", []))
+        """Those of the metric that has most."""
+        return max(map(len, self.curves.values()), default=0)
 
     @property
-    def wall_s(self) -> float:
-        if self.operation.started_at is None or self.operation.ended_at is None:
-            raise ValueError(f"{self.operation.name} has not ended")
-        return (self.operation.ended_at - self.operation.started_at).total_seconds()
+    def wall_s(self) -> float | None:
+        """From its first start to its end, or to now; None before it has begun."""
+        began_at, ended_at = self.operation.started_at, self.operation.ended_at or datetime.now(UTC)
+        return (ended_at - began_at).total_seconds() if began_at else None
 
     def last(self, metric: str) -> float | None:
         return self.curves[metric][-1][1] if self.curves.get(metric) else None
 
 
-def first_difference(one: Curves, other: Curves) -> str | None:
+@dataclass(frozen=True)
+class Parting:
+    """Where two runs first differ; None is a step that one of them does not have."""
+
+    metric: str
+    step: int
+    values: tuple[float | None, float | None]
+
+    def __str__(self) -> str:
+        one, other = ("missing" if value is None else repr(value) for value in self.values)
+        return f"at step {self.step} {self.metric} is {one} and {other}"
+
+
+def first_difference(one: Curves, other: Curves) -> Parting | None:
     """None when every metric has the same steps with the same 64 bits; the sign of zero and NaN count as bits."""
-    if not one and not other:
-        return "neither run reported a metric"
-    for name in sorted(one.keys() | other.keys()):
-        points, others = one.get(name, []), other.get(name, [])
-        for (step, value), (other_step, other_value) in zip(points, others, strict=False):
-            if step != other_step or struct.pack("<d", value) != struct.pack("<d", other_value):
-                return f"{name} is {value!r} at step {step} and {other_value!r} at step {other_step}"
-        if len(points) != len(others):
-            return f"{name} has {len(points)} points in one and {len(others)} in the other"
-    return None
+    partings = []
+    for metric in sorted(one.keys() | other.keys()):
+        values, others = dict(one.get(metric, [])), dict(other.get(metric, []))
+        differing = (step for step in values.keys() | others.keys() if _bits(values, step) != _bits(others, step))
+        if (step := min(differing, default=None)) is not None:
+            partings.append(Parting(metric, step, (values.get(step), others.get(step))))
+    return min(partings, key=lambda parting: parting.step, default=None)
+
+
+def _bits(values: dict[int, float], step: int) -> bytes | None:
+    return struct.pack("<d", values[step]) if step in values else None
 
 
 def draw(interrupted: Run, undisturbed: Run, path: Path) -> Path:

@@ -7,11 +7,28 @@ from typing import Annotated, Any
 
 import typer
 
+from ops_cli import completing
+
 Url = Annotated[str | None, typer.Option(help="The server; else OPS_API_URL, the config file, or the last `ops up`.")]
 Token = Annotated[
     str | None, typer.Option(help="Its token; else OPS_API_TOKEN, the config file, or the last `ops up`.")
 ]
-OperationId = Annotated[str, typer.Argument(metavar="ID", help="An operation's id, or a unique beginning of it.")]
+
+
+def _id(*statuses: str) -> Any:
+    offered = completing.operations(*statuses)
+    return typer.Argument(metavar="ID", help="An operation's id, or a unique beginning of it.", autocompletion=offered)
+
+
+OperationId = Annotated[str, _id()]
+LiveId = Annotated[str, _id("pending", "running", "waiting", "cancelling")]
+ResumableId = Annotated[str, _id("failed", "cancelled")]
+OperationIds = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="ID...", help="Operations, by a beginning of the id.", autocompletion=completing.operations()
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine output alone on stdout.")]
 
 

@@ -1,6 +1,5 @@
 """`ops dashboard`: a link that logs a browser in."""
 
-import webbrowser
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +18,12 @@ def register(app: typer.Typer) -> None:
 def dashboard(
     client: "Client", open_it: Annotated[bool, typer.Option("--open", help="In this machine's browser.")] = False
 ) -> None:
-    """Print a link to the dashboard; it logs one browser in, once, within an hour."""
+    """Print a link to the dashboard.
+
+    It logs one browser in, once, within an hour.
+    """
+    import webbrowser
+
     link = client.dashboard_link()
     print(link)
     if open_it and not webbrowser.open(link):

@@ -1,10 +1,7 @@
 """`ops demo`: a training that is killed and goes on, beside one that is not, compared bit for bit."""
 
 import os
-import secrets
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +11,7 @@ from uuid import UUID
 import typer
 
 from ops_cli import show
-from ops_cli.comparison import Run, first_difference
+from ops_cli.comparison import NO_VALUES, Run, first_difference
 from ops_cli.exits import ExitCode
 from ops_cli.plot import require_matplotlib
 from ops_cli.stopping import StopRequested, StopRequests
@@ -73,6 +70,9 @@ def demo(
 @contextmanager
 def _service(stops: StopRequests) -> "Iterator[Demonstration]":
     """Two workers of one core each on a directory of its own, which is removed in the end."""
+    import shutil
+    import tempfile
+
     from ops_cli.stack import Stack
     from relight.client import Client
 
@@ -93,6 +93,8 @@ def _service(stops: StopRequests) -> "Iterator[Demonstration]":
 
 
 def _settings(directory: Path) -> "StackSettings":
+    import secrets
+
     from ops_cli.stack import StackSettings
 
     # Whatever service the caller's OPS_* variables describe, it is not this one.
@@ -159,9 +161,7 @@ class Demonstration:
         operation = self._follow(operation_id, lambda _: False)
         if operation.status != "completed":
             raise DemoError(f"{operation.name} {operation.status}{_because(operation)}")
-        client = self._client
-        curves = {name: client.metrics(operation_id, name).points for name in client.metric_names(operation_id)}
-        return Run(label, operation, client.attempts(operation_id), curves)
+        return Run.fetch(self._client, operation_id, label)
 
     def _follow(self, operation_id: UUID, enough: Callable[["Operation"], bool]) -> "Operation":
         def turn(duration_s: float) -> None:
@@ -190,9 +190,10 @@ def _report(killed: Run, undisturbed: Run, out: Path) -> bool:
     show.print_rich("")
     show.print_rich(table)
     values = sum(map(len, undisturbed.curves.values()))
-    _say(f"Curves equal bit for bit: {f'no, {difference}' if difference else f'yes, all {values} values'}")
+    equal = difference is None and values > 0
+    _say(f"Curves equal bit for bit: {f'yes, all {values} values' if equal else f'no, {difference or NO_VALUES}'}")
     _say(f"Drawn in {draw(killed, undisturbed, out / 'curves.png')}")
-    return difference is None
+    return equal
 
 
 def _say(line: str) -> None:

@@ -8,8 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from email.utils import parsedate_to_datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,9 +39,10 @@ def doctor(
     url: Url = None,
     token: Token = None,
 ) -> None:
-    """Check database, storage, API, workers, clocks and drivers, and say what to do.
+    """Is all in order, and if not, what to do.
 
-    Works with the service down. Exits with 1 when something fails.
+    Looks at database, storage, API, workers, clocks and drivers. Works with the service down. Exits with 1 when
+    something fails.
     """
     findings = list(examine(data_dir, url, token))
     if json:
@@ -77,6 +76,8 @@ def examine(data_dir: Path | None, url: str | None, token: str | None) -> "Itera
 
 def _here() -> "Iterator[Finding]":
     """What is installed on this host."""
+    from importlib.metadata import PackageNotFoundError, version
+
     from ops_contract.doctor import ok, warn
 
     yield ok("relight", f"{version('relight')} on Python {platform.python_version()}")
@@ -148,6 +149,8 @@ def _service(server: "Server | None") -> "Iterator[Finding]":
 
 
 def _api(server: "Server", answer: "httpx.Response") -> "Iterator[Finding]":
+    from importlib.metadata import version
+
     from ops_contract.doctor import fail, ok, warn
 
     if answer.status_code != 200:
@@ -164,6 +167,8 @@ def _api(server: "Server", answer: "httpx.Response") -> "Iterator[Finding]":
 
 
 def _worker(worker: "WorkerView") -> "Iterator[Finding]":
+    from importlib.metadata import version
+
     import httpx
 
     from ops_contract.doctor import ok, warn
@@ -185,6 +190,8 @@ def _worker(worker: "WorkerView") -> "Iterator[Finding]":
 
 
 def _clock(check: str, answer: "httpx.Response") -> "Iterator[Finding]":
+    from email.utils import parsedate_to_datetime
+
     from ops_contract.doctor import clock
 
     if "Date" in answer.headers:

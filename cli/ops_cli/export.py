@@ -11,7 +11,7 @@ from uuid import UUID
 
 import typer
 
-from ops_cli.connect import Json, with_client
+from ops_cli.connect import Json, OperationIds, with_client
 from ops_cli.exits import ExitCode
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
 @with_client
 def export(
     client: "Client",
-    operation_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Operations, by a beginning of the id.")],
+    operation_ids: OperationIds,
     format: Annotated[Format, typer.Option(help="What to make of them.")] = Format.CSV,
     to: Annotated[
         str | None,
@@ -50,9 +50,14 @@ def export(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Hand an operation's metrics to other tools: a table, TensorBoard, MLflow.
+    """Metrics as a table, for TensorBoard, or for MLflow.
 
     At any time; of a running one it is what there is so far. Again, it takes the place of what was there.
+
+    \b
+    ops export 1f6e --to -
+    ops export 1f6e 9ab2 --format tensorboard --to runs
+    ops export 1f6e --format mlflow --to http://mlflow:5000
     """
     if format is not Format.MLFLOW and (experiment or with_files):
         raise typer.BadParameter("--experiment and --with-files go with --format mlflow")

@@ -1,5 +1,6 @@
 """`ops download`: what an operation left, onto this machine."""
 
+import json as json_text
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ops_cli import show
-from ops_cli.connect import OperationId, with_client
+from ops_cli.connect import Json, OperationId, with_client
 from ops_cli.exits import ExitCode
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def download(
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Of `ops artifacts`; else all.")
     ] = None,
     to: Annotated[Path, typer.Option(help="The directory.")] = Path("."),
+    json: Json = False,
 ) -> None:
     """Fetch the files that an operation left.
 
@@ -53,7 +55,9 @@ def download(
         except KeyboardInterrupt:
             print("Interrupted; the same command goes on where it was.", file=sys.stderr)
             raise typer.Exit(ExitCode.DETACHED) from None
-    for path in paths:
-        print(path)
+    if json:
+        print(json_text.dumps([str(path) for path in paths]))
+    else:
+        print(*paths, sep="\n", end="\n" if paths else "")
     if not paths:
         print(f"Nothing to fetch: see `ops artifacts {str(operation_id)[:8]}`", file=sys.stderr)

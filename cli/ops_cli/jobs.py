@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import yaml
@@ -117,6 +117,15 @@ def checked(model: type[M], content: Mapping[str, Any]) -> M:
 
 def as_yaml(job: Job) -> str:
     return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """A job flattened, `execution.seed` and so on; text as it is, all else as JSON."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from leaves(inner, f"{path}.{key}" if path else key)
+    else:
+        yield path, value if isinstance(value, str) else json.dumps(value)
 
 
 def _assign(tree: dict[str, Any], path: str, value: Any, replace: bool = False) -> None:

@@ -10,7 +10,7 @@ from uuid import UUID
 import typer
 
 from ops_cli.connect import OperationId, with_client
-from ops_cli.watch import POLL_S, detachable
+from ops_cli.watch import POLL_S, Away, detachable
 
 if TYPE_CHECKING:
     from relight.client import Client
@@ -34,7 +34,13 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it has ended. Ctrl-C detaches.")] = False,
     tail: Annotated[int | None, typer.Option(min=0, metavar="LINES", help="Only so many of the last lines.")] = None,
 ) -> None:
-    """What its attempts wrote to stdout and stderr: as it is into a file or pipe, made harmless on a terminal."""
+    """What an operation's attempts wrote to stdout and stderr.
+
+    As it is into a file or pipe, made harmless on a terminal.
+
+    \b
+    ops logs 1f6e --tail 100 -f
+    """
     found = client.resolve(operation_id)
     screen, away = Screen() if sys.stdout.isatty() else None, Away()
     with detachable(found, back="ops logs -f"):
@@ -45,21 +51,6 @@ def logs(
             sys.stdout.buffer.write(screen.harmless(piece) if screen else piece)
             sys.stdout.buffer.flush()
             away.over()
-
-
-class Away:
-    """Said once for each time."""
-
-    def __init__(self) -> None:
-        self._said = False
-
-    def say(self, message: str) -> None:
-        if not self._said:
-            print(f"{message} Waiting for it.", file=sys.stderr)
-        self._said = True
-
-    def over(self) -> None:
-        self._said = False
 
 
 class Screen:

@@ -1,19 +1,24 @@
 """The command `ops`."""
 
+import errno
 import importlib.util
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from ops_cli import (
+    backup,
     checkpoints,
     cleanup,
     code,
+    compare,
     dashboard,
     demo,
     doctor,
+    down,
     export,
     files,
     logs,
@@ -21,6 +26,8 @@ from ops_cli import (
     plot,
     read,
     replay,
+    service,
+    top,
     up,
     watch,
     webhooks,
@@ -29,13 +36,42 @@ from ops_cli import (
 )
 from ops_cli.exits import exit_code
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+# What `ops --help` shows, and in which order.
+SECTIONS = {
+    "Service": "up down service demo dashboard doctor backup restore server worker db",
+    "Submit": "train run submit init workloads pack schema",
+    "Watch": "list status top watch logs events attempts",
+    "Act": "cancel resume fork replay",
+    "Results": "metrics plot compare artifacts download export code",
+    "Keep in order": "checkpoints delete cleanup workers webhooks",
+}
+
+
+class Sections(TyperGroup):
+    """Typer's own panels are drawn by rich, which takes longer to import than all of this."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        named = {name for names in SECTIONS.values() for name in names.split()}
+        others = [name for name in self.commands if name not in named]
+        limit = formatter.width - 6 - max(map(len, self.commands))
+        for section, names in [*SECTIONS.items(), ("More", " ".join(others))]:
+            if there := [(name, self.commands[name]) for name in names.split() if name in self.commands]:
+                with formatter.section(section):
+                    formatter.write_dl([(name, command.get_short_help_str(limit)) for name, command in there])
+
+
+app = typer.Typer(cls=Sections, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
 def main() -> NoReturn:
+    # As where it is not installed: httpx's own command line is most of what importing httpx takes.
+    sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
     try:
-        app()
+        try:
+            app()
+        finally:
+            _flush()
     except Exception as error:
         from ops_contract.errors import OpsError
         from relight.settings import SettingsError
@@ -44,8 +80,21 @@ def main() -> NoReturn:
             _leave(error.message, exit_code(error.http_status))
         if isinstance(error, SettingsError):
             _leave(str(error), exit_code(422))
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _leave(f"this cannot be written: {error}", 1)
         raise
     raise AssertionError("typer leaves by SystemExit")
+
+
+def _flush() -> None:
+    """Python would do it after us, and complain where nobody reads any more: `ops list --json | head -1`."""
+    try:
+        if sys.stdout is not None:  # >&-
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def _leave(message: str, code: int) -> NoReturn:
@@ -101,6 +150,9 @@ def _become(module: str, *arguments: str, needs: str) -> NoReturn:
 
 for part in (
     up,
+    down,
+    service,
+    backup,
     demo,
     operate,
     code,
@@ -112,9 +164,11 @@ for part in (
     cleanup,
     read,
     plot,
+    compare,
     workers,
     workloads,
     watch,
+    top,
     logs,
     webhooks,
     doctor,

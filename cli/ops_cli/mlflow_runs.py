@@ -1,7 +1,6 @@
 """An operation as a run of MLflow, by MLflow's own client. Importing this needs the extra `mlflow`."""
 
 import csv
-import json
 import os
 import posixpath
 import re
@@ -28,6 +27,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 from requests.exceptions import RequestException
 
+from ops_cli.jobs import leaves
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Status
 from ops_contract.operations import Operation
@@ -149,16 +149,8 @@ def _points(table: TextIOWrapper) -> Points:
 
 
 def params_of(job: Mapping[str, Any]) -> dict[str, str]:
-    """The job flattened, `execution.seed` and so on; text as it is, all else as JSON."""
-    return {key_of(path): _cut(value, PARAM_CHARS) for path, value in _leaves(job, "")}
-
-
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else key)
-    else:
-        yield path, value if isinstance(value, str) else json.dumps(value)
+    """The leaves of the job."""
+    return {key_of(path): _cut(value, PARAM_CHARS) for path, value in leaves(job)}
 
 
 def key_of(name: str) -> str:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ops_cli import checkpoints, show
+from ops_cli import checkpoints, completing, show
 from ops_cli.code import CodeDir, NoCode, changed_code, with_code
-from ops_cli.connect import Json, OperationId, with_client
-from ops_cli.watch import view_for_people, watch_to_end
+from ops_cli.connect import Json, LiveId, OperationId, ResumableId, with_client
+from ops_cli.watch import JsonLines, view_for_people, watch_to_end
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -52,7 +52,12 @@ def submit(
     watch: Watch = False,
     json: Json = False,
 ) -> None:
-    """Submit the job that a file describes."""
+    """Submit the job that a file describes.
+
+    \b
+    ops submit job.yaml --set execution.seed=3 --watch
+    ops submit job.yaml --dry-run
+    """
     from ops_cli.jobs import job_from_text
 
     text = sys.stdin.read() if file == "-" else _read(Path(file))
@@ -72,7 +77,12 @@ def schema() -> None:
 @with_client
 def train(
     client: "Client",
-    workload: Annotated[str, typer.Argument(help="One of `ops workloads`, or module:Class of your own.")],
+    workload: Annotated[
+        str,
+        typer.Argument(
+            help="One of `ops workloads`, or module:Class of your own.", autocompletion=completing.workloads()
+        ),
+    ],
     settings: Settings = None,
     max_epochs: Annotated[int | None, typer.Option()] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer updates; ends the run before the epochs do.")] = None,
@@ -96,6 +106,10 @@ def train(
     """Train a workload.
 
     Of your own code the current directory is packed, and every attempt runs that: see `ops pack`.
+
+    \b
+    ops train digits --max-epochs 20 --watch
+    ops train mine:Mine --set config.hidden=64 --checkpoint-every 200steps
     """
     from ops_cli import jobs
 
@@ -171,15 +185,18 @@ def run(
 @with_client
 def cancel(
     client: "Client",
-    operation_id: OperationId,
+    operation_id: LiveId,
     reason: Annotated[str, typer.Option(help="Kept with the operation.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Kill the trainer at once, without a checkpoint.")] = False,
+    json: Json = False,
 ) -> None:
     """Stop an operation, with a checkpoint to go on from."""
     found = client.resolve(operation_id)
     operation = client.cancel(found, reason, force)
     short = str(found)[:8]
-    if operation.status == "cancelling":
+    if json:
+        print(operation.model_dump_json())
+    elif operation.status == "cancelling":
         saves = "it may save first" if operation.kind == "command" else "it saves a checkpoint first"
         print(f"{short} is stopping" + (" at once" if force else f": {saves}"))
         print(f"Next: ops watch {short}; when it has stopped: ops resume {short}")
@@ -190,7 +207,7 @@ def cancel(
 @with_client
 def resume(
     client: "Client",
-    operation_id: OperationId,
+    operation_id: ResumableId,
     from_checkpoint: Annotated[
         str | None, typer.Option(metavar="ID", help="One of `ops checkpoints list`, by a beginning of its id.")
     ] = None,
@@ -201,17 +218,18 @@ def resume(
     """Go on with a failed or cancelled operation.
 
     From its newest checkpoint, unless told otherwise.
+
+    \b
+    ops resume 1f6e --watch
+    ops resume 1f6e --from-checkpoint 9ab2
     """
     found = client.resolve(operation_id)
     chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
     accepted = client.resume(found, chosen.id if chosen else None, accept_changes)
-    if json:
-        print(accepted.model_dump_json())
-        return
-    short = str(found)[:8]
-    came_from = accepted.resumed_from
-    print(f"{short} goes on from {show.came_from(came_from)}" if came_from else f"{short} runs again")
-    _follow(client, found, watch)
+    came_from, short = accepted.resumed_from, str(found)[:8]
+    said = f"{short} goes on from {show.came_from(came_from)}" if came_from else f"{short} runs again"
+    print(accepted.model_dump_json() if json else said, flush=True)
+    _follow(client, found, watch, json)
 
 
 @with_client
@@ -236,7 +254,11 @@ def fork(
 ) -> None:
     """Begin a new operation at a checkpoint of another one.
 
-    The newest, unless told otherwise. A completed run goes on so: ops fork ID --set execution.max_epochs=20
+    The newest, unless told otherwise. So a completed run goes on, too.
+
+    \b
+    ops fork 1f6e --set execution.max_epochs=20
+    ops fork 1f6e --code . --name with-the-fix
     """
     from ops_cli import jobs
     from ops_contract.operations import ForkOverrides
@@ -253,12 +275,9 @@ def fork(
         _show(client.dry_run_fork(found, chosen.id if chosen else None, overrides), json)
         return
     operation = client.fork(found, chosen.id if chosen else None, overrides, name, accept_changes=accept_changes)
-    if json:
-        print(operation.model_dump_json())
-        return
     at = f", from step {operation.forked_from.step} of {str(found)[:8]}" if operation.forked_from else ""
-    print(f"Forked {operation.name}: {operation.id}{at}")
-    _follow(client, operation.id, watch)
+    print(operation.model_dump_json() if json else f"Forked {operation.name}: {operation.id}{at}", flush=True)
+    _follow(client, operation.id, watch, json)
 
 
 def _submit(client: "Client", job: "JobSpec", dry_run: bool, watch: bool, json: bool) -> None:
@@ -266,11 +285,8 @@ def _submit(client: "Client", job: "JobSpec", dry_run: bool, watch: bool, json: 
         _show(client.dry_run(job), json)
         return
     operation = client.submit(job)
-    if json:
-        print(operation.model_dump_json())
-        return
-    print(f"Submitted {operation.name}: {operation.id}")
-    _follow(client, operation.id, watch)
+    print(operation.model_dump_json() if json else f"Submitted {operation.name}: {operation.id}", flush=True)
+    _follow(client, operation.id, watch, json)
 
 
 def _show(job: "Job", json: bool) -> None:
@@ -279,10 +295,12 @@ def _show(job: "Job", json: bool) -> None:
     print(job.model_dump_json() if json else as_yaml(job))
 
 
-def _follow(client: "Client", id: "UUID", watch: bool) -> None:
+def _follow(client: "Client", id: "UUID", watch: bool, json: bool) -> None:
+    """The end of what made or restarted an operation."""
     if watch:
-        watch_to_end(client, id, view_for_people())
-    print(f"Next: ops watch {str(id)[:8]}")
+        watch_to_end(client, [id], JsonLines() if json else view_for_people())
+    if not json:
+        print(f"Next: ops watch {str(id)[:8]}")
 
 
 def _read(path: Path) -> str:

@@ -1,25 +1,30 @@
 """`ops plot`: a metric of one operation or several, and what the demo's drawing shares with it."""
 
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from uuid import UUID
 
 import typer
 
-from ops_cli.connect import with_client
+from ops_cli.connect import OperationIds, with_client
 from ops_cli.exits import ExitCode
+from ops_cli.read import no_points
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ops_contract.operations import MetricPoints
+    from ops_cli.canvas import Curve
     from relight.client import Client
 
 FORMATS = (".png", ".svg", ".pdf")
 DRAWN_POINTS = 5000  # more than the figure has columns
+ROWS = 18
+
+Points = Sequence[tuple[int, float]]
 
 
 def register(app: typer.Typer) -> None:
@@ -29,31 +34,79 @@ def register(app: typer.Typer) -> None:
 @with_client
 def plot(
     client: "Client",
-    operation_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Operations, by a beginning of the id.")],
-    metric: Annotated[str, typer.Option()] = "loss",
-    to: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf; else METRIC.png in this directory.")] = None,
+    operation_ids: OperationIds,
+    metric: Annotated[str, typer.Option(help="One of `ops metrics ID`.")] = "loss",
+    to: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf; else it is drawn here.")] = None,
+    log: Annotated[bool, typer.Option("--log", help="A logarithmic scale; what is not above 0 is left out.")] = False,
+    smooth: Annotated[
+        float, typer.Option(min=0, max=0.999, help="The weight of what was before: 0.9 averages about ten points.")
+    ] = 0,
 ) -> None:
     """Draw a metric of one operation or several.
 
-    A dotted line is where a later attempt went on.
+    In the terminal, or into a file. It is marked where a later attempt went on.
+
+    \b
+    ops plot 1f6e 9ab2 --metric val_loss
+    ops plot 1f6e --log --smooth 0.9 --to loss.svg
     """
-    path = to or Path(f"{metric.replace('/', '-')}.png")
-    if path.suffix not in FORMATS:
-        raise typer.BadParameter(f"{path}: give a file that ends in one of {', '.join(FORMATS)}", param_hint="--to")
-    require_matplotlib()
+    if to is not None:
+        if to.suffix not in FORMATS:
+            raise typer.BadParameter(f"{to}: give a file that ends in one of {', '.join(FORMATS)}", param_hint="--to")
+        require_matplotlib()
+    curves = [_curve(client, client.resolve(each), metric, smooth) for each in operation_ids]
+    if to is None:
+        _show(curves, metric, log)
+    else:
+        print(f"Drawn in {_save(curves, metric, log, to)}")
+
+
+def _curve(client: "Client", id: UUID, metric: str, smooth: float) -> "Curve":
+    """Down-sampled by the server; smoothed only from every point."""
+    from ops_cli.canvas import Curve
+
+    operation = client.get(id)
+    series = client.metrics(id, metric, max_points=None if smooth else DRAWN_POINTS)
+    if not series.points:
+        raise no_points(client, id, metric)
+    restarts = [step for step, attempt in series.attempt_starts if attempt > 1]
+    return Curve(f"{operation.name} ({str(id)[:8]})", smoothed(series.points, smooth), restarts)
+
+
+def smoothed(points: Points, weight: float) -> Points:
+    """The exponential moving average, unbiased at its beginning too; it passes over what is no number."""
+    if not weight:
+        return points
+    average, total, result = 0.0, 0.0, []
+    for step, value in points:
+        if math.isfinite(value):
+            average, total = weight * average + (1 - weight) * value, weight * total + 1 - weight
+            result.append((step, average / total))
+    return result
+
+
+def _show(curves: "Sequence[Curve]", metric: str, log: bool) -> None:
+    from rich.console import Console
+
+    from ops_cli.canvas import draw
+
+    console = Console(highlight=False)
+    print(metric)
+    for line in draw(curves, console.width, min(max(console.height - len(curves) - 5, 6), ROWS), log):
+        console.print(line)
+
+
+def _save(curves: "Sequence[Curve]", metric: str, log: bool, path: Path) -> Path:
     figure = new_figure()
     axes = figure.subplots()
-    for each in operation_ids:
-        operation = client.get(client.resolve(each))
-        series = client.metrics(operation.id, metric, max_points=DRAWN_POINTS)
-        if not series.points:
-            known = ", ".join(client.metric_names(operation.id)) or "none yet"
-            print(f"ops: {operation.name} has no points of {metric}; its metrics: {known}", file=sys.stderr)
-            raise typer.Exit(ExitCode.NOT_FOUND)
-        _draw(axes, series, f"{operation.name} ({str(operation.id)[:8]})")
-    axes.set(xlabel="step", ylabel=metric)
+    for curve in curves:
+        few = "." if len(curve.points) < 50 else ""
+        [line] = axes.plot(*columns(curve.points), marker=few, lw=1.2, label=curve.label.replace("_", " "))
+        for step in curve.restarts:
+            axes.axvline(step, color=line.get_color(), lw=0.8, ls=":")
+    axes.set(xlabel="step", ylabel=metric, yscale="log" if log else "linear")
     axes.legend()
-    print(f"Drawn in {save(figure, path)}")
+    return save(figure, path)
 
 
 def require_matplotlib() -> None:
@@ -81,11 +134,3 @@ def save(figure: "Figure", path: Path) -> Path:
 
 def columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
-
-
-def _draw(axes: "Axes", series: "MetricPoints", label: str) -> None:
-    few = "." if len(series.points) < 50 else ""
-    [line] = axes.plot(*columns(series.points), marker=few, lw=1.2, label=label.replace("_", " "))
-    for step, attempt in series.attempt_starts:
-        if attempt > 1:
-            axes.axvline(step, color=line.get_color(), lw=0.8, ls=":")

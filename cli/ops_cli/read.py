@@ -8,10 +8,11 @@ from uuid import UUID
 
 import typer
 
-from ops_cli import show
+from ops_cli import completing, show
 from ops_cli.connect import Json, OperationId, with_client
 
 if TYPE_CHECKING:
+    from ops_contract.errors import OpsError
     from ops_contract.jobs import Code
     from ops_contract.operations import AttemptView, MetricSummary, Operation, WorkerView
     from relight.client import Client
@@ -28,8 +29,11 @@ def register(app: typer.Typer) -> None:
 @with_client
 def list_operations(
     client: "Client",
-    status: Annotated[str | None, typer.Option(help="pending, running, completed, …")] = None,
-    workload: Annotated[str | None, typer.Option()] = None,
+    status: Annotated[
+        str | None,
+        typer.Option(help="pending, running, completed, …; or several: a,b.", autocompletion=completing.statuses),
+    ] = None,
+    workload: Annotated[str | None, typer.Option(autocompletion=completing.workloads())] = None,
     label: Annotated[str | None, typer.Option(metavar="KEY[=VALUE]")] = None,
     query: Annotated[
         str | None, typer.Option("--query", "-q", help="Part of a name, or the beginning of an id.")
@@ -37,7 +41,11 @@ def list_operations(
     limit: Annotated[int, typer.Option(min=1)] = 20,
     json: Json = False,
 ) -> None:
-    """Operations, newest first."""
+    """Operations, newest first.
+
+    \b
+    ops list --status running,pending --label team=vision
+    """
     found = client.list(status=status, workload=workload, label=label, q=query, limit=limit)
     items = list(found)
     if json:
@@ -48,7 +56,7 @@ def list_operations(
         return
     now, ids = datetime.now(UTC), show.shortest(item.id for item in items)
     table = show.table(
-        "ID", "NAME", "STATUS", "DONE", "STEP", "LOSS", "AGE", right=("DONE", "STEP", "LOSS", "AGE"), wide="NAME"
+        "ID", "NAME", "STATUS", "DONE", "STEP", "LOSS", "AGE", right=("DONE", "STEP", "LOSS", "AGE"), wide=["NAME"]
     )
     for item in items:
         progress = item.progress
@@ -65,7 +73,7 @@ def status(client: "Client", operation_id: OperationId, json: Json = False) -> N
     if json:
         print(operation.model_dump_json())
         return
-    table = show.table("FACT", "")
+    table = show.table("FACT", "", wide=[""])
     table.show_header = False
     waits_for = _waits_for(operation, client.workers()) if operation.status == "pending" else ""
     for label, value in _facts(operation, waits_for, datetime.now(UTC)).items():
@@ -172,7 +180,7 @@ def attempts(client: "Client", operation_id: OperationId, json: Json = False) ->
     if json:
         print(show.json_array(items))
         return
-    table = show.table("#", "WORKER", "PID", "STEPS", "TOOK", "OUTCOME", "REPLAYED", "WHY", wide="WHY")
+    table = show.table("#", "WORKER", "PID", "STEPS", "TOOK", "OUTCOME", "REPLAYED", "WHY", wide=["WHY"])
     now = datetime.now(UTC)
     for item in items:
         reported = "–" if item.first_step is None else f"{item.first_step}–{item.last_step}"
@@ -198,10 +206,10 @@ def events(client: "Client", operation_id: OperationId, json: Json = False) -> N
     if json:
         print(show.json_array(items))
         return
-    table = show.table("#", "AT", "STATUS", "WHAT HAPPENED", right=("#",), wide="WHAT HAPPENED")
+    table = show.table("#", "AT", "STATUS", "WHAT HAPPENED", right=("#",), wide=["WHAT HAPPENED"])
+    now = datetime.now().astimezone()
     for item in items:
-        at = item.at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        table.add_row(str(item.seq), at, show.coloured(item.to_status), show.plain(item.message))
+        table.add_row(str(item.seq), show.moment(item.at, now), show.coloured(item.to_status), show.plain(item.message))
     show.print_rich(table)
 
 
@@ -212,14 +220,19 @@ def metrics(
     name: Annotated[str | None, typer.Argument(help="One metric; else a line for each.")] = None,
     json: Json = False,
 ) -> None:
-    """The metrics of an operation.
+    """The metrics of an operation, or the last values of one.
 
     With --json every point, every bit.
+
+    \b
+    ops metrics 1f6e val_loss
     """
     found = client.resolve(operation_id)
     if json:
-        names = [name] if name else client.metric_names(found)
-        print(show.json_array([client.metrics(found, each) for each in names]))
+        series = [client.metrics(found, each) for each in ([name] if name else client.metric_names(found))]
+        if name and not series[0].points:
+            raise no_points(client, found, name)
+        print(show.json_array(series))
         return
     summaries = {each.name: each for each in client.metric_summaries(found)}
     if name is None:
@@ -230,7 +243,16 @@ def metrics(
             table.add_row(str(step), repr(value))
         show.print_rich(table)
     else:
-        print(f"No points of {name}. Metrics of this operation: {', '.join(summaries) or 'none yet'}")
+        raise no_points(client, found, name)
+
+
+def no_points(client: "Client", id: UUID, metric: str) -> "OpsError":
+    from ops_contract.errors import ErrorCode, OpsError
+    from ops_contract.problems import offer
+
+    known = client.metric_names(id)
+    hint = "no attempt that counts has reported it" if metric in known else f"of its metrics {offer(metric, known)}"
+    return OpsError(ErrorCode.NOT_FOUND, f"{str(id)[:8]} has no points of {metric}; {hint}")
 
 
 def _print_ends(summaries: "Iterable[MetricSummary]") -> None:

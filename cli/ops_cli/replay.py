@@ -30,10 +30,10 @@ def replay(
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not wait for the verdict.")] = False,
     json: Json = False,
 ) -> None:
-    """Redo steps of an operation, and compare every value with what it reported.
+    """Redo steps of an operation, and compare every bit.
 
-    From the newest checkpoint with reported steps after it, unless told otherwise. The exit code is 0 when all are
-    equal bit for bit, 1 when not. Ctrl-C detaches and never cancels.
+    From the newest checkpoint with reported steps after it, unless told otherwise. The exit code is 0 when all values
+    are those that it reported, 1 when not. Ctrl-C detaches and never cancels.
     """
     found = client.resolve(operation_id)
     chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None

@@ -1,12 +1,13 @@
 """Values as people read them."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
     from rich.text import Text
 
@@ -49,6 +50,12 @@ def duration(duration_s: float | None) -> str:
 
 def age(at: datetime | None, now: datetime) -> str:
     return duration((now - at) / timedelta(seconds=1)) if at else "–"
+
+
+def moment(at: datetime, now: datetime) -> str:
+    """In the time zone of `now`; of today without the day."""
+    here = at.astimezone(now.tzinfo)
+    return here.strftime("%H:%M:%S" if here.date() == now.date() else "%d %b %Y %H:%M")
 
 
 def size(size_bytes: int) -> str:
@@ -118,13 +125,13 @@ def coloured(status: str) -> str:
     return f"[{STYLES.get(status, 'default')}]{status}[/]"
 
 
-def table(*columns: str, right: Iterable[str] = (), wide: str = "") -> "Table":
-    """Without lines, so that 80 columns suffice; only `wide` gives way when they do not."""
+def table(*columns: str, right: Iterable[str] = (), wide: Collection[str] = ()) -> "Table":
+    """Without lines, so that 80 columns suffice; only `wide` give way when they do not."""
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left", no_wrap=column != wide)
+        made.add_column(column, justify="right" if column in right else "left", no_wrap=column not in wide)
     return made
 
 
@@ -146,7 +153,13 @@ def plain(text: str) -> str:
     return escape(text)
 
 
-def print_rich(content: "Table | str") -> None:
+def width() -> int:
+    from rich.console import Console
+
+    return Console().width
+
+
+def print_rich(content: "RenderableType") -> None:
     from rich.console import Console
 
     Console(highlight=False).print(content)

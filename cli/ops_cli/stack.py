@@ -24,7 +24,13 @@ DATABASE_GRACE_S = 70.0  # its own limit for a clean shutdown is 60 s
 HURRIED_GRACE_S = 5.0
 
 # Meant for a single server or worker; here the stack decides, and only who needs the database learns its password.
-DROPPED = ("OPS_DATABASE_URL", "OPS_WORKER_PORT", "OPS_WORKER_URL")
+# What systemd says to us is for us.
+DROPPED = ("OPS_DATABASE_URL", "OPS_WORKER_PORT", "OPS_WORKER_URL", "NOTIFY_SOCKET")
+
+
+def stop_limit_s(worker_grace_s: float) -> float:
+    """The longest that `Stack.stop` takes."""
+    return worker_grace_s + SERVER_GRACE_S + DATABASE_GRACE_S
 
 
 class StackError(Exception):

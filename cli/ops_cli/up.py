@@ -1,24 +1,23 @@
-"""`ops up`: the whole service in the foreground, one per data directory."""
+"""`ops up`: the whole service in the foreground, or with -d behind it; one per data directory."""
 
 import errno
-import fcntl
-import json
 import os
 import random
 import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ops_cli.exits import ExitCode
+from ops_cli.holder import Lock, Taken, only_one
 from ops_cli.stopping import StopRequested, StopRequests
-from relight.settings import UpState, data_home, forget_up_state, write_up_state
+from relight.settings import UpState, data_home, forget_up_state, read_up_state, write_up_state
 
 if TYPE_CHECKING:
     from ops_cli.stack import StackSettings
@@ -51,25 +50,50 @@ def up(
             help="Where trainings run: a Python with torch and relight.",
         ),
     ] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="In the background; `ops down` ends it.")] = False,
 ) -> None:
     """Start database, API and workers.
 
-    Ctrl-C ends them; running trainings save a checkpoint first, and go on at the next start.
+    Ctrl-C or `ops down` ends them; running trainings save a checkpoint first, and go on at the next start.
     """
     from ops_cli.stack import StackError
     from relight.interpreter import InterpreterError, checked_interpreter
 
     data_dir = (data_dir or data_home()).expanduser().resolve()
+    if detach:
+        _detach(data_dir, host, port, arguments(data_dir, host, port, workers, python))
+        return
     try:
-        with StopRequests() as stops, only_one(data_dir) as lock:
+        with StopRequests() as stops, only_one(data_dir, "ops up") as lock:
             if python:
                 os.environ["OPS_WORKER_PYTHON"] = checked_interpreter(os.path.expanduser(python), os.environ)
             _serve(_settings(data_dir, host, port, workers, lock, stops), lock, stops)
     except StopRequested:
         pass  # before anything ran
-    except (UpError, StackError, InterpreterError, OSError) as error:
+    except (UpError, Taken, StackError, InterpreterError, OSError) as error:
         print(f"ops up: {error}", file=sys.stderr)
         raise typer.Exit(ExitCode.FAILED) from error
+
+
+def arguments(data_dir: Path, host: str, port: int | None, workers: int, python: str | None) -> list[str]:
+    """For another process that is to start the same."""
+    given = {"--data-dir": data_dir, "--host": host, "--port": port, "--workers": workers, "--python": python}
+    return [text for name, value in given.items() if value is not None for text in (name, str(value))]
+
+
+def last_data_dir() -> Path:
+    """That of the last `ops up`, which may run or not; else the one that it takes unless told otherwise."""
+    state = read_up_state()
+    return Path(state.data_dir) if state else data_home()
+
+
+def _detach(data_dir: Path, host: str, port: int | None, given: list[str]) -> None:
+    from ops_cli.background import start
+
+    found = start(data_dir, given, port)
+    token = os.environ.get("OPS_API_TOKEN") or kept_token(data_dir)
+    _say(_welcome(str(found.url), token, host, data_dir, link=True))
+    _say(f"`ops down` stops it (pid {found.pid}); its log is {data_dir / 'logs' / 'up.log'}")
 
 
 def _settings(
@@ -84,7 +108,7 @@ def _settings(
         port=choose_port(host, port, lock.previous_port, stops.pause),
         workers=workers,
         cores=max(1, _cores() // workers),
-        worker_grace_s=_cancel_grace_s() + HAND_BACK_S,
+        worker_grace_s=cancel_grace_s() + HAND_BACK_S,
         database_url=os.environ.get("OPS_DATABASE_URL"),
     )
 
@@ -94,7 +118,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cancel_grace_s() -> float:
+def cancel_grace_s() -> float:
     given = os.environ.get("OPS_CANCEL_GRACE_S") or "30"
     try:
         return float(given)
@@ -103,43 +127,54 @@ def _cancel_grace_s() -> float:
 
 
 def _serve(settings: "StackSettings", lock: "Lock", stops: StopRequests) -> None:
-    from ops_cli.stack import Stack
+    from ops_cli.stack import Stack, stop_limit_s
 
+    if (settings.data_dir / "storage" / "restoring").exists():
+        raise UpError(f"a restore into {settings.data_dir} did not finish: do it again (`ops restore`)")
     stack = Stack(settings, stops.pause, _say, _complain)
     _say(f"Starting Relight, data in {settings.data_dir}")
     try:
-        lock.note(settings)
+        facts = {"url": settings.url, "port": settings.port, "by_systemd": "NOTIFY_SOCKET" in os.environ}
+        lock.note(**facts)
         stack.start()
         write_up_state(UpState(settings.url, settings.token, str(settings.data_dir), os.getpid()))
-        _say(_welcome(settings))
+        lock.note(**facts, ready=True)
+        tell_systemd("READY=1")
+        # Who reads a log or a journal, maybe somebody else, gets no link that logs in.
+        link = sys.stdout.isatty()
+        _say(_welcome(settings.url, settings.token, settings.host, settings.data_dir, link))
+        _say("Ctrl-C stops it.")
         while True:
             stops.pause()
             stack.turn()
     except StopRequested:
         _say("Stopping; running trainings save a checkpoint first and go on next time.\nCtrl-C again is faster.")
     finally:
+        limit_us = round(stop_limit_s(settings.worker_grace_s) * 1e6)
+        tell_systemd(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={limit_us}")
         forget_up_state(os.getpid())
         stack.stop(lambda: stops.hurried)
         lock.forget()
     _say("Stopped.")
 
 
-def _welcome(settings: "StackSettings") -> str:
-    lines = [f"Relight is up: {settings.url}"]
-    if settings.host not in ("127.0.0.1", "localhost"):
-        lines.append(f"Other machines reach it too, with the token in {settings.data_dir / 'token'}")
-    lines += ["In a browser, once and within an hour (`ops dashboard` makes another link):"]
-    lines += [f"  {_dashboard_link(settings)}"]
-    lines += ["In another terminal:", "  ops train digits --watch", "  ops list", "Ctrl-C stops it."]
+def _welcome(url: str, token: str, host: str, data_dir: Path, link: bool) -> str:
+    lines = [f"Relight is up: {url}"]
+    if host not in ("127.0.0.1", "localhost"):
+        lines.append(f"Other machines reach it too, with the token in {data_dir / 'token'}")
+    if link:
+        lines.append("In a browser, once and within an hour (`ops dashboard` makes another link):")
+        lines.append(f"  {_dashboard_link(url, token)}")
+    lines += ["In another terminal:", "  ops train digits --watch", "  ops list"]
     return "\n".join(lines)
 
 
-def _dashboard_link(settings: "StackSettings") -> str:
+def _dashboard_link(url: str, token: str) -> str:
     from ops_contract.errors import OpsError
     from relight.client import Client
 
     try:
-        with Client(settings.url, settings.token) as client:
+        with Client(url, token) as client:
             return client.dashboard_link()
     except OpsError as error:  # it may be on its way back
         return f"none now: {error.message}"
@@ -192,49 +227,12 @@ def _free(host: str, port: int) -> bool:
     return True
 
 
-class Lock:
-    """DIR/lock, held by a living `ops up`. What a killed one wrote there stays for its successor."""
-
-    def __init__(self, file: IO[str]) -> None:
-        self._file = file
-        self.previous_port: int | None = _noted(file).get("port")
-
-    def note(self, settings: "StackSettings") -> None:
-        self._write(json.dumps({"pid": os.getpid(), "url": settings.url, "port": settings.port}))
-
-    def forget(self) -> None:
-        self._write("")
-
-    def _write(self, text: str) -> None:
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(text)
-        self._file.flush()
-
-
-@contextmanager
-def only_one(data_dir: Path) -> Iterator[Lock]:
-    """Raises UpError that says who is there when another `ops up` uses the directory."""
-    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with os.fdopen(os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UpError(_taken(data_dir, _noted(file))) from None
-        yield Lock(file)
-
-
-def _taken(data_dir: Path, holder: dict[str, Any]) -> str:
-    who = f" (pid {holder['pid']}, {holder['url']})" if "pid" in holder and "url" in holder else ""
-    return f"another `ops up`{who} runs on {data_dir}; use that one, or give this one its own --data-dir"
-
-
-def _noted(file: IO[str]) -> dict[str, Any]:
-    try:
-        noted = json.loads(file.read())
-    except ValueError:
-        return {}
-    return noted if isinstance(noted, dict) else {}
+def tell_systemd(state: str) -> None:
+    """`sd_notify`, where a unit of `Type=notify` runs us."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(state.encode(), address.replace("@", "\0", 1) if address.startswith("@") else address)
 
 
 def _say(line: str) -> None:

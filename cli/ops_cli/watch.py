@@ -1,8 +1,8 @@
-"""Following one operation to its end."""
+"""Following operations to their end."""
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Protocol, Self
 from uuid import UUID
@@ -10,16 +10,19 @@ from uuid import UUID
 import typer
 
 from ops_cli import show
-from ops_cli.connect import OperationId, with_client
+from ops_cli.connect import OperationIds, with_client
 from ops_cli.exits import ExitCode
 from ops_cli.read import next_command
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from ops_contract.operations import Operation
     from relight.client import Client
 
 POLL_S = 0.5
 LINE_EVERY_PERCENT = 10
+NAME_CHARS = 24
 
 
 def register(app: typer.Typer) -> None:
@@ -29,56 +32,77 @@ def register(app: typer.Typer) -> None:
 @with_client
 def watch(
     client: "Client",
-    operation_id: OperationId,
+    operation_ids: OperationIds,
     json: Annotated[bool, typer.Option("--json", help="A line of JSON at every change.")] = False,
 ) -> None:
-    """Follow an operation to its end.
+    """Follow operations to their end.
 
-    Ctrl-C detaches and never cancels. The exit code is 0 when it completed, 1 when not.
+    Ctrl-C detaches and never cancels. The exit code is 0 when all of them completed, 1 when not.
+
+    \b
+    ops watch 1f6e 9ab2 && ops compare 1f6e 9ab2
     """
-    watch_to_end(client, client.resolve(operation_id), JsonLines() if json else view_for_people())
+    ids = list(dict.fromkeys(client.resolve(each) for each in operation_ids))
+    watch_to_end(client, ids, JsonLines() if json else view_for_people())
 
 
-def watch_to_end(client: "Client", operation_id: UUID, view: "View") -> None:
-    """Leaves with the exit code that says how it ended."""
-    with detachable(operation_id), view:
-        operation = follow(client, operation_id, view)
-    view.ended(operation)
-    raise typer.Exit(ExitCode.DONE if operation.status == "completed" else ExitCode.FAILED)
+def watch_to_end(client: "Client", ids: Sequence[UUID], view: "View") -> None:
+    """Leaves with the exit code that says how they ended."""
+    with detachable(*ids), view:
+        operations = follow_all(client, ids, view)
+    for operation in operations:
+        view.ended(operation)
+    raise typer.Exit(ExitCode.DONE if all(each.status == "completed" for each in operations) else ExitCode.FAILED)
 
 
 @contextmanager
-def detachable(operation_id: UUID, back: str = "ops watch") -> Iterator[None]:
-    """Ctrl-C leaves the operation alone, and says so."""
+def detachable(*ids: UUID, back: str = "ops watch") -> Iterator[None]:
+    """Ctrl-C leaves the operations alone, and says so."""
     try:
         yield
     except KeyboardInterrupt:
-        short = str(operation_id)[:8]
-        print(f"Detached; {short} goes on.\nBack: {back} {short}    Stop it: ops cancel {short}", file=sys.stderr)
+        named = [str(id)[:8] for id in ids]
+        goes = f"{named[0]} goes on" if len(named) == 1 else f"all {len(named)} go on"
+        print(f"Detached; {goes}.\nBack: {back} {' '.join(named)}    Stop it: ops cancel {named[0]}", file=sys.stderr)
         raise typer.Exit(ExitCode.DETACHED) from None
+
+
+def follow_all(
+    client: "Client",
+    ids: Sequence[UUID],
+    view: "View",
+    sleep: Callable[[float], None] = time.sleep,
+    enough: "Callable[[Operation], bool]" = lambda operation: False,
+) -> "list[Operation]":
+    """Until each has ended, or is `enough`. A server that goes away is waited for, and the view says so."""
+    from ops_contract.lifecycle import TERMINAL
+    from relight.client import Unreachable
+
+    seen: dict[UUID, Operation] = {}
+    live = list(ids)
+    while True:
+        try:
+            for id in live:
+                seen[id] = client.get(id)
+                view.show(seen[id])
+        except Unreachable as away:
+            if len(seen) < len(ids):
+                raise  # it was not there to begin with
+            view.away(str(away))
+        live = [id for id in live if seen[id].status not in TERMINAL and not enough(seen[id])]
+        if not live:
+            return [seen[id] for id in ids]
+        sleep(POLL_S)
 
 
 def follow(
     client: "Client",
-    operation_id: UUID,
+    id: UUID,
     view: "View",
     sleep: Callable[[float], None] = time.sleep,
     enough: "Callable[[Operation], bool]" = lambda operation: False,
 ) -> "Operation":
-    """Until the operation has ended, or is `enough`. A server that goes away is waited for, and the view says so."""
-    from ops_contract.lifecycle import TERMINAL
-    from relight.client import Unreachable
-
-    operation = client.get(operation_id)
-    view.show(operation)
-    while operation.status not in TERMINAL and not enough(operation):
-        sleep(POLL_S)
-        try:
-            operation = client.get(operation_id)
-        except Unreachable as away:
-            view.away(str(away))
-        else:
-            view.show(operation)
+    [operation] = follow_all(client, [id], view, sleep, enough)
     return operation
 
 
@@ -96,9 +120,26 @@ def view_for_people() -> View:
     return Bar() if sys.stdout.isatty() else Lines()
 
 
+class Away:
+    """That the server is, said once for each time."""
+
+    def __init__(self, tell: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> None:
+        self._tell = tell
+        self._said = False
+
+    def say(self, message: str) -> None:
+        if not self._said:
+            self._tell(f"{message} Waiting for it.")
+        self._said = True
+
+    def over(self) -> None:
+        self._said = False
+
+
 class JsonLines:
     def __init__(self) -> None:
-        self._shown = ""
+        self._shown: dict[UUID, str] = {}
+        self._away = Away()
 
     def __enter__(self) -> Self:
         return self
@@ -107,12 +148,13 @@ class JsonLines:
 
     def show(self, operation: "Operation") -> None:
         line = operation.model_dump_json()
-        if line != self._shown:
+        if line != self._shown.get(operation.id):
             print(line, flush=True)
-        self._shown = line
+        self._shown[operation.id] = line
+        self._away.over()
 
     def away(self, message: str) -> None:
-        print(message, file=sys.stderr)
+        self._away.say(message)
 
     def ended(self, operation: "Operation") -> None:
         """The last line has said it."""
@@ -122,7 +164,8 @@ class Lines:
     """For a log file: a line when the status or the attempt changes, and at every tenth of the way."""
 
     def __init__(self) -> None:
-        self._shown: object = None
+        self._shown: dict[UUID, object] = {}
+        self._away = Away()
 
     def __enter__(self) -> Self:
         return self
@@ -133,14 +176,13 @@ class Lines:
         progress = operation.progress
         tenth = int((progress.percent if progress and progress.percent else 0) // LINE_EVERY_PERCENT)
         now = (operation.status, operation.attempt, tenth)
-        if now != self._shown and operation.ended_at is None:
+        if now != self._shown.get(operation.id) and operation.ended_at is None:
             print(f"{headline(operation)}: {show.progress_line(progress)}", flush=True)
-        self._shown = now
+        self._shown[operation.id] = now
+        self._away.over()
 
     def away(self, message: str) -> None:
-        if self._shown != "away":
-            print(f"{message} Waiting for it.", file=sys.stderr)
-        self._shown = "away"
+        self._away.say(message)
 
     def ended(self, operation: "Operation") -> None:
         for line in last_lines(operation):
@@ -148,7 +190,7 @@ class Lines:
 
 
 class Bar:
-    """One live line with bar, loss, throughput and time left; changes of the status stay above it."""
+    """A live line each with bar, loss, throughput and time left; changes of the status stay above them."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
@@ -160,8 +202,10 @@ class Bar:
             expand=True,
             transient=True,
         )
-        self._task = self._progress.add_task("", total=None, figures="")
-        self._headline = ""
+        self._tasks: dict[UUID, TaskID] = {}
+        self._over: set[UUID] = set()
+        self._headlines: dict[UUID, str] = {}
+        self._away = Away(self._say)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -172,23 +216,34 @@ class Bar:
 
     def show(self, operation: "Operation") -> None:
         line, progress = headline(operation), operation.progress
-        if line != self._headline and operation.ended_at is None:
-            self._progress.console.print(line, highlight=False, markup=False)
-        self._headline = line
+        if line != self._headlines.get(operation.id) and operation.ended_at is None:
+            self._say(line)
+        if operation.id not in self._tasks:
+            self._tasks[operation.id] = self._progress.add_task("", total=None, figures="")
+        if operation.ended_at is not None:
+            self._over.add(operation.id)
+        self._headlines[operation.id] = line
+        self._away.over()
+        name = f"{show.plain(operation.name[:NAME_CHARS])} " if len(self._tasks) > 1 else ""
         self._progress.update(
-            self._task,
-            description=show.coloured(operation.status),
+            self._tasks[operation.id],
+            description=name + show.coloured(operation.status),
             total=progress.steps_total if progress else None,
             completed=(progress.step or 0) if progress else 0,
             figures=figures(operation),
         )
 
     def away(self, message: str) -> None:
-        self._progress.update(self._task, description="[red]server away[/]")
+        self._away.say(message)
+        for id in self._tasks.keys() - self._over:
+            self._progress.update(self._tasks[id], description="[red]server away[/]")
 
     def ended(self, operation: "Operation") -> None:
         for line in last_lines(operation):
-            self._progress.console.print(line, highlight=False, markup=False)
+            self._say(line)
+
+    def _say(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False, markup=False)
 
 
 def headline(operation: "Operation") -> str:

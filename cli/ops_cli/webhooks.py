@@ -18,7 +18,7 @@ Webhook = Annotated[str, typer.Argument(metavar="WEBHOOK", help="Of `ops webhook
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(help="Have a URL told when operations end: add, test, list or remove.", no_args_is_help=True)
+    group = typer.Typer(help="Have a URL told when operations end.", no_args_is_help=True)
     group.command()(add)
     group.command("list")(list_all)
     group.command("test")(send_sample)
@@ -61,7 +61,7 @@ def list_all(client: "Client", json: Json = False) -> None:
     if json:
         print(show.json_array(items))
         return
-    table = show.table("ID", "URL", "FORMAT", "WHEN", "LABEL", "LAST", "FAILURES", right=("FAILURES",), wide="URL")
+    table = show.table("ID", "URL", "FORMAT", "WHEN", "LABEL", "LAST", "FAILURES", right=("FAILURES",), wide=["URL"])
     ids = show.shortest(item.id for item in items)
     for item in items:
         cells = (item.format, ",".join(item.statuses), show.plain(item.label or "any"), _last(item), str(item.failures))
@@ -83,12 +83,12 @@ def send_sample(client: "Client", webhook: Webhook, json: Json = False) -> None:
 
 @with_client
 def deliveries(client: "Client", webhook: Webhook, json: Json = False) -> None:
-    """The newest deliveries, what was answered, and when they are tried again."""
+    """The newest deliveries, and how each was answered."""
     items = client.deliveries(_find(client, webhook))
     if json:
         print(show.json_array(items))
         return
-    table = show.table("ID", "OPERATION", "END", "STATE", "TRIES", "ANSWER", right=("TRIES",), wide="ANSWER")
+    table = show.table("ID", "OPERATION", "END", "STATE", "TRIES", "ANSWER", right=("TRIES",), wide=["ANSWER"])
     ids = show.shortest(item.id for item in items)
     for item in items:
         answer = show.cut(_said(item.http_status, item.answer))

@@ -5,14 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ops_cli import show
+from ops_cli import completing, show
 from ops_cli.connect import Json, Token, Url, with_client
 
 if TYPE_CHECKING:
     from ops_contract.operations import SlotView, WorkerView
     from relight.client import Client
 
-Worker = Annotated[str, typer.Argument(metavar="NAME-OR-ID", help="Of one of `ops workers`.")]
+Worker = Annotated[
+    str,
+    typer.Argument(metavar="NAME-OR-ID", help="Of one of `ops workers`.", autocompletion=completing.workers()),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -40,12 +43,12 @@ def _list(client: "Client", json: bool) -> None:
     if not items:
         print("No worker has registered. Start one: ops worker (with `ops up` they come by themselves)")
         return
-    table = show.table("WORKER", "ID", "STATE", "HOST", "SLOT", "SEEN", right=("SEEN",), wide="HOST")
+    table = show.table("WORKER", "ID", "STATE", "HOST", "SLOT", "SEEN", right=("SEEN",), wide=["HOST"])
     now, ids = datetime.now(UTC), show.shortest(item.id for item in items)
     for item in items:
         seen = show.age(item.last_seen_at, now)
         for slot in item.slots:
-            cells = (_state(item), show.cut(item.host), _slot(slot), seen)
+            cells = (state_of(item), show.cut(item.host), _slot(slot), seen)
             table.add_row(show.plain(item.name), ids[item.id], *cells)
     show.print_rich(table)
 
@@ -88,7 +91,7 @@ def undrain(client: "Client", worker: Worker, json: Json = False) -> None:
     print(found.model_dump_json() if json else f"{found.name} takes work again")
 
 
-def _state(worker: "WorkerView") -> str:
+def state_of(worker: "WorkerView") -> str:
     if not worker.live:
         return "[red]gone[/]"
     if not worker.draining:

@@ -4,7 +4,6 @@ import json as json_text
 import os
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def workloads(context: typer.Context, json: Json = False, url: Url = None, token: Token = None) -> None:
-    """What can be trained, with the fields of its config; and a check of your own."""
+    """What can be trained, and a check of your own."""
     if context.invoked_subcommand is None:
         list_workloads(json=json, url=url, token=token)
 
@@ -44,9 +43,10 @@ def check(
         str, typer.Option(metavar="PATH", help="The Python to run it in, with torch and relight.")
     ] = sys.executable,
 ) -> None:
-    """Run the contract against a Workload class: what would break exactness, and how to mend it.
+    """What in a Workload class of yours would break exactness.
 
-    No server is needed. It trains a few steps, on the CPU, resumes them in a new process, and compares every bit.
+    And how to mend it. No server is needed. It trains a few steps, on the CPU, resumes them in a new process, and
+    compares every bit.
     """
     from ops_cli.jobs import content_from_flags
     from relight.interpreter import InterpreterError, checked_interpreter
@@ -72,6 +72,8 @@ def init(
     ] = "workload",
 ) -> None:
     """Write a small project to begin with, ready to train."""
+    from importlib.resources import files
+
     template = files("ops_cli") / "templates" / kind
     common = files("ops_cli") / "templates"
     wanted = {entry.name: entry for entry in template.iterdir() if entry.is_file()}
@@ -112,7 +114,7 @@ def _print_workload(workload: "WorkloadView") -> None:
         f"[bold]{show.plain(workload.name)}[/]  {show.plain(workload.title)}"
         + (f"\n  reports {show.plain(reports)}" if reports else "")
     )
-    table = show.table("  FIELD", "TYPE", "DEFAULT", "", wide="")
+    table = show.table("  FIELD", "TYPE", "DEFAULT", "", wide=[""])
     for name, field in workload.config_schema.get("properties", {}).items():
         cells = (f"  {name}", _type(field), str(field.get("default", "required")), str(field.get("description", "")))
         table.add_row(*map(show.plain, cells))

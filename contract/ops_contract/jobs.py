@@ -63,8 +63,8 @@ class SchedulerName(StrEnum):
 class CheckpointEvery(Wire):
     """A period: every n epochs, steps or seconds, exactly one of them."""
 
-    epochs: int | None = Field(None, ge=1)
-    steps: int | None = Field(None, ge=1)
+    epochs: int | None = Field(None, ge=1, description="at the end of every so many")
+    steps: int | None = Field(None, ge=1, description="after every so many optimizer updates")
     seconds: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="at the first step after so long without a save"
     )
@@ -94,7 +94,9 @@ Milestone = Annotated[int, Field(ge=1, lt=2**63)]
 class Execution(Wire):
     """How to run it. Every default is part of the stored job."""
 
-    accelerator: Accelerator = Accelerator.AUTO
+    accelerator: Accelerator = Field(
+        Accelerator.AUTO, description="auto takes a GPU slot where a worker offers one, else the CPU"
+    )
     devices: int = Field(1, ge=1, description="how many of them one operation trains on")
     precision: Annotated[
         Literal["32", "bf16", "16"],
@@ -104,20 +106,26 @@ class Execution(Wire):
         description="of forward, loss and evaluation; parameters and optimizer stay float32. bf16 and 16 are torch's "
         "autocast, 16 with scaled gradients, where an update whose gradients overflow is skipped and counts as a step",
     )
-    deterministic: bool = True
-    seed: int = Field(0, ge=0, lt=2**63)
+    deterministic: bool = Field(True, description="only with it a resume is promised to be exact")
+    seed: int = Field(0, ge=0, lt=2**63, description="of all that is drawn: weights, order, samples, dropout")
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads; the first attempt's slot decides when null"
     )
     num_workers: int = Field(0, ge=0, le=64, description="data loading processes")
-    max_epochs: int = Field(1, ge=1, le=1_000_000)
+    max_epochs: int = Field(1, ge=1, le=1_000_000, description="passes over the training data")
     max_steps: int | None = Field(None, ge=1, description="optimizer updates; ends the run before max_epochs does")
     batch_size: int = Field(32, ge=1, le=1_000_000, description="samples per forward and backward pass")
     accumulate_grad_batches: int = Field(1, ge=1, le=100_000, description="batches per optimizer update")
     gradient_clip: float | None = Field(None, gt=0, allow_inf_nan=False, description="global norm")
-    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
-    optimizer: OptimizerName = OptimizerName.ADAMW
-    scheduler: SchedulerName = SchedulerName.CONSTANT
+    learning_rate: float = Field(
+        1e-3, gt=0, allow_inf_nan=False, description="where the schedule begins, or its highest"
+    )
+    optimizer: OptimizerName = Field(OptimizerName.ADAMW, description="unless the workload makes its own")
+    scheduler: SchedulerName = Field(
+        SchedulerName.CONSTANT,
+        description="cosine: warm-up over 5 % of the steps, then half a cosine to zero. onecycle: up over 30 %, then "
+        "down. multistep: a tenth from each milestone on. plateau: a tenth after ten evaluations without improvement",
+    )
     scheduler_milestones: list[Milestone] | None = Field(
         None, max_length=1000, validate_default=True, description="optimizer updates, rising; for multistep"
     )
@@ -215,9 +223,9 @@ class Code(Wire):
     `commit` and `dirty` say what git said of the directory, for people.
     """
 
-    sha256: Sha256
-    commit: Name | None = None
-    dirty: bool | None = None
+    sha256: Sha256 = Field(description="of the archive, as it was uploaded")
+    commit: Name | None = Field(None, description="that git had checked out")
+    dirty: bool | None = Field(None, description="whether files differed from it")
 
 
 class Resources(Wire):
@@ -232,7 +240,9 @@ class Setup(Wire):
     command: list[Annotated[Text, Field(min_length=1)]] | None = Field(
         None, min_length=1, max_length=1000, description="program and arguments, for kind command"
     )
-    code: Code | None = None
+    code: Code | None = Field(
+        None, description="the snapshot it runs in; null where the code is installed on the workers"
+    )
     workdir: InnerPath = Field(".", description="where in the snapshot it runs")
     env: dict[EnvName, Text] = Field({}, max_length=200, description="environment variables, stored and shown")
     secrets: list[EnvName] = Field(
@@ -241,7 +251,7 @@ class Setup(Wire):
     artifacts: list[InnerPath] = Field(
         [], max_length=100, description="files to keep when it ends, as globs (** too) from the working directory"
     )
-    resources: Resources = Resources()
+    resources: Resources = Field(Resources(), description="what its slot must have")
 
 
 class JobSpec(Setup):
@@ -258,14 +268,16 @@ class JobSpec(Setup):
         }
     )
 
-    kind: Kind = Kind.TRAINING
-    workload: Name | None = None
-    config: dict[str, Any] = {}
-    execution: Execution = Execution()
+    kind: Kind = Field(Kind.TRAINING, description="follows from workload or command")
+    workload: Name | None = Field(
+        None, description="what to train: one of `ops workloads`, or `module:Class` of your own"
+    )
+    config: dict[str, Any] = Field({}, description="the workload's own fields; `ops workloads` shows them")
+    execution: Execution = Field(Execution(), description="how to run it")
     priority: int = Field(0, ge=-1000, le=1000, description="higher runs first")
-    max_retries: int = Field(3, ge=0, le=1000)
-    name: Name | None = None
-    labels: dict[Name, Name] = Field({}, max_length=64)
+    max_retries: int = Field(3, ge=0, le=1000, description="how often it may fail by itself and be tried again")
+    name: Name | None = Field(None, description="for people; made from what it runs when null")
+    labels: dict[Name, Name] = Field({}, max_length=64, description="of your own, to find it by")
 
     @model_validator(mode="before")
     @classmethod

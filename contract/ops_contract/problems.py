@@ -22,6 +22,14 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
     return found
 
 
+def offer(word: str, known: Iterable[str]) -> str:
+    """The known word that was probably meant, else all of them."""
+    known = list(known)
+    if near := get_close_matches(word, known, 1):
+        return f"did you mean {near[0]}?"
+    return f"there are {', '.join(known)}" if known else "there are none yet"
+
+
 def unknown_field(name: str, known: Iterable[str]) -> str:
     """`known` may name fields further down, with dots."""
     known = list(known)

@@ -51,6 +51,7 @@ from ops_contract.operations import (
     Workloads,
     WorkloadView,
 )
+from ops_contract.problems import offer
 from ops_contract.reports import Exactness
 from ops_contract.webhooks import (
     Deliveries,
@@ -470,10 +471,13 @@ class Client:
 
         Raises OpsError `not_found`, or `invalid` with `candidates` when there are several.
         """
-        found = [w for w in self.workers() if w.name == name_or_id or _begins(w.id, name_or_id)]
+        workers = self.workers()
+        found = [w for w in workers if w.name == name_or_id or _begins(w.id, name_or_id)]
         matches = [worker for worker in found if worker.live] or found
         if not matches:
-            raise OpsError(ErrorCode.NOT_FOUND, f"no worker {name_or_id!r}; see `ops workers`")
+            names = sorted({worker.name for worker in workers if worker.live})
+            hint = offer(name_or_id, names) if names else "see `ops workers`"
+            raise OpsError(ErrorCode.NOT_FOUND, f"no worker {name_or_id!r}; {hint}")
         if len(matches) > 1:
             ids = [str(worker.id) for worker in matches]
             message = f"{len(ids)} workers are called {name_or_id!r}: name one by its id, of {', '.join(ids)}"
@@ -562,17 +566,22 @@ class Client:
             return UUID(prefix)
         except ValueError:
             pass
-        prefix = prefix.lower()
         if len(prefix) < SHORTEST_PREFIX:
             raise OpsError(
                 ErrorCode.INVALID, f"{prefix!r} is too short for an id; give at least {SHORTEST_PREFIX} characters"
             )
-        matches = [found.id for found in self.list(q=prefix) if str(found.id).startswith(prefix)]
-        if not matches:
-            raise OpsError(ErrorCode.NOT_FOUND, f"no operation has an id that begins with {prefix!r}; see `ops list`")
-        if len(matches) > 1:
-            raise _ambiguous(prefix, [str(match) for match in matches])
-        return matches[0]
+        prefix = prefix.lower()
+        # What can be no id is looked for in the names, to say what may have been meant.
+        can_be_id = re.fullmatch("[0-9a-f-]+", prefix) is not None
+        found = list(self.list(q=prefix, limit=None if can_be_id else CANDIDATES_SHOWN + 1))
+        matches = [each for each in found if str(each.id).startswith(prefix)]
+        if len(matches) == 1:
+            return matches[0].id
+        if matches:
+            message = f"{prefix!r} begins {len(matches)} ids, give more characters:{_told(matches)}"
+            raise OpsError(ErrorCode.INVALID, message, candidates=[str(each.id) for each in matches])
+        hint = f", but there is a name with it:{_told(found)}" if found else "; see `ops list`"
+        raise OpsError(ErrorCode.NOT_FOUND, f"no operation has an id that begins with {prefix!r}{hint}")
 
     def _changes(self, operation_id: UUID | str, poll_s: float, patience_s: float) -> Changes:
         return Changes(partial(self.get, operation_id), Unreachable, poll_s, patience_s)
@@ -714,10 +723,11 @@ def _begins(id: UUID, prefix: str) -> bool:
     return len(prefix) >= SHORTEST_PREFIX and str(id).startswith(prefix.lower())
 
 
-def _ambiguous(prefix: str, matches: list[str]) -> OpsError:
-    shown = ", ".join(matches[:CANDIDATES_SHOWN]) + (", …" if len(matches) > CANDIDATES_SHOWN else "")
-    message = f"{prefix!r} begins {len(matches)} ids ({shown}); give more characters"
-    return OpsError(ErrorCode.INVALID, message, candidates=matches)
+def _told(candidates: Sequence[OperationSummary]) -> str:
+    """A line each; the newest ones."""
+    lines = [f"  {each.id}  {each.name}, {each.status}" for each in candidates[:CANDIDATES_SHOWN]]
+    more = ["  …"] if len(candidates) > CANDIDATES_SHOWN else []
+    return "\n".join(["", *lines, *more])
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:

@@ -2,10 +2,14 @@
 
 import asyncio
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -14,6 +18,8 @@ from sqlalchemy import make_url
 
 from helpers.history import KEEP_WRITERS
 from ops_backend.database import migrate
+
+POSTGRES_15 = Path("/usr/lib/postgresql/15/bin")
 
 _numbers = count(1)
 
@@ -48,6 +54,53 @@ def _embedded_postgres(directory: Path) -> Iterator[str]:
         yield json.loads(line)["url"]
         assert process.stdin is not None
         process.stdin.close()
+
+
+@dataclass(frozen=True)
+class Server:
+    """`home` has the socket, and the data in `data`."""
+
+    home: Path
+    port: int
+
+
+@contextmanager
+def debian_postgres(port: int = 5432, password: str | None = None, home: Path | None = None) -> Iterator[Server]:
+    """Postgres 15 of the system, on a socket; with a password on the loopback too. Its superuser is `relight`.
+
+    Postgres refuses to be root, so root lends it to the package's user.
+    """
+    user = "postgres" if os.geteuid() == 0 else None
+    made = home or Path(tempfile.mkdtemp(prefix="pg15-"))
+    try:
+        if user:
+            shutil.chown(made, user)
+        access = ["-A", "trust"]
+        if password:
+            (made / "password").write_text(password)
+            (made / "password").chmod(0o644)
+            access = ["-A", "scram-sha-256", "--pwfile", str(made / "password")]
+        initdb = [POSTGRES_15 / "initdb", "-D", made / "data", "-U", "relight", "-E", "UTF8", "--no-sync", *access]
+        if not (made / "data").exists():
+            subprocess.run(initdb, user=user, check=True, capture_output=True, cwd=made)
+        address = "127.0.0.1" if password else ""
+        flags = ["-D", made / "data", "-k", made, "-p", str(port), "-c", f"listen_addresses={address}"]
+        with subprocess.Popen(
+            [POSTGRES_15 / "postgres", *flags, "-c", "fsync=off"],
+            user=user,
+            cwd=made,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as server:
+            assert server.stdout is not None
+            assert any("ready to accept connections" in line for line in server.stdout)
+            yield Server(made, port)
+            server.terminate()
+            server.communicate()
+    finally:
+        if home is None:
+            shutil.rmtree(made)
 
 
 class Databases:

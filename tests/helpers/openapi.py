@@ -78,7 +78,7 @@ class OpenAPI:
         if (key, body) in self._seen:
             return
         if key not in self._validators:
-            whole = {**schema, "components": self._document["components"]}
+            whole = {**schema, "components": self.document["components"]}
             self._validators[key] = Draft202012Validator(whole, format_checker=_formats)
         for error in self._validators[key].iter_errors(httpx.Response(200, content=body).json()):
             raise NotDocumented(f"{said}: {error.json_path}: {error.message}")
@@ -92,13 +92,13 @@ class OpenAPI:
         return None
 
     @cached_property
-    def _document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         return self._fetch()
 
     @cached_property
     def _paths(self) -> list[tuple[re.Pattern[str], str, dict[str, Any]]]:
         """Those without parameters first."""
-        paths = sorted(self._document["paths"].items(), key=lambda item: item[0].count("{"))
+        paths = sorted(self.document["paths"].items(), key=lambda item: item[0].count("{"))
         return [(re.compile(re.sub(r"\{\w+\}", "[^/]+", path)), path, methods) for path, methods in paths]
 
     def _check(self, response: httpx.Response) -> None:

@@ -50,6 +50,18 @@ def refusal(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, ErrorBody.model_validate(answer.json()).error.code
 
 
+@pytest.mark.parametrize("content_type", [None, "application/x-www-form-urlencoded"])
+async def test_a_body_that_does_not_say_that_it_is_json_is_told_to(
+    api: httpx.AsyncClient, content_type: str | None
+) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+
+    answer = await api.post(f"/operations/{MISSING}/cancel", content='{"reason": "late"}', headers=headers)
+
+    assert refusal(answer) == (422, "invalid")
+    assert "Content-Type: application/json" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "expected"),
     [
@@ -391,6 +403,14 @@ async def test_pages_are_newest_first_and_complete(api: httpx.AsyncClient, offer
         if (cursor := page["next_cursor"]) is None:
             break
     assert seen == ids[::-1]
+
+
+async def test_what_was_meant_is_said(api: httpx.AsyncClient, offered: str) -> None:
+    status = await api.get("/operations", params={"status": "pending,runing"})
+    workload = await api.post("/operations", json={"workload": f"{offered}x"})
+
+    assert "did you mean running?" in status.json()["error"]["message"]
+    assert f"did you mean {offered}?" in workload.json()["error"]["message"]
 
 
 async def test_filters_narrow_the_list(api: httpx.AsyncClient, offered: str) -> None:

@@ -1,46 +1,22 @@
 """The oldest Postgres that `OPS_DATABASE_URL` may name: every statement runs there too."""
 
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from helpers.databases import Databases
+from helpers.databases import POSTGRES_15, Databases, debian_postgres
 from helpers.store import Store, at_once, held, losses, saved, started
 from ops_backend.database import Sessions
 from ops_backend.store import curves, queries
 from ops_contract.lifecycle import Outcome, Status
 
-BIN = Path("/usr/lib/postgresql/15/bin")
-
 
 @pytest.fixture
 def postgres_15() -> Iterator[str]:
-    """A server on a socket of its own. Postgres refuses to be root, so root lends it to the package's user."""
-    if not (BIN / "postgres").exists():
+    if not POSTGRES_15.exists():
         pytest.skip("no Postgres 15 here (apt install postgresql-15)")
-    user = "postgres" if os.geteuid() == 0 else None
-    home = Path(tempfile.mkdtemp(prefix="pg15-"))
-    try:
-        if user:
-            shutil.chown(home, user)
-        initdb = [BIN / "initdb", "-D", home / "data", "-U", "relight", "-A", "trust", "-E", "UTF8", "--no-sync"]
-        subprocess.run(initdb, user=user, check=True, capture_output=True, cwd=home)
-        flags = ["-D", home / "data", "-k", home, "-c", "listen_addresses=", "-c", "fsync=off"]
-        with subprocess.Popen(
-            [BIN / "postgres", *flags], user=user, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as server:
-            assert server.stdout is not None
-            assert any("ready to accept connections" in line for line in server.stdout)
-            yield f"postgresql+asyncpg://relight@/postgres?host={home}"
-            server.terminate()
-            server.communicate()
-    finally:
-        shutil.rmtree(home)
+    with debian_postgres() as server:
+        yield f"postgresql+asyncpg://relight@/postgres?host={server.home}"
 
 
 async def test_the_store_runs_on_postgres_15(postgres_15: str) -> None:

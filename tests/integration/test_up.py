@@ -1,121 +1,22 @@
 """`ops up` as a real process over stand-ins for its children: order, restarts, and what is left behind."""
 
-import contextlib
 import json
 import os
 import signal
 import socket
 import stat
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from helpers.house import House, make_house, running, wait_until
 from ops_cli.child import Child, rotate
 from ops_cli.comparison import first_difference
-from ops_cli.up import free_port
-
-# Each child notes what it does in one file. `broken` names those that end at once.
-STAND_IN = """
-import json, os, pathlib, signal, sys, threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-name = os.environ.get("OPS_WORKER_NAME") or sys.argv[1]
-journal = pathlib.Path(os.environ["JOURNAL"])
-
-def note(what):
-    with journal.open("a") as file:
-        file.write(json.dumps([what, name, os.getpid()]) + "\\n")
-
-def end(*_):
-    note("end")
-    os._exit(0)
-
-class Healthy(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200 if self.path == "/health/ready" else 404)
-        self.end_headers()
-
-if name in os.environ.get("BROKEN", "").split(","):
-    sys.exit(f"{name} has no disk")
-signal.signal(signal.SIGTERM, end)
-if name == "server":
-    assert os.environ["OPS_DATABASE_URL"] == "postgresql://stand-in"
-    http = HTTPServer((os.environ["OPS_HOST"], int(os.environ["OPS_PORT"])), Healthy)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-note("start")
-print(json.dumps({"event": "ready", "url": "postgresql://stand-in"}), flush=True)
-while os.read(0, 4096):
-    pass
-end()
-"""
-
-
-@dataclass
-class House:
-    """Where `ops up` runs: its directories, its environment, and the journal of its children."""
-
-    root: Path
-
-    @property
-    def data_dir(self) -> Path:
-        return self.root / "data"
-
-    def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
-        environ = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(self.root),
-            "PYTHONPATH": str(self.root / "modules"),
-            "JOURNAL": str(self.root / "journal"),
-            **environ,
-        }
-        program = [sys.executable, "-c", "from ops_cli.main import main; main()"]
-        command = [*program, "up", "--data-dir", str(self.data_dir), *arguments]
-        return subprocess.Popen(command, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    def journal(self) -> list[tuple[str, str, int]]:
-        with contextlib.suppress(FileNotFoundError):
-            return [tuple(json.loads(line)) for line in (self.root / "journal").read_text().splitlines()]
-        return []
-
-    def noted(self, what: str) -> list[str]:
-        return [name for noted, name, _ in self.journal() if noted == what]
 
 
 @pytest.fixture
 def house(tmp_path: Path) -> House:
-    for module in ("ops_backend", "ops_worker"):
-        (tmp_path / "modules" / module).mkdir(parents=True)
-        (tmp_path / "modules" / module / "__init__.py").touch()
-        (tmp_path / "modules" / module / "__main__.py").write_text(STAND_IN)
-    return House(tmp_path)
-
-
-@contextlib.contextmanager
-def running(house: House, *arguments: str, **environ: str) -> Iterator[subprocess.Popen[str]]:
-    """From the moment that it says it is up; ended by SIGTERM unless the test has ended it."""
-    with house.start("--port", str(free_port()), *arguments, **environ) as up:
-        try:
-            wait_for_line(up, "Relight is up")
-            yield up
-        finally:
-            up.terminate()
-            up.communicate()
-
-
-def wait_for_line(up: subprocess.Popen[str], words: str) -> None:
-    assert up.stdout is not None
-    assert any(words in line for line in up.stdout), up.communicate()[1]
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    """Without a limit of its own: pytest's is the limit."""
-    while not true():
-        time.sleep(0.02)
+    return make_house(tmp_path)
 
 
 def test_up_starts_database_server_workers_and_ends_them_the_other_way_round(house: House) -> None:
@@ -225,7 +126,7 @@ def test_a_child_that_says_much_is_drained(tmp_path: Path) -> None:
     [
         ({"loss": [(0, 1.0), (1, float("nan"))]}, None),
         ({"loss": [(0, 1.0), (1, 2.0)]}, "step 1"),
-        ({"loss": [(0, 1.0)]}, "2 points in one and 1"),
+        ({"loss": [(0, 1.0)]}, "step 1 loss is nan and missing"),
         ({"loss": [(0, 1.0), (1, float("nan"))], "val_loss": [(1, 1.0)]}, "val_loss"),
         ({"loss": [(0, 1.0000000000000002), (1, float("nan"))]}, "step 0"),
     ],

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
@@ -56,8 +56,11 @@ from ops_contract.operations import (
     SlotView,
     Workers,
     WorkerView,
+    Workloads,
+    WorkloadView,
 )
 from ops_contract.reports import Fault
+from ops_contract.webhooks import Deliveries, WebhookAnswer, WebhookCreated, Webhooks, WebhookView
 from ops_contract.wire import API_PREFIX, Wire
 from relight.manifest import FileEntry, Manifest
 from relight.settings import UpState, write_up_state
@@ -89,6 +92,9 @@ class Api:
     workers: list[WorkerView] = field(default_factory=list)
     drained: list[tuple[UUID, str | None]] = field(default_factory=list)
     events: list[EventView] = field(default_factory=list)
+    webhooks: list[WebhookView] = field(default_factory=list)
+    snapshot: bytes = b""
+    asked: list[str] = field(default_factory=list)
     cleanups: list[CleanupRequest] = field(default_factory=list)
     version: str = version("relight")
     refusal: OpsError | None = None
@@ -111,6 +117,11 @@ def app_of(api: Api) -> FastAPI:
     async def refuse(_: Request, error: OpsError) -> JSONResponse:
         return JSONResponse(error.body().model_dump(mode="json"), error.http_status)
 
+    @app.middleware("http")
+    async def note(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        api.asked.append(f"{request.method} {request.url.path.removeprefix(API_PREFIX)}")
+        return await call_next(request)
+
     def answer(body: Wire, status: int = 200) -> Response:
         if api.refusal:
             raise api.refusal
@@ -127,9 +138,11 @@ def app_of(api: Api) -> FastAPI:
         return answer(made, 201)
 
     @app.get(f"{API_PREFIX}/operations")
-    async def find(q: str = "") -> Response:
-        items = [summary(states[0]) for states in api.states.values() if str(states[0].id).startswith(q)]
-        return answer(OperationPage(items=items, next_cursor=None))
+    async def find(q: str = "", status: str = "", limit: int = 50) -> Response:
+        known = [summary(states[0]) for states in api.states.values()]
+        items = [each for each in known if (str(each.id).startswith(q) or q in each.name)]
+        items = [each for each in items if not status or each.status in status.split(",")]
+        return answer(OperationPage(items=items[:limit], next_cursor=None))
 
     @app.get(f"{API_PREFIX}/operations/{{id}}")
     async def get(id: UUID) -> Response:
@@ -220,7 +233,41 @@ def app_of(api: Api) -> FastAPI:
 
     @app.get(f"{API_PREFIX}/operations/{{id}}/export")
     async def export(id: UUID, format: str) -> Response:
+        if api.refusal:
+            raise api.refusal
         return Response(f"{format} of {api.now(id).name}\n" if api.table is None else api.table)
+
+    @app.get(f"{API_PREFIX}/workloads")
+    async def workloads() -> Response:
+        offered = {"name": "digits", "title": "Digits", "config_schema": {}, "reports": {"val_accuracy": "max"}}
+        return answer(Workloads(items=[WorkloadView.model_validate(offered)]))
+
+    @app.get(f"{API_PREFIX}/webhooks")
+    async def webhooks() -> Response:
+        return answer(Webhooks(items=api.webhooks))
+
+    @app.post(f"{API_PREFIX}/webhooks")
+    async def add_webhook() -> Response:
+        return answer(WebhookCreated(id=uuid4(), secret="whsec_"), 201)
+
+    @app.get(f"{API_PREFIX}/webhooks/{{id}}/deliveries")
+    async def deliveries(id: UUID) -> Response:
+        return answer(Deliveries(items=[]))
+
+    @app.post(f"{API_PREFIX}/webhooks/{{id}}/test")
+    async def test_webhook(id: UUID) -> Response:
+        return answer(WebhookAnswer(delivered=True, http_status=204, answer=""))
+
+    @app.delete(f"{API_PREFIX}/webhooks/{{id}}")
+    @app.post(f"{API_PREFIX}/session/links")
+    @app.get(f"{API_PREFIX}/operations/{{id}}/logs")
+    @app.head(f"{API_PREFIX}/snapshots/{{id}}")
+    async def refused(id: str = "") -> Response:
+        return answer(Workers(items=[]))
+
+    @app.get(f"{API_PREFIX}/snapshots/{{id}}")
+    async def snapshot(id: str) -> Response:
+        return Response(api.snapshot)
 
     @app.get(f"{API_PREFIX}/workers")
     async def workers() -> Response:
@@ -589,7 +636,8 @@ def test_metrics_shows_the_ends_of_all_and_the_last_points_of_one_without_readin
     assert ends.out.splitlines()[1].split() == ["loss", "0", "0", "99999", "99,999"]
     assert [line.split()[0] for line in loss.out.splitlines()[1:]] == [str(n) for n in range(99_980, 100_000)]
     assert [line.split()[0] for line in sparse.out.splitlines()[1:]] == [str(n * 999) for n in range(81, 101)]
-    assert "Metrics of this operation: loss, val_loss" in unknown.out
+    assert (unknown.code, unknown.out) == (ExitCode.NOT_FOUND, "")
+    assert "did you mean loss?" in unknown.err
     assert max(api.points_sent) < 1000
 
 
@@ -1091,7 +1139,7 @@ def test_plot_says_what_it_lacks(api: Api, ops: Ops, tmp_path: Path, monkeypatch
     id = api.holds(operation())
     api.curves["loss"] = [(0, 2.0)]
 
-    assert "its metrics: loss" in ops("plot", id, "--metric", "los", "--to", tmp_path / "a.png").err
+    assert "did you mean loss?" in ops("plot", id, "--metric", "los", "--to", tmp_path / "a.png").err
     assert ops("plot", id, "--to", tmp_path / "a.txt").code == ExitCode.USAGE
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

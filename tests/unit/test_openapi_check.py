@@ -74,7 +74,7 @@ def test_a_client_that_is_watched_raises(api: OpenAPI) -> None:
 
 
 def test_every_call_documents_its_errors_in_our_shape(api: OpenAPI) -> None:
-    document = api._document
+    document = api.document
     for path, methods in document["paths"].items():
         for method, call in methods.items():
             errors = {status: answer for status, answer in call["responses"].items() if status >= "401"}

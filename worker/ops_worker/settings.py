@@ -20,7 +20,9 @@ class Settings(BaseModel):
 
     api_url: str = Field(pattern=r"^https?://[^/\s]+", description="address of the API, like http://127.0.0.1:8470")
     api_token: SecretStr = Field(min_length=1, description="the bearer token of the API")
-    storage_root: DirectoryPath = Field(description="where checkpoints are published; the same for all workers")
+    storage_root: DirectoryPath = Field(
+        description="where checkpoints are published; the same for all workers; must exist"
+    )
     worker_name: str = Field(
         default_factory=socket.gethostname,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
@@ -35,12 +37,16 @@ class Settings(BaseModel):
     cpu_cores: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, description="cores, divided among the slots"
     )
-    user_code: bool = Field(False, description="whether it runs commands, and workloads that its users bring")
+    user_code: bool = Field(
+        False, description="whether it runs commands, and workloads that its users bring; 1 under `ops up`"
+    )
     secrets_dir: DirectoryPath | None = Field(
         None, description="files with the values of secrets, by their names; those in OPS_SECRET_<name> come first"
     )
     worker_python: str | None = Field(
-        None, description="the Python in which trainers run, with torch and relight; else the worker's own"
+        None,
+        description="the Python in which trainers run: it has its own torch, and Relight's base install; "
+        "`--python PATH` too",
     )
     worker_state_dir: Path = Field(
         description="where the outbox, the trainers' output, attempts' directories and the last snapshots are kept"

@@ -27,6 +27,10 @@ router = APIRouter(tags=["agents"])
 async def register(
     worker: WorkerRegistration, session: VitalSessionDep, _: CallerDep, settings: SettingsDep
 ) -> WorkerRegistered:
+    """A worker process begins. The answer has the secret that the API shows it from then on.
+
+    409 where a live worker has one of its devices.
+    """
     secret = await workers.register(session, worker, settings.lease_s)
     return WorkerRegistered(
         secret=secret,
@@ -40,6 +44,7 @@ async def register(
 async def heartbeat(
     incarnation: UUID, beat: Heartbeat, session: VitalSessionDep, _: CallerDep, settings: SettingsDep
 ) -> HeartbeatAnswer:
+    """Renew the leases of the holds that are named; the answer says which of them have ended or are to stop."""
     return await workers.heartbeat(session, incarnation, beat, settings.lease_s)
 
 
@@ -54,6 +59,10 @@ async def report(
     telemetry: TelemetryDep,
     settings: SettingsDep,
 ) -> ReportsAccepted:
+    """What an attempt has to say, numbered without gaps: a number that came before is accepted and changes nothing.
+
+    409 `fenced`: the attempt has ended for the API, so stop. 409 `out_of_order`: one is missing before this.
+    """
     async with sessions.begin() as session:
         accepted = await accept(session, id, attempt, batch, settings.retry_backoff_s)
     telemetry.accepted(accepted.new)

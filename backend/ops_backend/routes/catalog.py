@@ -18,6 +18,7 @@ router = APIRouter(tags=["workers"], responses=refusals(401))
 
 @router.get("/workers")
 async def list_workers(session: SessionDep, _: CallerDep, settings: SettingsDep) -> Workers:
+    """Those that were seen within a day, their slots, and what runs there."""
     return await queries.workers(session, settings.lease_s)
 
 
@@ -50,6 +51,7 @@ async def undrain_worker(
 
 @router.get("/workloads")
 async def list_workloads(session: SessionDep, _: CallerDep) -> Workloads:
+    """What can be trained: each with the JSON Schema of its config and the metrics that it reports."""
     return await queries.workloads(session)
 
 

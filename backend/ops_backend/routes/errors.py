@@ -60,7 +60,16 @@ async def _answer(_: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return await _answer(request, invalid([(_path(e["loc"]), without_prefix(e["msg"])) for e in error.errors()]))
+    problems = [(_path(e["loc"]), without_prefix(e["msg"])) for e in error.errors()]
+    if [field for field, _ in problems] == ["body"] and not _says_json(request):
+        problems = [("body", "send JSON, and say so: `Content-Type: application/json`")]
+    return await _answer(request, invalid(problems))
+
+
+def _says_json(request: Request) -> bool:
+    """Else a body is not read as JSON at all, and what FastAPI says of it puzzles whoever sent some."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return media_type == "application/json" or media_type.endswith("+json")
 
 
 async def _plain(request: Request, error: Exception) -> JSONResponse:

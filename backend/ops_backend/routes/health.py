@@ -14,11 +14,12 @@ router = APIRouter(prefix="/health", tags=["health"])
 
 @router.get("/live")
 async def live() -> Health:
+    """The process answers. It asks nothing of the database: restart it where this fails."""
     return Health(status="ok", version=version("relight"))
 
 
 @router.get("/ready", responses=refusals(503))
 async def ready(session: SessionDep) -> Health:
-    """The database answers and has our tables."""
+    """The database answers and has our tables: send requests here only while it does."""
     await ping(session)
     return Health(status="ok", version=version("relight"))

@@ -21,6 +21,7 @@ from ops_backend.dependencies import (
 )
 from ops_backend.routes.errors import read, refusals
 from ops_backend.routes.files import FILE_ANSWERS, ArtifactResponse
+from ops_backend.routes.raw_bodies import reads
 from ops_backend.store import curves, deletion, output, queries
 from ops_backend.store.fork import fork_if_there, forked_job, replay_if_there
 from ops_backend.store.retention import delete_if_unused, explain_delete
@@ -47,12 +48,15 @@ from ops_contract.operations import (
     ResumeAccepted,
     ResumeRequest,
 )
+from ops_contract.problems import offer
 from ops_contract.wire import LOG_COMPLETE, LOG_END, LOG_NEXT, LOG_OFFSET, Wire
 
 router = APIRouter(prefix="/operations", tags=["operations"])
 
-IdempotencyKey = Annotated[str | None, Header(min_length=1, max_length=200)]
-
+IdempotencyKey = Annotated[
+    str | None, Header(min_length=1, max_length=200, description="the same key and body again make nothing new")
+]
+AfterSeq = Annotated[int, Query(ge=0, description="only later events")]
 
 DryRun = Annotated[bool, Query(description="store nothing, and answer 200 with the resolved job")]
 
@@ -62,6 +66,7 @@ DryRun = Annotated[bool, Query(description="store nothing, and answer 200 with t
     status_code=201,
     response_model=Operation,
     responses={200: {"model": Operation | Job}, **refusals(401, 409, 422)},
+    openapi_extra=reads(JobSpec, {"workload": "digits", "execution": {"max_epochs": 20}}, required=True),
 )
 async def submit(
     request: Request,
@@ -103,15 +108,16 @@ async def list_operations(
     session: SessionDep,
     submitted_by: CallerDep,
     status: Annotated[str | None, Query(description="one or several, joined by commas")] = None,
-    kind: Kind | None = None,
-    workload: str | None = None,
+    kind: Annotated[Kind | None, Query(description="what it does")] = None,
+    workload: Annotated[str | None, Query(description="its name, as `GET /workloads` has it")] = None,
     label: Annotated[str | None, Query(description="key or key=value")] = None,
     q: Annotated[str | None, Query(description="part of the name, or the beginning of the id")] = None,
-    mine: bool = False,
-    limit: Annotated[int, Query(ge=1, le=500)] = 50,
-    cursor: str | None = None,
-    if_none_match: Annotated[str | None, Header()] = None,
+    mine: Annotated[bool, Query(description="those that this token submitted")] = False,
+    limit: Annotated[int, Query(ge=1, le=500, description="so many a page")] = 50,
+    cursor: Annotated[str | None, Query(description="the `next_cursor` of the page before")] = None,
+    if_none_match: Annotated[str | None, Header(description="an `ETag`; 304 while nothing has changed")] = None,
 ) -> Response:
+    """Operations, newest first, in pages: `next_cursor` is the `cursor` of the next one, null on the last."""
     wanted = queries.Filter(_known(status), kind, workload, label, q, submitted_by if mine else None)
     return Tagged(await queries.list_page(session, wanted, limit, cursor)).answer(if_none_match)
 
@@ -133,6 +139,10 @@ async def cancel_operation(
     after: BackgroundTasks,
     wish: CancelRequest | None = None,
 ) -> Operation:
+    """Ask it to save a checkpoint and stop. It is `cancelling` until its process is gone; a pending one ends at once.
+
+    `force` kills its trainer, also where a cancel is under way already.
+    """
     wish = wish or CancelRequest()
     cancelled = await cancel_if_live(session, id, wish.reason, wish.force)
     if cancelled is None:
@@ -152,6 +162,10 @@ async def resume_operation(
     after: BackgroundTasks,
     wish: ResumeRequest | None = None,
 ) -> ResumeAccepted:
+    """Go on with a failed or cancelled operation, from its newest checkpoint or the one that is named.
+
+    A refused call changes nothing: 404 without a checkpoint, 409 while it runs or when it is completed.
+    """
     wish = wish or ResumeRequest()
     resumed = await resume_if_ended(session, id, wish.from_checkpoint, wish.accept_changes)
     if resumed is None:
@@ -165,6 +179,7 @@ async def resume_operation(
     status_code=201,
     response_model=Operation,
     responses={200: {"model": Operation | Job}, **refusals(401, 404, 409, 422)},
+    openapi_extra=reads(ForkRequest, {"overrides": {"execution": {"max_epochs": 40}}}, required=False),
 )
 async def fork_operation(
     id: UUID,
@@ -207,7 +222,12 @@ async def fork_operation(
     return operation
 
 
-@router.post("/{id}/replay", status_code=201, responses={200: {"model": Operation}, **refusals(401, 404, 409, 422)})
+@router.post(
+    "/{id}/replay",
+    status_code=201,
+    responses={200: {"model": Operation}, **refusals(401, 404, 409, 422)},
+    openapi_extra=reads(ReplayRequest, {"steps": 50}, required=False),
+)
 async def replay_operation(
     id: UUID,
     request: Request,
@@ -234,6 +254,7 @@ async def replay_operation(
 
 @router.get("/{id}/attempts", responses=refusals(401, 404))
 async def get_attempts(id: UUID, session: SessionDep, _: CallerDep) -> Attempts:
+    """Its executions, the first one first: where each ran, from which step on, how it ended, whether it is exact."""
     return await queries.attempts(session, id)
 
 
@@ -242,9 +263,11 @@ async def get_metrics(
     id: UUID,
     session: SessionDep,
     _: CallerDep,
-    name: str | None = None,
+    name: Annotated[
+        str | None, Query(description="which metric; without it their names, first and last points")
+    ] = None,
     max_points: Annotated[int | None, Query(ge=10, le=10_000, description="fewer points, with every spike")] = None,
-    after_step: Annotated[int, Query(ge=-1, lt=2**63)] = -1,
+    after_step: Annotated[int, Query(ge=-1, lt=2**63, description="only later steps")] = -1,
     cursor: Annotated[str | None, Query(description="an answer's: only what has come since")] = None,
 ) -> Response:
     """Every point that counts, every bit kept, in pages; without `name` the names that there are.
@@ -260,6 +283,7 @@ async def get_metrics(
 
 @router.get("/{id}/checkpoints", responses=refusals(401, 404))
 async def get_checkpoints(id: UUID, session: SessionDep, _: CallerDep) -> Checkpoints:
+    """Those that are committed, and those that are marked; `step` is the next one to run from there."""
     return await queries.checkpoints(session, id)
 
 
@@ -295,7 +319,8 @@ async def get_artifact(
 
 
 @router.get("/{id}/events", responses=refusals(401, 404))
-async def get_events(id: UUID, session: SessionDep, _: CallerDep, after_seq: Annotated[int, Query(ge=0)] = 0) -> Events:
+async def get_events(id: UUID, session: SessionDep, _: CallerDep, after_seq: AfterSeq = 0) -> Events:
+    """Its history, oldest first, in pages: ask again with the last `seq`. `message` is a sentence for people."""
     return await queries.events(session, id, after_seq)
 
 
@@ -318,7 +343,7 @@ async def get_logs(
     session: SessionDep,
     _: CallerDep,
     offset: Annotated[int, Query(gt=-(2**63), lt=2**63, description="in bytes; negative: so many before the end")] = 0,
-    max_bytes: Annotated[int, Query(ge=1, le=4 * 2**20)] = 2**20,
+    max_bytes: Annotated[int, Query(ge=1, le=4 * 2**20, description="of a body, at most")] = 2**20,
 ) -> Response:
     """What its attempts wrote to stdout and stderr, one after another, as one text.
 
@@ -356,7 +381,6 @@ async def _told(
 
 
 def _known(statuses: str | None) -> str | None:
-    unknown = set((statuses or "").split(",")) - {"", *Status}
-    if unknown:
-        raise OpsError(ErrorCode.INVALID, f"status: no such status {', '.join(unknown)}; there are {', '.join(Status)}")
+    for unknown in sorted(set((statuses or "").split(",")) - {"", *Status}):
+        raise OpsError(ErrorCode.INVALID, f"status: no such status {unknown}; {offer(unknown, Status)}")
     return statuses or None

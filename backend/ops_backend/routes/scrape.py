@@ -28,7 +28,7 @@ async def metrics(
     _: CallerDep,
     telemetry: TelemetryDep,
     settings: SettingsDep,
-    accept: Annotated[str, Header()] = "",
+    accept: Annotated[str, Header(description="which of the two formats, as Prometheus sends it")] = "",
 ) -> Response:
     """In the text format, or OpenMetrics where `Accept` prefers it. With the database away, what this process knows."""
     body, content_type = telemetry.render(accept, await _gauges(request, settings.lease_s))

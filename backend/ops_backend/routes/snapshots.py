@@ -7,13 +7,14 @@ from fastapi import APIRouter, Path, Request, Response
 
 from ops_backend.dependencies import CallerDep, SessionDep, SessionsDep
 from ops_backend.routes.errors import refusals
+from ops_backend.routes.raw_bodies import reads_bytes
 from ops_backend.store import snapshots
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import SNAPSHOT_MAX_BYTES
 
 router = APIRouter(prefix="/snapshots", tags=["snapshots"])
 
-Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$")]
+Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="of the archive, in hexadecimal")]
 ARCHIVE = "application/octet-stream"
 
 
@@ -22,6 +23,7 @@ ARCHIVE = "application/octet-stream"
     status_code=201,
     response_class=Response,
     responses={200: {"description": "it was here already"}, **refusals(401, 413, 422)},
+    openapi_extra=reads_bytes(ARCHIVE),
 )
 async def put_snapshot(sha256: Digest, request: Request, sessions: SessionsDep, _: CallerDep) -> Response:
     """Upload an archive. It stays while an operation refers to it, and for a day after it was last asked for."""
@@ -46,6 +48,7 @@ async def has_snapshot(sha256: Digest, session: SessionDep, _: CallerDep) -> Non
     responses={200: {"content": {ARCHIVE: {}}, "description": "a tar file"}, **refusals(401, 404, 422)},
 )
 async def get_snapshot(sha256: Digest, session: SessionDep, _: CallerDep) -> Response:
+    """The archive, as it was uploaded."""
     archive = await snapshots.archive(session, sha256)
     if archive is None:
         raise _unknown(sha256)

@@ -39,7 +39,7 @@ async def get_operation(
     id: UUID,
     reads: Annotated[StatusReads, Depends(status_reads_of)],
     _: CallerDep,
-    if_none_match: Annotated[str | None, Header()] = None,
+    if_none_match: Annotated[str | None, Header(description="an `ETag`; 304 while nothing has changed")] = None,
 ) -> Response:
     """The operation as it is now. Its ETag changes with it; sent back as If-None-Match, it spares the body."""
     return (await reads.get(id)).answer(if_none_match)

@@ -31,18 +31,19 @@ async def add_webhook(
 
 @router.get("")
 async def list_webhooks(session: SessionDep, _: CallerDep) -> Webhooks:
+    """All of them, without their secrets, and how the last delivery of each went."""
     return await webhooks.list_all(session)
 
 
 @router.get("/{id}/deliveries", responses=refusals(404, 422))
 async def list_deliveries(id: UUID, session: SessionDep, _: CallerDep) -> Deliveries:
-    """The newest hundred."""
+    """What was sent to it, what it answered, what is tried again: the newest hundred."""
     return await webhooks.deliveries(session, id)
 
 
 @router.delete("/{id}", status_code=204, responses=refusals(404, 422))
 async def remove_webhook(id: UUID, session: SessionDep, _: CallerDep) -> None:
-    """With what is still due to it."""
+    """Tell it no more. What is still due to it goes too."""
     await webhooks.remove(session, id)
 
 

@@ -25,7 +25,7 @@ from ops_contract.jobs import (
     Setup,
     runs_user_code,
 )
-from ops_contract.problems import Problem, unknown_field
+from ops_contract.problems import Problem, offer, unknown_field
 from ops_contract.resolving import Unresolvable, resolved_execution
 
 FIND_REPLAY = statement("""
@@ -159,9 +159,9 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", tol
     workload = (await session.execute(FIND_WORKLOAD, {"name": spec.workload})).one_or_none()
     if workload is None and not runs_user_code(spec.kind, spec.workload):
         known = list(await session.scalars(KNOWN_WORKLOADS))
-        offer = f"known are: {', '.join(known)}" if known else "none is known yet: start a worker first (`ops worker`)"
+        hint = offer(spec.workload, known) if known else "none is known yet: start a worker first (`ops worker`)"
         raise OpsError(
-            ErrorCode.UNKNOWN_WORKLOAD, f"no worker has offered the workload {spec.workload!r}; {offer}", known=known
+            ErrorCode.UNKNOWN_WORKLOAD, f"no worker has offered the workload {spec.workload!r}; {hint}", known=known
         )
     if told is not None:
         refuse_problems(told, path)

@@ -11,13 +11,14 @@ from ops_backend.store.sql import plain, statement
 from ops_contract.agents import CancelOrder, Drain, Heartbeat, HeartbeatAnswer, WorkerRegistration
 from ops_contract.errors import ErrorCode, OpsError
 
-# The same incarnation again keeps its secret: its first answer may have been lost.
+# The same incarnation again keeps its secret: its first answer may have been lost. One from a backup has none yet.
 REGISTER = statement("""
     INSERT INTO workers (incarnation, name, host, url, secret, workloads, user_code, versions)
     VALUES (:incarnation, :name, :host, :url, :secret, :workloads, :user_code, :versions)
     ON CONFLICT (incarnation) DO UPDATE
        SET url = EXCLUDED.url, workloads = EXCLUDED.workloads, user_code = EXCLUDED.user_code,
-           versions = EXCLUDED.versions, last_seen_at = now()
+           versions = EXCLUDED.versions, last_seen_at = now(),
+           secret = coalesce(nullif(workers.secret, ''), EXCLUDED.secret)
     RETURNING secret
 """)
 
@@ -43,7 +44,8 @@ DEVICE_OWNER = statement("""
 """)
 
 SEEN = statement("""
-    UPDATE workers SET last_seen_at = now(), draining = :draining, devices = :devices WHERE incarnation = :incarnation
+    UPDATE workers SET last_seen_at = now(), draining = :draining, devices = :devices
+     WHERE incarnation = :incarnation AND secret <> ''
     RETURNING incarnation, drain
 """)
 
