@@ -21,7 +21,7 @@ from ops_contract.agents import (
     WorkerRegistration,
     WorkloadOffer,
 )
-from ops_contract.energy import EnergyBatch, EnergyWindow, Quality, Source, Use
+from ops_contract.energy import DeviceNow, EnergyBatch, EnergyWindow, Quality, Source, Use
 from ops_contract.jobs import Execution, JobSpec
 from ops_contract.ledger import EnergyLedger
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase, Status
@@ -145,10 +145,13 @@ class Store:
         async with self.sessions.begin() as session:
             return await fork.replay_if_there(session, id, request, "me", key, request.model_dump_json().encode())
 
-    async def heartbeat(self, incarnation: UUID, *holds: Held, draining: bool = False) -> HeartbeatAnswer:
+    async def heartbeat(
+        self, incarnation: UUID, *holds: Held, draining: bool = False, devices: Sequence[DeviceNow] = ()
+    ) -> HeartbeatAnswer:
         listed = [HoldRef(operation_id=h.operation_id, attempt=h.attempt) for h in holds]
         async with self.sessions.begin() as session:
-            return await workers.heartbeat(session, incarnation, Heartbeat(holds=listed, draining=draining), LEASE_S)
+            beat = Heartbeat(holds=listed, draining=draining, devices=list(devices))
+            return await workers.heartbeat(session, incarnation, beat, LEASE_S)
 
     async def drain(self, incarnation: UUID, wish: Drain | None) -> None:
         async with self.sessions.begin() as session:
