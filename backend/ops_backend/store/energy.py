@@ -105,12 +105,15 @@ _AGAIN_COLUMNS = (
 )
 
 
-# What later attempts did again, of every row of sums. Nothing else of the windows is read.
+# What later attempts did again, of every row of sums. Nothing else of the windows is read: OFFSET 0 keeps the planner
+# from joining by a hash of all of them.
 _BEHIND = """
     SELECT {keys}, {lost}
       FROM ({cuts}) cuts
-      JOIN energy_windows w ON w.operation_id = {operation}.id AND w.attempt = cuts.attempt
-                           AND w.use IN ('train', 'evaluate') AND w.until_step > cuts.evaluate_cut
+     CROSS JOIN LATERAL (
+        SELECT * FROM energy_windows
+         WHERE operation_id = {operation}.id AND attempt = cuts.attempt AND use IN ('train', 'evaluate')
+           AND until_step > cuts.evaluate_cut OFFSET 0) w
      {again}
      WHERE part.again > 0
      GROUP BY {keys}"""
