@@ -23,7 +23,7 @@ async def get_energy(
     session: SessionDep,
     _: CallerDep,
     settings: SettingsDep,
-    if_none_match: Annotated[str | None, Header()] = None,
+    if_none_match: Annotated[str | None, Header(description="an `ETag` that the caller has")] = None,
 ) -> Response:
     """The ledger: useful, lost, overhead; by attempt, epoch and device; carbon and cost. Unknown is null, and why."""
     rates = Rates(settings.carbon_g_per_kwh, settings.price_per_kwh, settings.currency)
@@ -35,8 +35,8 @@ async def get_windows(
     id: UUID,
     session: SessionDep,
     _: CallerDep,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
-    cursor: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000, description="how many at most")] = 1000,
+    cursor: Annotated[str | None, Query(description="the `next_cursor` of the page before")] = None,
 ) -> EnergyWindows:
     """What the ledger adds up, in pages: a time series of each device of each attempt."""
     return await energy.windows(session, id, limit, cursor)
