@@ -86,7 +86,8 @@ def _print(ledger: "EnergyLedger") -> None:
 def _print_uses(ledger: "EnergyLedger") -> None:
     table = show.table("WHAT", "ENERGY", "SHARE", "ERROR", "WHY", right=("ENERGY", "SHARE", "ERROR"), wide=["WHY"])
     rows: dict[str, Joules | None] = {"useful": ledger.useful, "lost": ledger.lost, "overhead": ledger.overhead}
-    rows |= {f"  {use}": joules for use, joules in ledger.overhead_by_use.items() if joules.energy_j != 0}
+    if ledger.total.known_j is not None:
+        rows |= {f"  {use}": joules for use, joules in ledger.overhead_by_use.items() if joules.energy_j != 0}
     rows |= {"total": ledger.total, "unattributed": ledger.unattributed, "upper bound": ledger.upper_bound}
     for label, joules in rows.items():
         if joules is not None:
@@ -208,8 +209,11 @@ def _draw(windows: "Sequence[BookedWindow]", attempts: "Sequence[AttemptView]", 
     figure = new_figure()
     axes = figure.subplots()
     starts_s = {each.number: (each.claimed_at - attempts[0].claimed_at).total_seconds() for each in attempts}
+    lost_s: set[tuple[float, float]] = set()  # shaded once, however many devices
     for device in sorted({window.device for window in windows}):
-        _draw_device(axes, device, [window for window in windows if window.device == device], starts_s)
+        lost_s |= _draw_device(axes, device, [window for window in windows if window.device == device], starts_s)
+    for begin_s, end_s in lost_s:
+        axes.axvspan(begin_s, end_s, color="tab:red", alpha=0.15, lw=0)
     for number in sorted({window.attempt for window in windows}):
         axes.axvline(starts_s[number], color="0.4", lw=0.8, ls=":")
         axes.annotate(f" {number}", (starts_s[number], 1), xycoords=("data", "axes fraction"), va="top", color="0.4")
@@ -219,19 +223,27 @@ def _draw(windows: "Sequence[BookedWindow]", attempts: "Sequence[AttemptView]", 
     print(f"Drawn in {save(figure, path)}")
 
 
-def _draw_device(axes: "Axes", device: str, windows: "Sequence[BookedWindow]", starts_s: Mapping[int, float]) -> None:
-    """A level for each window, from where the one before it ended; a gap where the power is not known."""
+def _draw_device(
+    axes: "Axes", device: str, windows: "Sequence[BookedWindow]", starts_s: Mapping[int, float]
+) -> set[tuple[float, float]]:
+    """A level for each window, from where the one before it ended; a gap where the power is not known. What was lost."""
     edges: list[float] = []
     levels: list[float] = []
+    lost: set[tuple[float, float]] = set()
     ends_s: dict[tuple[int, UUID], float] = {}
     for window in windows:
         hold = (window.attempt, window.worker_id)
+        if hold not in ends_s:
+            edges.append(starts_s[window.attempt])
+            levels.append(math.nan)
         begin_s = ends_s.get(hold, starts_s[window.attempt])
         end_s = ends_s[hold] = begin_s + window.duration_s
-        known = window.energy_j is not None and window.duration_s > 0
-        level_w = window.energy_j / window.duration_s if window.energy_j is not None and known else math.nan
+        level_w = math.nan
+        if window.energy_j is not None and window.duration_s > 0:
+            level_w = window.energy_j / window.duration_s
         edges += [begin_s, end_s]
         levels += [level_w, level_w]
         if window.lost_j:
-            axes.axvspan(begin_s, end_s, color="tab:red", alpha=0.15, lw=0)
+            lost.add((begin_s, end_s))
     axes.plot(edges, levels, lw=1.2, label=device.replace("_", " "))
+    return lost
