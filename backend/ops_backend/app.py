@@ -18,6 +18,7 @@ from ops_backend.routes import (
     agents,
     catalog,
     cleanup,
+    dashboard,
     energy,
     errors,
     exports,
@@ -80,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
     raw_bodies.install(app)
     app.include_router(health.router)
     app.include_router(scrape.router)
+    app.include_router(dashboard.router)
     for module in (operations, energy, stream, exports, cleanup, snapshots, agents, catalog, webhooks, session):
         app.include_router(module.router, prefix=API_PREFIX)
     return app

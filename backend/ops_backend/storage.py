@@ -188,7 +188,7 @@ def mark_restoring(root: Path, digest: str) -> None:
 
 def sync_directory(path: Path) -> None:
     """What was renamed or made in it is durable."""
-    directory = os.open(path, _DIRECTORY)
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)
     finally:

@@ -23,7 +23,7 @@ def backup(
     data_dir: Annotated[Path | None, typer.Option(help="Else by OPS_* variables, or the last `ops up`.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Machine output alone on stdout.")] = False,
 ) -> None:
-    """Write all operations, checkpoints and artifacts into one file, also while the service runs.
+    """Write everything into one file, also while the service runs.
 
     It holds the token and what users submitted: keep it where only you can read it.
     """

@@ -24,9 +24,9 @@ def down(
     data_dir: Annotated[Path | None, typer.Option(help="Else that of the last `ops up`.")] = None,
     now: Annotated[bool, typer.Option("--now", help="Do not wait for checkpoints; in the end by SIGKILL.")] = False,
 ) -> None:
-    """End `ops up`: running trainings save a checkpoint first, and go on at the next start.
+    """End `ops up`; running trainings save a checkpoint first.
 
-    Ctrl-C stops waiting, not the end itself.
+    They go on at the next start. Ctrl-C stops waiting, not the end itself.
     """
     from ops_cli.up import last_data_dir
 

@@ -226,7 +226,7 @@ def _draw(windows: "Sequence[BookedWindow]", attempts: "Sequence[AttemptView]", 
 def _draw_device(
     axes: "Axes", device: str, windows: "Sequence[BookedWindow]", starts_s: Mapping[int, float]
 ) -> set[tuple[float, float]]:
-    """A level for each window, from where the one before it ended; a gap where it is not known. Returns what was lost."""
+    """A level for each window, from where the one before it ended; a gap where it is not known. Gives what was lost."""
     edges: list[float] = []
     levels: list[float] = []
     lost: set[tuple[float, float]] = set()

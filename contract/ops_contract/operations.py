@@ -202,6 +202,14 @@ class OperationPage(Wire):
     next_cursor: str | None
 
 
+class LiveCounts(Wire):
+    """How many operations have not ended. What has ended is kept for good, and not counted."""
+
+    pending: int
+    running: int
+    cancelling: int
+
+
 class AttemptView(Wire):
     """`first_step` and `last_step` are those it reported; null when it reported none.
 

@@ -32,11 +32,12 @@ class Service:
     Whatever the two are answered has to be as the server's OpenAPI document says.
     """
 
-    def __init__(self, directory: Path, database_url: str) -> None:
+    def __init__(self, directory: Path, database_url: str, lease_s: float = LEASE_S) -> None:
         self.directory = directory
         self.token = secrets.token_hex(16)
         self.storage = directory / "storage"
         self._database_url = database_url
+        self._lease_s = lease_s
         self.server = Child("server", ("ops_backend", "server"), self._server_environ, directory / "server.log")
         self.workers: list[Child] = []
         self._url = ""
@@ -178,7 +179,7 @@ class Service:
         return self._environ() | {
             "OPS_DATABASE_URL": self._database_url,
             "OPS_PORT": str(self._port),
-            "OPS_LEASE_S": str(LEASE_S),
+            "OPS_LEASE_S": str(self._lease_s),
             "OPS_SLOT_REST_S": "0.5",
             "OPS_RETRY_BACKOFF_S": "0.2",
         }
@@ -189,8 +190,8 @@ class Service:
 
 
 @contextmanager
-def running_service(directory: Path, database_url: str, workers: int) -> Iterator[Service]:
-    service = Service(directory, database_url)
+def running_service(directory: Path, database_url: str, workers: int, lease_s: float = LEASE_S) -> Iterator[Service]:
+    service = Service(directory, database_url, lease_s)
     service.storage.mkdir()
     try:
         service.start(workers)

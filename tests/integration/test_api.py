@@ -394,6 +394,22 @@ async def test_an_unchanged_list_is_a_304(api: httpx.AsyncClient, offered: str) 
     assert (changed.status_code, changed.json()["items"][0]["status"]) == (200, "cancelled")
 
 
+async def test_what_has_not_ended_is_counted(api: httpx.AsyncClient, store: Store) -> None:
+    await store.worker()
+    first = (await api.get("/counts")).json()
+    running = await store.running()
+    await store.submit()
+    await api.post(f"/operations/{await store.submit()}/cancel")
+    counted = await api.get("/counts")
+    again = await api.get("/counts", headers={"If-None-Match": counted.headers["etag"]})
+    await api.post(f"/operations/{running.operation_id}/cancel")
+    last = (await api.get("/counts")).json()
+    assert first == {"pending": 0, "running": 0, "cancelling": 0}
+    assert counted.json() == {"pending": 1, "running": 1, "cancelling": 0}
+    assert (again.status_code, again.content) == (304, b"")
+    assert last == {"pending": 1, "running": 0, "cancelling": 1}
+
+
 async def test_pages_are_newest_first_and_complete(api: httpx.AsyncClient, offered: str) -> None:
     ids = [(await api.post("/operations", json={"workload": offered})).json()["id"] for _ in range(5)]
     seen, cursor = [], None

@@ -120,7 +120,10 @@ async def test_all_rows_and_the_files_that_they_name_come_back(
     run = await a_life(store, service.storage_root)
     before, files = await everything(service.database_url or ""), contents(service.storage_root)
 
-    taken = await take(service, tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "backups").symlink_to("elsewhere")
+
+    taken = await take(service, tmp_path / "backups")
     done = await bring_back(other, Path(taken.path))
 
     assert (taken.operations, done.operations, taken.missing, taken.changed) == (2, 2, [], [])

@@ -56,6 +56,8 @@ READS = {
     f"/operations/{ID}/metrics?name=loss": 30 * curves.PAGE_POINTS,
     f"/operations/{ID}/metrics?name=loss&max_points=1000": 30 * 1000,
     f"/operations/{ID}/metrics?name=loss&max_points=1000&after_step=500": 30 * 1000,
+    f"/operations/{ID}/metrics?name=loss&max_points=1000&after_step=500&until_step=600": 30 * 100,
+    "/counts": KILOBYTE,
     f"/operations/{ID}/attempts": KILOBYTE,
 }
 

@@ -144,16 +144,22 @@ def test_what_a_reader_folds_is_what_a_whole_read_gives_whatever_the_attempts_do
         id = runner.run(store.submit())
 
         @examples
-        @given(ACTIONS, st.integers(10, 16), st.integers(-1, 20))
-        def holds(actions: list[tuple[str, object]], max_points: int, after_step: int) -> None:
-            runner.run(play(sessions, id, incarnation, actions, max_points, after_step))
+        @given(ACTIONS, st.integers(10, 16), st.integers(-1, 20), st.integers(0, 60))
+        def holds(actions: list[tuple[str, object]], max_points: int, after_step: int, until_step: int) -> None:
+            runner.run(play(sessions, id, incarnation, actions, max_points, (after_step, until_step)))
 
         holds()
 
 
 async def play(
-    sessions: Sessions, id: UUID, incarnation: UUID, actions: list[tuple[str, object]], max_points: int, after_step: int
+    sessions: Sessions,
+    id: UUID,
+    incarnation: UUID,
+    actions: list[tuple[str, object]],
+    max_points: int,
+    zoom: tuple[int, int],
 ) -> None:
+    after_step, until_step = zoom
     async with sessions.begin() as session:
         history, reader = History(session, id, incarnation), Reader()
         for action, drawn in [*actions, ("poll", None)]:
@@ -174,6 +180,10 @@ async def play(
         few = await curves.read(session, id, "loss", after_step, max_points)
         assert bits(few.points) == bits(drawn_with(wanted, max_points))
         assert (await curves.read(session, id, "loss", after_step, max_points, few.cursor)).points == []
+        part = await curves.read(session, id, "loss", after_step, max_points, until_step=until_step)
+        assert bits(part.points) == bits(drawn_with([p for p in wanted if p[0] <= until_step], max_points))
+        whole = await curves.read(session, id, "loss", max_points=10_000, cursor=part.cursor)
+        assert bits(whole.points) == bits(drawn_with(counted, 10_000))  # a part leaves nothing out for good
         [summary] = [each for each in (await curves.names(session, id)).metrics if each.name == "loss"] or [None]
         assert bits([summary.first, summary.last] if summary and summary.first and summary.last else []) == bits(
             [counted[0], counted[-1]] if counted else []
@@ -284,10 +294,11 @@ async def test_a_query_that_means_nothing_is_refused(store: Store, database_url:
     path = f"/operations/{await store.submit()}/metrics"
     cursors = ["", "x", "1.2.3", "1.1.9.0", "9999999999.1.1.0"]
     limits = ["max_points=9", "max_points=10001", "after_step=-2", "after_step=9223372036854775808"]
+    limits += ["until_step=5", "until_step=-1&max_points=10", "until_step=5&max_points=10&cursor=0.0.0.0"]
     async with serving(database_url) as api:
         for query in (*(f"cursor={cursor}" for cursor in cursors), *limits):
             assert refusal(await api.get(f"{path}?name=loss&{query}")) == (422, "invalid"), query
-        for query in ("cursor=0.0.0.0", "max_points=100", "after_step=5"):
+        for query in ("cursor=0.0.0.0", "max_points=100", "after_step=5", "until_step=5"):
             assert refusal(await api.get(f"{path}?{query}")) == (422, "invalid"), query
 
 

@@ -1,17 +1,18 @@
 """Who works here, and what can be run."""
 
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, BackgroundTasks
+from fastapi import APIRouter, BackgroundTasks, Header, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep, SettingsDep
 from ops_backend.routes.errors import refusals
-from ops_backend.store import queries
+from ops_backend.store import gauges, queries
 from ops_backend.store.workers import drain
+from ops_backend.tags import Tagged
 from ops_contract.jobs import JobSpec
-from ops_contract.operations import DrainRequest, Workers, WorkerView, Workloads
+from ops_contract.operations import DrainRequest, LiveCounts, Workers, WorkerView, Workloads
 
 router = APIRouter(tags=["workers"], responses=refusals(401))
 
@@ -53,6 +54,16 @@ async def undrain_worker(
 async def list_workloads(session: SessionDep, _: CallerDep) -> Workloads:
     """What can be trained: each with the JSON Schema of its config and the metrics that it reports."""
     return await queries.workloads(session)
+
+
+@router.get("/counts", tags=["operations"], response_model=LiveCounts, responses={304: {"description": "unchanged"}})
+async def count_live(
+    session: SessionDep,
+    _: CallerDep,
+    if_none_match: Annotated[str | None, Header(description="an `ETag`; 304 while nothing has changed")] = None,
+) -> Response:
+    """How many operations wait, run, and are being cancelled."""
+    return Tagged(await gauges.counts(session)).answer(if_none_match)
 
 
 @router.get("/schemas/job", tags=["operations"])

@@ -23,6 +23,7 @@ from ops_backend.routes.errors import read, refusals
 from ops_backend.routes.files import FILE_ANSWERS, ArtifactResponse
 from ops_backend.routes.raw_bodies import reads
 from ops_backend.store import curves, deletion, output, queries
+from ops_backend.store.curves import LAST_STEP
 from ops_backend.store.fork import fork_if_there, forked_job, replay_if_there
 from ops_backend.store.retention import delete_if_unused, explain_delete
 from ops_backend.store.submit import once, replay, resolved_job, submit_if_new
@@ -268,6 +269,7 @@ async def get_metrics(
     ] = None,
     max_points: Annotated[int | None, Query(ge=10, le=10_000, description="fewer points, with every spike")] = None,
     after_step: Annotated[int, Query(ge=-1, lt=2**63, description="only later steps")] = -1,
+    until_step: Annotated[int, Query(ge=0, lt=2**63, description="no later ones; with max_points")] = LAST_STEP,
     cursor: Annotated[str | None, Query(description="an answer's: only what has come since")] = None,
 ) -> Response:
     """Every point that counts, every bit kept, in pages; without `name` the names that there are.
@@ -275,8 +277,8 @@ async def get_metrics(
     `max_points` keeps of equal widths of steps the lowest and the highest point and the first NaN, and both ends.
     """
     if name is not None:
-        return as_json(await curves.read(session, id, name, after_step, max_points, cursor))
-    if (after_step, max_points, cursor) != (-1, None, None):
+        return as_json(await curves.read(session, id, name, after_step, max_points, cursor, until_step))
+    if (after_step, until_step, max_points, cursor) != (-1, LAST_STEP, None, None):
         raise OpsError(ErrorCode.INVALID, "name: say which metric; without it only the names are told")
     return as_json(await curves.names(session, id))
 

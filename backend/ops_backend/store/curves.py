@@ -13,7 +13,7 @@ from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.operations import LineageEntry, MetricNames, MetricPoints, MetricSummary
 
 PAGE_POINTS = 50_000
-_LAST_STEP = 2**63 - 1
+LAST_STEP = 2**63 - 1
 
 # One probe of the index a name, where DISTINCT reads every row; of the rows of a name only the first and the last.
 SUMMARIES = statement("""
@@ -48,9 +48,10 @@ _COUNTED = """
         SELECT m.attempt, m.seq, m.steps, m.values, c.skipped, c.upto
           FROM metrics m
          CROSS JOIN LATERAL (SELECT width_bucket(:after_step, m.steps) AS skipped,
-                                    width_bucket((:last_steps)[m.attempt], m.steps) AS upto OFFSET 0) c
+                                    width_bucket(least((:last_steps)[m.attempt], :until_step), m.steps) AS upto
+                             OFFSET 0) c
          WHERE m.operation_id = :id AND m.name = :name AND (m.attempt, m.seq) > (:attempt, :seq)
-           AND m.first_step <= (:last_steps)[m.attempt] AND c.skipped < c.upto
+           AND m.first_step <= least((:last_steps)[m.attempt], :until_step) AND c.skipped < c.upto
     )"""
 
 # Which rows make a page is decided without their values, most of which stay where they are.
@@ -139,21 +140,27 @@ async def read(
     after_step: int = -1,
     max_points: int | None = None,
     cursor: str | None = None,
+    until_step: int = LAST_STEP,
 ) -> MetricPoints:
     """What counts of a metric: each attempt's points from its start until a later one starts.
 
-    Raises 404, 422 for a cursor that is none of this operation.
+    Raises 404, 422 for a cursor that is none of this operation, or a part of a curve that is not drawn.
     """
+    is_part = until_step != LAST_STEP
+    if is_part and (max_points is None or cursor is not None):
+        raise OpsError(ErrorCode.INVALID, "until_step: goes with max_points, and with no cursor")
     starts = await starts_of(session, id)
     had, replaces_from = _since(Cursor.read(cursor), starts)
     entries = lineage(starts)
     wanted = {"id": id, "name": name, "after_step": after_step, "last_steps": _last_steps(entries)}
-    wanted |= {"attempt": had.attempt, "seq": had.seq}
+    wanted |= {"attempt": had.attempt, "seq": had.seq, "until_step": until_step}
     if max_points is None:
         points, last, more = await _page(session, wanted)
     else:
         points, last = await _few(session, wanted | {"max_points": max_points})
         more = False
+    if is_part:
+        last = None  # a row may have points after it: whoever goes on from here begins anew
     reached = Cursor(*(last or (had.attempt, had.seq)), len(starts), starts[-1] if starts else 0)
     return MetricPoints(
         name=name,
@@ -179,7 +186,7 @@ def _since(cursor: Cursor, starts: list[int]) -> tuple[Cursor, int | None]:
 
 def _last_steps(entries: list[LineageEntry]) -> list[int]:
     """The last step that counts, by attempt."""
-    return [_LAST_STEP if entry.end_step is None else entry.end_step - 1 for entry in entries]
+    return [LAST_STEP if entry.end_step is None else entry.end_step - 1 for entry in entries]
 
 
 async def _page(

@@ -8,6 +8,7 @@ from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import statement
+from ops_contract.operations import LiveCounts
 
 # By the two partial indexes, of the queue and of live holds: operations that have ended may be millions. The last event
 # of a pending one is that which made it pending. A join, not looked up one by one, would read all events of all time.
@@ -72,11 +73,16 @@ class Gauges:
     devices: Sequence[Row[Any]]
 
 
+async def counts(session: AsyncSession) -> LiveCounts:
+    live = (await session.execute(OPERATIONS)).one()
+    return LiveCounts(pending=live.pending, running=live.running, cancelling=live.cancelling)
+
+
 async def read(session: AsyncSession, lease_s: float) -> Gauges:
     """Of one moment for each statement."""
     live = (await session.execute(OPERATIONS)).one()
     return Gauges(
-        operations={status: getattr(live, status) for status in ("pending", "running", "cancelling")},
+        operations={status: getattr(live, status) for status in LiveCounts.model_fields},
         queue_oldest_s=max(0.0, live.queue_oldest_s),  # the clock may have been set back
         workers=(await session.execute(WORKERS, {"lease_s": lease_s})).all(),
         slots=(await session.execute(SLOTS, {"lease_s": lease_s})).all(),

@@ -1,0 +1,252 @@
+/** One operation: what it does now, above; its parts below. The stream brings what is new, polling where there is none. */
+
+import * as actions from "./actions.js";
+import { Away, get } from "./api.js";
+import { curves } from "./curves.js";
+import { h, render } from "./dom.js";
+import { energy } from "./energy.js";
+import { problem } from "./notice.js";
+import { poll } from "./poll.js";
+import { adjust } from "./router.js";
+import { CANCELLABLE, RESUMABLE, TERMINAL } from "./status.js";
+import { stream } from "./stream.js";
+import { summary } from "./summary.js";
+import { artifacts, attempts, checkpoints, events, job } from "./tables.js";
+import { logs } from "./logs.js";
+import { timeline } from "./timeline.js";
+
+const TABS = ["curves", "attempts", "checkpoints", "events", "logs", "job", "artifacts", "energy"];
+// Those that are read when they are looked at, and where.
+const PARTS = { checkpoints: "checkpoints", artifacts: "artifacts", energy: "energy" };
+// Besides the stream: for what it does not tell (checkpoints, artifacts), and for when there is none.
+const POLL_MS = 3000;
+const TICK_MS = 1000;
+
+export function operation(main, [id], query) {
+  document.title = "Operation · Relight";
+  const gone = new AbortController();
+  const path = `/operations/${encodeURIComponent(id)}`;
+  const parts = {}; // of each tab that was opened: what the API said
+  const told = []; // events
+  let answer = null; // of the last poll
+  let shown = null; // the same, with what the stream has said since
+  let tried = null; // attempts
+  let failed = null;
+  let deleted = false;
+  let tab = tabOf(query);
+  let living = null; // what in the open tab lives by itself: curves, logs
+  let stands = false; // whether the stream does
+
+  const head = h("div", { keep: true });
+  const panel = h("div", { id: "panel", role: "tabpanel", tabindex: "0", "aria-labelledby": `tab-${tab}`, keep: true });
+
+  /** @param {boolean} [all] also what looks unchanged */
+  async function ask(all) {
+    const before = answer;
+    const found = await get(path, gone.signal);
+    const moved = all === true || !tried || tab === "attempts" || gist(found) !== gist(before);
+    if (moved) tried = (await get(`${path}/attempts`, gone.signal)).items;
+    [answer, shown, failed] = [found, found, null];
+    if (moved || found !== before || (tab in PARTS && !parts[tab])) await part();
+    if (!stands) living?.more?.([id]);
+    draw();
+  }
+
+  /** Of an operation what its attempts change with. */
+  const gist = one => one && [one.attempt, one.status, one.failures, one.exactness?.promise].join();
+
+  const refresh = () => ask(true);
+
+  /** What the open tab needs. */
+  async function part() {
+    if (tab in PARTS) {
+      const found = await get(`${path}/${PARTS[tab]}`, gone.signal);
+      parts[tab] = found.items ?? found;
+    }
+    if (tab === "events") await moreEvents();
+  }
+
+  async function moreEvents() {
+    for (;;) {
+      const { items } = await get(`${path}/events?after_seq=${told.at(-1)?.seq ?? 0}`, gone.signal);
+      told.push(...items.filter(event => event.seq > (told.at(-1)?.seq ?? 0)));
+      if (items.length < 1000) return;
+    }
+  }
+
+  const refused = error => {
+    failed = error;
+    deleted ||= error.status === 404 && shown !== null;
+    draw();
+  };
+  const polling = poll(() => ask(), POLL_MS, refused);
+  const ticking = setInterval(() => {
+    if (shown && !document.hidden) draw();
+  }, TICK_MS);
+  const streaming = stream(id, {
+    opened() {
+      stands = true;
+      living?.load?.();
+    },
+    lost() {
+      stands = false;
+    },
+    progress(summary) {
+      if (shown) {
+        shown = { ...shown, ...summary };
+        draw();
+      }
+    },
+    metrics(report) {
+      living?.take?.(id, report);
+    },
+    event() {
+      polling.now();
+    },
+    deleted() {
+      deleted = true;
+      draw();
+    },
+  });
+
+  function select(name) {
+    adjust({ tab: name === "curves" ? null : name });
+  }
+
+  function open() {
+    living?.stop();
+    living = null;
+    render(panel);
+    panel.setAttribute("aria-labelledby", `tab-${tab}`);
+    if (tab === "curves") living = curves(panel, [{ id, label: shown?.name ?? id }], stands);
+    else if (tab === "logs") living = logs(panel, id, () => !shown || !TERMINAL.has(shown.status));
+  }
+
+  function draw() {
+    if (deleted)
+      return render(
+        main,
+        h(
+          "section",
+          { class: "empty" },
+          h("h1", {}, "This operation was deleted"),
+          h("p", {}, h("a", { href: "#/" }, "All operations")),
+        ),
+      );
+    if (!shown)
+      return render(
+        main,
+        failed
+          ? [h("h1", {}, "Operation"), problem(failed), h("p", {}, h("a", { href: "#/" }, "All operations"))]
+          : h("p", { class: "quiet" }, "Loading…"),
+      );
+    document.title = `${shown.name}: ${shown.status} · Relight`;
+    const fresh = !panel.isConnected;
+    render(main, head, tabs(), panel);
+    render(head, summary(shown, tried, buttons()), failed && problem(failed, polling.now), timeline(shown, tried));
+    if (fresh) open();
+    const made = {
+      attempts: () => attempts(shown, tried),
+      checkpoints: () => checkpoints(shown, parts.checkpoints, refresh),
+      events: () => events(told),
+      job: () => job(shown),
+      artifacts: () => artifacts(shown, parts.artifacts),
+      energy: () => energy(parts.energy),
+    }[tab];
+    if (made) render(panel, made());
+  }
+
+  function tabs() {
+    const move = event => {
+      const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!by) return;
+      event.preventDefault();
+      select(TABS[(TABS.indexOf(tab) + by + TABS.length) % TABS.length]);
+      document.getElementById(`tab-${tab}`).focus();
+    };
+    return h(
+      "div",
+      { class: "tabs", role: "tablist", "aria-label": "Parts of the operation", onkeydown: move },
+      TABS.map(name =>
+        h(
+          "button",
+          {
+            type: "button",
+            id: `tab-${name}`,
+            role: "tab",
+            "aria-selected": String(name === tab),
+            "aria-controls": "panel",
+            tabindex: name === tab ? "0" : "-1",
+            onclick: () => select(name),
+          },
+          name,
+        ),
+      ),
+    );
+  }
+
+  /** What may be done now, in words. */
+  function offers() {
+    const { status } = shown;
+    return {
+      c:
+        (CANCELLABLE.has(status) && ["Cancel", () => actions.cancel(shown, refresh)]) ||
+        (status === "cancelling" && ["Stop at once", () => actions.force(shown, refresh)]),
+      r: RESUMABLE.has(status) && ["Resume", () => actions.resume(shown, tried, refresh)],
+      f: shown.kind === "training" && ["Fork", () => actions.fork(shown)],
+      delete: TERMINAL.has(status) && ["Delete", () => actions.remove(shown)],
+    };
+  }
+
+  function buttons() {
+    return Object.entries(offers())
+      .filter(([, offer]) => offer)
+      .map(([name, [text, act]]) =>
+        h(
+          "button",
+          {
+            type: "button",
+            key: text,
+            class: name === "delete" || text === "Stop at once" ? "danger" : name === "r" ? "primary" : "",
+            onclick: act,
+          },
+          text,
+        ),
+      );
+  }
+
+  const press = key => () => {
+    if (shown) offers()[key]?.[1]?.();
+  };
+
+  draw();
+  return {
+    stop() {
+      gone.abort();
+      polling.stop();
+      streaming.stop();
+      clearInterval(ticking);
+      living?.stop();
+    },
+    update([other], changed) {
+      if (other !== id) return false;
+      if (tabOf(changed) !== tab) {
+        tab = tabOf(changed);
+        open();
+        draw();
+        part().then(draw, error => {
+          if (!(error instanceof Away) && error.name !== "AbortError") refused(error);
+        });
+      }
+      return true;
+    },
+    keys: {
+      c: press("c"),
+      r: press("r"),
+      f: press("f"),
+      ...Object.fromEntries(TABS.map((name, i) => [String(i + 1), () => select(name)])),
+    },
+  };
+}
+
+const tabOf = query => (TABS.includes(query.get("tab")) ? query.get("tab") : "curves");

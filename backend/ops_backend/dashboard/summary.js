@@ -1,0 +1,195 @@
+/** The head of an operation's page: what it is, how far it is, and what can be said of its exactness and energy. */
+
+import { h } from "./dom.js";
+import { ago, count, duration, measured, percent, plural, secondsBetween, short, UNKNOWN, words } from "./format.js";
+import { say } from "./notice.js";
+import { link } from "./router.js";
+import { chip, TERMINAL } from "./status.js";
+
+export function summary(operation, attempts, buttons) {
+  const { id, name, status, labels, submitted_by, created_at } = operation;
+  return [
+    h(
+      "div",
+      { class: "heading" },
+      h("div", {}, h("p", { class: "crumbs" }, h("a", { href: "#/" }, "Operations")), h("h1", {}, name)),
+      h("div", { class: "buttons" }, buttons),
+    ),
+    h(
+      "p",
+      { class: "facts" },
+      chip(status),
+      h("span", {}, operation.workload),
+      h(
+        "button",
+        { type: "button", class: "plain id", title: "Copy the id", onclick: () => copy(id) },
+        h("code", {}, short(id)),
+        h("span", { class: "hidden" }, " Copy the id"),
+      ),
+      h("span", {}, `submitted by ${submitted_by} `, ago(created_at)),
+      operation.not_before &&
+        status === "pending" &&
+        h("span", {}, `waits until ${new Date(operation.not_before).toLocaleTimeString("en-GB")}`),
+      Object.entries(labels).map(([key, value]) => h("span", { class: "label" }, `${key}=${value}`)),
+    ),
+    fault(operation),
+    h(
+      "div",
+      { class: "tiles" },
+      progressTile(operation),
+      lossTile(operation),
+      timeTile(operation),
+      attemptsTile(operation, attempts),
+      exactnessTile(operation),
+      energyTile(operation),
+    ),
+    origin(operation),
+  ];
+}
+
+function tile(title, value, ...more) {
+  return h(
+    "section",
+    { class: "tile", key: title },
+    h("h2", {}, title),
+    h("p", { class: "value" }, value),
+    more.filter(Boolean).map(each => h("p", { class: "small" }, each)),
+  );
+}
+
+function progressTile({ status, progress }) {
+  if (!progress) return tile("Progress", UNKNOWN, status === "pending" ? "waits for a slot" : null);
+  const of = progress.steps_total === null ? "" : ` of ${count(progress.steps_total)}`;
+  const label = progress.percent === null ? `step ${count(progress.step)}` : percent(progress.percent);
+  return tile(
+    "Progress",
+    label,
+    progress.percent !== null &&
+      h(
+        "span",
+        { class: `bar wide is-${status}`, "aria-hidden": "true" },
+        h("span", { style: { width: `${progress.percent}%` } }),
+      ),
+    `step ${count(progress.step)}${of}${progress.epoch === null ? "" : `, epoch ${count(progress.epoch)}`}`,
+  );
+}
+
+const lossTile = ({ progress }) =>
+  tile(
+    "Loss",
+    measured(progress?.loss),
+    progress?.samples_per_s != null && `${measured(progress.samples_per_s)} samples/s`,
+  );
+
+function timeTile({ status, started_at, ended_at, progress }) {
+  const ran = started_at ? duration(secondsBetween(started_at, ended_at)) : UNKNOWN;
+  if (TERMINAL.has(status)) return tile("Took", ran, ended_at && h("span", {}, "ended ", ago(ended_at)));
+  return tile("Time left", status === "running" ? duration(progress?.eta_s) : UNKNOWN, started_at && `runs for ${ran}`);
+}
+
+function attemptsTile({ attempt, failures, max_retries }, attempts) {
+  const redone = attempts.reduce((sum, each, i) => sum + redoneAfter(each, attempts[i + 1]), 0);
+  return tile(
+    "Attempts",
+    attempt ? count(attempt) : UNKNOWN,
+    redone > 0 && `${plural(redone, "step")} redone`,
+    `${count(failures)} of ${plural(max_retries, "retry", "retries")} used`,
+  );
+}
+
+/** Steps of an attempt that its successor runs again. */
+export function redoneAfter(attempt, next) {
+  return next && attempt.last_step !== null ? Math.max(0, attempt.last_step + 1 - next.start_step) : 0;
+}
+
+function exactnessTile({ exactness }) {
+  if (!exactness) return tile("Exactness", UNKNOWN, "known when it has started");
+  const promised = exactness.promise === "promised";
+  return tile(
+    "Exactness",
+    promised ? "promised" : "best effort",
+    promised ? "a resume is bit for bit" : null,
+    ...exactness.reasons,
+  );
+}
+
+function energyTile({ energy }) {
+  const { total_j, known_j, upper_bound_j, lost_j, quality } = energy;
+  if (total_j === null)
+    return tile(
+      "Energy",
+      UNKNOWN,
+      `unknown: ${words(energy.reason ?? "no reason given")}`,
+      known_j !== null && `at least ${measured(known_j)} J`,
+      upper_bound_j !== null && `at most ${measured(upper_bound_j)} J of shared devices`,
+    );
+  return tile("Energy", `${measured(total_j)} J`, quality && words(quality), lost_j > 0 && `${measured(lost_j)} J lost`);
+}
+
+function fault({ status, error, cancel_reason, exit_unconfirmed }) {
+  return [
+    error &&
+      status !== "completed" &&
+      h(
+        "div",
+        { class: status === "failed" ? "problem" : "remark", key: "fault" },
+        h(
+          "p",
+          {},
+          status !== "failed" && "An attempt before this one ended with ",
+          h("strong", {}, words(error.code)),
+          ": ",
+          error.message,
+        ),
+        error.details?.log_tail &&
+          h(
+            "details",
+            {},
+            h("summary", {}, "Last lines of its output"),
+            h("pre", { class: "tail", tabindex: "0" }, text(error.details.log_tail)),
+          ),
+        status === "failed" && h("p", { class: "small" }, "Resume tries again from its last checkpoint."),
+      ),
+    cancel_reason && h("p", { class: "remark", key: "reason" }, `Cancelled: ${cancel_reason}`),
+    exit_unconfirmed &&
+      h(
+        "p",
+        { class: "remark", key: "unconfirmed" },
+        "Its worker was lost while it was cancelling: whether its process has ended is not known.",
+      ),
+  ];
+}
+
+const text = tail => (Array.isArray(tail) ? tail.join("\n") : String(tail));
+
+function origin({ id, resumed_from, forked_from, replay_of }) {
+  const other = parent => [
+    h("a", { href: link(`operations/${parent}`) }, short(parent)),
+    " (",
+    h("a", { href: link("compare", { ids: `${parent},${id}` }) }, "compare"),
+    ")",
+  ];
+  const said = [
+    forked_from && ["a fork of ", other(forked_from.operation_id), `, from step ${count(forked_from.step)}`],
+    replay_of && ["a replay of ", other(replay_of)],
+    resumed_from &&
+      `this attempt goes on from the ${resumed_from.checkpoint_type} checkpoint of step ${count(resumed_from.step)}, epoch ${count(resumed_from.epoch)}`,
+  ].filter(Boolean);
+  return (
+    said.length > 0 &&
+    h(
+      "p",
+      { class: "facts quiet" },
+      said.map(each => h("span", {}, each)),
+    )
+  );
+}
+
+async function copy(id) {
+  try {
+    await navigator.clipboard.writeText(id);
+    say("The id is copied.");
+  } catch {
+    say(id); // no clipboard over plain http
+  }
+}
