@@ -1,10 +1,9 @@
 /** What an operation cost in joules. What is not known is a dash and its reason, never 0. */
 
 import { h } from "./dom.js";
-import { count, duration, measured, UNKNOWN, words } from "./format.js";
+import { count, duration, joules, measured, UNKNOWN, words } from "./format.js";
 import { empty, loading, number, table } from "./tables.js";
 
-const joules = energy_j => (energy_j === null ? UNKNOWN : `${measured(energy_j)} J`);
 const watts = power_w => (power_w === null ? UNKNOWN : `${measured(power_w)} W`);
 
 /** What is known of it stands in the place of one that is not known whole. */
@@ -17,13 +16,14 @@ const orWhy = (text, reason) => (reason ? `${UNKNOWN} (${words(reason)})` : text
 export function energy(ledger) {
   if (!ledger) return loading();
   if (!ledger.devices.length) return empty(`No joule is known: ${words(ledger.total.reason ?? "no reason given")}.`);
-  return [
-    uses(ledger),
-    facts(ledger),
-    devices(ledger),
-    ledger.attempts.length > 1 && attempts(ledger),
-    ledger.epochs.length > 0 && epochs(ledger),
-  ];
+  return h(
+    "div",
+    { class: "job" },
+    h("section", {}, h("h2", {}, "By use"), uses(ledger), facts(ledger)),
+    h("section", {}, h("h2", {}, "By device"), devices(ledger)),
+    ledger.attempts.length > 1 && h("section", {}, h("h2", {}, "By attempt"), attempts(ledger)),
+    ledger.epochs.length > 0 && h("section", {}, h("h2", {}, "By epoch"), epochs(ledger)),
+  );
 }
 
 function uses({ useful, lost, overhead, overhead_by_use, total, unattributed, upper_bound }) {

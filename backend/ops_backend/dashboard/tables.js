@@ -9,6 +9,7 @@ import {
   clock,
   count,
   duration,
+  joules,
   measured,
   plural,
   secondsBetween,
@@ -92,7 +93,7 @@ export function attempts(operation, all) {
             { class: "small quiet" },
             attempt.energy_j === null
               ? `energy unknown: ${words(attempt.energy_reason ?? "no reason given")}`
-              : `${measured(attempt.energy_j)} J${attempt.lost_j ? `, ${measured(attempt.lost_j)} J of it lost` : ""}`,
+              : `${joules(attempt.energy_j)}${attempt.lost_j ? `, ${joules(attempt.lost_j)} of it lost` : ""}`,
           ),
           attempt.environment && h("details", {}, h("summary", {}, "Environment"), pairs(attempt.environment)),
         ),
