@@ -19,6 +19,7 @@ from ops_backend.routes import (
     catalog,
     cleanup,
     dashboard,
+    energy,
     errors,
     exports,
     health,
@@ -81,7 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health.router)
     app.include_router(scrape.router)
     app.include_router(dashboard.router)
-    for module in (operations, stream, exports, cleanup, snapshots, agents, catalog, webhooks, session):
+    for module in (operations, energy, stream, exports, cleanup, snapshots, agents, catalog, webhooks, session):
         app.include_router(module.router, prefix=API_PREFIX)
     return app
 

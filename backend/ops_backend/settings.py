@@ -49,6 +49,13 @@ class Settings(BaseModel):
         ge=1,
         description="how many clients may watch by `GET …/stream` at a time, of each API; one more is a 503",
     )
+    carbon_g_per_kwh: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="grams of CO2 that a kilowatt-hour causes; else carbon is null"
+    )
+    price_per_kwh: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="what a kilowatt-hour costs; else the cost is null"
+    )
+    currency: str | None = Field(None, min_length=1, max_length=8, description="of the price, such as EUR")
     db_pool_size: int = Field(
         10,
         ge=1,

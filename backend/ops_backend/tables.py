@@ -25,6 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
+from ops_contract.energy import Use
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
 from ops_contract.webhooks import DeliveryState, WebhookFormat
 
@@ -149,6 +150,8 @@ workers = Table(
     # Runs commands, and workloads that users bring.
     _flag("user_code"),
     Column("versions", JSONB, nullable=False),
+    # Its GPUs as its last heartbeat told them.
+    Column("devices", JSONB, nullable=False, server_default=text("'[]'")),
     # What it says of itself, and what an operator wishes: neither overwrites the other.
     _flag("draining"),
     Column("drain", Text),
@@ -193,6 +196,8 @@ attempts = Table(
     # What it started from; null as well when that has been deleted since.
     Column("checkpoint_id", Uuid, ForeignKey("checkpoints.id", ondelete="SET NULL", use_alter=True)),
     Column("start_step", BigInteger, nullable=False),
+    # It began at the evaluation after that step's update, which is not done again.
+    _flag("starts_at_evaluation"),
     _instant("claimed_at", default_now=True, nullable=False),
     _instant("started_at"),
     _instant("ended_at"),
@@ -288,6 +293,68 @@ metrics = Table(
     ForeignKeyConstraint(["operation_id", "attempt"], ["attempts.operation_id", "attempts.number"]),
 )
 Index("ix_metrics_curve", metrics.c.operation_id, metrics.c.name, metrics.c.attempt, metrics.c.first_step)
+
+# What one device used between two marks of an attempt (`EnergyWindow`), in whole microjoules and microseconds: sums of
+# them are exact, in whatever order they came.
+energy_windows = Table(
+    "energy_windows",
+    metadata,
+    Column("operation_id", Uuid, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("incarnation", Uuid, primary_key=True),
+    Column("device", Text, primary_key=True),
+    Column("index", BigInteger, primary_key=True),
+    # "none" of what no meter measured.
+    Column("source", Text, nullable=False),
+    Column("quality", Text, nullable=False),
+    Column("use", Text, nullable=False),
+    Column("epoch", BigInteger),
+    Column("first_step", BigInteger, nullable=False),
+    Column("until_step", BigInteger, nullable=False),
+    Column("units", BigInteger, nullable=False),
+    Column("duration_us", BigInteger, nullable=False),
+    Column("energy_uj", BigInteger),
+    Column("error_uj", BigInteger),
+    Column("reason", Text),
+    Column("baseline_w", Double),
+    Column("state", JSONB),
+    CheckConstraint("(energy_uj IS NULL) = (reason IS NOT NULL)", name="unknown_has_its_reason"),
+    ForeignKeyConstraint(["operation_id", "attempt"], ["attempts.operation_id", "attempts.number"]),
+    one_of("use", Use),
+)
+# What a later attempt does again is found by it; all else is in the sums.
+Index(
+    "ix_energy_windows_training",
+    energy_windows.c.operation_id,
+    energy_windows.c.attempt,
+    energy_windows.c.until_step,
+    postgresql_where=text("use IN ('train', 'evaluate')"),
+)
+
+# Of the same windows, moved by the statement that inserts them.
+energy_sums = Table(
+    "energy_sums",
+    metadata,
+    Column("operation_id", Uuid, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("incarnation", Uuid, primary_key=True),
+    Column("device", Text, primary_key=True),
+    Column("source", Text, primary_key=True),
+    Column("quality", Text, primary_key=True),
+    Column("use", Text, primary_key=True),
+    Column("windows", BigInteger, nullable=False),
+    # How many of them have no energy, and no error.
+    Column("unknown", BigInteger, nullable=False),
+    Column("without_error", BigInteger, nullable=False),
+    Column("energy_uj", BigInteger, nullable=False),
+    Column("error_uj", BigInteger, nullable=False),
+    Column("duration_us", BigInteger, nullable=False),
+    Column("steps", BigInteger, nullable=False),
+    Column("units", BigInteger, nullable=False),
+    Column("reason", Text),
+    ForeignKeyConstraint(["operation_id", "attempt"], ["attempts.operation_id", "attempts.number"]),
+    one_of("use", Use),
+)
 
 # What the attempts print. Offsets count all of it, in order; `stored` what was stored before the row.
 logs = Table(

@@ -13,6 +13,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ops_backend.store.energy import Booked
 from ops_backend.store.gauges import Gauges
 from ops_contract.lifecycle import TERMINAL, Status
 from ops_contract.reports import Metrics, Report
@@ -23,6 +24,15 @@ ANSWER_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 OUTCOMES = ("accepted", "refused", "unanswered")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 NO_ROUTE = "none"
+# Of what workers told with their last heartbeat.
+GPU_GAUGES = (
+    ("power_watts", "What it draws.", "power_w"),
+    ("power_limit_watts", "What it may draw.", "power_limit_w"),
+    ("temperature_celsius", "Of the GPU itself.", "temperature_c"),
+    ("utilization_percent", "Of the time in which a kernel ran.", "utilization_percent"),
+    ("memory_used_bytes", "By whatever uses it.", "memory_used_bytes"),
+    ("memory_total_bytes", "What it has.", "memory_total_bytes"),
+)
 
 
 class Telemetry:
@@ -64,6 +74,12 @@ class Telemetry:
             buckets=ANSWER_S,
             registry=registry,
         )
+        self._joules = Total(
+            "relight_energy_joules",
+            "What devices used for operations, as workers booked it; upper bounds are no part of a sum.",
+            ["worker", "device", "quality", "use"],
+            registry=registry,
+        )
         self._begin_at_zero()
 
     def dispatched(self, outcome: str, seconds: float) -> None:
@@ -83,6 +99,10 @@ class Telemetry:
             self._reports.labels(report.kind).inc()
             if isinstance(report, Metrics):
                 self._points.inc(sum(len(series.steps) for series in report.series))
+
+    def booked(self, windows: Iterable[Booked]) -> None:
+        for new in windows:
+            self._joules.labels(new.worker, new.device, new.quality, new.use).inc(new.energy_j)
 
     def answered(self, scope: Scope, status: int, seconds: float) -> None:
         # Of the route, never the path: that has ids. Whether it has the prefix depends on the version of FastAPI.
@@ -164,6 +184,13 @@ def _gauges(found: Gauges) -> Iterator[Metric]:
     yield _gauge("relight_worker_last_seen_seconds", "Since its last heartbeat.", seen, "worker")
     yield _gauge("relight_worker_slots", "Slots of live workers.", states, "worker", "device", "state")
     yield _gauge("relight_gpu_busy", "Whether an operation has it.", gpus, "worker", "device", "device_uuid")
+    for name, text, column in GPU_GAUGES:
+        told = ((d.name, d.device, value) for d in found.devices if (value := getattr(d, column)) is not None)
+        yield _gauge(f"relight_gpu_{name}", text, told, "worker", "device_uuid")
+    slowed = ((d.name, d.device, reason, 1) for d in found.devices for reason in set(d.throttle or ()))
+    yield _gauge(
+        "relight_gpu_throttled", "1 for each reason that slows it now.", slowed, "worker", "device_uuid", "reason"
+    )
 
 
 def _gauge(name: str, text: str, rows: Iterable[tuple[Any, ...]], *labels: str) -> Metric:

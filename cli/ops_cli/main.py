@@ -19,6 +19,7 @@ from ops_cli import (
     demo,
     doctor,
     down,
+    energy,
     export,
     files,
     logs,
@@ -42,7 +43,7 @@ SECTIONS = {
     "Submit": "train run submit init workloads pack schema",
     "Watch": "list status top watch logs events attempts",
     "Act": "cancel resume fork replay",
-    "Results": "metrics plot compare artifacts download export code",
+    "Results": "metrics plot compare energy artifacts download export code",
     "Keep in order": "checkpoints delete cleanup workers webhooks",
 }
 
@@ -164,6 +165,7 @@ for part in (
     cleanup,
     read,
     plot,
+    energy,
     compare,
     workers,
     workloads,

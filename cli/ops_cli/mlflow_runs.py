@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from datetime import UTC, datetime
 from hashlib import sha256
 from io import TextIOWrapper
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -71,6 +71,7 @@ class Tracking:
             points = _points(TextIOWrapper(table, "utf-8", newline=""))
             if with_files:
                 client.download(operation_id, files)
+            points = chain(points, _joules(operation))
             tags = _tags(client, operation)
             run_id: str = _spoken(lambda: self._write(operation, tags, points, Path(files)))
         return run_id, self._url(run_id)
@@ -146,6 +147,16 @@ def _points(table: TextIOWrapper) -> Points:
         for column, (name, cell) in enumerate(zip(names, row, strict=True)):
             if cell and column != at:
                 yield name, int(row[at]), float(cell)
+
+
+def _joules(operation: Operation) -> Points:
+    """What is known of them; MLflow has no null."""
+    energy = operation.energy
+    known = {"energy_j": energy.total_j, "useful_j": energy.useful_j, "lost_j": energy.lost_j}
+    step = (operation.progress.step if operation.progress else None) or 0
+    for name, value in (known | {"overhead_j": energy.overhead_j}).items():
+        if value is not None:
+            yield f"relight.{name}", step, value
 
 
 def params_of(job: Mapping[str, Any]) -> dict[str, str]:

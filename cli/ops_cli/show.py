@@ -100,10 +100,16 @@ def progress_line(progress: "ProgressView | None", live: bool = True) -> str:
 
 
 def energy(view: "EnergyView") -> str:
-    if view.total_j is not None:
-        return f"{number(view.total_j)} J"
+    """Never 0 for what is not known: what is known of it, or the most that it can be, and why."""
     reason = (view.reason or "not_measured").replace("_", " ")
-    return reason if reason == "not measured" else f"not measured ({reason})"
+    if view.total_j is not None:
+        lost = f", {number(view.lost_j)} J of it lost" if view.lost_j else ""
+        return f"{number(view.total_j)} J {view.quality or ''}".rstrip() + lost
+    if view.known_j is not None:
+        return f"at least {number(view.known_j)} J, not all is known ({reason})"
+    if view.upper_bound_j is not None:
+        return f"at most {number(view.upper_bound_j)} J ({reason})"
+    return reason if reason in ("not measured", "not yet measured") else f"not measured ({reason})"
 
 
 def fault(error: "Fault | None") -> str:

@@ -1,5 +1,6 @@
 """The workers: what they run, and taking them out of service."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ from ops_cli import completing, show
 from ops_cli.connect import Json, Token, Url, with_client
 
 if TYPE_CHECKING:
+    from ops_contract.energy import DeviceNow
     from ops_contract.operations import SlotView, WorkerView
     from relight.client import Client
 
@@ -51,6 +53,30 @@ def _list(client: "Client", json: bool) -> None:
             cells = (state_of(item), show.cut(item.host), _slot(slot), seen)
             table.add_row(show.plain(item.name), ids[item.id], *cells)
     show.print_rich(table)
+    if any(item.live and item.devices for item in items):
+        print()
+        _print_devices(items)
+
+
+def _print_devices(items: "Sequence[WorkerView]") -> None:
+    """As the last heartbeats told them."""
+    columns = ("POWER", "TEMP", "BUSY", "MEMORY")
+    table = show.table("WORKER", "GPU", *columns, "SLOWED BY", right=columns, wide=["GPU"])
+    for item in items:
+        for each in item.devices if item.live else ():
+            power = "–" if each.power_w is None else f"{each.power_w:.0f} W"
+            temperature = "–" if each.temperature_c is None else f"{each.temperature_c:.0f} °C"
+            busy = "–" if each.utilization_percent is None else f"{each.utilization_percent:.0f}%"
+            slowed = ", ".join(each.throttle).replace("_", " ") or "–"
+            cells = (power, temperature, busy, _memory(each), show.plain(slowed))
+            table.add_row(show.plain(item.name), show.cut(f"{each.name} {each.device}"), *cells)
+    show.print_rich(table)
+
+
+def _memory(device: "DeviceNow") -> str:
+    used, total = device.memory_used_bytes, device.memory_total_bytes
+    whole = "" if total is None else f" of {show.size(total)}"
+    return "–" if used is None else f"{show.size(used)}{whole}"
 
 
 @with_client

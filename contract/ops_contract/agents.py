@@ -5,6 +5,7 @@ from uuid import UUID
 
 from pydantic import Field
 
+from ops_contract.energy import DeviceNow
 from ops_contract.jobs import Job
 from ops_contract.lifecycle import Phase
 from ops_contract.reports import Progress, Report
@@ -64,6 +65,7 @@ class Heartbeat(Wire):
     """POST /workers/{incarnation}/heartbeat: renews the leases of the holds it lists."""
 
     holds: list[HoldRef] = Field([], max_length=1024)
+    devices: list[DeviceNow] = Field([], max_length=1024)
     draining: bool = False
 
 

@@ -8,6 +8,7 @@ from uuid import UUID
 from pydantic import Field
 
 from ops_contract.agents import Drain
+from ops_contract.energy import DeviceNow, Quality
 from ops_contract.jobs import Code, Job
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
 from ops_contract.reports import Exactness, Fault
@@ -25,9 +26,22 @@ class ProgressView(Wire):
 
 
 class EnergyView(Wire):
-    """Joules; null with a reason where it is not known, never 0.0."""
+    """Joules; null with a reason where it is not known, never 0.0. `known_j` of the total is known all the same.
+
+    total = useful + lost + overhead; `unattributed_j` and `upper_bound_j` stand beside it, null where there is none.
+    `provisional`: a later attempt may yet make useful joules lost ones. GET …/energy has the whole ledger.
+    """
 
     total_j: float | None = None
+    known_j: float | None = None
+    error_j: float | None = None
+    useful_j: float | None = None
+    lost_j: float | None = None
+    overhead_j: float | None = None
+    unattributed_j: float | None = None
+    upper_bound_j: float | None = None
+    quality: Quality | None = None
+    provisional: bool = True
     reason: str | None = None
 
 
@@ -200,6 +214,7 @@ class AttemptView(Wire):
     """`first_step` and `last_step` are those it reported; null when it reported none.
 
     `replay` compares what it reported again, of its predecessors or of the run that it replays; null: nothing yet.
+    `lost_j` of its `energy_j` a later attempt used again; `energy_reason` says why one of them is null.
     """
 
     number: int
@@ -363,6 +378,7 @@ class WorkerView(Wire):
     last_seen_at: datetime
     versions: dict[str, str]
     slots: list[SlotView]
+    devices: list[DeviceNow] = Field([], description="its GPUs, as its last heartbeat told them")
 
 
 class Workers(Wire):

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from ops_contract.agents import StartTraining, WorkloadOffer
+from ops_contract.energy import Use
 from ops_contract.reports import ArtifactSaved, CheckpointSaved, Finish, Metrics, Note, Progress, Started
-from ops_contract.wire import PIPE_VERSION, Wire
+from ops_contract.wire import PIPE_VERSION, Step, Wire
 
 # A trainer answers it, whatever it is doing, with the Python stacks of all its threads on stderr.
 STACKS_SIGNAL = signal.SIGUSR1
@@ -42,6 +43,22 @@ class Alive(Wire):
     kind: Literal["alive"] = "alive"
 
 
+class Mark(Wire):
+    """From the mark before until `at_s` (CLOCK_MONOTONIC, s) the time went to `use`; the device has done all of it.
+
+    `step` is the next one. `epoch` and `units` (samples or tokens trained on) are of the time before it. `edge`: a
+    later attempt may begin here, so that no window may reach across.
+    """
+
+    kind: Literal["mark"] = "mark"
+    at_s: float = Field(allow_inf_nan=False)
+    use: Use
+    step: Step
+    epoch: Step | None = None
+    units: int = Field(0, ge=0, lt=2**63)
+    edge: bool = False
+
+
 class RunJob(Wire):
     """The one job of this process. `storage_root` is an absolute path; `device` as torch names it.
 
@@ -66,12 +83,12 @@ class Stop(Wire):
 
 
 FromTrainer = Annotated[
-    Hello | Alive | ProgressNow | Started | Metrics | CheckpointSaved | ArtifactSaved | Note | Finish,
+    Hello | Alive | ProgressNow | Mark | Started | Metrics | CheckpointSaved | ArtifactSaved | Note | Finish,
     Field(discriminator="kind"),
 ]
 # What a command may say on RELIGHT_FD, which its runner passes on. A Finish is why it cannot go on, if it then fails.
 FromCommand = Annotated[
-    Hello | Alive | ProgressNow | Started | Metrics | CheckpointSaved | ArtifactSaved | Note | Finish,
+    Hello | Alive | ProgressNow | Mark | Started | Metrics | CheckpointSaved | ArtifactSaved | Note | Finish,
     Field(discriminator="kind"),
 ]
 ToTrainer = Annotated[RunJob | Stop, Field(discriminator="kind")]

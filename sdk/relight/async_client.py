@@ -73,6 +73,8 @@ class AsyncClient:
     metric_summaries = _in_thread(Client.metric_summaries)
     metrics = _in_thread(Client.metrics)
     columns = _in_thread(Client.columns)
+    energy = _in_thread(Client.energy)
+    energy_windows = _in_thread(Client.energy_windows)
     results = _in_thread(Client.results)
     export = _in_thread(Client.export)
     log_part = _in_thread(Client.log_part)

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from ops_contract.errors import ErrorBody, ErrorCode, OpsError
 from ops_contract.jobs import Code, Job, JobSpec
+from ops_contract.ledger import BookedWindow, EnergyLedger, EnergyWindows
 from ops_contract.lifecycle import TERMINAL, Kind, Status
 from ops_contract.logins import LoginLink
 from ops_contract.operations import (
@@ -414,6 +415,20 @@ class Client:
             if not page.more:
                 return page.model_copy(update={"points": points, "replaces_from": replaces_from})
             cursor = page.cursor
+
+    def energy(self, operation_id: UUID | str) -> EnergyLedger:
+        """What it cost in joules: useful, lost, overhead; by attempt, epoch and device. Unknown is None, and why."""
+        return self._get(f"/operations/{operation_id}/energy", EnergyLedger)
+
+    def energy_windows(self, operation_id: UUID | str) -> builtins.list[BookedWindow]:
+        """What the ledger adds up: of each attempt and device, one after another in time."""
+        items: builtins.list[BookedWindow] = []
+        cursor: str | None = None
+        while True:
+            page = self._get(f"/operations/{operation_id}/energy/windows", EnergyWindows, {"cursor": cursor})
+            items += page.items
+            if (cursor := page.next_cursor) is None:
+                return items
 
     def columns(self, operation_id: UUID | str, names: Iterable[str] | None = None) -> dict[str, builtins.list[Any]]:
         """`step` and a column for each metric, NaN where it has no value: `pandas.DataFrame(client.columns(id))`."""

@@ -24,7 +24,7 @@ LEASE_S = 20.0
 SCREENSHOTS = Path(__file__).parents[2] / "docs" / "screenshots"
 PICTURE_BYTES = 150_000
 KILOBYTE = 1000
-TABS = ("curves", "attempts", "checkpoints", "events", "logs", "job", "artifacts")
+TABS = ("curves", "attempts", "checkpoints", "events", "logs", "job", "artifacts", "energy")
 VIEWS = {
     "/": "Operations",
     **{f"/operations/{STORMY}?tab={tab}": "pretrain-small-stormy" for tab in TABS},
@@ -124,6 +124,23 @@ def test_nothing_is_wider_than_a_phone(browser: Browser, lab: Service) -> None:
         for fragment, heading in VIEWS.items():
             page = show(tab, fragment, heading)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, fragment
+
+
+def test_the_ledger_has_a_dash_and_a_reason_for_what_is_not_known(tab: Tab) -> None:
+    """Of the attempt that runs one window has no joules; what the first two lost is known."""
+    page = show(tab, f"/operations/{STORMY}?tab=energy", "pretrain-small-stormy")
+    by_use = page.get_by_role("region", name="Energy by use")
+    expect(by_use.get_by_role("row", name=re.compile("^useful ≥ .* device lost$"))).to_be_visible()
+    expect(by_use.get_by_role("row", name=re.compile("^total ≥ .* device lost$"))).to_be_visible()
+    expect(by_use.get_by_role("row", name=re.compile(r"^lost [\d.,e+]+ J ± "))).to_be_visible()
+    expect(page.get_by_text("– (not configured)")).to_have_count(2)
+    expect(page.get_by_role("region", name=re.compile("Energy by attempt")).get_by_role("row")).to_have_count(4)
+    assert not re.search(r"(?<![\d.,])0(\.0*)? J", page.get_by_role("region", name="Energy by device").inner_text())
+    tab.go(f"/operations/{LARGE}?tab=energy")
+    expect(page.get_by_text("No joule is known: not yet measured.")).to_be_visible()
+    page = show(tab, "/workers", "Workers")
+    expect(page.get_by_text("391.5 W, 78.00 °C, 99 % busy, 61.0 GB, slowed by sw power cap")).to_be_visible()
+    expect(page.get_by_text("says nothing of itself")).to_be_visible()
 
 
 def test_ten_thousand_operations_cost_the_page_what_fifty_do(tab: Tab) -> None:

@@ -90,4 +90,23 @@ UPDATE slots s SET operation_id = h.operation_id, attempt = h.attempt
   FROM (SELECT *, row_number() OVER (PARTITION BY incarnation ORDER BY operation_id) - 1 AS nth
           FROM holds WHERE ended_at IS NULL) h
  WHERE h.incarnation = s.incarnation AND h.nth = s.index;
+-- 300 W of a GPU, a window every hundred steps, and of the last attempt one of which nothing is known.
+INSERT INTO energy_windows (operation_id, attempt, incarnation, device, index, source, quality, use, epoch, first_step, until_step,
+                            units, duration_us, energy_uj, error_uj, reason, baseline_w, state)
+SELECT h.operation_id, h.attempt, h.incarnation, 'GPU-8f' || h.attempt || '0c1d2', row_number() OVER (PARTITION BY h.attempt ORDER BY step),
+       'nvml_counter', 'measured', CASE WHEN step = a.start_step THEN 'startup' WHEN step % 1000 = 0 THEN 'evaluate' ELSE 'train' END,
+       step / 1000, step, step + 100, 6400, 24000000, CASE WHEN step <> 28300 THEN 7200000000 + step * 10000 END, 3000000,
+       CASE WHEN step = 28300 THEN 'device_lost' END, 62, '{"power_max_w": 402.5, "temperature_max_c": 81, "throttled_s": {"sw_power_cap": 0.8}}'
+  FROM holds h JOIN attempts a ON a.operation_id = h.operation_id AND a.number = h.attempt,
+       generate_series(a.start_step, h.last_step - 1, 100) step
+ WHERE h.operation_id = '@stormy';
+INSERT INTO energy_sums (operation_id, attempt, incarnation, device, source, quality, use, windows, unknown, without_error, energy_uj,
+                         error_uj, duration_us, steps, units, reason)
+SELECT operation_id, attempt, incarnation, device, source, quality, use, count(*), count(*) - count(energy_uj), 0, sum(energy_uj),
+       sum(error_uj), sum(duration_us), sum(until_step - first_step), sum(units), min(reason)
+  FROM energy_windows GROUP BY operation_id, attempt, incarnation, device, source, quality, use;
+UPDATE workers SET devices = jsonb_build_array(
+         jsonb_build_object('device', 'GPU-8f10c1d2', 'name', 'NVIDIA H100 80GB HBM3', 'power_w', 391.5, 'temperature_c', 78,
+                            'utilization_percent', 99, 'memory_used_bytes', 61000000000, 'throttle', '["sw_power_cap"]'::jsonb),
+         jsonb_build_object('device', 'GPU-8f11c1d2', 'name', 'NVIDIA H100 80GB HBM3')) WHERE name = 'gpu-1';
 ANALYZE;

@@ -9,7 +9,8 @@ from uuid import UUID, uuid4
 from sqlalchemy import text
 
 from ops_backend.database import Sessions
-from ops_backend.store import claims, fork, leases, queries, reports, submit, transitions, workers
+from ops_backend.store import claims, energy, fork, leases, queries, reports, submit, transitions, workers
+from ops_backend.store.ledger_views import Rates
 from ops_contract.agents import (
     Drain,
     Heartbeat,
@@ -20,7 +21,9 @@ from ops_contract.agents import (
     WorkerRegistration,
     WorkloadOffer,
 )
+from ops_contract.energy import DeviceNow, EnergyBatch, EnergyWindow, Quality, Source, Use
 from ops_contract.jobs import Execution, JobSpec
+from ops_contract.ledger import EnergyLedger
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase, Status
 from ops_contract.operations import AttemptView, ForkRequest, Operation, ReplayRequest, ResumeAccepted
 from ops_contract.reports import CheckpointSaved, Exactness, Fault, Finish, Metrics, Progress, Report, Series, Started
@@ -142,10 +145,13 @@ class Store:
         async with self.sessions.begin() as session:
             return await fork.replay_if_there(session, id, request, "me", key, request.model_dump_json().encode())
 
-    async def heartbeat(self, incarnation: UUID, *holds: Held, draining: bool = False) -> HeartbeatAnswer:
+    async def heartbeat(
+        self, incarnation: UUID, *holds: Held, draining: bool = False, devices: Sequence[DeviceNow] = ()
+    ) -> HeartbeatAnswer:
         listed = [HoldRef(operation_id=h.operation_id, attempt=h.attempt) for h in holds]
         async with self.sessions.begin() as session:
-            return await workers.heartbeat(session, incarnation, Heartbeat(holds=listed, draining=draining), LEASE_S)
+            beat = Heartbeat(holds=listed, draining=draining, devices=list(devices))
+            return await workers.heartbeat(session, incarnation, beat, LEASE_S)
 
     async def drain(self, incarnation: UUID, wish: Drain | None) -> None:
         async with self.sessions.begin() as session:
@@ -166,6 +172,15 @@ class Store:
     async def artifact_names(self, id: UUID) -> list[str]:
         async with self.sessions.begin() as session:
             return [artifact.name for artifact in (await queries.artifacts(session, id)).items]
+
+    async def book(self, held: Held, *windows: EnergyWindow) -> list[energy.Booked]:
+        batch = EnergyBatch(incarnation=held.incarnation, windows=list(windows))
+        async with self.sessions.begin() as session:
+            return await energy.book(session, held.operation_id, held.attempt, batch)
+
+    async def energy(self, id: UUID, rates: Rates = Rates()) -> EnergyLedger:  # noqa: B008 # frozen
+        async with self.sessions.begin() as session:
+            return await energy.ledger(session, id, rates)
 
     async def fetch(self, sql: str, **values: Any) -> list[Any]:
         async with self.sessions.begin() as session:
@@ -209,6 +224,23 @@ def saved(
 async def at_once(*calls: Any) -> list[Any]:
     """All calls side by side; what one raises is its answer."""
     return list(await asyncio.gather(*calls, return_exceptions=True))
+
+
+def window(index: int, use: Use = Use.TRAIN, steps: tuple[int, int] = (0, 0), **changes: Any) -> EnergyWindow:
+    """100 J in a second, `steps` from and until, of one GPU's counter."""
+    plain = {
+        "index": index,
+        "device": "GPU-1",
+        "source": Source.NVML_COUNTER,
+        "quality": Quality.MEASURED,
+        "use": use,
+        "first_step": steps[0],
+        "until_step": steps[1],
+        "duration_s": 1.0,
+        "energy_j": 100.0,
+        "error_j": 1.0,
+    }
+    return EnergyWindow.model_validate(plain | changes)
 
 
 def threads(number: int) -> dict[str, Any]:

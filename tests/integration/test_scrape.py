@@ -19,16 +19,27 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from prometheus_client.samples import Sample
 
 from helpers.postgres_proxy import postgres_proxy
-from helpers.store import LEASE_S, Held, Store, losses, no_wake, started
+from helpers.store import LEASE_S, Held, Store, losses, no_wake, started, window
 from ops_backend.app import create_app
 from ops_backend.reaper import Reaper
 from ops_backend.settings import Settings
 from ops_backend.store import gauges
-from ops_contract.agents import ReportBatch
+from ops_contract.agents import Heartbeat, ReportBatch
+from ops_contract.energy import DeviceNow, EnergyBatch, EnergyWindow, Use
 from ops_contract.lifecycle import Outcome
 from ops_contract.reports import Finish, Report
 
 TOKEN = "a token of the tests"
+GPU = DeviceNow(
+    device="GPU-1",
+    name="A100",
+    power_w=250.0,
+    temperature_c=61.0,
+    utilization_percent=97.0,
+    memory_used_bytes=2_000_000_000,
+    memory_total_bytes=80_000_000_000,
+    throttle=["hw_thermal"],
+)
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
@@ -77,6 +88,12 @@ class Api:
         path = f"/api/v1/operations/{held.operation_id}/attempts/{held.attempt}/reports"
         answer = await self.client.post(path, content=batch.model_dump_json())
         assert answer.status_code == 200, answer.text
+
+    async def book(self, held: Held, *windows: EnergyWindow) -> None:
+        batch = EnergyBatch(incarnation=held.incarnation, windows=list(windows))
+        path = f"/api/v1/operations/{held.operation_id}/attempts/{held.attempt}/energy"
+        answer = await self.client.post(path, content=batch.model_dump_json())
+        assert (answer.status_code, answer.json()) == (200, {})
 
     async def reap(self, store: Store) -> None:
         await store.execute("INSERT INTO service (id, last_tick_at) VALUES (1, now())")
@@ -183,6 +200,43 @@ async def test_workers_are_known_by_name_and_for_an_hour(api: Api, store: Store)
     assert scraped.value("relight_worker_slots", worker="silent", state="free") is None
 
 
+async def test_joules_are_counted_when_they_are_accepted_for_the_first_time(api: Api, store: Store) -> None:
+    await store.worker("gpu-box")
+    held = await store.running()
+    unknown = window(3, energy_j=None, error_j=None, reason="device_lost")
+    for _ in range(2):
+        await api.book(held, window(1), window(2, Use.SAVE), unknown, window(4, quality="upper_bound"))
+    await store.finish(held, Outcome.COMPLETED)
+    await api.book(held, window(1), window(5, energy_j=0.5))
+
+    scraped = await api.scrape()
+
+    measured = {"worker": "gpu-box", "device": "GPU-1", "quality": "measured"}
+    assert scraped.value("relight_energy_joules_total", use="train", **measured) == 100.5
+    assert scraped.value("relight_energy_joules_total", use="save", **measured) == 100.0
+    assert scraped.value("relight_energy_joules_total", quality="upper_bound") == 100.0
+
+
+async def test_gpus_are_as_the_last_heartbeat_of_a_live_worker_told(api: Api, store: Store) -> None:
+    """What it does not say has no series; of two workers of a name the last counts."""
+    for power_w in (200.0, 300.0):
+        incarnation = await store.worker("gpu-box")
+        told = GPU.model_copy(update={"power_w": power_w})
+        await store.heartbeat(incarnation, devices=[told])
+    gone = await store.worker("gone")
+    await store.heartbeat(gone, devices=[GPU])
+    await store.execute("UPDATE workers SET last_seen_at = now() - interval '10 min' WHERE name = 'gone'")
+
+    scraped = await api.scrape()
+    [seen, *_] = (await api.client.get("/api/v1/workers")).json()["items"]
+
+    assert scraped.values("relight_gpu_power_watts", "worker") == {"gpu-box": 300.0}
+    assert scraped.value("relight_gpu_memory_used_bytes", device_uuid="GPU-1") == 2e9
+    assert scraped.values("relight_gpu_throttled", "reason") == {"hw_thermal": 1.0}
+    assert scraped.value("relight_gpu_power_limit_watts") is None
+    assert [device["device"] for device in seen["devices"]] == ["GPU-1"]
+
+
 async def test_both_formats_are_whole_and_only_for_who_has_the_token(api: Api, store: Store) -> None:
     await api.scrape()  # the first one counts itself only in the second
     plain = await api.client.get("/metrics")
@@ -258,7 +312,11 @@ async def test_a_scrape_reads_none_of_the_operations_that_have_ended(store: Stor
 
 async def test_dashboard_and_alerts_ask_for_nothing_that_is_not_there(api: Api, store: Store) -> None:
     """Every name is scraped, and every label that is matched, grouped by or shown is on all names of its expression."""
-    await store.worker(device="cuda", slot={"device_uuid": "GPU-1"})
+    incarnation = await store.worker(device="cuda", slot={"device_uuid": "GPU-1"})
+    await api.client.post(
+        f"/api/v1/workers/{incarnation}/heartbeat", content=Heartbeat(devices=[GPU]).model_dump_json()
+    )
+    await api.book(await store.running(execution={"accelerator": "cuda"}), window(1))
     await api.client.get("/api/v1/operations")
     scraped = await api.scrape()
     asked = {**dashboard_expressions(), **alert_expressions()}

@@ -29,6 +29,7 @@ from ops_cli.stack import Stack, StackSettings
 from ops_contract.doctor import clock
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import CheckpointEvery, Code, Execution, Job, JobSpec, Resources
+from ops_contract.ledger import BookedWindow, EnergyLedger, EnergyWindows
 from ops_contract.lifecycle import CheckpointType, Kind, Phase, Status
 from ops_contract.operations import (
     Artifacts,
@@ -92,6 +93,8 @@ class Api:
     workers: list[WorkerView] = field(default_factory=list)
     drained: list[tuple[UUID, str | None]] = field(default_factory=list)
     events: list[EventView] = field(default_factory=list)
+    ledger: EnergyLedger | None = None
+    windows: list[BookedWindow] = field(default_factory=list)
     webhooks: list[WebhookView] = field(default_factory=list)
     snapshot: bytes = b""
     asked: list[str] = field(default_factory=list)
@@ -200,6 +203,17 @@ def app_of(api: Api) -> FastAPI:
     @app.get(f"{API_PREFIX}/operations/{{id}}/events")
     async def events(id: UUID, after_seq: int = 0) -> Response:
         return answer(Events(items=[event for event in api.events if event.seq > after_seq]))
+
+    @app.get(f"{API_PREFIX}/operations/{{id}}/energy")
+    async def energy(id: UUID) -> Response:
+        assert api.ledger is not None
+        return answer(api.ledger)
+
+    @app.get(f"{API_PREFIX}/operations/{{id}}/energy/windows")
+    async def energy_windows(id: UUID, cursor: int = 0) -> Response:
+        """Two a page."""
+        more = str(cursor + 2) if len(api.windows) > cursor + 2 else None
+        return answer(EnergyWindows(items=api.windows[cursor : cursor + 2], next_cursor=more))
 
     @app.post(f"{API_PREFIX}/cleanup")
     async def cleanup(wish: CleanupRequest) -> Response:

@@ -20,6 +20,7 @@ from helpers.answers import operation
 from ops_cli.exits import ExitCode
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status
+from ops_contract.operations import EnergyView
 
 __all__ = ["api", "ops"]  # fixtures
 
@@ -169,7 +170,8 @@ def served(mlflow: Path, directory: Path) -> Iterator[str]:
 def test_mlflow_has_one_run_an_operation_with_all_that_it_can_keep(api: Api, mlflow: Path, tmp_path: Path) -> None:
     job = Job(kind=Kind.TRAINING, workload="toy", config={"text": "x" * 9000, "a{b": 1}, execution=Execution(seed=7))
     done = {"status": Status.COMPLETED, "started_at": "2026-01-01T00:00:00Z", "ended_at": "2026-01-01T00:01:00Z"}
-    id = api.holds(operation(job=job, labels={"team": "a"}, **done))
+    energy = EnergyView(total_j=12.5, useful_j=12.0, lost_j=0.0)
+    id = api.holds(operation(job=job, labels={"team": "a"}, energy=energy, **done))
     rows = "".join(f",{step},{step}.5,\n" for step in range(2, 2500))
     api.table = f'epoch,step,loss,"a,b"\n0,0,0.1,nan\n0,1,inf,-inf\n{rows}'
     api.artifacts.append(left_by(id, "files/out/a.pt", b"weights"))
@@ -208,6 +210,9 @@ def test_mlflow_has_one_run_an_operation_with_all_that_it_can_keep(api: Api, mlf
         assert found["points"]["loss"][0] == [0, "0.1"]
         assert found["points"]["loss"][1][1] in ("inf", "1.7976931348623157e+308")
         assert len(found["points"]["loss"]) == 2500
+        assert found["points"]["relight.energy_j"] == [[0, "12.5"]]
+        assert found["points"]["relight.lost_j"] == [[0, "0.0"]]
+        assert "relight.overhead_j" not in found["points"]
         [odd] = [name for name in found["points"] if name.startswith("a_b-")]
         assert found["points"][odd][0] == [0, "nan"]
     assert (same["files"], run["files"]) == (["hparams.yaml"], ["hparams.yaml", "out"])

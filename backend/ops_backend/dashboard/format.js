@@ -25,6 +25,10 @@ export function measured(value) {
   return text.replace("-", "−");
 }
 
+/** Whole ones where there are thousands. */
+export const joules = energy_j =>
+  energy_j === null ? UNKNOWN : `${energy_j >= 1000 ? count(energy_j) : measured(energy_j)} J`;
+
 export function duration(seconds) {
   if (seconds === null || seconds === undefined || !Number.isFinite(toNumber(seconds))) return UNKNOWN;
   const s = Math.max(0, toNumber(seconds));

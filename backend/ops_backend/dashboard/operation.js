@@ -4,6 +4,7 @@ import * as actions from "./actions.js";
 import { Away, get } from "./api.js";
 import { curves } from "./curves.js";
 import { h, render } from "./dom.js";
+import { energy } from "./energy.js";
 import { problem } from "./notice.js";
 import { poll } from "./poll.js";
 import { adjust } from "./router.js";
@@ -14,9 +15,9 @@ import { artifacts, attempts, checkpoints, events, job } from "./tables.js";
 import { logs } from "./logs.js";
 import { timeline } from "./timeline.js";
 
-const TABS = ["curves", "attempts", "checkpoints", "events", "logs", "job", "artifacts"];
+const TABS = ["curves", "attempts", "checkpoints", "events", "logs", "job", "artifacts", "energy"];
 // Those that are read when they are looked at, and where.
-const PARTS = { checkpoints: "checkpoints", artifacts: "artifacts" };
+const PARTS = { checkpoints: "checkpoints", artifacts: "artifacts", energy: "energy" };
 // Besides the stream: for what it does not tell (checkpoints, artifacts), and for when there is none.
 const POLL_MS = 3000;
 const TICK_MS = 1000;
@@ -58,7 +59,10 @@ export function operation(main, [id], query) {
 
   /** What the open tab needs. */
   async function part() {
-    if (tab in PARTS) parts[tab] = (await get(`${path}/${PARTS[tab]}`, gone.signal)).items;
+    if (tab in PARTS) {
+      const found = await get(`${path}/${PARTS[tab]}`, gone.signal);
+      parts[tab] = found.items ?? found;
+    }
     if (tab === "events") await moreEvents();
   }
 
@@ -147,6 +151,7 @@ export function operation(main, [id], query) {
       events: () => events(told),
       job: () => job(shown),
       artifacts: () => artifacts(shown, parts.artifacts),
+      energy: () => energy(parts.energy),
     }[tab];
     if (made) render(panel, made());
   }

@@ -18,7 +18,7 @@ const EVERYWHERE = {
 const ON_PAGES = {
   "/": "search, in the list",
   "j k": "next and previous operation, in the list",
-  "1 … 7": "a part of an operation's page",
+  "1 … 8": "a part of an operation's page",
   c: "cancel an operation",
   r: "resume it",
   f: "fork it",

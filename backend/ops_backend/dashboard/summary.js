@@ -1,7 +1,7 @@
 /** The head of an operation's page: what it is, how far it is, and what can be said of its exactness and energy. */
 
 import { h } from "./dom.js";
-import { ago, count, duration, measured, percent, plural, secondsBetween, short, UNKNOWN, words } from "./format.js";
+import { ago, count, duration, joules, measured, percent, plural, secondsBetween, short, UNKNOWN, words } from "./format.js";
 import { say } from "./notice.js";
 import { link } from "./router.js";
 import { chip, TERMINAL } from "./status.js";
@@ -114,9 +114,16 @@ function exactnessTile({ exactness }) {
 }
 
 function energyTile({ energy }) {
-  return energy.total_j === null
-    ? tile("Energy", UNKNOWN, `unknown: ${words(energy.reason ?? "no reason given")}`)
-    : tile("Energy", `${measured(energy.total_j)} J`);
+  const { total_j, known_j, upper_bound_j, lost_j, quality } = energy;
+  if (total_j === null)
+    return tile(
+      "Energy",
+      UNKNOWN,
+      `unknown: ${words(energy.reason ?? "no reason given")}`,
+      known_j !== null && `at least ${joules(known_j)}`,
+      upper_bound_j !== null && `at most ${joules(upper_bound_j)} of shared devices`,
+    );
+  return tile("Energy", joules(total_j), quality && words(quality), lost_j > 0 && `${joules(lost_j)} lost`);
 }
 
 function fault({ status, error, cancel_reason, exit_unconfirmed }) {

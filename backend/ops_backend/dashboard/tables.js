@@ -9,6 +9,7 @@ import {
   clock,
   count,
   duration,
+  joules,
   measured,
   plural,
   secondsBetween,
@@ -22,10 +23,10 @@ import { chip, RESUMABLE } from "./status.js";
 
 const MOST = 200;
 
-const empty = text => h("p", { class: "empty" }, text);
-const loading = () => h("p", { class: "quiet" }, "Loading…");
+export const empty = text => h("p", { class: "empty" }, text);
+export const loading = () => h("p", { class: "quiet" }, "Loading…");
 
-function table(caption, heads, rows) {
+export function table(caption, heads, rows) {
   const head = ([text, number]) => h("th", { scope: "col", class: number && "number" }, text);
   return h(
     "div",
@@ -40,7 +41,7 @@ function table(caption, heads, rows) {
   );
 }
 
-const number = (text, props = {}) => h("td", { class: "number", ...props }, text);
+export const number = (text, props = {}) => h("td", { class: "number", ...props }, text);
 
 export function attempts(operation, all) {
   if (!all.length) return empty("It has not been tried yet: it waits for a slot. The Workers page says what is free.");
@@ -92,7 +93,7 @@ export function attempts(operation, all) {
             { class: "small quiet" },
             attempt.energy_j === null
               ? `energy unknown: ${words(attempt.energy_reason ?? "no reason given")}`
-              : `${measured(attempt.energy_j)} J`,
+              : `${joules(attempt.energy_j)}${attempt.lost_j ? `, ${joules(attempt.lost_j)} of it lost` : ""}`,
           ),
           attempt.environment && h("details", {}, h("summary", {}, "Environment"), pairs(attempt.environment)),
         ),

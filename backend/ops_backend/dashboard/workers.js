@@ -3,7 +3,7 @@
 import { get, send } from "./api.js";
 import { confirm } from "./dialog.js";
 import { h, render } from "./dom.js";
-import { ago, plural, short } from "./format.js";
+import { ago, bytes, measured, percent, plural, short, words } from "./format.js";
 import { problem, say } from "./notice.js";
 import { poll } from "./poll.js";
 import { link } from "./router.js";
@@ -105,6 +105,7 @@ export function workers(main) {
           ),
         ),
       ),
+      live && worker.devices.length > 0 && h("ul", { class: "slots" }, worker.devices.map(gpu)),
       h(
         "details",
         {},
@@ -133,6 +134,24 @@ export function workers(main) {
                 "Drain",
               ),
         ),
+    );
+  }
+
+  /** As its last heartbeat told it; what it does not say is left out. */
+  function gpu({ device, name, power_w, temperature_c, utilization_percent, memory_used_bytes, throttle }) {
+    const said = [
+      power_w !== null && `${measured(power_w)} W`,
+      temperature_c !== null && `${measured(temperature_c)} °C`,
+      utilization_percent !== null && `${percent(utilization_percent)} busy`,
+      memory_used_bytes !== null && bytes(memory_used_bytes),
+      throttle.length > 0 && `slowed by ${throttle.map(words).join(", ")}`,
+    ].filter(Boolean);
+    return h(
+      "li",
+      { key: device },
+      h("span", { class: "device" }, name),
+      h("span", { class: "small quiet" }, device),
+      h("span", { class: "small" }, said.join(", ") || "says nothing of itself"),
     );
   }
 

@@ -1,4 +1,4 @@
-"""The agents' three calls."""
+"""The agents' calls."""
 
 from typing import Annotated
 from uuid import UUID
@@ -7,7 +7,7 @@ from fastapi import APIRouter, Path
 
 from ops_backend.dependencies import CallerDep, DispatcherDep, SessionsDep, SettingsDep, TelemetryDep, VitalSessionDep
 from ops_backend.routes.errors import refusals
-from ops_backend.store import workers
+from ops_backend.store import energy, workers
 from ops_backend.store.reports import accept
 from ops_contract.agents import (
     Heartbeat,
@@ -17,6 +17,7 @@ from ops_contract.agents import (
     WorkerRegistered,
     WorkerRegistration,
 )
+from ops_contract.energy import EnergyBatch, EnergyBooked
 from ops_contract.reports import Finish
 
 router = APIRouter(tags=["agents"])
@@ -69,3 +70,19 @@ async def report(
     if isinstance(batch.reports[-1], Finish):
         await dispatcher.wake()
     return ReportsAccepted(last_seq=accepted.last_seq)
+
+
+@router.post("/operations/{id}/attempts/{attempt}/energy", responses=refusals(401, 404, 422))
+async def book_energy(
+    id: UUID,
+    attempt: Annotated[int, Path(ge=1, lt=2**31)],
+    batch: EnergyBatch,
+    sessions: SessionsDep,
+    _: CallerDep,
+    telemetry: TelemetryDep,
+) -> EnergyBooked:
+    """Windows of a hold, whether it has ended or not, however often: each counts once."""
+    async with sessions.begin() as session:
+        booked = await energy.book(session, id, attempt, batch)
+    telemetry.booked(booked)
+    return EnergyBooked()

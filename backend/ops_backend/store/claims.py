@@ -79,8 +79,9 @@ CLAIM = statement(f"""
         RETURNING o.id, o.event_seq, o.attempt, 'pending' AS from_status, o.status, o.job, o.accept_changes,
                   chosen.incarnation, chosen.index, chosen.url, chosen.secret, chosen.not_before AS was_due_at
     ), attempted AS (
-        INSERT INTO attempts (operation_id, number, incarnation, checkpoint_id, start_step)
-        SELECT moved.id, moved.attempt, moved.incarnation, pinned.id, coalesce(pinned.step, 0)
+        INSERT INTO attempts (operation_id, number, incarnation, checkpoint_id, start_step, starts_at_evaluation)
+        SELECT moved.id, moved.attempt, moved.incarnation, pinned.id, coalesce(pinned.step, 0),
+               coalesce(pinned.phase = 'evaluate', false)
           FROM moved LEFT JOIN pinned ON true
     ), held AS (
         INSERT INTO holds (operation_id, attempt, incarnation, lease_expires_at)

@@ -36,6 +36,8 @@ DELETE = statement(f"""
         INSERT INTO deletions (operation_id) SELECT id FROM target RETURNING operation_id
     ), told AS (DELETE FROM events x USING target t WHERE x.operation_id = t.id
     ), measured AS (DELETE FROM metrics x USING target t WHERE x.operation_id = t.id
+    ), used AS (DELETE FROM energy_windows x USING target t WHERE x.operation_id = t.id
+    ), summed AS (DELETE FROM energy_sums x USING target t WHERE x.operation_id = t.id
     ), printed AS (DELETE FROM logs x USING target t WHERE x.operation_id = t.id
     ), left_over AS (DELETE FROM artifacts x USING target t WHERE x.operation_id = t.id
     ), saved AS (DELETE FROM checkpoints x USING target t WHERE x.operation_id = t.id

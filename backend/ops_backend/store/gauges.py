@@ -48,15 +48,29 @@ SLOTS = statement("""
      GROUP BY w.name, s.device, s.device_uuid ORDER BY w.name, s.device, s.device_uuid
 """)
 
+# Of two workers of a name that tell of the same GPU, what the last said.
+DEVICES = statement("""
+    SELECT DISTINCT ON (w.name, d.device) w.name, d.*
+      FROM workers w, jsonb_to_recordset(w.devices) AS d (
+           device text, power_w float8, power_limit_w float8, temperature_c float8, utilization_percent float8,
+           memory_used_bytes bigint, memory_total_bytes bigint, throttle jsonb)
+     WHERE w.last_seen_at > now() - make_interval(secs => :lease_s)
+     ORDER BY w.name, d.device, w.last_seen_at DESC
+""")
+
 
 @dataclass(frozen=True)
 class Gauges:
-    """`workers`: name, live, draining, last_seen_s. `slots` of the live ones: name, device, device_uuid, busy, free."""
+    """`workers`: name, live, draining, last_seen_s. `slots` of the live ones: name, device, device_uuid, busy, free.
+
+    `devices`: GPUs of the live ones as their last heartbeat told them (`DeviceNow`); null is what they do not say.
+    """
 
     operations: dict[str, int]
     queue_oldest_s: float
     workers: Sequence[Row[Any]]
     slots: Sequence[Row[Any]]
+    devices: Sequence[Row[Any]]
 
 
 async def counts(session: AsyncSession) -> LiveCounts:
@@ -72,4 +86,5 @@ async def read(session: AsyncSession, lease_s: float) -> Gauges:
         queue_oldest_s=max(0.0, live.queue_oldest_s),  # the clock may have been set back
         workers=(await session.execute(WORKERS, {"lease_s": lease_s})).all(),
         slots=(await session.execute(SLOTS, {"lease_s": lease_s})).all(),
+        devices=(await session.execute(DEVICES, {"lease_s": lease_s})).all(),
     )

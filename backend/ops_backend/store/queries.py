@@ -12,6 +12,8 @@ from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.storage import LOGS
+from ops_backend.store import energy, ledger
+from ops_backend.store.energy import OUTCOMES, entries
 from ops_backend.store.sql import continues, statement
 from ops_backend.store.story import tell
 from ops_backend.store.transitions import not_found
@@ -24,7 +26,6 @@ from ops_contract.operations import (
     AttemptView,
     Checkpoints,
     CheckpointView,
-    EnergyView,
     Events,
     EventView,
     ForkedFrom,
@@ -41,7 +42,6 @@ from ops_contract.operations import (
     WorkloadView,
 )
 
-NOT_MEASURED = "not_measured"
 # Where the first page begins: a bound as any other, so that the index gives it under every plan.
 _NEWEST = ("infinity", UUID(int=2**128 - 1))
 
@@ -62,7 +62,8 @@ OPERATIONS = statement(f"""
            c.id AS checkpoint_id, c.checkpoint_type, c.created_at AS checkpoint_created_at,
            c.epoch AS checkpoint_epoch, c.step AS checkpoint_step,
            fork.operation_id AS fork_operation_id, fork.step AS fork_step,
-           (SELECT array_agg(x.start_step ORDER BY x.number) FROM attempts x WHERE x.operation_id = o.id) AS starts
+           (SELECT array_agg(x.start_step ORDER BY x.number) FROM attempts x WHERE x.operation_id = o.id) AS starts,
+           {OUTCOMES} AS outcomes, {entries("o", "attempt", "quality", "use")} AS energy
       FROM operations o {_PROGRESS}
       LEFT JOIN checkpoints c ON c.id = coalesce(o.resume_checkpoint_id, a.checkpoint_id)
       LEFT JOIN checkpoints fork ON fork.id = o.forked_from_checkpoint_id
@@ -127,7 +128,7 @@ EVENTS = statement("""
 
 WORKERS = statement("""
     SELECT w.incarnation, w.name, w.host, w.url, w.draining OR w.drain IS NOT NULL AS draining, w.drain,
-           w.user_code, w.registered_at, w.last_seen_at, w.versions,
+           w.user_code, w.registered_at, w.last_seen_at, w.versions, w.devices,
            w.last_seen_at > now() - make_interval(secs => :lease_s) AS live,
            s.index, s.device, s.device_uuid, s.cores, h.operation_id, h.attempt
       FROM workers w
@@ -178,7 +179,7 @@ def operation_of(row: Row[Any]) -> Operation:
         exit_unconfirmed=row.exit_unconfirmed,
         not_before=row.not_before,
         exactness=row.exactness,
-        energy=EnergyView(reason=NOT_MEASURED),
+        energy=ledger.view(row.energy or [], row.outcomes or [], row.status),
         resumed_from=_resumed_from(row),
         forked_from=_forked_from(row),
         replay_of=row.replay_of,
@@ -215,8 +216,8 @@ async def summaries(session: AsyncSession, ids: list[UUID]) -> dict[UUID, Operat
 
 
 async def attempts(session: AsyncSession, id: UUID) -> Attempts:
-    await starts_of(session, id)
     rows = (await session.execute(ATTEMPTS, {"id": id})).all()
+    used = await energy.by_attempt(session, id)  # of as many, or of one that was claimed in between
     return Attempts(
         items=[
             AttemptView(
@@ -233,13 +234,13 @@ async def attempts(session: AsyncSession, id: UUID) -> Attempts:
                 start_step=r.start_step,
                 first_step=r.first_step,
                 last_step=r.last_step,
-                energy_j=None,
-                lost_j=None,
-                energy_reason=NOT_MEASURED,
+                energy_j=joules.total.energy_j,
+                lost_j=joules.lost.energy_j,
+                energy_reason=joules.total.reason,
                 environment=r.environment,
                 replay=r.replay,
             )
-            for r in rows
+            for r, joules in zip(rows, used, strict=False)
         ]
     )
 

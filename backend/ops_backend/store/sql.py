@@ -27,6 +27,7 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "detail": JSONB(),
     "drain": Text(),
     "device": Text(),
+    "devices": JSONB(),
     "device_uuid": Text(),
     "device_uuids": ARRAY(Text),
     "earlier_attempt": Integer(),
@@ -39,6 +40,7 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "gave_up": JSONB(),
     "http_status": Integer(),
     "idempotency_key": Text(),
+    "incarnation": Uuid(),
     "ids": ARRAY(Uuid()),
     "job": JSONB(),
     "kind": Text(),
@@ -86,6 +88,7 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "values": ARRAY(Double),
     "versions": JSONB(),
     "webhook_id": Uuid(),
+    "windows": JSONB(),
     "workload": Text(),
     "workloads": ARRAY(Text),
 }

@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.claims import CLAIM_LOCK
-from ops_backend.store.sql import statement
+from ops_backend.store.sql import plain, statement
 from ops_contract.agents import CancelOrder, Drain, Heartbeat, HeartbeatAnswer, WorkerRegistration
 from ops_contract.errors import ErrorCode, OpsError
 
@@ -44,7 +44,8 @@ DEVICE_OWNER = statement("""
 """)
 
 SEEN = statement("""
-    UPDATE workers SET last_seen_at = now(), draining = :draining WHERE incarnation = :incarnation AND secret <> ''
+    UPDATE workers SET last_seen_at = now(), draining = :draining, devices = :devices
+     WHERE incarnation = :incarnation AND secret <> ''
     RETURNING incarnation, drain
 """)
 
@@ -91,7 +92,8 @@ async def register(session: AsyncSession, worker: WorkerRegistration, lease_s: f
 
 async def heartbeat(session: AsyncSession, incarnation: UUID, beat: Heartbeat, lease_s: float) -> HeartbeatAnswer:
     """Renew what it lists; say what of that has ended and what has to stop. Raises 404 for an unknown worker."""
-    seen = (await session.execute(SEEN, {"incarnation": incarnation, "draining": beat.draining})).one_or_none()
+    now = {"draining": beat.draining, "devices": [plain(device) for device in beat.devices]}
+    seen = (await session.execute(SEEN, {"incarnation": incarnation} | now)).one_or_none()
     if seen is None:
         raise OpsError(ErrorCode.NOT_FOUND, "this worker is not registered: register again")
     rows = (await session.execute(RENEW, _listed(beat) | {"incarnation": incarnation, "lease_s": lease_s})).all()
