@@ -12,7 +12,7 @@
      reload T                the counter starts at zero again
      temperature T V T V …   steps, as: clock, utilization, used (MiB), throttle (bits), process (pid, 0: none)
      total MIB               limit W           persistence 0|1
-     fail CALL CODE T        from T on; CALL without its prefix (`GetPowerUsage`), or * for all
+     fail CALL CODE T UNTIL  from T on, for good without UNTIL; CALL without its prefix (`GetPowerUsage`), or * for all
      hang CALL T             it does not return any more
      mig UUID MIB            an instance; the first turns the MIG mode on; `migmode` alone: on, without any
 */
@@ -32,7 +32,7 @@
 enum { OK = 0, INVALID = 2, NOT_SUPPORTED = 3, TOO_SMALL = 7, NOT_LOADED = 9, NOT_FOUND = 6, UNINITIALIZED = 1 };
 
 typedef struct { int n; double t[MOST], v[MOST]; } Course;
-typedef struct { char call[64]; int code; double since; } Fault;
+typedef struct { char call[64]; int code; double since, until; } Fault;
 typedef struct Device {
     struct Device *parent; /* of a MIG instance */
     char uuid[96], name[96];
@@ -123,6 +123,8 @@ static void parse(FILE *script) {
             snprintf(f->call, sizeof f->call, "%s", value);
             f->code = word[0] == 'f' ? atoi(strtok_r(NULL, " \n", &rest)) : -1;
             f->since = atof(strtok_r(NULL, " \n", &rest));
+            char *until = strtok_r(NULL, " \n", &rest);
+            f->until = until ? atof(until) : INFINITY;
         } else if (!strcmp(word, "power")) course = &d->power;
         else if (!strcmp(word, "temperature")) course = &d->temperature;
         else if (!strcmp(word, "clock")) course = &d->clock;
@@ -144,7 +146,7 @@ static int fails(Device *d, const char *call) {
     Device *own = d->parent ? d->parent : d;
     for (int i = 0; i < own->faults; i++) {
         Fault *f = &own->fault[i];
-        if ((f->call[0] == '*' || !strcmp(f->call, call)) && now() >= f->since) {
+        if ((f->call[0] == '*' || !strcmp(f->call, call)) && now() >= f->since && now() < f->until) {
             while (f->code < 0) pause();
             return f->code;
         }
