@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers.fake_nvml import FakeClock, compiled, environ, load
+from helpers.fake_nvml import FakeClock, environ, load
 from ops_contract.energy import Quality, Source
 from ops_worker.energy.estimate import Estimate
 from ops_worker.energy.meters import Measured, Meter
@@ -22,23 +22,6 @@ GONE, NOT_SUPPORTED, NO_FUNCTION, TIMEOUT = 15, 3, 13, 10
 NO_COUNTER = f"fail GetTotalEnergyConsumption {NOT_SUPPORTED} 0"
 OLD_DRIVER = f"{NO_COUNTER}\nfail GetFieldValues {NO_FUNCTION} 0"
 BEGAN_S = 1000.0
-
-
-@pytest.fixture(scope="session")
-def nvml(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        library = compiled(tmp_path_factory.mktemp("nvml"))
-    except FileNotFoundError as reason:
-        pytest.skip(str(reason))
-    load(library)
-    return library
-
-
-@pytest.fixture
-def clock(tmp_path: Path) -> Iterator[FakeClock]:
-    clock = FakeClock(tmp_path / "clock", BEGAN_S)
-    yield clock
-    clock.close()
 
 
 class Bench:
@@ -71,17 +54,18 @@ class Bench:
 
 
 @pytest.fixture
-def bench(nvml: Path, clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def bench(fake_nvml: Path, fake_clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    load(fake_nvml)
     opened: list[Driver] = []
 
     def host(script: str, interval_s: float = 0.1) -> Bench:
         (tmp_path / "script").write_text(f"epoch {BEGAN_S}\n{script}\n")
-        for name, value in environ(nvml, tmp_path / "script", clock).items():
+        for name, value in environ(fake_nvml, tmp_path / "script", fake_clock).items():
             monkeypatch.setenv(name, value)
         driver = Driver.open()
         assert driver is not None
         opened.append(driver)
-        return Bench(driver, clock, interval_s)
+        return Bench(driver, fake_clock, interval_s)
 
     yield host
     for driver in opened:
@@ -259,7 +243,10 @@ def test_what_a_driver_never_says_is_null_and_asked_once(bench: Any) -> None:
 
 
 @pytest.mark.parametrize("script", [None, "no_driver"])
-def test_no_driver_is_no_error(nvml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None) -> None:
+def test_no_driver_is_no_error(
+    fake_nvml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None
+) -> None:
+    load(fake_nvml)
     if script:
         (tmp_path / "script").write_text(script)
     monkeypatch.setenv("FAKE_NVML", str(tmp_path / "script"))
@@ -365,18 +352,18 @@ def sampled(clock: FakeClock, meters: list[Meter]) -> Sampler:
     return Sampler(meters, interval_s=0.1, clock=clock)
 
 
-def test_a_package_is_measured_over_the_end_of_its_range(powercap: Any, clock: FakeClock, tmp_path: Path) -> None:
+def test_a_package_is_measured_over_the_end_of_its_range(powercap: Any, fake_clock: FakeClock, tmp_path: Path) -> None:
     range_uj = 60_000_000
     zone = powercap("intel-rapl:0", "package-0", 59_000_000, range_uj)
     powercap("intel-rapl:0:0", "core", 5)
     powercap("intel-rapl:1", "psys", 5)
-    [meter] = rapl_meters(Quality.MEASURED, tmp_path / "powercap", clock)
-    sampler = sampled(clock, [meter])
+    [meter] = rapl_meters(Quality.MEASURED, tmp_path / "powercap", fake_clock)
+    sampler = sampled(fake_clock, [meter])
 
     for tick in range(1, 121):
         (zone / "energy_uj").write_text(str((59_000_000 + tick * 1_000_000) % range_uj))
         sampler.sample()
-        clock.advance(0.1)
+        fake_clock.advance(0.1)
 
     measured = sampler.between("cpu0", BEGAN_S + 1, BEGAN_S + 11)
     assert measured is not None
@@ -413,11 +400,11 @@ def test_no_powercap_is_no_error(tmp_path: Path) -> None:
     assert rapl_meters(Quality.MEASURED, tmp_path / "none") == []
 
 
-def test_an_estimate_is_watts_times_cores_times_time(clock: FakeClock) -> None:
-    sampler = sampled(clock, [Estimate(core_power_w=5, cores=4, clock=clock)])
+def test_an_estimate_is_watts_times_cores_times_time(fake_clock: FakeClock) -> None:
+    sampler = sampled(fake_clock, [Estimate(core_power_w=5, cores=4, clock=fake_clock)])
     for _ in range(100):
         sampler.sample()
-        clock.advance(0.1)
+        fake_clock.advance(0.1)
 
     measured = sampler.between("cpu", BEGAN_S + 1, BEGAN_S + 6)
 

@@ -134,12 +134,12 @@ class Devices:
 
 
 @contextmanager
-def open_devices(settings: Settings, environ: Mapping[str, str]) -> Iterator[Devices]:
+def open_devices(settings: Settings, environ: Mapping[str, str], powercap: Path = POWERCAP) -> Iterator[Devices]:
     """What this worker may use, measured from here on. Raises SettingsError for a GPU that is not there."""
     driver = Driver.open() if settings.gpus != "none" else None
     chosen = _chosen(driver.gpus(), settings, environ) if driver else []
     share, of = settings.gpu_share_of
-    devices = Devices(settings, driver, chosen[share - 1 :: of], hides_gpus=bool(chosen))
+    devices = Devices(settings, driver, chosen[share - 1 :: of], bool(chosen), powercap)
     devices.sampler.start()
     try:
         yield devices
