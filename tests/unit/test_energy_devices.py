@@ -138,6 +138,15 @@ def test_a_gpu_that_does_not_answer_is_left_out(host: Host) -> None:
     assert uuids(host("device GPU-aa\nfail * 15 0\ndevice GPU-bb\npower 0 100")) == ["GPU-bb"]
 
 
+def test_a_driver_that_hangs_leaves_the_cpu(
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(devices_module, "DRIVER_S", 0.01)
+
+    assert uuids(host("device GPU-aa\npower 0 9\nhang GetUUID 0")) == []
+    assert "the driver does not answer" in caplog.text
+
+
 # ---- meters
 
 

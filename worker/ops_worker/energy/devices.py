@@ -6,8 +6,10 @@ import logging
 import os
 import platform
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 
 # Well within the time that the backend waits for the answer to a start.
 PREFLIGHT_S = 3.0
+# Without persistence mode a driver is loaded when it is asked: seconds for each GPU.
+DRIVER_S = 60.0
 
 
 class Devices:
@@ -123,6 +127,11 @@ class Devices:
             raise OpsError(ErrorCode.DEVICE_NOT_READY, message, failures=found.failures, warnings=found.warnings)
         return found.warnings
 
+    def close(self) -> None:
+        # While a call of it hangs, NVML cannot be closed.
+        if self.sampler.stop() and self._driver is not None:
+            self._driver.close()
+
     def _of_the_cpu(self, powercap: Path, clock: Callable[[], float]) -> Sequence[Meter]:
         settings = self._settings
         # Only who has the whole host to himself used what its packages used.
@@ -136,17 +145,41 @@ class Devices:
 @contextmanager
 def open_devices(settings: Settings, environ: Mapping[str, str], powercap: Path = POWERCAP) -> Iterator[Devices]:
     """What this worker may use, measured from here on. Raises SettingsError for a GPU that is not there."""
-    driver = Driver.open() if settings.gpus != "none" else None
-    chosen = _chosen(driver.gpus(), settings, environ) if driver else []
-    share, of = settings.gpu_share_of
-    devices = Devices(settings, driver, chosen[share - 1 :: of], bool(chosen), powercap)
+    devices = None
+    if settings.gpus != "none":
+        devices = _in_time(lambda: _found(settings, environ, powercap))
+        if devices is None:
+            log.error("no GPU is used: the driver does not answer within %g s; see `nvidia-smi`, and dmesg", DRIVER_S)
+    devices = devices or Devices(settings, powercap=powercap)
     devices.sampler.start()
     try:
         yield devices
     finally:
-        # While a call of it hangs, NVML cannot be closed.
-        if devices.sampler.stop() and driver is not None:
-            driver.close()
+        devices.close()
+
+
+def _found(settings: Settings, environ: Mapping[str, str], powercap: Path) -> Devices:
+    driver = Driver.open()
+    chosen = _chosen(driver.gpus(), settings, environ) if driver else []
+    share, of = settings.gpu_share_of
+    return Devices(settings, driver, chosen[share - 1 :: of], bool(chosen), powercap)
+
+
+def _in_time(find: Callable[[], Devices]) -> Devices | None:
+    """None when the driver hangs: a worker without GPUs is better than none."""
+    finding = Future[Devices]()
+
+    def run() -> None:
+        try:
+            finding.set_result(find())
+        except Exception as error:
+            finding.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return finding.result(DRIVER_S)
+    except TimeoutError:
+        return None
 
 
 def _quality(whole: Gpu, offered: Sequence[Gpu]) -> Quality:
