@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from helpers.fake_nvml import compiled, environ  # noqa: E402
+from helpers.fake_nvml import compiled, environ  # noqa: E402 - beside the tests
 
 GOAL = 0.01
 CHILD = """

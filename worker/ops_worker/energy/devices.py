@@ -118,10 +118,12 @@ class Devices:
         looking = self._looking.get(gpu.uuid) or self._looking.setdefault(gpu.uuid, in_daemon(look))
         try:
             found = await asyncio.wait_for(asyncio.shield(looking), PREFLIGHT_S)
-            del self._looking[gpu.uuid]
         except TimeoutError:
             problem = f"the driver does not answer about {gpu.uuid} within {PREFLIGHT_S:g} s"
             found = Preflight(failures=[f"{problem}; `nvidia-smi`, and dmesg, say more"])
+        finally:
+            if looking.done():
+                self._looking.pop(gpu.uuid, None)
         if found.failures:
             message = "; ".join(found.failures + found.warnings)
             raise OpsError(ErrorCode.DEVICE_NOT_READY, message, failures=found.failures, warnings=found.warnings)

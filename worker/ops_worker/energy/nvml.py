@@ -141,8 +141,12 @@ class Gpu:
         return [process.pid for process in found or []]
 
     def energy_mj(self) -> int:
-        """Of its counter. Raises NVMLError."""
-        counter: int = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+        """Of its counter. Raises MeterLost."""
+        try:
+            counter: int = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+        except self._nvml.NVMLError as error:
+            gone = getattr(error, "value", None) in _GONE
+            raise MeterLost("device_lost" if gone else "read_failed", f"{self.uuid}: {error}") from error
         return counter
 
     def power_w(self) -> float | None:
@@ -181,10 +185,6 @@ class Gpu:
             None if bits is None else bits & THROTTLE_BITS,
         )
 
-    def lost(self, error: Exception) -> MeterLost:
-        code = getattr(error, "value", None)
-        return MeterLost("device_lost" if code in _GONE else "read_failed", f"{self.uuid}: {error}")
-
     def _watts(self, call: Callable[[Any], int]) -> float | None:
         milliwatts = self._ask(call, self._handle)
         return None if milliwatts is None else milliwatts / 1000
@@ -209,7 +209,7 @@ class NvmlCounter:
     source = Source.NVML_COUNTER
 
     def __init__(self, gpu: Gpu, quality: Quality, clock: Callable[[], float]) -> None:
-        """Raises NVMLError where there is no counter."""
+        """Raises MeterLost where there is no counter."""
         self.device = gpu.uuid
         self.quality = quality
         self._gpu = gpu
@@ -217,10 +217,7 @@ class NvmlCounter:
         self._last_mj = gpu.energy_mj()
 
     def read(self) -> Reading:
-        try:
-            counter_mj = self._gpu.energy_mj()
-        except self._gpu._nvml.NVMLError as error:
-            raise self._gpu.lost(error) from error
+        counter_mj = self._gpu.energy_mj()
         at_s, before_mj, self._last_mj = self._clock(), self._last_mj, counter_mj
         if counter_mj < before_mj:
             raise MeterLost("counter_fell", f"{self.device}: its counter fell from {before_mj} to {counter_mj} mJ")
@@ -262,13 +259,13 @@ def nvml_meter(gpu: Gpu, quality: Quality, clock: Callable[[], float] = time.mon
     """The best that the GPU has; None, which the log says, where it has none."""
     try:
         return NvmlCounter(gpu, quality, clock)
-    except gpu._nvml.NVMLError as error:
-        problem = str(error)
+    except MeterLost as lost:
+        problem = lost
     if gpu.power_w() is None:
-        log.warning("%s (%s) has no meter: it shows neither energy (%s) nor power", gpu.uuid, gpu.name, problem)
+        log.warning("%s has no meter: it shows no power either", problem)
         return None
     kind = "instant power" if gpu.has_instant else "its power of the last second or so: the driver has no other"
-    log.info("%s (%s) has no counter of energy (%s); what is summed up is %s", gpu.uuid, gpu.name, problem, kind)
+    log.info("no counter of energy at %s; what is summed up is %s", problem, kind)
     return NvmlPower(gpu, quality, clock)
 
 
