@@ -50,6 +50,7 @@ docs: setup
 bench: setup
 	$(BIN)/python benchmarks/checkpoint_stall.py
 	$(BIN)/python benchmarks/status_poll.py
+	$(BIN)/python benchmarks/energy_sampler.py
 
 constraints:
 	deploy/constraints.sh 2.13.0

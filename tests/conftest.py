@@ -2,10 +2,12 @@
 
 import signal
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from helpers.databases import Databases, embedded_postgres
+from helpers.fake_nvml import FakeClock, compiled
 from helpers.store import Store
 from ops_backend.database import Sessions
 
@@ -34,3 +36,19 @@ async def store(database_url: str) -> AsyncIterator[Store]:
     sessions = Sessions(database_url, pool_size=20)
     yield Store(sessions)
     await sessions.dispose()
+
+
+@pytest.fixture(scope="session")
+def fake_nvml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A driver's library, for processes of their own by `environ`, for this one by `load`."""
+    try:
+        return compiled(tmp_path_factory.mktemp("nvml"))
+    except FileNotFoundError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def fake_clock(tmp_path: Path) -> Iterator[FakeClock]:
+    clock = FakeClock(tmp_path / "clock")
+    yield clock
+    clock.close()

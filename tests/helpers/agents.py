@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -33,7 +33,13 @@ class AgentProcess:
 
     @classmethod
     async def spawn(
-        cls, api: FakeApi, state_dir: Path, *options: str, slots: int = 1, command: list[str] = FAKE_TRAINER
+        cls,
+        api: FakeApi,
+        state_dir: Path,
+        *options: str,
+        slots: int = 1,
+        command: list[str] = FAKE_TRAINER,
+        environ: Mapping[str, str] = {},
     ) -> "AgentProcess":
         os.makedirs(state_dir / "storage", exist_ok=True)
         settings = {
@@ -49,7 +55,7 @@ class AgentProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
-                env=os.environ | settings,
+                env={**os.environ, **settings, **environ},
             )
         return cls(process, state_dir, api)
 

@@ -24,6 +24,7 @@ from ops_contract.agents import (
     WorkerRegistered,
     WorkerRegistration,
 )
+from ops_contract.energy import DeviceNow
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.reports import Finish, LogChunk, Metrics, Progress, Report, Started
 from ops_contract.wire import API_PREFIX
@@ -81,6 +82,8 @@ class FakeApi:
         self.draining: set[UUID] = set()
         self.drain: Drain | None = None
         self.beats_fail = False
+        self.beats = 0
+        self.devices: list[DeviceNow] = []  # of the last beat
         self.snapshots: dict[str, bytes] = {}
         self.fetched = 0
         self.garble = 0  # so many answers with a snapshot are not whole
@@ -146,6 +149,7 @@ class FakeApi:
             raise OpsError(ErrorCode.NOT_FOUND, "register again")
         if beat.draining:
             self.draining.add(incarnation)
+        self.beats, self.devices = self.beats + 1, beat.devices
         alive = [h for ref in beat.holds if (h := self.holds.get((ref, incarnation))) and not h.ended]
         for hold in alive:
             hold.beats += 1

@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from helpers.store import LEASE_S, TOY, Held, Store, held, saved, started, threads
+from helpers.store import LEASE_S, TOY, Held, Store, at_once, held, saved, started, threads
 from ops_backend.store import claims
 from ops_contract.agents import WorkloadOffer
-from ops_contract.errors import OpsError
+from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Outcome
 
 GPU = {"device_uuid": "GPU-1"}
@@ -217,3 +217,20 @@ async def test_a_claim_brings_how_long_attempts_ran_and_how_many_lost_work(store
     assert claim is not None
     assert claim.record.failures == 2
     assert claim.record.running_s == pytest.approx(5 * 3600, abs=60)
+
+
+async def test_of_agents_that_offer_one_gpu_at_once_one_is_taken(store: Store) -> None:
+    answers = await at_once(*(store.worker("gpu", device="cuda", slot=GPU) for _ in range(8)))
+    refused = [answer for answer in answers if isinstance(answer, OpsError)]
+    assert [refusal.code for refusal in refused] == [ErrorCode.DEVICE_TAKEN] * 7
+
+
+async def test_a_gpu_is_free_when_its_agent_has_said_goodbye_and_runs_nothing(store: Store) -> None:
+    first = await store.worker("gpu", device="cuda", slot=GPU)
+    run = await store.running()
+    await store.heartbeat(first, run, draining=True)
+    with pytest.raises(OpsError) as raised:
+        await store.worker("gpu", device="cuda", slot=GPU)
+    assert raised.value.code is ErrorCode.DEVICE_TAKEN
+    await store.finish(run, Outcome.PREEMPTED)
+    await store.worker("gpu", device="cuda", slot=GPU)

@@ -809,6 +809,23 @@ def test_the_doctor_looks_at_api_and_workers(api: Api, ops: Ops) -> None:
 
 
 @pytest.mark.usefixtures("alone")
+def test_gpus_are_in_the_list_of_workers_and_the_doctor_sees_a_torch_that_cannot_use_them(api: Api, ops: Ops) -> None:
+    gpu = SlotView(index=0, device="cuda", device_uuid="GPU-12345678-90ab", cores=4, operation_id=None, attempt=None)
+    cpu = gpu.model_copy(update={"index": 1, "device": "cpu", "device_uuid": None})
+    versions = {"relight": api.version, "torch": "2.13.0+cu126"}
+    api.workers = [
+        worker(name="able", slots=[gpu, cpu], versions=versions),
+        worker(name="unable", slots=[gpu], versions=versions | {"torch": "2.13.0+cpu"}),
+    ]
+
+    assert "cuda GPU-12345678, 4 cores: free" in ops("workers").out
+    ran = ops("doctor", "--json", "--url", api.url)
+    assert (states(ran)["GPUs of worker able"], states(ran)["GPUs of worker unable"]) == ("ok", "warn")
+    assert "1 cuda and 1 cpu slots" in ran.out
+    assert "OPS_GPUS=none" in ran.out
+
+
+@pytest.mark.usefixtures("alone")
 def test_the_doctor_says_what_it_can_with_the_service_down(
     ops: Ops, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -1070,6 +1087,12 @@ def test_secrets_of_jobs_reach_the_workers_of_a_stack_and_no_other_part(tmp_path
     assert not [name for name in server if name.startswith("OPS_SECRET")]
     assert (worker["OPS_SECRET_HF_TOKEN"], worker["OPS_SECRETS_DIR"]) == ("x", "/run/secrets")
     assert server["HOME"] == worker["HOME"] == "/"
+
+
+def test_the_workers_of_a_stack_divide_the_gpus(tmp_path: Path) -> None:
+    stack = Stack(StackSettings(data_dir=tmp_path, token="t", port=1, workers=2, environ={"OPS_GPU_SHARE": "7/9"}))
+
+    assert [stack._environ(f"worker-{n}")["OPS_GPU_SHARE"] for n in (1, 2)] == ["1/2", "2/2"]
 
 
 def test_set_goes_over_the_file_and_keeps_texts_as_texts(api: Api, ops: Ops, tmp_path: Path) -> None:
