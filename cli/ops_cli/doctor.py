@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -180,13 +181,29 @@ def _worker(worker: "WorkerView") -> "Iterator[Finding]":
     else:
         draining = ", draining" if worker.draining else ""
         torch = f"torch {worker.versions.get('torch', 'missing')}"
-        yield ok(check, f"live on {worker.host}, {len(worker.slots)} slots, {torch}{draining}")
+        counts = Counter(slot.device for slot in worker.slots)
+        slots = " and ".join(f"{count} {device}" for device, count in sorted(counts.items(), reverse=True))
+        yield ok(check, f"live on {worker.host}, {slots} slots, {torch}{draining}")
+        yield from _gpus(check, worker)
     try:
         answer = httpx.get(f"{worker.url}/health", timeout=TIMEOUT_S, trust_env=False)
     except httpx.HTTPError:
         yield ok(f"clock of {check}", f"not compared: {worker.url} cannot be reached from this host")
         return
     yield from _clock(f"clock of {check}", answer)
+
+
+def _gpus(check: str, worker: "WorkerView") -> "Iterator[Finding]":
+    from ops_contract.doctor import ok, warn
+
+    uuids = [slot.device_uuid or slot.device for slot in worker.slots if slot.device != "cpu"]
+    if not uuids:
+        return
+    if worker.versions.get("torch", "").endswith("+cpu"):
+        advice = "install a torch with CUDA in the environment of the trainers, or set OPS_GPUS=none"
+        yield warn(f"GPUs of {check}", f"{', '.join(uuids)}, but its torch has no CUDA", advice)
+    else:
+        yield ok(f"GPUs of {check}", ", ".join(uuids))
 
 
 def _clock(check: str, answer: "httpx.Response") -> "Iterator[Finding]":

@@ -183,6 +183,7 @@ class Stack:
             state = settings.data_dir / "workers" / name
             environ |= {"OPS_API_URL": settings.url, "OPS_WORKER_NAME": name, "OPS_WORKER_STATE_DIR": str(state)}
             environ |= {"OPS_CPU_CORES": str(settings.cores), "OPS_USER_CODE": "1"}
+            environ |= {"OPS_GPU_SHARE": f"{name.removeprefix('worker-')}/{settings.workers}"}
         return environ
 
 

@@ -126,8 +126,8 @@ class FailureRecord(Wire):
 class StartTraining(Wire):
     """POST /training/start on a worker (and /training/resume, with a checkpoint).
 
-    202 taken; 200 the same attempt again; 409 `busy` or `stale` (another incarnation, or older than one seen);
-    404 `no_checkpoint`; 422 `checkpoint_corrupt`.
+    202 taken; 200 the same attempt again; 409 `busy` or `stale` (another incarnation, or older than one seen), or
+    `device_not_ready`, with everything that is wrong; 404 `no_checkpoint`; 422 `checkpoint_corrupt`.
     """
 
     incarnation: UUID

@@ -28,11 +28,11 @@ def test_needs_only_the_api_a_token_and_a_storage_root(environ, tmp_path):
 
     assert settings.worker_state_dir == tmp_path / ".local/state/relight/workers/left"
     assert settings.worker_bind == "127.0.0.1"
-    assert settings.cores_per_slot == 3
+    assert settings.cores_per_slot() == 3
 
 
 def test_a_slot_has_a_core_even_if_there_are_more_slots(environ):
-    assert Settings.from_env(environ | {"OPS_CPU_CORES": "1", "OPS_CPU_SLOTS": "4"}).cores_per_slot == 1
+    assert Settings.from_env(environ | {"OPS_CPU_CORES": "1", "OPS_CPU_SLOTS": "4"}).cores_per_slot() == 1
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,10 @@ def test_a_slot_has_a_core_even_if_there_are_more_slots(environ):
         ("OPS_WORKER_BIND", "0.0.0.0"),
         ("OPS_CPU_SLOTS", "0"),
         ("OPS_CPU_CORES", "many"),
+        ("OPS_GPUS", "0;1"),
+        ("OPS_GPU_SHARE", "3/2"),
+        ("OPS_ENERGY_INTERVAL_S", "0"),
+        ("OPS_CPU_POWER_W", "-1"),
     ],
 )
 def test_a_wrong_value_is_named_and_the_token_is_not_shown(environ, name, value):

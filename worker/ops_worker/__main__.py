@@ -18,6 +18,7 @@ import uvicorn
 from ops_contract.log_lines import LogFormatError, log_formatter
 from ops_worker.agent import Agent
 from ops_worker.describe import DescribeError
+from ops_worker.energy.devices import open_devices
 from ops_worker.routes import create_app
 from ops_worker.settings import Settings, SettingsError
 from relight.interpreter import InterpreterError, checked_interpreter
@@ -40,18 +41,18 @@ def main(trainer_command: Sequence[str] | None = None) -> int:
     code = 0
     try:
         asyncio.run(serve(settings, trainer_command, arguments.json, arguments.exit_on_eof))
-    except* (DescribeError, OSError) as errors:
+    except* (DescribeError, OSError, SettingsError) as errors:
         for problem in errors.exceptions:
             print(f"ops worker: {problem}", file=sys.stderr)
-        code = 1
+        code = 2 if errors.subgroup(SettingsError) else 1
     return code
 
 
 async def serve(settings: Settings, trainer_command: Sequence[str], as_json: bool, exit_on_eof: bool) -> None:
     """Until SIGTERM, ctrl-C or (with `exit_on_eof`) the end of stdin; a second signal makes it hurry."""
-    with _listen(settings) as listener:
+    with open_devices(settings, os.environ) as devices, _listen(settings) as listener:
         incarnation = uuid4()
-        agent = Agent(settings, incarnation, _url(settings, listener), trainer_command)
+        agent = Agent(settings, devices, incarnation, _url(settings, listener), trainer_command)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, agent.stop)

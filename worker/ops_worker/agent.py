@@ -30,6 +30,7 @@ from ops_contract.pipe import Description, RunJob
 from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable
 from ops_worker.delivery import Delivery
 from ops_worker.describe import describe, validate
+from ops_worker.energy.devices import Devices
 from ops_worker.holds import Hold
 from ops_worker.job_secrets import MissingSecret, Secrets
 from ops_worker.outbox import Outbox, Sender
@@ -56,13 +57,16 @@ LAST_WORDS_S = 2.0
 class Agent:
     """One incarnation. `url` is where its HTTP server is reached; `trainer_command` starts a trainer or describes."""
 
-    def __init__(self, settings: Settings, incarnation: UUID, url: str, trainer_command: Sequence[str]) -> None:
+    def __init__(
+        self, settings: Settings, devices: Devices, incarnation: UUID, url: str, trainer_command: Sequence[str]
+    ) -> None:
         self.incarnation = incarnation
         self.url = url
         self._settings = settings
+        self._devices = devices
         self._trainer_command = trainer_command
         self._token = settings.api_token.get_secret_value()
-        self._slots = [self._slot(index) for index in range(settings.cpu_slots)]
+        self._slots = [self._slot(offer) for offer in devices.offers()]
         self._workspaces = Workspaces(settings.worker_state_dir, incarnation, self._api)
         self._secrets = Secrets(os.environ, settings.secrets_dir)
         self._terms: WorkerRegistered | None = None
@@ -118,15 +122,17 @@ class Agent:
     async def start(self, order: StartTraining) -> bool:
         """Take a job for a slot; False when this attempt was taken before.
 
-        Raises 409 `stale`, `busy` or `no_user_code`, 404 `no_checkpoint`, 422 `checkpoint_corrupt` or `invalid`.
+        Raises 409 `stale`, `busy`, `no_user_code` or `device_not_ready`, 404 `no_checkpoint`, 422
+        `checkpoint_corrupt` or `invalid`.
         """
         if self._taken(order):
             return False
         await self._check_checkpoint(order)
+        warnings = await self._devices.check(order.slot, order.checkpoint)
         # Another start may have come while files were read; from here on nothing is awaited.
         if self._taken(order):
             return False
-        self._take(order)
+        self._take(order, warnings)
         return True
 
     def cancel(self, operation_id: UUID, order: CancelTraining) -> None:
@@ -172,10 +178,10 @@ class Agent:
             holds=list(self._holds),
         )
 
-    def _slot(self, index: int) -> Slot:
-        offer = SlotOffer(index=index, device="cpu", cores=self._settings.cores_per_slot)
-        logs = self._settings.worker_state_dir / "logs"
-        return Slot(offer, self._trainer_command, logs, log_prefix=str(self.incarnation))
+    def _slot(self, offer: SlotOffer) -> Slot:
+        logs, prefix = self._settings.worker_state_dir / "logs", str(self.incarnation)
+        environ, meters = self._devices.environ(offer.index), self._devices.meters(offer.index)
+        return Slot(offer, self._trainer_command, logs, prefix, environ, meters)
 
     def _api(self) -> ApiClient:
         return ApiClient(self._settings.api_url, self._token)
@@ -225,7 +231,7 @@ class Agent:
         except CheckpointCorrupt as error:
             raise OpsError(ErrorCode.CHECKPOINT_CORRUPT, str(error)) from error
 
-    def _take(self, order: StartTraining) -> None:
+    def _take(self, order: StartTraining, warnings: Sequence[str]) -> None:
         assert self._terms is not None
         for older in self._holds.values():
             if older.ref.operation_id == order.operation_id:
@@ -235,6 +241,7 @@ class Agent:
         slot, root = self._slots[order.slot], self._settings.storage_root.absolute()
         grace_s, runner = self._terms.cancel_grace_s, (self._trainer_command[0], "-P", "-m", "ops_worker.command")
         hold = Hold(order, slot, self._outbox, delivery, self._workspaces, self._secrets, runner, root, grace_s)
+        hold.environment = self._devices.environment(order.slot) | _code(order) | {"preflight": list(warnings)}
         self._holds[ref] = hold
         self._newest_attempt[order.operation_id] = order.attempt
         task = asyncio.create_task(self._serve(hold))
@@ -244,6 +251,9 @@ class Agent:
 
     async def _serve(self, hold: Hold) -> None:
         """It stays in the heartbeats until its finish has been accepted."""
+        sampler, devices = self._devices.sampler, [meter.device for meter in hold.slot.meters]
+        for device in devices:
+            sampler.note_busy(device)
         try:
             await hold.run()
             await self._outbox.forget(hold.ref)
@@ -251,6 +261,8 @@ class Agent:
             # One hold's trouble is not the others': its lease runs out, and its slot is free.
             log.exception("a hold was lost", extra=hold.ref.model_dump())
         finally:
+            for device in devices:
+                sampler.note_idle(device)
             del self._holds[hold.ref]
 
     # ---- the API
@@ -280,7 +292,8 @@ class Agent:
 
     async def _beat(self, lease_s: float) -> None:
         listed = list(self._holds.values())
-        beat = Heartbeat(holds=[hold.ref for hold in listed], draining=self._draining.is_set())
+        devices, draining = self._devices.sampler.now(), self._draining.is_set()
+        beat = Heartbeat(holds=[hold.ref for hold in listed], devices=devices, draining=draining)
         # One that hangs must leave time for another within the lease.
         answer = await self._beats_api.heartbeat(self.incarnation, beat, timeout_s=lease_s / 3)
         ended = set(answer.ended)
@@ -372,3 +385,8 @@ class Agent:
         if self._terms is not None:
             with suppress(ApiUnavailable, ApiRefused):
                 await self._beats_api.heartbeat(self.incarnation, Heartbeat(draining=True), timeout_s=1.0)
+
+
+def _code(order: StartTraining) -> dict[str, object]:
+    code = order.job.code
+    return {"git_commit": code.commit, "git_dirty": code.dirty} if code and code.commit else {}

@@ -5,7 +5,7 @@ import logging
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ops_contract.agents import HoldRef, StartTraining
 from ops_contract.lifecycle import Kind, Outcome
@@ -59,6 +59,7 @@ class Hold:
         self.ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
         self.slot = slot
         self.released = False
+        self.environment: dict[str, Any] = {}  # what the agent adds to the trainer's
         self._order = order
         self._deadline = loop.time() + order.deadline_s
         self._outbox = outbox
@@ -170,7 +171,12 @@ class Hold:
             self._log.warning("dropped: the API did not confirm it in time")
             return None
         try:
-            environ = self._order.job.env | self._secrets.values(self._order.job.secrets)
+            # Its device is the slot's, whatever the job says.
+            environ = {
+                **self._order.job.env,
+                **self._secrets.values(self._order.job.secrets),
+                **self.slot.environ,
+            }
         except MissingSecret as missing:
             fault = Fault(code="missing_secret", message=f"Not started: {missing}.")
             return Finish(outcome=Outcome.FAILED, permanent=True, error=fault)
@@ -284,7 +290,7 @@ class Hold:
             # What one says that was taken for hung does not count: the signal for its stacks may have woken it.
             while self._finish is None and (messages := await trainer.receive()) and not self._stalled:
                 kinds = Started | Metrics | CheckpointSaved | ArtifactSaved | Note
-                reports = [m for m in messages if isinstance(m, kinds)]
+                reports = [self._completed(m) for m in messages if isinstance(m, kinds)]
                 for message in messages:
                     # Not a checkpoint's report, which comes from the writer's thread.
                     if isinstance(message, Alive | Started | ProgressNow):
@@ -299,6 +305,11 @@ class Hold:
         except PipeGarbage as garbage:
             self._misbehaviour = str(garbage)
             trainer.kill()
+
+    def _completed(self, report: Report) -> Report:
+        if not isinstance(report, Started):
+            return report
+        return report.model_copy(update={"environment": self.environment | report.environment})
 
     async def _store(self, reports: Sequence[Report]) -> int:
         """The number of the last one; 0 when nothing was stored."""

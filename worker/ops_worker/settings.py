@@ -37,6 +37,18 @@ class Settings(BaseModel):
     cpu_cores: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, description="cores, divided among the slots"
     )
+    gpus: str | None = Field(
+        None,
+        pattern=r"^(all|none|[A-Za-z0-9-]+( *, *[A-Za-z0-9-]+)*)$",
+        description="which GPUs it offers: all, none, or numbers or uuids, with commas",
+    )
+    gpu_share: str = Field(
+        "1/1", pattern=r"^[1-9][0-9]*/[1-9][0-9]*$", description="the k-th of n workers that divide these GPUs: k/n"
+    )
+    energy_interval_s: float = Field(0.1, ge=0.01, le=1, description="seconds between two readings of a meter")
+    cpu_power_w: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="watts of a busy core, for an estimate where no meter is readable"
+    )
     user_code: bool = Field(
         False, description="whether it runs commands, and workloads that its users bring; 1 under `ops up`"
     )
@@ -56,12 +68,19 @@ class Settings(BaseModel):
     def _reachable(self) -> Self:
         if self.worker_bind in ("", "0.0.0.0", "::") and self.worker_url is None:
             raise ValueError("OPS_WORKER_URL: needed when OPS_WORKER_BIND is every address: the API cannot guess one")
+        share, of = self.gpu_share_of
+        if share > of:
+            raise ValueError(f"OPS_GPU_SHARE: {share} of {of} is none; k/n has k from 1 to n")
         return self
 
-    @property
-    def cores_per_slot(self) -> int:
+    def cores_per_slot(self, gpus: int = 0) -> int:
         """The same for every slot: a resumed training finds as many threads as it had."""
-        return max(1, self.cpu_cores // self.cpu_slots)
+        return max(1, self.cpu_cores // (self.cpu_slots + gpus))
+
+    @property
+    def gpu_share_of(self) -> tuple[int, int]:
+        share, _, of = self.gpu_share.partition("/")
+        return int(share), int(of)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Self:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ops_contract.agents import SlotOffer
 from ops_contract.pipe import Hello
 from ops_contract.wire import PIPE_VERSION
+from ops_worker.energy.meters import SlotMeter
 from ops_worker.trainers import PipeGarbage, Trainer, prune_logs, trainer_environment
 from ops_worker.waiting import Backoff
 
@@ -21,14 +22,27 @@ DEATHS_TOLERATED = 3
 
 
 class Slot:
-    """Keeps one trainer ready, lends it for one job, then replaces it. A job that needs another gets a `child`."""
+    """Keeps one trainer ready, lends it for one job, then replaces it. A job that needs another gets a `child`.
 
-    def __init__(self, offer: SlotOffer, command: Sequence[str], logs: Path, log_prefix: str) -> None:
+    `environ` shows its processes the slot's device, `meters` measure what they use.
+    """
+
+    def __init__(
+        self,
+        offer: SlotOffer,
+        command: Sequence[str],
+        logs: Path,
+        log_prefix: str,
+        environ: Mapping[str, str],
+        meters: Sequence[SlotMeter],
+    ) -> None:
         self.offer = offer
+        self.environ = environ
+        self.meters = meters
         self.ready = asyncio.Event()
         self.failing = asyncio.Event()
         self.command = command
-        self._environment = trainer_environment(os.environ, offer.cores)
+        self._environment = trainer_environment(os.environ, offer.cores) | dict(environ)
         self._logs = logs
         self._log_prefix = log_prefix
         self._spawned = 0

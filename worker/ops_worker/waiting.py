@@ -3,8 +3,12 @@
 import asyncio
 import logging
 import random
+import threading
 from collections.abc import Awaitable, Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 async def first_of(*things: Awaitable[Any]) -> None:
@@ -15,6 +19,27 @@ async def first_of(*things: Awaitable[Any]) -> None:
     finally:
         for task in tasks:
             task.cancel()
+
+
+def in_daemon(call: Callable[[], T]) -> asyncio.Future[T]:
+    """For what may never return: unlike `asyncio.to_thread` it takes no place in a pool, and keeps no process alive."""
+    loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+    def tell(result: T | None, error: Exception | None) -> None:
+        if not done.done():
+            done.set_result(result) if error is None else done.set_exception(error)
+
+    def run() -> None:
+        result, problem = None, None
+        try:
+            result = call()
+        except Exception as error:
+            problem = error
+        with suppress(RuntimeError):  # the loop is closed: nobody wants to know
+            loop.call_soon_threadsafe(tell, result, problem)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done
 
 
 class Backoff:

@@ -36,10 +36,16 @@ OFFER_WORKLOAD = statement("""
            validates = EXCLUDED.validates, updated_at = now()
 """)
 
+# Of two that register at once, the second sees the first.
+LOCK_HOST = statement("SELECT pg_advisory_xact_lock(hashtextextended(:host, 0))")
+
+# One that has said goodbye, and runs nothing any more, holds no device.
 DEVICE_OWNER = statement("""
     SELECT w.name FROM slots s JOIN workers w USING (incarnation)
      WHERE w.host = :host AND s.device_uuid = ANY (:device_uuids) AND w.incarnation <> :incarnation
        AND w.last_seen_at > now() - make_interval(secs => :lease_s)
+       AND (NOT w.draining
+            OR EXISTS (SELECT FROM holds h WHERE h.incarnation = w.incarnation AND h.ended_at IS NULL))
      LIMIT 1
 """)
 
@@ -129,10 +135,12 @@ async def _refuse_taken_devices(session: AsyncSession, worker: WorkerRegistratio
     uuids = [slot.device_uuid for slot in worker.slots if slot.device_uuid]
     if not uuids:
         return
+    await session.execute(LOCK_HOST, {"host": worker.host})
     values = {"host": worker.host, "device_uuids": uuids, "incarnation": worker.incarnation, "lease_s": lease_s}
     owner = await session.scalar(DEVICE_OWNER, values)
     if owner is not None:
         raise OpsError(
             ErrorCode.DEVICE_TAKEN,
-            f"the live worker {owner!r} holds one of these devices; stop it, or wait until its lease has run out",
+            f"the live worker {owner!r} holds one of these devices; stop it, wait until its lease has run out, or give "
+            "this one other GPUs by OPS_GPUS",
         )

@@ -1,0 +1,70 @@
+"""What a meter is, and what it answers."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ops_contract.energy import DeviceState, Quality, Source
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A device's cumulative joules at a moment of CLOCK_MONOTONIC. Only differences mean something."""
+
+    at_s: float
+    energy_j: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a device used in an interval; `energy_j` null: not known, for `reason`. `error_j` bounds its edges' error.
+
+    `shared`: others used the device in it too, so that the figure is an upper bound, whatever its meter's quality.
+    """
+
+    energy_j: float | None
+    error_j: float | None = None
+    reason: str | None = None
+    shared: bool = False
+    state: DeviceState | None = None
+
+
+class MeterLost(Exception):
+    """The device does not answer any more, or its counter fell; `reason` is a word (device_lost, counter_fell, …)."""
+
+    def __init__(self, reason: str, message: str = "") -> None:
+        super().__init__(message or reason)
+        self.reason = reason
+
+
+class Meter(Protocol):
+    """One device's joules. `device` is a GPU's uuid, or "cpu" and the package's number."""
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def source(self) -> Source: ...
+
+    @property
+    def quality(self) -> Quality: ...
+
+    def read(self) -> Reading:
+        """Blocks for microseconds to milliseconds: on the sampler's thread only. Raises MeterLost."""
+
+    def counter(self) -> float | None:
+        """Joules of the hardware's own counter, which outlives this process; None where there is none.
+
+        As of the last `read`. It starts anew with the driver or the host.
+        """
+
+
+@dataclass(frozen=True)
+class SlotMeter:
+    """What the windows of a slot's holds are booked on; a slot without any has `no_meter`.
+
+    `quality` is the slot's: a CPU package that other slots use too is an upper bound here.
+    """
+
+    device: str
+    source: Source
+    quality: Quality
