@@ -26,8 +26,10 @@ from torch import nn
 
 from ops_contract.jobs import Execution
 from ops_contract.lifecycle import CheckpointType, Phase
+from ops_contract.pipe import Mark
 from ops_contract.reports import Progress, Report
 from relight.manifest import Manifest
+from relight.training.marks import Marks
 from relight.training.monitor import Monitor
 from relight.training.saving import Saver
 from relight.training.state import Cursor, Live
@@ -52,6 +54,8 @@ class Quiet:
 
     def progress(self, progress: Progress) -> None: ...
 
+    def mark(self, mark: Mark) -> None: ...
+
 
 @dataclass
 class Block:
@@ -72,7 +76,7 @@ class Bench:
         self.batch = torch.randn(batch, 1024)
         self.live = Live(self.model, self.optimizer, None, {}, Monitor(Execution()))
         self.root = root
-        self.saver = Saver(root, ABOUT, self.live, Quiet(), None)
+        self.saver = Saver(root, ABOUT, self.live, Quiet(), Marks(Quiet(), torch.device("cpu")), None)
         self.saves = 0
         self.future: Any = None
 

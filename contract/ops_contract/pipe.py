@@ -46,13 +46,15 @@ class Alive(Wire):
 class Mark(Wire):
     """From the mark before until `at_s` (CLOCK_MONOTONIC, s) the time went to `use`; the device has done all of it.
 
-    `step` is the next one. `epoch` and `units` (samples or tokens trained on) are of the time before it. `edge`: a
-    later attempt may begin here, so that no window may reach across.
+    `then` is what it goes on with: where it dies, the rest belongs there. `step` is the next one to train. `epoch` and
+    `units` (samples or tokens trained on) are of the time before. `edge`: a later attempt may begin here, so that no
+    window may reach across.
     """
 
     kind: Literal["mark"] = "mark"
     at_s: float = Field(allow_inf_nan=False)
     use: Use
+    then: Use
     step: Step
     epoch: Step | None = None
     units: int = Field(0, ge=0, lt=2**63)

@@ -10,7 +10,7 @@ from typing import Literal, NoReturn
 
 from pydantic import ValidationError
 
-from ops_contract.pipe import Alive, ProgressNow, RunJob, Stop, line, to_trainer
+from ops_contract.pipe import Alive, Mark, ProgressNow, RunJob, Stop, line, to_trainer
 from ops_contract.reports import Finish, Progress, Report
 from ops_contract.wire import Wire
 
@@ -55,6 +55,9 @@ class AgentPipe:
     def progress(self, progress: Progress) -> None:
         self.step = progress.step
         self.send(ProgressNow(progress=progress))
+
+    def mark(self, mark: Mark) -> None:
+        self.send(mark)
 
     def send(self, message: Wire) -> None:
         data = memoryview(line(message))

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from ops_contract.energy import Use
 from ops_contract.jobs import COMMAND, CheckpointEvery, Execution
 from ops_contract.lifecycle import CheckpointType, Phase
 from ops_contract.reports import Note, Started
@@ -25,6 +26,7 @@ from relight.training.faults import TrainingFault, finish_of
 from relight.training.final import publish_model
 from relight.training.interval import Pace
 from relight.training.loop import STOPPED_BY
+from relight.training.marks import Marks
 from relight.training.monitor import Monitor
 from relight.training.order import DataOrder
 from relight.training.place import Directory, Place, Service
@@ -114,6 +116,7 @@ class Run:
             raise ValueError("run.epochs() needs Run(data=…); without data, use run.steps(n)")
         self._begin(n * len(self._order))
         while self._cursor.epoch < n and not self._own.ended:
+            self._marks.epoch = self._cursor.epoch
             yield self._cursor.epoch
             self._end_epoch(last=self._cursor.epoch + 1 == n or self._own.ended)
         self._complete()
@@ -170,7 +173,9 @@ class Run:
 
     def _restore(self) -> None:
         begun_at_s = time.monotonic()
-        before, tree = self._place.restored() or (None, None)
+        self._marks = Marks(self._place, self._device)
+        with self._marks.doing(Use.RESTORE, self._cursor):
+            before, tree = self._place.restored() or (None, None)
         restored_s = time.monotonic() - begun_at_s
         frozen = before.numerics.get("threads") if before else None
         threads = self._place.threads or int(frozen or self._place.cores or torch.get_num_threads())
@@ -179,14 +184,17 @@ class Run:
         about = self._about = self._manifest()
         if before is not None and tree is not None:
             self._inexact += changes.accepted(before, about, self._place.accept_changes, self._place.accepting)
-            self._live.restore(tree)
             self._cursor = Cursor.from_tree(tree["cursor"])
+            with self._marks.doing(Use.RESTORE, self._cursor):
+                self._live.restore(tree)
             self._inexact += self._own.differences(tree["state"]["relight"]["settings"])
         if not about.code_files:
             self._inexact.append("no file with the code was found, so a change of it would not be noticed")
         self._before, self._again = before, dict(tree["reported"]) if tree else {}
         saved = self._cursor if before else None
-        self._saver = Saver(self._place.root, about, self._live, self._place, saved=saved, restored_s=restored_s)
+        self._saver = Saver(
+            self._place.root, about, self._live, self._place, self._marks, saved=saved, restored_s=restored_s
+        )
         self._pace = Pace(
             self._knobs.checkpoint_every, self._place.record, self._saver.times, time.monotonic, self._note
         )
@@ -228,6 +236,8 @@ class Run:
         )
         if self._before is None:
             self._save(CheckpointType.INITIAL)
+        else:
+            self._marks.mark(self._cursor, then=Use.TRAIN)
         if self._cursor.step < steps_total and not self._own.ended:
             self._stop_if_asked()
 
@@ -240,12 +250,14 @@ class Run:
 
     def _begin_evaluation(self) -> None:
         self._reports_to = self._cursor.step
+        self._marks.mark(self._cursor, then=Use.EVALUATE)
         seed_everything(derive(self._knobs.seed, Stream.EVALUATE, self._cursor.step, 0, 0))
 
     def _end_update(self, samples: int) -> None:
         assert self._reporter is not None
         cursor = self._cursor
         self._reporter.add_step(cursor.step, cursor.epoch, self._learning_rate, samples)
+        self._marks.add(samples)
         self._cursor = replace(cursor, samples_in_epoch=cursor.samples_in_epoch + samples)
         if self._updated and not self._checked:
             with self._last_words():
@@ -265,7 +277,8 @@ class Run:
         assert self._reporter is not None
         cursor = self._cursor = replace(self._cursor, step=self._cursor.step + 1)
         self._reports_to = None
-        self._reporter.flush_if_due(cursor)
+        if self._reporter.flush_if_due(cursor) or epoch_ends:
+            self._marks.mark(cursor, then=Use.TRAIN)
         self._saver.raise_failure()
         self._is_due |= self._pace.is_due_at(cursor.step, cursor.epoch, epoch_ends)
         if last:
@@ -290,9 +303,11 @@ class Run:
 
     def _complete(self) -> None:
         self._save(CheckpointType.FINAL)
+        self._marks.mark(self._cursor, then=Use.FINISH)
         step, place = self._cursor.step, self._place
         if not place.has_model(step):
             place.report(publish_model(place.root, place.operation_id, place.attempt, step, self._live.model))
+        self._marks.mark(self._cursor)
         self._stack.close()
         place.over()
         self.done, self._reports_to = True, step

@@ -15,7 +15,7 @@ from uuid import UUID
 import pytest
 
 from helpers.databases import Databases
-from helpers.service import LEASE_S, LONG, Service, alive, eventually, kill, running_service, start
+from helpers.service import LEASE_S, LONG, Service, alive, eventually, frozen, kill, running_service, start
 from ops_cli.up import free_port
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.operations import WorkerView
@@ -323,19 +323,6 @@ def descendants(pid: int | None) -> set[int]:
         for child in map(int, children.read_text().split()):
             found |= {child} | descendants(child)
     return found
-
-
-@contextmanager
-def frozen(*pids: int | None) -> Iterator[None]:
-    for pid in pids:
-        assert pid is not None
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            assert pid is not None
-            os.kill(pid, signal.SIGCONT)
 
 
 def digests(service: Service, id: UUID) -> dict[str, str]:

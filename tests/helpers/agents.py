@@ -18,7 +18,7 @@ from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind
 
 FAKE_TRAINER = [sys.executable, str(Path(__file__).with_name("fake_trainer.py"))]
-_MAIN = "import sys; from ops_worker.__main__ import main; sys.exit(main({command!r}))"
+_MAIN = "import sys; from ops_worker.__main__ import main; {first}; sys.exit(main({command!r}))"
 
 
 class AgentProcess:
@@ -40,7 +40,9 @@ class AgentProcess:
         slots: int = 1,
         command: list[str] = FAKE_TRAINER,
         environ: Mapping[str, str] = {},
+        first: str = "pass",
     ) -> "AgentProcess":
+        """`first` is a statement that changes what it is made of."""
         os.makedirs(state_dir / "storage", exist_ok=True)
         settings = {
             "OPS_API_URL": api.url,
@@ -48,10 +50,11 @@ class AgentProcess:
             "OPS_STORAGE_ROOT": str(state_dir / "storage"),
             "OPS_CPU_SLOTS": str(slots),
             "OPS_WORKER_STATE_DIR": str(state_dir),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
         }
         with (state_dir / "agent.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", _MAIN.format(command=command), "--json", *options),
+                *(sys.executable, "-c", _MAIN.format(first=first, command=command), "--json", *options),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,

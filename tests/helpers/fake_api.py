@@ -24,7 +24,7 @@ from ops_contract.agents import (
     WorkerRegistered,
     WorkerRegistration,
 )
-from ops_contract.energy import DeviceNow
+from ops_contract.energy import DeviceNow, EnergyBatch, EnergyWindow
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.reports import Finish, LogChunk, Metrics, Progress, Report, Started
 from ops_contract.wire import API_PREFIX
@@ -49,6 +49,8 @@ class FakeHold:
     lose_answers: int = 0
     most_per_batch: int = 1000
     refuses: Callable[[Report], bool] = lambda report: False
+    windows: dict[tuple[str, int], EnergyWindow] = field(default_factory=dict)
+    refuses_window: Callable[[EnergyWindow], bool] = lambda window: False
 
     @property
     def finish(self) -> Finish | None:
@@ -125,6 +127,7 @@ class FakeApi:
         app.post(f"{API_PREFIX}/workers", status_code=201)(self._register)
         app.post(f"{API_PREFIX}/workers/{{incarnation}}/heartbeat")(self._heartbeat)
         app.post(f"{API_PREFIX}/operations/{{id}}/attempts/{{attempt}}/reports")(self._reports)
+        app.post(f"{API_PREFIX}/operations/{{id}}/attempts/{{attempt}}/energy")(self._energy)
         app.get(f"{API_PREFIX}/snapshots/{{sha256}}")(self._snapshot)
         app.add_exception_handler(OpsError, _answer)
         return app
@@ -159,6 +162,18 @@ class FakeApi:
             cancelling=[hold.cancelling for hold in alive if hold.cancelling],
             drain=self.drain,
         )
+
+    async def _energy(self, id: UUID, attempt: int, batch: EnergyBatch) -> Response:
+        hold = self.holds.get((HoldRef(operation_id=id, attempt=attempt), batch.incarnation))
+        if hold is None:
+            raise OpsError(ErrorCode.NOT_FOUND, "never held")
+        if hold.unavailable:
+            raise OpsError(ErrorCode.UNAVAILABLE, "away")
+        if any(hold.refuses_window(window) for window in batch.windows):
+            raise OpsError(ErrorCode.INVALID, "a value that the database cannot hold")
+        for window in batch.windows:
+            hold.windows.setdefault((window.device, window.index), window)
+        return JSONResponse({})
 
     async def _reports(self, id: UUID, attempt: int, batch: ReportBatch) -> Response:
         hold = self.holds.get((HoldRef(operation_id=id, attempt=attempt), batch.incarnation))

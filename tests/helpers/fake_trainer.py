@@ -1,7 +1,8 @@
 """A trainer without torch: speaks the real pipe and does what the job's config says.
 
 `reports` metrics `pause_s` apart, then `end`: finish, fault, wait, exit, crash, garbage, linger,
-child (leaves one behind) or daemon (leaves one in another session). `deaf`: ignores Stop.
+child (leaves one behind) or daemon (leaves one in another session). `deaf`: ignores Stop. With `edges` each step could
+be a checkpoint's.
 """
 
 import argparse
@@ -11,10 +12,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from uuid import uuid4
 
+from ops_contract.energy import Use
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
-from ops_contract.pipe import STACKS_SIGNAL, Hello, ProgressNow, RunJob, Stop, line, to_trainer
+from ops_contract.pipe import STACKS_SIGNAL, Hello, Mark, ProgressNow, RunJob, Stop, line, to_trainer
 from ops_contract.reports import CheckpointSaved, Exactness, Fault, Finish, Metrics, Note, Progress, Series, Started
 from ops_contract.wire import Wire
 
@@ -43,12 +46,15 @@ class FakeTrainer:
         environment = {"pid": os.getpid(), "secrets": [name for name in os.environ if name.startswith("OPS_")]}
         environment["sees"] = os.environ.get("CUDA_VISIBLE_DEVICES")
         self.say(Started(trainer_pid=os.getpid(), start_step=0, exactness=exactness, environment=environment))
+        self.say(Mark(at_s=time.monotonic(), use=Use.STARTUP, then=Use.TRAIN, step=0, edge=True))
         for step in range(config.get("reports", 3)):
             if self.stopping.wait(config.get("pause_s", 0)):
                 break
             self.say(Metrics(series=[Series.of("loss", [(step, 1 / (step + 1))])]))
             print("step", step, flush=True)
             self.say(ProgressNow(progress=Progress(step=step, loss=float("nan"))))
+            at_s, edge = time.monotonic(), config.get("edges", False)
+            self.say(Mark(at_s=at_s, use=Use.TRAIN, then=Use.TRAIN, step=step + 1, epoch=0, units=4, edge=edge))
             if step == config.get("poison_at"):
                 self.say(Note(message="poison"))
         self.end(job, config.get("end", "finish"))

@@ -32,12 +32,16 @@ class Service:
     Whatever the two are answered has to be as the server's OpenAPI document says.
     """
 
-    def __init__(self, directory: Path, database_url: str, lease_s: float = LEASE_S) -> None:
+    def __init__(
+        self, directory: Path, database_url: str, lease_s: float = LEASE_S, agent: str = "ops_worker"
+    ) -> None:
+        """`agent` is the module that its workers run."""
         self.directory = directory
         self.token = secrets.token_hex(16)
         self.storage = directory / "storage"
         self._database_url = database_url
         self._lease_s = lease_s
+        self._agent = agent
         self.server = Child("server", ("ops_backend", "server"), self._server_environ, directory / "server.log")
         self.workers: list[Child] = []
         self._url = ""
@@ -169,9 +173,10 @@ class Service:
             "OPS_WORKER_STATE_DIR": str(self.directory / name),
             "OPS_CPU_CORES": "1",
             "OPS_USER_CODE": "1",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
             **settings,
         }
-        worker = Child(name, ("ops_worker",), lambda: environ, log)
+        worker = Child(name, (self._agent,), lambda: environ, log)
         self.workers.append(worker)
         return worker
 
@@ -190,8 +195,10 @@ class Service:
 
 
 @contextmanager
-def running_service(directory: Path, database_url: str, workers: int, lease_s: float = LEASE_S) -> Iterator[Service]:
-    service = Service(directory, database_url, lease_s)
+def running_service(
+    directory: Path, database_url: str, workers: int, lease_s: float = LEASE_S, agent: str = "ops_worker"
+) -> Iterator[Service]:
+    service = Service(directory, database_url, lease_s, agent)
     service.storage.mkdir()
     try:
         service.start(workers)
@@ -220,6 +227,19 @@ def eventually(look: Callable[[], T | None], what: str, told: Callable[[], str] 
 def kill(pid: int | None) -> None:
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def frozen(*pids: int | None) -> Iterator[None]:
+    for pid in pids:
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            assert pid is not None
+            os.kill(pid, signal.SIGCONT)
 
 
 def alive(pid: int | None) -> bool:

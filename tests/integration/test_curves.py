@@ -24,6 +24,7 @@ from ops_backend.store import curves
 from ops_contract.errors import OpsError
 from ops_contract.lifecycle import Outcome
 from ops_contract.operations import MetricPoints
+from ops_contract.pipe import Mark
 from ops_contract.reports import Metrics, Progress, Report
 from relight import AsyncClient
 from relight.training.reporting import Reporter
@@ -222,6 +223,8 @@ class Sink:
         self.reports.append(report)
 
     def progress(self, progress: Progress) -> None: ...
+
+    def mark(self, mark: Mark) -> None: ...
 
 
 async def test_every_value_survives_from_the_trainer_to_the_reader_whichever_way_it_is_read(

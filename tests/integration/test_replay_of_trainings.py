@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from helpers.store import Held, Store, held
 from ops_contract.agents import StartTraining
 from ops_contract.lifecycle import Outcome
+from ops_contract.pipe import Mark
 from ops_contract.reports import CheckpointSaved, Progress, Report
 from relight.training.attempt import Attempt, Site
 from relight.workload import MapDataset, Workload
@@ -49,6 +50,8 @@ class Reports(list[Report]):
         self.append(report)
 
     def progress(self, progress: Progress) -> None: ...
+
+    def mark(self, mark: Mark) -> None: ...
 
 
 @pytest.fixture(autouse=True)

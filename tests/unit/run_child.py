@@ -146,7 +146,7 @@ class Runner:
             self.messages.append(message)
             if isinstance(message, Hello):
                 self._send(self._job())
-            elif message.kind not in ("alive", "progress"):
+            elif message.kind not in ("alive", "progress", "mark"):
                 self.operation.accept(message)
                 yield message
 

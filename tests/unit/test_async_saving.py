@@ -21,6 +21,7 @@ from relight.manifest import Manifest
 from relight.training import checkpoint
 from relight.training.checkpoint import Published
 from relight.training.codec import Encoded, decode
+from relight.training.marks import Marks
 from relight.training.monitor import Monitor
 from relight.training.saving import Saver
 from relight.training.snapshot import Snapshot, allocate
@@ -110,8 +111,9 @@ class Training:
         self.step = 0
         self.was: dict[int, dict[str, bytes]] = {}
         self.in_forward: Callable[[], object] = lambda: None
+        marks = Marks(self.sink, torch.device("cpu"))
         self.saver = Saver(
-            root, ABOUT, self.live, self.sink, None, self.disk.publish, available_bytes=lambda: available_bytes
+            root, ABOUT, self.live, self.sink, marks, None, self.disk.publish, available_bytes=lambda: available_bytes
         )
 
     def update(self, n: int = 1) -> None:

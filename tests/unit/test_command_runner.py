@@ -16,9 +16,10 @@ from uuid import uuid4
 import pytest
 
 from ops_contract.agents import StartTraining
+from ops_contract.energy import Use
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Outcome
-from ops_contract.pipe import STACKS_SIGNAL, FromTrainer, Hello, ProgressNow, RunJob, Stop, from_trainer, line
+from ops_contract.pipe import STACKS_SIGNAL, FromTrainer, Hello, Mark, ProgressNow, RunJob, Stop, from_trainer, line
 from ops_contract.reports import ArtifactSaved, Fault, Finish, Metrics, Note, Started
 from ops_contract.wire import PIPE_VERSION
 
@@ -380,6 +381,18 @@ for step in [*range(1000), 10, 11, 1000]:
     assert "'loss' at step 10 came after step 999" in note.message
     last = runner.of(ProgressNow)[-1].progress
     assert (last.step, last.loss, last.epoch) == (1000, 1000.0, None)
+
+
+@pytest.mark.parametrize(("says", "step"), [("", 1), ('{"step": 4, "loss": 1}', 5)])
+def test_what_a_command_does_is_marked_as_training_of_the_step_in_flight(runner: Runner, says: str, step: int) -> None:
+    runner.python(f"print({says!r})")
+
+    runner.finish()
+
+    first, *others = runner.of(Mark)
+    assert (first.use, first.then, first.step) == (Use.STARTUP, Use.TRAIN, 0)
+    assert {mark.use for mark in others} == {Use.TRAIN}
+    assert others[-1].step == step
 
 
 def test_a_later_attempt_begins_where_its_first_report_says(runner: Runner) -> None:

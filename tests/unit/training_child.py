@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ops_contract.agents import CheckpointRef, FailureRecord, StartTraining
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Outcome, Phase
+from ops_contract.pipe import Mark
 from ops_contract.reports import CheckpointSaved, Finish, Metrics, Progress, Report, Started
 from ops_worker.workloads.bytelm import ByteLM
 from ops_worker.workloads.digits import Digits
@@ -345,12 +346,16 @@ class Listed:
 
     reports: list[Report] = field(default_factory=list)
     progresses: list[Progress] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
 
     def report(self, report: Report) -> None:
         self.reports.append(report)
 
     def progress(self, progress: Progress) -> None:
         self.progresses.append(progress)
+
+    def mark(self, mark: Mark) -> None:
+        self.marks.append(mark)
 
 
 class _ConnectionSink(Listed):

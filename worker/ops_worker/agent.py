@@ -30,6 +30,8 @@ from ops_contract.pipe import Description, RunJob
 from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable
 from ops_worker.delivery import Delivery
 from ops_worker.describe import describe, validate
+from ops_worker.energy.booking import Booking, book_gaps
+from ops_worker.energy.delivery import EnergyDelivery
 from ops_worker.energy.devices import Devices
 from ops_worker.holds import Hold
 from ops_worker.job_secrets import MissingSecret, Secrets
@@ -94,7 +96,9 @@ class Agent:
             self._workspaces.held(),
             asyncio.TaskGroup() as group,
         ):
+            self._energy = EnergyDelivery(self._reports_api, self._outbox, self.incarnation)
             tasks = [group.create_task(slot.keep_warm()) for slot in self._slots]
+            tasks.append(group.create_task(self._energy.run()))
             # Beside the new work, not before it: an API that takes nothing from the dead must not stop the living.
             tasks += [group.create_task(self._flush(orphan)) for orphan in orphans]
             tasks += [group.create_task(self._workspaces.clear()), group.create_task(self._work(on_ready))]
@@ -240,7 +244,11 @@ class Agent:
         delivery = Delivery(self._reports_api, self._outbox, self.incarnation, ref)
         slot, root = self._slots[order.slot], self._settings.storage_root.absolute()
         grace_s, runner = self._terms.cancel_grace_s, (self._trainer_command[0], "-P", "-m", "ops_worker.command")
-        hold = Hold(order, slot, self._outbox, delivery, self._workspaces, self._secrets, runner, root, grace_s)
+        step = order.checkpoint.step if order.checkpoint else 0
+        booking = Booking(ref, slot.meters, self._devices.sampler, self._outbox, self._energy.news, step)
+        hold = Hold(
+            order, slot, self._outbox, delivery, booking, self._workspaces, self._secrets, runner, root, grace_s
+        )
         hold.environment = self._devices.environment(order.slot) | _code(order) | {"preflight": list(warnings)}
         self._holds[ref] = hold
         self._newest_attempt[order.operation_id] = order.attempt
@@ -345,6 +353,8 @@ class Agent:
         # For the same API our token is the newer one: theirs may have been replaced since.
         token = self._token if sender.api_url == self._settings.api_url else sender.api_token
         try:
+            measured = {meter.device for slot in self._slots for meter in slot.meters}
+            await book_gaps(orphan, self._devices.sampler, measured)
             async with ApiClient(sender.api_url, token) as api:
                 for ref in await orphan.holds():
                     log.info("sending what worker %s left", sender.incarnation, extra=ref.model_dump())
@@ -352,6 +362,7 @@ class Agent:
                     delivery.close()
                     await delivery.run()
                     await orphan.forget(ref)
+                await EnergyDelivery(api, orphan, sender.incarnation).drain()
         except Exception:
             log.exception("the outbox of worker %s stays for the next start", sender.incarnation)
         finally:
@@ -369,7 +380,7 @@ class Agent:
         await first_of(self._all_served(), self._hurry.wait(), asyncio.sleep(grace_s))
         for hold in list(self._holds.values()):
             hold.kill()
-        await first_of(self._all_served(), asyncio.sleep(LAST_WORDS_S))
+        await first_of(self._all_said(), asyncio.sleep(LAST_WORDS_S))
         # What could not be sent is in the outbox, for the successor.
         for task in self._serving:
             task.cancel()
@@ -379,6 +390,10 @@ class Agent:
     async def _all_served(self) -> None:
         while self._serving:
             await asyncio.wait(self._serving)
+
+    async def _all_said(self) -> None:
+        await self._all_served()
+        await self._energy.drain()
 
     async def _say_goodbye(self) -> None:
         """So that an idle worker gets no start that it will not answer. Only a courtesy."""

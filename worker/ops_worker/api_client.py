@@ -1,4 +1,4 @@
-"""The API as a worker sees it: four calls, and two ways in which they fail."""
+"""The API as a worker sees it: five calls, and two ways in which they fail."""
 
 import hashlib
 from typing import Any, Self, TypeVar
@@ -71,6 +71,10 @@ class ApiClient:
         """The last sequence number that is committed. `body` is a ReportBatch as JSON."""
         path = f"/operations/{ref.operation_id}/attempts/{ref.attempt}/reports"
         return (await self._post(path, body, ReportsAccepted)).last_seq
+
+    async def send_energy(self, ref: HoldRef, body: str) -> None:
+        """`body` is an EnergyBatch as JSON."""
+        await self._call("POST", f"/operations/{ref.operation_id}/attempts/{ref.attempt}/energy", content=body)
 
     async def snapshot(self, sha256: str) -> bytes:
         """The archive, whole."""

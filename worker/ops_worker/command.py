@@ -23,13 +23,14 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from ops_contract.energy import Use
 from ops_contract.lifecycle import Outcome
-from ops_contract.pipe import STACKS_SIGNAL, Alive, Hello, ProgressNow, RunJob, Stop, from_command, line
+from ops_contract.pipe import STACKS_SIGNAL, Alive, Hello, Mark, ProgressNow, RunJob, Stop, from_command, line
 from ops_contract.reports import Exactness, Fault, Finish, Metrics, Note, Started
 from ops_contract.wire import PIPE_VERSION
 from ops_worker import artifacts
 from ops_worker.cgroups import oom_kills
-from ops_worker.points import MAX_JSON_BYTES, MAX_WAITING, Points
+from ops_worker.points import LARGEST_STEP, MAX_JSON_BYTES, MAX_WAITING, Points
 from ops_worker.trainers import MAX_LINE_BYTES, THREAD_VARIABLES
 from relight.interpreter import packages
 from relight.pipe import AgentPipe
@@ -179,6 +180,7 @@ class Runner:
             return _cannot_start((job.command or [""])[0], error)
         if self._agent.program is not None:
             self._agent.report(self._started(self._agent.program))
+            self._mark(Use.STARTUP, 0)
         return None
 
     def _started(self, program: "Program", step: int = 0) -> Started:
@@ -205,6 +207,10 @@ class Runner:
             pass
         self._flush(program)
         return program.process.wait()
+
+    def _mark(self, use: Use, step: int) -> None:
+        """What it does besides is not known; with relight.Run it says so itself."""
+        self._agent.mark(Mark(at_s=time.monotonic(), use=use, then=Use.TRAIN, step=step))
 
     def _turn(self, program: Program, timeout_s: float) -> bool:
         """Whether the program had said anything."""
@@ -237,7 +243,7 @@ class Runner:
                 return self._ignored("how it ends its exit code says")
             self._last_word = message
         elif not isinstance(message, Hello):
-            if not isinstance(message, Alive | ProgressNow):
+            if not isinstance(message, Alive | ProgressNow | Mark):
                 self._flush(program)  # the row of a checkpoint commits what was reported before it
             self._agent.send(message)
         elif message.version != PIPE_VERSION:
@@ -269,6 +275,9 @@ class Runner:
                 self._agent.progress(self.points.progress())
         while self.points.notes:
             self._agent.report(Note(message=self.points.notes.pop()))
+        if not program.run_attached:
+            # One that says no steps is in its first until it ends: all of it is done again.
+            self._mark(Use.TRAIN, min((self.points.step or 0) + 1, LARGEST_STEP))
 
 
 class Lines:

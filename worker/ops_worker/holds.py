@@ -3,16 +3,18 @@
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ops_contract.agents import HoldRef, StartTraining
 from ops_contract.lifecycle import Kind, Outcome
-from ops_contract.pipe import Alive, Hello, ProgressNow, RunJob, Stop
+from ops_contract.pipe import Alive, Hello, Mark, ProgressNow, RunJob, Stop
 from ops_contract.reports import ArtifactSaved, CheckpointSaved, Fault, Finish, Metrics, Note, Report, Started
 from ops_worker.cgroups import oom_kills
 from ops_worker.delivery import Delivery
+from ops_worker.energy.booking import Booking
 from ops_worker.job_secrets import MissingSecret, Secrets
 from ops_worker.outbox import Outbox
 from ops_worker.output import pass_on
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 LINGER_S = 5.0
 # For a hung trainer to write its stacks. It is not known when it has; one that cannot is killed without.
 STACKS_S = 1.0
+_IN_ORDER = (Outcome.COMPLETED, Outcome.CANCELLED, Outcome.PREEMPTED)
 
 _HINTS = {
     signal.SIGKILL: " (out of memory? `dmesg` tells; a smaller batch_size needs less)",
@@ -49,6 +52,7 @@ class Hold:
         slot: Slot,
         outbox: Outbox,
         delivery: Delivery,
+        booking: Booking,
         workspaces: Workspaces,
         secrets: Secrets,
         runner: Sequence[str],
@@ -64,6 +68,7 @@ class Hold:
         self._deadline = loop.time() + order.deadline_s
         self._outbox = outbox
         self._delivery = delivery
+        self._booking = booking
         self._workspaces = workspaces
         self._secrets = secrets
         self._runner = runner
@@ -93,10 +98,12 @@ class Hold:
             if finish is not None and not self._fenced.is_set():
                 self._log.info("%s", finish.outcome)
                 await self._store([finish])
+            await self._booking.done()
             self._delivery.close()
             await first_of(sending, self._fenced.wait())
         finally:
             sending.cancel()
+            self._booking.stop()
             if self._grace is not None:
                 self._grace.cancel()
 
@@ -235,6 +242,7 @@ class Hold:
     async def _supervise(self, trainer: Trainer, job: RunJob) -> Finish:
         self._log.info("trainer %d, output in %s", trainer.pid, trainer.log_path)
         oom_kills_before = oom_kills()
+        self._booking.begin()
         trainer.send(job)
         if self._stop is not None:
             trainer.send(self._stop)
@@ -251,8 +259,10 @@ class Hold:
                     self._misbehaviour = "the end of the pipe, but the process went on"
                 trainer.kill()
             await ending
+            gone_at_s = time.monotonic()
             watching.cancel()
             ended.set()
+        self._booking.over(gone_at_s, in_order=self._finish is not None and self._finish.outcome in _IN_ORDER)
         await asyncio.to_thread(trainer.trim_log)
         finish = self._finish or self._died(ending.result(), oom_kills_before)
         if finish.error is None:
@@ -295,7 +305,9 @@ class Hold:
                     # Not a checkpoint's report, which comes from the writer's thread.
                     if isinstance(message, Alive | Started | ProgressNow):
                         stalls.sign_of_life()
-                    if isinstance(message, ProgressNow):
+                    if isinstance(message, Mark):
+                        self._booking.mark(message)
+                    elif isinstance(message, ProgressNow):
                         self._delivery.progress = message.progress
                     elif isinstance(message, Finish):
                         self._finish = message

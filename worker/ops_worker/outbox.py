@@ -7,12 +7,13 @@ import os
 import sqlite3
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from uuid import UUID
 
 from ops_contract.agents import HoldRef
+from ops_contract.energy import EnergyWindow, Quality, Source
 from ops_contract.wire import Wire
 from ops_worker import locks
 
@@ -26,6 +27,20 @@ _SCHEMA = """
     CREATE TABLE reports (
         operation_id TEXT NOT NULL, attempt INTEGER NOT NULL, seq INTEGER NOT NULL, report TEXT NOT NULL,
         PRIMARY KEY (operation_id, attempt, seq)
+    ) WITHOUT ROWID;
+"""
+# `measured`: until where the joules of a hold that has not ended are booked. Its own table, beside that of the windows
+# which wait to be sent: files of an earlier version have neither.
+_ENERGY_SCHEMA = """
+    CREATE TABLE IF NOT EXISTS energy (
+        id INTEGER PRIMARY KEY, operation_id TEXT NOT NULL, attempt INTEGER NOT NULL,
+        device TEXT NOT NULL, nr INTEGER NOT NULL, window TEXT NOT NULL,
+        UNIQUE (operation_id, attempt, device, nr)
+    );
+    CREATE TABLE IF NOT EXISTS measured (
+        operation_id TEXT NOT NULL, attempt INTEGER NOT NULL, device TEXT NOT NULL, source TEXT, quality TEXT,
+        boot_id TEXT NOT NULL, at_s REAL NOT NULL, step INTEGER NOT NULL, nr INTEGER NOT NULL, counter_j REAL,
+        PRIMARY KEY (operation_id, attempt, device)
     ) WITHOUT ROWID;
 """
 _HOLD = "operation_id = :operation_id AND attempt = :attempt"
@@ -43,6 +58,35 @@ class Batch:
 
     def __bool__(self) -> bool:
         return bool(self.reports)
+
+
+@dataclass(frozen=True)
+class Booked:
+    """Until where the joules of a hold and device are booked: for who comes after an agent that was killed.
+
+    `index` is the last window's. `counter_j`: where the hardware's own counter stood at `at_s` (CLOCK_MONOTONIC of
+    that boot), in joules; None where there is none, or where it is not known yet.
+    """
+
+    device: str
+    source: Source | None
+    quality: Quality | None
+    boot_id: str
+    at_s: float
+    step: int = 0
+    index: int = 0
+    counter_j: float | None = None
+
+
+@dataclass(frozen=True)
+class EnergyRows:
+    """Windows of one hold as JSON, by the ids of their rows. False when there are none."""
+
+    ref: HoldRef | None
+    windows: dict[int, str]
+
+    def __bool__(self) -> bool:
+        return bool(self.windows)
 
 
 @dataclass(frozen=True)
@@ -102,7 +146,7 @@ class Outbox:
         try:
             database = _open(path)
             with database:
-                database.executescript(f"BEGIN; {_SCHEMA}")
+                database.executescript(f"BEGIN; {_SCHEMA} {_ENERGY_SCHEMA}")
                 row = (str(sender.incarnation), sender.api_url, sender.api_token)
                 database.execute("INSERT INTO sender VALUES (?, ?, ?)", row)
         except sqlite3.Error as error:
@@ -115,7 +159,7 @@ class Outbox:
 
     @classmethod
     def orphans(cls, directory: Path) -> list[Self]:
-        """The outboxes of dead agents, locked now; those without a report are deleted instead."""
+        """The outboxes of dead agents, locked now; those with nothing to send are deleted instead."""
         claimed = (cls._claim(path) for path in sorted(directory.glob("*.db")))
         return [outbox for outbox in claimed if outbox is not None]
 
@@ -129,7 +173,7 @@ class Outbox:
             return None
         try:
             database = _open(path)
-            sender = _sender_with_reports(database)
+            sender = _sender_with_content(database)
         except sqlite3.DatabaseError as error:
             log.error("outbox %s cannot be read: %s; delete it when nobody misses its reports", path, error)
             os.close(lock)
@@ -185,7 +229,7 @@ class Outbox:
 
     @_on_its_thread
     def forget(self, ref: HoldRef) -> None:
-        """Drop all of a hold."""
+        """Drop all reports of a hold. Its joules stay: they count whether it was fenced or not."""
         with self._database:
             self._database.execute(f"DELETE FROM reports WHERE {_HOLD}", _key(ref))
         self._last_seq.pop(ref, None)
@@ -196,14 +240,57 @@ class Outbox:
         rows = self._database.execute("SELECT DISTINCT operation_id, attempt FROM reports ORDER BY 1, 2")
         return [HoldRef(operation_id=UUID(operation_id), attempt=attempt) for operation_id, attempt in rows]
 
+    @_on_its_thread
+    def book(self, ref: HoldRef, windows: Sequence[EnergyWindow], booked: Sequence[Booked]) -> None:
+        """Keep windows, and until where the hold is booked now: with nothing, it has ended. In one transaction."""
+        rows = [_key(ref) | {"device": w.device, "nr": w.index, "window": w.model_dump_json()} for w in windows]
+        with self._database:
+            # REPLACE: as for reports.
+            self._database.executemany(
+                "INSERT OR REPLACE INTO energy (operation_id, attempt, device, nr, window)"
+                " VALUES (:operation_id, :attempt, :device, :nr, :window)",
+                rows,
+            )
+            self._database.execute(f"DELETE FROM measured WHERE {_HOLD}", _key(ref))
+            self._database.executemany(
+                "INSERT INTO measured VALUES (:operation_id, :attempt, :device, :source, :quality, :boot_id, :at_s,"
+                " :step, :index, :counter_j)",
+                [_key(ref) | asdict(each) for each in booked],
+            )
+
+    @_on_its_thread
+    def unended(self) -> list[tuple[HoldRef, list[Booked]]]:
+        """The holds that were never booked to their end."""
+        found: dict[HoldRef, list[Booked]] = {}
+        for operation_id, attempt, device, source, quality, *rest in self._database.execute("SELECT * FROM measured"):
+            booked = Booked(device, source and Source(source), quality and Quality(quality), *rest)
+            found.setdefault(HoldRef(operation_id=UUID(operation_id), attempt=attempt), []).append(booked)
+        return list(found.items())
+
+    @_on_its_thread
+    def energy(self, max_windows: int) -> EnergyRows:
+        """The oldest windows, of one hold."""
+        first = self._database.execute("SELECT operation_id, attempt FROM energy ORDER BY id LIMIT 1").fetchone()
+        if first is None:
+            return EnergyRows(None, {})
+        ref = HoldRef(operation_id=UUID(first[0]), attempt=first[1])
+        query = f"SELECT id, window FROM energy WHERE {_HOLD} ORDER BY id LIMIT :n"
+        return EnergyRows(ref, dict(self._database.execute(query, _key(ref) | {"n": max_windows}).fetchall()))
+
+    @_on_its_thread
+    def drop_energy(self, ids: Sequence[int]) -> None:
+        """The API has them, or does not want them."""
+        with self._database:
+            self._database.executemany("DELETE FROM energy WHERE id = ?", [(id,) for id in ids])
+
     async def aclose(self) -> None:
-        """Unlock it for a successor; without reports it is deleted."""
+        """Unlock it for a successor; with nothing to send it is deleted."""
         await self._close()
         self._thread.shutdown()
 
     @_on_its_thread
     def _close(self) -> None:
-        empty = self._database.execute("SELECT count(*) FROM reports").fetchone()[0] == 0
+        empty = not _has_content(self._database)
         self._database.close()
         if empty:
             _delete(self._path, self._lock)
@@ -211,14 +298,19 @@ class Outbox:
             os.close(self._lock)
 
 
-def _sender_with_reports(database: sqlite3.Connection) -> Sender | None:
+def _sender_with_content(database: sqlite3.Connection) -> Sender | None:
     """None when there is nothing to send; also when its agent was killed before it had written anything."""
     if not database.execute("SELECT 1 FROM sqlite_master").fetchone():
         return None
-    if not database.execute("SELECT 1 FROM reports").fetchone():
+    database.executescript(_ENERGY_SCHEMA)
+    if not _has_content(database):
         return None
     incarnation, api_url, api_token = database.execute("SELECT incarnation, api_url, api_token FROM sender").fetchone()
     return Sender(UUID(incarnation), api_url, api_token)
+
+
+def _has_content(database: sqlite3.Connection) -> bool:
+    return any(database.execute(f"SELECT 1 FROM {table}").fetchone() for table in ("reports", "energy", "measured"))
 
 
 def _key(ref: HoldRef) -> dict[str, Any]:

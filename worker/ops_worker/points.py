@@ -13,7 +13,7 @@ from ops_contract.wire import Name
 MAX_NAMES = 1000
 MAX_WAITING = 10_000
 MAX_JSON_BYTES = 65_536
-_LARGEST_STEP = 2**63 - 1
+LARGEST_STEP = 2**63 - 1
 _name = TypeAdapter[str](Name)
 
 
@@ -52,7 +52,7 @@ class Points:
         except (ValueError, RecursionError):
             return
         step = found.pop("step", None)
-        if type(step) is int and 0 <= step <= _LARGEST_STEP:
+        if type(step) is int and 0 <= step <= LARGEST_STEP:
             for name, value in numbers(found).items():
                 self.add(name, step, value)
 

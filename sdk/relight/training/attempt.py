@@ -12,7 +12,8 @@ import torch
 from pydantic import BaseModel
 from torch.amp import GradScaler
 
-from ops_contract.agents import StartTraining
+from ops_contract.agents import CheckpointRef, StartTraining
+from ops_contract.energy import Use
 from ops_contract.jobs import Execution
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
 from ops_contract.reports import Note, Started
@@ -25,6 +26,7 @@ from relight.training.finishing import finish
 from relight.training.fork import forked_tree
 from relight.training.interval import Pace
 from relight.training.loop import Loop, Why
+from relight.training.marks import Marks
 from relight.training.monitor import Monitor
 from relight.training.order import DataOrder
 from relight.training.randomness import Stream, derive, seed_everything
@@ -63,6 +65,7 @@ class Attempt:
         self._site = site
         self._env = Env(device=torch.device(site.device), rank=0, world_size=1, seed=self._knobs.seed)
         self._sink = sink
+        self._marks = Marks(sink, self._env.device)
         self._should_stop = should_stop
         self._clock = clock
         self._inexact: list[str] = []
@@ -77,7 +80,7 @@ class Attempt:
             return Outcome(why)  # what it would restore is where it stops
         config = checked_config(self._workload_type, self._start.job.config)
         begun_at_s = self._clock()
-        before, tree = restore(self._site.storage_root, ref) if ref is not None else (None, None)
+        before, tree = self._restored(ref) if ref is not None else (None, None)
         restored_s = self._clock() - begun_at_s
         numerics.configure(self._threads(before), self._knobs.deterministic)
         with numerics.operators_noted(self._operator):
@@ -85,6 +88,8 @@ class Attempt:
             with loop.saver:
                 if tree is None:
                     loop.saver.save(CheckpointType.INITIAL, loop.cursor, {})
+                else:
+                    self._marks.mark(loop.cursor, then=Use.TRAIN)
                 why = loop.run()
             if why is None and self._start.job.until_step is None:  # a replay leaves nothing
                 self._finish(loop)
@@ -92,11 +97,17 @@ class Attempt:
 
     def _finish(self, loop: Loop) -> None:
         """By every attempt that comes to the end, one that had no step left too: the one before may have died here."""
+        self._marks.mark(loop.cursor, then=Use.FINISH)
         model, root = loop.live.model, self._site.storage_root
         where = self._start.operation_id, self._start.attempt, loop.cursor.step
         for report in finish(loop.workload, model, root, *where):
             self._sink.report(report)
         self._sink.report(publish_model(root, *where, model))
+        self._marks.mark(loop.cursor)
+
+    def _restored(self, ref: CheckpointRef) -> tuple[Manifest, Any]:
+        with self._marks.doing(Use.RESTORE, Cursor(step=ref.step)):
+            return restore(self._site.storage_root, ref)
 
     def _threads(self, before: Manifest | None) -> int:
         """Sums depend on the number of threads: what the first attempt's slot decided holds for its successors."""
@@ -129,13 +140,14 @@ class Attempt:
             tree = forked_tree(tree, live, scheduler_steps, parent, self._start.job)
         live.monitor.check(evaluates=validation is not None)
         reporter = Reporter(self._sink, until_step, self._clock)
-        cursor = Cursor() if tree is None else _put_back(tree, live, reporter)
+        cursor = Cursor() if tree is None else self._put_back(tree, live, reporter)
         self._tell_started(about, before, accepted, cursor)
         saver = Saver(
             self._site.storage_root,
             about,
             live,
             self._sink,
+            self._marks,
             saved=cursor if before else None,
             clock=self._clock,
             restored_s=restored_s,
@@ -152,10 +164,18 @@ class Attempt:
             until_step=until_step,
             cursor=cursor,
             reporter=reporter,
+            marks=self._marks,
             saver=saver,
             pace=Pace(self._knobs.checkpoint_every, self._start.record, saver.times, self._clock, self._note),
             should_stop=self._should_stop,
         )
+
+    def _put_back(self, tree: dict[str, Any], live: Live, reporter: Reporter) -> Cursor:
+        cursor = Cursor.from_tree(tree["cursor"])
+        with self._marks.doing(Use.RESTORE, cursor):
+            live.restore(tree)
+        reporter.add_again(cursor.step, tree["reported"])
+        return cursor
 
     def _accepted(self, before: Manifest, about: Manifest) -> list[str]:
         accepting = f"ops resume {self._start.operation_id} --accept-changes"
@@ -215,10 +235,3 @@ def _steps_total(knobs: Execution, batches: int) -> int:
     """An epoch's last window of batches may be short; it still is a step."""
     steps = -(-batches // knobs.accumulate_grad_batches) * knobs.max_epochs
     return min(steps, knobs.max_steps or steps)
-
-
-def _put_back(tree: dict[str, Any], live: Live, reporter: Reporter) -> Cursor:
-    live.restore(tree)
-    cursor = Cursor.from_tree(tree["cursor"])
-    reporter.add_again(cursor.step, tree["reported"])
-    return cursor

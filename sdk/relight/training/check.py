@@ -340,6 +340,9 @@ class _Sink:
     def progress(self, progress: object) -> None:
         pass
 
+    def mark(self, mark: object) -> None:
+        pass
+
 
 def _attempt(start: StartTraining, root: Path) -> Run:
     sink = _Sink()

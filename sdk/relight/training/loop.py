@@ -12,9 +12,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from ops_contract.energy import Use
 from ops_contract.jobs import Execution
 from ops_contract.lifecycle import CheckpointType, Phase
 from relight.training.interval import Pace
+from relight.training.marks import Marks
 from relight.training.order import Batch, DataOrder, to_device
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter
@@ -53,6 +55,7 @@ class Loop:
     until_step: int
     cursor: Cursor
     reporter: Reporter
+    marks: Marks
     saver: Saver
     pace: Pace
     should_stop: Callable[[], Why | None]
@@ -61,6 +64,7 @@ class Loop:
 
     def run(self) -> Why | None:
         """None when the last step is done, else why it stopped; the very boundary where it stopped is then saved."""
+        self.marks.epoch = self.cursor.epoch
         try:
             if self.cursor.phase is Phase.EVALUATE:
                 self._end_step()
@@ -74,6 +78,7 @@ class Loop:
     def _epoch(self) -> None:
         """The rest of the cursor's epoch, or of the run."""
         self.live.model.train()
+        self.marks.epoch = self.cursor.epoch
         for window in self._windows():
             self.saver.raise_failure()
             self._poll()
@@ -112,6 +117,7 @@ class Loop:
         if self.knobs.gradient_clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), self.knobs.gradient_clip)
         samples = sum(batch.samples for batch in window)
+        self.marks.add(sum(units))
         self.reporter.add_step(step, self.cursor.epoch, float(optimizer.param_groups[0]["lr"]), samples)
         self.saver.seal()
         changed = self._apply()
@@ -153,7 +159,8 @@ class Loop:
         )
         if self.live.monitor.exhausted and not last:
             self.reporter.end_at(self.cursor.step, self.live.monitor.verdict)
-        self.reporter.flush_if_due(self.cursor)
+        if self.reporter.flush_if_due(self.cursor) or epoch_ends:
+            self.marks.mark(self.cursor)
         if self._is_over():
             self._save(CheckpointType.FINAL)
         elif self.pace.is_due_at(self.cursor.step, self.cursor.epoch, epoch_ends) or self._is_best():
@@ -162,7 +169,7 @@ class Loop:
     def _evaluate(self, validation: DataOrder) -> dict[str, float]:
         self.reporter.flush(self.cursor)
         self.live.model.eval()
-        with torch.no_grad(), self._autocast():
+        with self.marks.doing(Use.EVALUATE, self.cursor), torch.no_grad(), self._autocast():
             measured = self.workload.evaluate(self.live.model, _ValidationLoader(self, validation))
         self.reporter.add_evaluation(self.cursor.step, measured)
         return measured

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ops_contract.agents import CheckpointRef, StartTraining
+from ops_contract.energy import Use
 from ops_contract.jobs import Execution
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
 from ops_contract.reports import Note, Started
@@ -21,6 +22,7 @@ from relight.training.checkpoint import FILES, publish_files
 from relight.training.faults import TrainingFault
 from relight.training.final import publish_model
 from relight.training.loop import STOPPED_BY, Why
+from relight.training.marks import Marks
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter, Sink
 from relight.training.resolving import checked_config, resolved, resolved_knobs
@@ -62,22 +64,28 @@ class LoopAttempt:
             raise TrainingFault("not_replayable", what, permanent=True)
         ref, root = self._start.checkpoint, self._site.storage_root
         config = checked_config(self._workload_type, self._start.job.config)
-        before = verify(root, ref) if ref is not None else None
+        marks = Marks(self._sink, self._env.device)
+        before = self._verified(marks, ref) if ref is not None else None
         frozen = before.numerics.get("threads") if before else None
         numerics.configure(self._knobs.threads or int(frozen or self._site.cores), self._knobs.deterministic)
         about = self._about()
         self._tell_started(about, before)
         reporter = Reporter(self._sink, self._knobs.max_steps, self._clock)
-        control = _Control(self._knobs, root, about, ref, before, reporter, self._sink, self._should_stop)
+        control = _Control(self._knobs, root, about, ref, before, reporter, marks, self._sink, self._should_stop)
         seed_everything(derive(self._knobs.seed, Stream.BUILD))
         model = self._workload_type(config, self._env).run(control)
         control.flush()
+        control.mark(then=Use.FINISH)
         if control.why is not None:
             return Outcome(control.why)
         if model is not None:
             start = self._start
             self._sink.report(publish_model(root, start.operation_id, start.attempt, control.step, model))
         return Outcome.COMPLETED
+
+    def _verified(self, marks: Marks, ref: CheckpointRef) -> Manifest:
+        with marks.doing(Use.RESTORE, Cursor(step=ref.step)):
+            return verify(self._site.storage_root, ref)
 
     def _about(self) -> Manifest:
         """The manifest of this attempt's checkpoints, but for where they are taken and their files."""
@@ -122,6 +130,7 @@ class _Control:
         ref: CheckpointRef | None,
         before: Manifest | None,
         reporter: Reporter,
+        marks: Marks,
         sink: Sink,
         should_stop: Callable[[], Why | None],
     ) -> None:
@@ -131,6 +140,7 @@ class _Control:
         self._about = about
         self._restored = root / ref.path / FILES if ref and before and before.files else None
         self._reporter = reporter
+        self._marks = marks
         self._sink = sink
         self._should_stop = should_stop
         self._cursor = Cursor(step=ref.step, epoch=ref.epoch) if ref else Cursor()
@@ -141,6 +151,8 @@ class _Control:
         self._monitored: float | None = None
         if ref is None:
             self._publish(CheckpointType.INITIAL, lambda directory: None)  # makes everything resumable
+        else:
+            self.mark(then=Use.TRAIN)
 
     @property
     def step(self) -> int:
@@ -157,6 +169,7 @@ class _Control:
             self._monitored = float(fresh[monitor])
         self._cursor = replace(self._cursor, step=max(self._cursor.step, step + 1))
         if self._reporter.flush_if_due(self._cursor):
+            self.mark()
             self._note_sent()
 
     def should_stop(self) -> bool:
@@ -178,6 +191,9 @@ class _Control:
         self._reporter.flush(self._cursor)
         self._note_sent()
 
+    def mark(self, then: Use | None = None) -> None:
+        self._marks.mark(self._cursor, then)
+
     def _note_sent(self) -> None:
         self._sent |= self._waiting
         self._waiting = {}
@@ -193,5 +209,6 @@ class _Control:
     def _publish(self, why: CheckpointType, write: Callable[[Path], object]) -> None:
         cursor = self._cursor
         about = self._about.model_copy(update={"step": cursor.step, "epoch": cursor.epoch})
-        published = publish_files(self._root, about, write)
-        self._sink.report(published.saved(why, cursor, self._monitored))
+        with self._marks.doing(Use.SAVE, cursor, Use.TRAIN, edge=True):
+            published = publish_files(self._root, about, write)
+            self._sink.report(published.saved(why, cursor, self._monitored))

@@ -18,7 +18,7 @@ from uuid import UUID, uuid4
 from pydantic import ValidationError
 
 from ops_contract.agents import CheckpointRef, FailureRecord
-from ops_contract.pipe import Hello
+from ops_contract.pipe import Hello, Mark
 from ops_contract.reports import (
     ArtifactSaved,
     CheckpointSaved,
@@ -91,9 +91,10 @@ class Service:
         self.cores: int | None = job.cores
         self.accept_changes = start.accept_changes
         self.accepting = f"ops resume {start.operation_id} --accept-changes"
-        self.report, self.progress, self.should_stop = (
+        self.report, self.progress, self.mark, self.should_stop = (
             self._runner.report,
             self._runner.progress,
+            self._runner.mark,
             self._runner.should_stop,
         )
 
@@ -203,6 +204,9 @@ class Directory:
 
     def progress(self, progress: Progress) -> None:
         """The metrics say it."""
+
+    def mark(self, mark: Mark) -> None:
+        """Nobody measures here."""
 
     def should_stop(self) -> Why | None:
         return _SIGNALS.get(self._signals.got) if self._signals.got else None

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ops_contract.pipe import Mark
 from ops_contract.reports import Metrics, Note, Progress, Report, Series
 from relight.training.state import Cursor
 
@@ -20,6 +21,8 @@ class Sink(Protocol):
     def report(self, report: Report) -> None: ...
 
     def progress(self, progress: Progress) -> None: ...
+
+    def mark(self, mark: Mark) -> None: ...
 
 
 class Reporter:

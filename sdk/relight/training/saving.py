@@ -10,6 +10,7 @@ from typing import Self
 
 from torch import Tensor
 
+from ops_contract.energy import Use
 from ops_contract.lifecycle import CheckpointType
 from ops_contract.reports import Note
 from relight.manifest import Manifest
@@ -18,6 +19,7 @@ from relight.training.checkpoint import Published, publish
 from relight.training.codec import CodecError, Encoded, encode
 from relight.training.faults import TrainingFault
 from relight.training.interval import SaveTimes
+from relight.training.marks import Marks
 from relight.training.reporting import Sink
 from relight.training.snapshot import Snapshot
 from relight.training.state import Cursor, Live
@@ -54,6 +56,7 @@ class Saver:
         about: Manifest,
         live: Live,
         sink: Sink,
+        marks: Marks,
         saved: Cursor | None,
         publish: Callable[[Path, Manifest, Encoded], Published] = publish,
         available_bytes: Callable[[], int | None] = snapshot.available_bytes,
@@ -64,6 +67,7 @@ class Saver:
         self._about = about
         self._live = live
         self._sink = sink
+        self._marks = marks
         self._newest = saved
         self._publish = publish
         self._available_bytes = available_bytes
@@ -101,16 +105,20 @@ class Saver:
         Raises TrainingFault for state that the codec does not know, and OSError, also that of an earlier save.
         """
         self.seal()
+        then = Use.FINISH if why is CheckpointType.FINAL else Use.TRAIN
         if cursor != self._newest:
             begun_at_s = self._clock()
             encoded = self._encoded(cursor, reported)
             memory = self._memory(encoded) if why is CheckpointType.PERIODIC else None
             if memory is not None:
+                self._marks.mark(cursor, edge=True)
                 self._begin(cursor, monitored, encoded, memory, begun_at_s)
             else:
-                self._save_now(why, cursor, monitored, encoded, begun_at_s)
+                with self._marks.doing(Use.SAVE, cursor, then, edge=True):
+                    self._save_now(why, cursor, monitored, encoded, begun_at_s)
         elif why is not CheckpointType.PERIODIC:
-            self._writer.wait()
+            with self._marks.doing(Use.SAVE, cursor, then):
+                self._writer.wait()
 
     def seal(self) -> None:
         """Before an update changes parameters: what was begun at the last boundary is copied when this returns."""
