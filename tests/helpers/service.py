@@ -32,9 +32,7 @@ class Service:
     Whatever the two are answered has to be as the server's OpenAPI document says.
     """
 
-    def __init__(
-        self, directory: Path, database_url: str, lease_s: float = LEASE_S, agent: str = "ops_worker"
-    ) -> None:
+    def __init__(self, directory: Path, database_url: str, lease_s: float = LEASE_S, agent: str = "ops_worker") -> None:
         """`agent` is the module that its workers run."""
         self.directory = directory
         self.token = secrets.token_hex(16)
