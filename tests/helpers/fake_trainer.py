@@ -44,7 +44,7 @@ class FakeTrainer:
         print(config.get("prints", "hello from the trainer"))
         exactness = Exactness(promise="promised")
         environment = {"pid": os.getpid(), "secrets": [name for name in os.environ if name.startswith("OPS_")]}
-        environment["sees"] = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["sees"] = (os.environ | job.environ).get("CUDA_VISIBLE_DEVICES")
         self.say(Started(trainer_pid=os.getpid(), start_step=0, exactness=exactness, environment=environment))
         self.say(Mark(at_s=time.monotonic(), use=Use.STARTUP, then=Use.TRAIN, step=0, edge=True))
         for step in range(config.get("reports", 3)):
