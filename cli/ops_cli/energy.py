@@ -39,7 +39,7 @@ def energy(
     ] = None,
     json: Json = False,
 ) -> None:
-    """What an operation cost in joules: useful, lost to failures, overhead.
+    """What it cost in joules: useful, lost, overhead.
 
     \b
     ops energy 1f6e

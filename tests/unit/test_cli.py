@@ -23,6 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from helpers.answers import metric_names, metric_points, operation, summary
+from ops_backend.store.ledger_views import Account, Rates, whole
 from ops_cli.exits import ExitCode
 from ops_cli.main import main
 from ops_cli.stack import Stack, StackSettings
@@ -206,8 +207,8 @@ def app_of(api: Api) -> FastAPI:
 
     @app.get(f"{API_PREFIX}/operations/{{id}}/energy")
     async def energy(id: UUID) -> Response:
-        assert api.ledger is not None
-        return answer(api.ledger)
+        api.now(id)
+        return answer(api.ledger or whole(Account(id, "pending", [], []), [], [], [], Rates()))
 
     @app.get(f"{API_PREFIX}/operations/{{id}}/energy/windows")
     async def energy_windows(id: UUID, cursor: int = 0) -> Response:

@@ -46,6 +46,7 @@ COMMANDS = {
     "list": Row(),
     "status": Row(ID),
     "attempts": Row(ID),
+    "energy": Row(ID),
     "events": Row(ID),
     "metrics": Row(ID),
     "watch": Row(f"{ID} {OTHER}"),

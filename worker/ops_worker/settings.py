@@ -33,21 +33,32 @@ class Settings(BaseModel):
     worker_url: str | None = Field(
         None, pattern=r"^https?://[^/\s]+\S*$", max_length=200, description="where the API reaches this worker"
     )
-    cpu_slots: int = Field(1, ge=1, le=256, description="how many trainings at a time")
+    cpu_slots: int = Field(
+        1, ge=1, le=256, description="how many trainings at a time on the CPU, beside one on each GPU"
+    )
     cpu_cores: int = Field(
-        default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, description="cores, divided among the slots"
+        default_factory=lambda: len(os.sched_getaffinity(0)),
+        ge=1,
+        description="cores, divided among the slots, those of GPUs too",
     )
     gpus: str | None = Field(
         None,
         pattern=r"^(all|none|[A-Za-z0-9-]+( *, *[A-Za-z0-9-]+)*)$",
-        description="which GPUs it offers: all, none, or numbers or uuids, with commas",
+        description="which GPUs are slots, of those that `CUDA_VISIBLE_DEVICES` shows: `all`, `none` (none is looked "
+        "at, and none hidden from its trainings), or numbers as in `nvidia-smi` or uuids, with commas",
     )
     gpu_share: str = Field(
-        "1/1", pattern=r"^[1-9][0-9]*/[1-9][0-9]*$", description="the k-th of n workers that divide these GPUs: k/n"
+        "1/1",
+        pattern=r"^[1-9][0-9]*/[1-9][0-9]*$",
+        description="k/n: the k-th of n workers that divide these GPUs; `ops up` sets it",
     )
-    energy_interval_s: float = Field(0.1, ge=0.01, le=1, description="seconds between two readings of a meter")
+    energy_interval_s: float = Field(0.1, ge=0.01, le=1, description="between two readings of the meters, 0.01 to 1")
     cpu_power_w: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="watts of a busy core, for an estimate where no meter is readable"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="watts of one busy core: where no meter of the CPU is readable, its slots are charged with it, "
+        "marked `estimated`",
     )
     user_code: bool = Field(
         False, description="whether it runs commands, and workloads that its users bring; 1 under `ops up`"
