@@ -46,7 +46,7 @@ def test_a_training_from_submit_to_curve(service: Service, environ: dict[str, st
     assert rows[0].split()[:3:2] == [found[:8], "running"]
     assert "a-[rather]" in rows[0]
     facts = "\n".join(seen(environ, "status", found[:8]))
-    assert "energy     not measured" in facts
+    assert "\nenergy     " in facts
     assert facts.endswith(f"Next: ops watch {found[:8]}")
 
     # a screen of its own, that goes by keys and by size

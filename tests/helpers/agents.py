@@ -50,7 +50,7 @@ class AgentProcess:
             "OPS_STORAGE_ROOT": str(state_dir / "storage"),
             "OPS_CPU_SLOTS": str(slots),
             "OPS_WORKER_STATE_DIR": str(state_dir),
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
         }
         with (state_dir / "agent.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(

@@ -39,7 +39,7 @@ class Service:
         self.storage = directory / "storage"
         self._database_url = database_url
         self._lease_s = lease_s
-        self._agent = agent
+        self._module = agent
         self.server = Child("server", ("ops_backend", "server"), self._server_environ, directory / "server.log")
         self.workers: list[Child] = []
         self._url = ""
@@ -174,7 +174,7 @@ class Service:
             "PYTHONPATH": str(Path(__file__).parents[1]),
             **settings,
         }
-        worker = Child(name, (self._agent,), lambda: environ, log)
+        worker = Child(name, (self._module,), lambda: environ, log)
         self.workers.append(worker)
         return worker
 

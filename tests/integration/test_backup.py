@@ -18,13 +18,14 @@ from sqlalchemy.exc import DBAPIError
 
 from helpers.databases import Databases, connect
 from helpers.store import Held, Store, losses, saved, started
+from integration.test_upgrade import old_database
 from ops_backend import backup as backup_module
 from ops_backend.archive import ArchiveError
 from ops_backend.backup import BackupError, Service, back_up, restore
 from ops_backend.database import Sessions, migrate
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.storage import RESTORING
-from ops_backend.store.backup import holding_files, tables
+from ops_backend.store.backup import TableRows, holding_files, tables
 from ops_backend.sweeper import Sweeper
 from ops_contract.backup import Restored, Taken
 from ops_contract.errors import OpsError
@@ -294,16 +295,14 @@ async def test_links_in_the_output_of_a_command_lead_nowhere(
 async def test_one_of_an_older_schema_comes_back_and_is_migrated_and_one_of_a_newer_is_refused(
     databases: Databases, storage: Path, other: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = await databases.empty()
-    await migrate(url, "0015")  # since then there are only tables more that no backup has
-    sessions = Sessions(url, 2)
-    await a_life(Store(sessions), storage)
-    await sessions.dispose()
+    url = await old_database(databases, "0013")
     old = Service(None, url, storage)
     with pytest.raises(BackupError, match="the version that runs there"):
         await take(old, tmp_path)
-    with monkeypatch.context() as older:
-        older.setattr(backup_module, "newest_revision", lambda: "0015")
+    known = await columns(url)
+    with monkeypatch.context() as older:  # the tables as that version had them
+        older.setattr(backup_module, "newest_revision", lambda: "0013")
+        older.setattr(backup_module.store, "tables", lambda: known)
         path = Path((await take(old, tmp_path)).path)
 
     await bring_back(other, path)
@@ -313,6 +312,16 @@ async def test_one_of_an_older_schema_comes_back_and_is_migrated_and_one_of_a_ne
     monkeypatch.setattr(backup_module, "is_known", lambda _: False)
     with pytest.raises(BackupError, match="newer Relight"):
         await bring_back(other, path)
+
+
+async def columns(url: str) -> list[TableRows]:
+    """Of our tables, those that are there."""
+    database = await connect(url)
+    rows = await database.fetch("SELECT table_name, column_name FROM information_schema.columns")
+    await database.close()
+    there = {(row["table_name"], row["column_name"]) for row in rows}
+    known = [TableRows(name=t.name, columns=[c for c in t.columns if (t.name, c) in there]) for t in tables()]
+    return [table for table in known if table.columns]
 
 
 async def test_a_backup_that_fails_leaves_no_file(store: Store, service: Service, tmp_path: Path) -> None:

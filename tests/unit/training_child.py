@@ -27,7 +27,7 @@ from ops_contract.pipe import Mark
 from ops_contract.reports import CheckpointSaved, Finish, Metrics, Progress, Report, Started
 from ops_worker.workloads.bytelm import ByteLM
 from ops_worker.workloads.digits import Digits
-from relight.training import attempt, loop
+from relight.training import loop
 from relight.training.attempt import Attempt, Site
 from relight.training.checkpoint import restore
 from relight.training.codec import digests, encode
@@ -428,13 +428,13 @@ Mutant = Callable[[dict[str, Any], Live], None]
 
 def _mutate(mutant: Mutant) -> None:
     """What is put back is first spoiled; a run that does not resume is as ever."""
-    put_back = attempt._put_back
+    put_back = Attempt._put_back
 
-    def spoiled(tree: dict[str, Any], live: Live, reporter: Reporter) -> Cursor:
+    def spoiled(self: Attempt, tree: dict[str, Any], live: Live, reporter: Reporter) -> Cursor:
         mutant(tree, live)
-        return put_back(tree, live, reporter)
+        return put_back(self, tree, live, reporter)
 
-    attempt._put_back = spoiled
+    Attempt._put_back = spoiled
 
 
 def _unseeded(tree: dict[str, Any], live: Live) -> None:
