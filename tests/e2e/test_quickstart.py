@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from helpers.documents import ROOT
 from helpers.service import Service
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_quick_start_do_what_it_says(service: Service, tmp_path: Path) -> None:
     journey = ROOT / "tests" / "journeys" / "quickstart.sh"
     environ = os.environ | {"OPS_API_URL": service.url, "OPS_API_TOKEN": service.token}

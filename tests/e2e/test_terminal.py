@@ -77,6 +77,7 @@ def test_a_training_from_submit_to_curve(service: Service, environ: dict[str, st
     assert "┴" in "".join(drawn), "where attempt 2 went on"
 
 
+@pytest.mark.slow
 def test_output_is_followed_and_left(service: Service, environ: dict[str, str]) -> None:
     id = service.client.submit({"command": ["sh", "-c", "echo hello; sleep 1000"]}).id
     with Terminal(environ, "logs", "-f", id) as logs:

@@ -77,6 +77,7 @@ async def test_a_fenced_hold_still_says_what_it_used(metered):
     assert hold.finish is None
 
 
+@pytest.mark.slow
 async def test_joules_wait_for_the_api_without_a_gap_and_come_once(metered):
     hold = await metered.start(reports=3, end="wait")
     await eventually(lambda: hold.steps == [0, 1, 2])

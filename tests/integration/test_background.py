@@ -61,6 +61,7 @@ def test_up_in_the_background_is_up_when_it_returns_and_down_ends_it_in_order(ho
     assert find_holder(house.data_dir) is None
 
 
+@pytest.mark.slow
 def test_a_second_one_in_the_background_is_content_with_the_first(house: House) -> None:
     with running(house) as first:
         again = up(house)
@@ -85,6 +86,7 @@ def test_one_that_does_not_come_up_shows_the_end_of_its_log(house: House) -> Non
     assert find_holder(house.data_dir) is None
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_comes_up_takes_back_what_was_begun(house: House) -> None:
     environ = house.environ(MUTE="server")
     with subprocess.Popen(house.command("up", "-d"), env=environ, start_new_session=True) as starting:
@@ -106,6 +108,7 @@ def test_down_ends_one_in_the_foreground_too(house: House) -> None:
     assert house.noted("end") == ["worker-1", "server", "db"]
 
 
+@pytest.mark.slow
 def test_down_now_does_not_wait_for_those_that_take_their_time(house: House) -> None:
     with running(house, PATIENT="worker-1") as first:
         ended = house.ops("down", "--now")

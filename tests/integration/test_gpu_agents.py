@@ -57,6 +57,7 @@ async def test_each_gpu_is_a_slot_whose_trainer_sees_it_alone(api, tmp_path, gpu
     assert environments[0]["preflight"] == []
 
 
+@pytest.mark.slow
 async def test_a_job_cannot_take_anothers_gpu(api, tmp_path, gpus):
     async with running_agent(api, tmp_path, environ=gpus(TWO)) as agent:
         await agent.ready()
@@ -94,6 +95,7 @@ async def test_a_start_on_a_gpu_that_is_full_is_refused_with_all_that_is_wrong_a
     assert hold.finish.outcome is Outcome.COMPLETED
 
 
+@pytest.mark.slow
 async def test_warnings_are_kept_with_the_attempt(api, tmp_path, gpus):
     async with running_agent(api, tmp_path, environ=gpus("device GPU-aa\npower 0 9\npersistence 0")) as agent:
         await agent.ready()
@@ -121,6 +123,7 @@ async def test_a_driver_that_hangs_stops_neither_heartbeats_nor_the_cpu_nor_the_
     assert ErrorBody.model_validate(refused.json()).error.code == "device_not_ready"
 
 
+@pytest.mark.slow
 async def test_a_gpu_that_is_not_there_ends_the_start_with_those_that_are(api, tmp_path, gpus):
     async with running_agent(api, tmp_path, environ=gpus(TWO) | {"OPS_GPUS": "GPU-cc"}) as agent:
         assert await agent.exit_code() == 2
