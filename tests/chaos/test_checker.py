@@ -79,10 +79,10 @@ MUTANTS: dict[str, tuple[list[str], Callable[[Cluster], object], str]] = {
         "begins at pending, but it was running",
     ),
 }
-FAST = "a report counts after its attempt has ended"
 
 
-@pytest.mark.parametrize("mutant", [m if m == FAST else pytest.param(m, marks=pytest.mark.slow) for m in MUTANTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS)
 def test_it_sees_what_a_store_without_a_guard_does(own_postgres: OwnPostgres, tmp_path: Path, mutant: str) -> None:
     removed, provoke, said = MUTANTS[mutant]
     with cluster_at(tmp_path, own_postgres, seed=0, workers=2, mutant=removed) as cluster:

@@ -72,6 +72,7 @@ def cancelled(service: Service) -> UUID:
     return id
 
 
+@pytest.mark.slow
 def test_each_damage_is_told_and_the_newest_good_checkpoint_goes_on(
     service: Service, cancelled: UUID, undisturbed: dict[str, list[tuple[int, float]]]
 ) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
+import pytest
 
 from helpers.scoring import score
 from helpers.service import LONG, LONG_STEPS, Service, alive, kill
@@ -227,6 +228,7 @@ def test_resume_from_an_old_checkpoint_then_a_crash_goes_on_along_the_new_lineag
     assert refused.status_code == 409
 
 
+@pytest.mark.slow
 def test_forks_go_on_as_their_parent_did_and_beyond(
     service: Service, undisturbed: dict[str, list[tuple[int, float]]]
 ) -> None:

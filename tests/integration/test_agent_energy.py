@@ -92,6 +92,7 @@ async def test_joules_wait_for_the_api_without_a_gap_and_come_once(metered):
     assert [key[1] for key in sorted(hold.windows)] == [1, 2]
 
 
+@pytest.mark.slow
 async def test_without_a_meter_the_api_is_told_that_there_is_none(api, tmp_path):
     async with running_agent(api, tmp_path, first=UNMETERED) as agent:
         await agent.ready()

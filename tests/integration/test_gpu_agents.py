@@ -106,6 +106,7 @@ async def test_warnings_are_kept_with_the_attempt(api, tmp_path, gpus):
     assert "persistence mode" in warning
 
 
+@pytest.mark.slow
 async def test_a_driver_that_hangs_stops_neither_heartbeats_nor_the_cpu_nor_the_end(api, tmp_path, gpus, fake_clock):
     hanging = gpus(f"{TWO}\nhang * 5", fake_clock)
     async with running_agent(api, tmp_path, environ=hanging) as agent:
