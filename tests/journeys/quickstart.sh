@@ -4,7 +4,7 @@ url=$OPS_API_URL token=$OPS_API_TOKEN
 . "$(dirname "$0")/journey.sh"
 export OPS_API_URL=$url OPS_API_TOKEN=$token
 # Long enough to be stopped by hand is long for a test.
-fill() { sed -E "s/\b3b9b\b/$id/g; s/--max-epochs 200/--max-epochs 8/; s#\\\$PWD/.venv/bin#$bin#"; }
+fill() { sed -E "s/\b3b9b\b/$id/g; s/--max-epochs 200/--max-epochs 60/; s#\\\$PWD/.venv/bin#$bin#"; }
 
 page "$repository/docs/quickstart.md"
 next_block

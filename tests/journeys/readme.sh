@@ -3,7 +3,7 @@
 # usage: readme.sh BIN DIRECTORY; leaves DIRECTORY/curve.png.
 . "$(dirname "$0")/journey.sh"
 fill() {
-    sed -e "s#<this repository>#'$repository'#; s#http://127.0.0.1:8470#${address:-}#; /^make test/d" -e 's/\b1f6e\b/$id/g; s/--max-epochs 200/--max-epochs 16/; s/"max_epochs": 20/"max_epochs": 5/' \
+    sed -e "s#<this repository>#'$repository'#; s#http://127.0.0.1:8470#${address:-}#; /^make test/d" -e 's/\b1f6e\b/$id/g; s/--max-epochs 200/--max-epochs 80/; s/"max_epochs": 20/"max_epochs": 5/' \
         -e '/^ops train/a id=$(said_id)' -e '/^ops cancel/i until_true 120 saved 1' -e '/^ops resume/i until_true 60 is cancelled'
 }
 # What `make` would install anew, torch and all, is borrowed: but for Relight itself, which is the clone's.
