@@ -63,10 +63,12 @@ def test_the_ledger_of_a_run_killed_twice_fenced_once_and_forked_adds_up(service
 
 
 def test_what_a_killed_agent_had_not_booked_is_said_once_and_the_api_may_be_away(service: Service) -> None:
-    id = service.submit(max_epochs=30)
+    id = service.submit(max_epochs=200)
     service.until_saved(id, 1)
     first = service.attempts(id)[0]
     worker = service.worker_of(first)
+    # Without a window of its own nothing would be known of the attempt but its gap.
+    eventually(lambda: booked(service, id, 1, Use.TRAIN), "some of it is booked", service.logs)
     service.server.kill()
     service.server.close()
     for _ in range(2):  # the second one finds nothing to say of that attempt any more
