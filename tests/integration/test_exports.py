@@ -30,6 +30,7 @@ AWKWARD = [float("nan"), float("inf"), float("-inf"), -0.0, 5e-324, 0.1]
 @pytest.fixture
 async def api(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
     monkeypatch.setattr(Dispatcher, "_claim_all", AsyncMock())  # the tests claim by themselves
+    monkeypatch.setattr(Exporter, "run", AsyncMock())  # and export
     app = create_app(Settings(database_url=database_url, api_token=TOKEN, storage_root=tmp_path))
     headers = {"Authorization": f"Bearer {TOKEN}"}
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
