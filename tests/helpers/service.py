@@ -171,7 +171,7 @@ class Service:
             "OPS_WORKER_STATE_DIR": str(self.directory / name),
             "OPS_CPU_CORES": "1",
             "OPS_USER_CODE": "1",
-            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
             **settings,
         }
         worker = Child(name, (self._module,), lambda: environ, log)
