@@ -78,6 +78,7 @@ def fails(error: type[httpx.TransportError]) -> Answer:
         (answers(200), Status.RUNNING, False),
         (answers(409, "busy"), Status.PENDING, True),
         (answers(409, "stale"), Status.PENDING, True),
+        (answers(409, "device_not_ready"), Status.PENDING, True),
         (answers(401), Status.PENDING, True),
         (fails(httpx.ConnectError), Status.PENDING, True),
         (fails(httpx.ConnectTimeout), Status.PENDING, True),
