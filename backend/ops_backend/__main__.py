@@ -20,7 +20,7 @@ from ops_backend.app import create_app
 from ops_backend.database import UnfitDatabase, migrate
 from ops_backend.postgres_place import PostgresError
 from ops_backend.settings import Settings, SettingsError
-from ops_backend.storage import RESTORING
+from ops_contract.backup import RESTORING
 from ops_contract.log_lines import LogFormatError, log_formatter
 
 

@@ -26,7 +26,6 @@ from ops_backend.postgres import EmbeddedPostgres, url_of
 from ops_backend.postgres_place import existing_home
 from ops_backend.settings import SettingsError, with_our_driver
 from ops_backend.storage import (
-    RESTORING,
     files_in,
     mark_restoring,
     open_file,
@@ -35,7 +34,7 @@ from ops_backend.storage import (
     sync_directory,
 )
 from ops_backend.store import backup as store
-from ops_contract.backup import Restored, Taken
+from ops_contract.backup import RESTORING, Restored, Taken
 
 SPARE_BYTES = 64 << 20
 SET_ASIDE = ("postgres", "workers", "token", "storage")  # the database first: see _set_aside

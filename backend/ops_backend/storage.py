@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import UUID
 
+from ops_contract.backup import RESTORING
+
 LOGS = "logs"
-# In a storage root that a restore is filling: which backup it is. No API starts there.
-RESTORING = "restoring"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPERATION = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _PUBLISHED = re.compile(r"([1-9][0-9]{0,8})-(?:0|[1-9][0-9]{0,18})(?:-evaluate|-model|-files|-finish)?(?:\.tmp)?")

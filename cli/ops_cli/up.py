@@ -128,8 +128,9 @@ def cancel_grace_s() -> float:
 
 def _serve(settings: "StackSettings", lock: "Lock", stops: StopRequests) -> None:
     from ops_cli.stack import Stack, stop_limit_s
+    from ops_contract.backup import RESTORING
 
-    if (settings.data_dir / "storage" / "restoring").exists():
+    if (settings.data_dir / "storage" / RESTORING).exists():
         raise UpError(f"a restore into {settings.data_dir} did not finish: do it again (`ops restore`)")
     stack = Stack(settings, stops.pause, _say, _complain)
     _say(f"Starting Relight, data in {settings.data_dir}")

@@ -1,8 +1,12 @@
 """What `ops backup` and `ops restore` say when they are done."""
 
 from datetime import datetime
+from typing import Final
 
 from ops_contract.wire import Wire
+
+# In a storage root that a restore is filling: which backup it is. Nothing starts there.
+RESTORING: Final = "restoring"
 
 
 class Taken(Wire):

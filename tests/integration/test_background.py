@@ -15,6 +15,7 @@ from helpers.house import House, make_house, running, wait_until
 from helpers.service import alive
 from ops_cli.holder import find_holder
 from ops_cli.up import free_port
+from ops_contract.backup import RESTORING
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_a_restore_is_not_ended_and_nothing_begins_beside_it(house: House, stran
 
 def test_nothing_begins_on_a_restore_that_did_not_finish(house: House) -> None:
     (house.data_dir / "storage").mkdir(parents=True)
-    (house.data_dir / "storage" / "restoring").touch()
+    (house.data_dir / "storage" / RESTORING).touch()
 
     refused = house.ops("up")
 

@@ -24,10 +24,9 @@ from ops_backend.archive import ArchiveError
 from ops_backend.backup import BackupError, Service, back_up, restore
 from ops_backend.database import Sessions, migrate
 from ops_backend.orphans import OrphanSweeper
-from ops_backend.storage import RESTORING
 from ops_backend.store.backup import TableRows, holding_files, tables
 from ops_backend.sweeper import Sweeper
-from ops_contract.backup import Restored, Taken
+from ops_contract.backup import RESTORING, Restored, Taken
 from ops_contract.errors import OpsError
 from ops_contract.lifecycle import Outcome
 from ops_contract.reports import ArtifactSaved
