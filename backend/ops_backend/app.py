@@ -12,6 +12,7 @@ from ops_backend.announcer import Announcer
 from ops_backend.database import Limits, Sessions
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.exporter import Exporter
+from ops_backend.identities import Identities
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.reaper import Reaper
 from ops_backend.routes import (
@@ -30,6 +31,7 @@ from ops_backend.routes import (
     snapshots,
     status,
     stream,
+    tokens,
     webhooks,
 )
 from ops_backend.settings import Settings
@@ -57,6 +59,7 @@ TAGS = {
     "workers": "Who works here, and what can be trained.",
     "webhooks": "URLs that are told when operations end.",
     "snapshots": "Users' code, packed as a tar file, by its SHA-256.",
+    "tokens": "Who may do what.",
     "session": "How a browser logs in: a link that works once becomes a cookie.",
     "health": "For probes and Prometheus.",
     "agents": "What workers say. Users have no need of it.",
@@ -82,7 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health.router)
     app.include_router(scrape.router)
     app.include_router(dashboard.router)
-    for module in (operations, energy, stream, exports, cleanup, snapshots, agents, catalog, webhooks, session):
+    for module in (operations, energy, stream, exports, cleanup, snapshots, agents, catalog, webhooks, session, tokens):
         app.include_router(module.router, prefix=API_PREFIX)
     return app
 
@@ -94,6 +97,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     url, limits = settings.database_url, settings.db_limits
     app.state.sessions = requests = Sessions(url, settings.db_pool_size, limits)
     app.state.vital_sessions = sessions = Sessions(url, VITAL_CONNECTIONS, limits)
+    app.state.identities = Identities(settings, sessions)
     app.state.status_reads = reads = StatusReads(requests)
     app.state.scrape_sessions = scrapes = Sessions(url, 1, Limits(SCRAPE_S, SCRAPE_S))
     app.state.patient_sessions = patient = Sessions(url, 1 + EXPORTS, Limits(limits.wait_s, EXPORT_S))

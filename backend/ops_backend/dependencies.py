@@ -1,21 +1,22 @@
 """What routes ask for: a session, the caller, the settings."""
 
 import asyncio
-import hmac
 from collections.abc import AsyncIterator
 from typing import Annotated, Protocol, cast
 from uuid import UUID
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Security
 from fastapi.openapi.models import HTTPBearer
+from fastapi.security import SecurityScopes
 from fastapi.security.base import SecurityBase
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.browsers import cookie_of, digest
+from ops_backend.browsers import cookie_of
 from ops_backend.database import Sessions
+from ops_backend.identities import Identities
 from ops_backend.settings import Settings
 from ops_backend.status_reads import StatusReads
-from ops_backend.store import logins
+from ops_backend.store.identities import Identity
 from ops_backend.store.transitions import CancelPush
 from ops_backend.store.validation import Question
 from ops_backend.streams import Streams
@@ -23,6 +24,7 @@ from ops_backend.telemetry import Telemetry
 from ops_backend.webhooks import WebhookSender
 from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.tokens import Scope
 
 
 class Dispatching(Protocol):
@@ -61,6 +63,10 @@ def sessions_of(request: Request) -> Sessions:
     return cast(Sessions, request.app.state.sessions)
 
 
+def identities_of(request: Request) -> Identities:
+    return cast(Identities, request.app.state.identities)
+
+
 def status_reads_of(request: Request) -> StatusReads:
     return cast(StatusReads, request.app.state.status_reads)
 
@@ -94,27 +100,47 @@ class Bearer(SecurityBase):
     """Says in the OpenAPI document which calls want a token; `caller` itself reads what comes."""
 
     scheme_name = "token"
-    model = HTTPBearer(description="what `ops up` keeps in DIR/token; a browser has a cookie instead")
+    model = HTTPBearer(
+        description="of `ops tokens create`, or what `ops up` keeps in DIR/token; browsers have a cookie"
+    )
 
     async def __call__(self) -> None:
         pass
 
 
-async def caller(request: Request, _bearer: Annotated[None, Depends(Bearer())] = None) -> str:
-    """The submitter that the bearer token names, or the browser's cookie. Raises 401."""
-    settings = settings_of(request)
+async def caller(
+    request: Request, wanted: SecurityScopes, _bearer: Annotated[None, Depends(Bearer())] = None
+) -> Identity:
+    """Who calls, by a bearer token or the browser's cookie. Raises 401, and 403 where it is not for this call."""
+    identity = await identified(request)
+    for scope in wanted.scopes:
+        if scope not in identity.scope.allows:
+            raise OpsError(
+                ErrorCode.FORBIDDEN,
+                f"this wants a token of scope {scope!r}, and this one has {identity.scope!r}; "
+                "`ops tokens create` of an admin makes one",
+                wanted=scope,
+                scope=identity.scope,
+            )
+    return identity
+
+
+async def identified(request: Request) -> Identity:
+    """Raises 401."""
+    identities = identities_of(request)
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and is_token(token, settings):
-        return "operator"
-    if not scheme and (secret := cookie_of(request, settings)):
-        async with sessions_of(request).begin() as session:
-            if found := await logins.find(session, digest(settings, secret)):
-                return found.user
-    raise OpsError(ErrorCode.UNAUTHENTICATED, "send `Authorization: Bearer <token>`; `ops up` keeps it in DIR/token")
-
-
-def is_token(token: str, settings: Settings) -> bool:
-    return hmac.compare_digest(token.encode(), settings.api_token.encode())
+    if scheme.lower() == "bearer":
+        found = await identities.of_token(token)
+    elif not scheme and (secret := cookie_of(request, settings_of(request))):
+        found = await identities.of_cookie(secret)
+    else:
+        found = None
+    if found is None:
+        raise OpsError(
+            ErrorCode.UNAUTHENTICATED,
+            "send `Authorization: Bearer <token>`, neither expired nor revoked; `ops up` keeps its own in DIR/token",
+        )
+    return found
 
 
 SessionsDep = Annotated[Sessions, Depends(sessions_of)]
@@ -128,4 +154,9 @@ StreamsDep = Annotated[Streams, Depends(streams_of)]
 WebhookSenderDep = Annotated[WebhookSender, Depends(webhook_sender_of)]
 SessionDep = Annotated[AsyncSession, Depends(session_of, scope="function")]
 VitalSessionDep = Annotated[AsyncSession, Depends(vital_session_of, scope="function")]
-CallerDep = Annotated[str, Depends(caller)]
+CallerDep = Annotated[Identity, Security(caller)]
+ReaderDep = Annotated[Identity, Security(caller, scopes=[Scope.READ])]
+UserDep = Annotated[Identity, Security(caller, scopes=[Scope.OPERATE])]
+AdminDep = Annotated[Identity, Security(caller, scopes=[Scope.ADMIN])]
+AgentDep = Annotated[Identity, Security(caller, scopes=[Scope.WORKER])]
+IdentitiesDep = Annotated[Identities, Depends(identities_of)]

@@ -27,6 +27,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from ops_contract.energy import Use
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
+from ops_contract.tokens import Scope
 from ops_contract.webhooks import DeliveryState, WebhookFormat
 
 metadata = MetaData(
@@ -145,7 +146,11 @@ workers = Table(
     Column("name", Text, nullable=False),
     Column("host", Text, nullable=False),
     Column("url", Text, nullable=False),
+    # What the backend shows the worker, as it is; what the worker shows the backend, by its digest.
     Column("secret", Text, nullable=False),
+    Column("credential", LargeBinary),
+    # By which it registered; null: by the service's own.
+    Column("token_id", Uuid, ForeignKey("tokens.id")),
     Column("workloads", ARRAY(Text), nullable=False),
     # Runs commands, and workloads that users bring.
     _flag("user_code"),
@@ -159,6 +164,7 @@ workers = Table(
     _instant("last_seen_at", default_now=True, nullable=False),
     CheckConstraint("drain IN ('finish', 'preempt')", name="drain"),
 )
+Index("ix_workers_credential", workers.c.credential, unique=True)
 
 slots = Table(
     "slots",
@@ -446,6 +452,24 @@ deletions = Table(
 )
 Index("ix_deletions_unswept", deletions.c.operation_id, postgresql_where=deletions.c.swept_at.is_(None))
 
+# Revoked ones stay: the audit names them.
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("scope", Text, nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    Column("created_by", Text, nullable=False),
+    _instant("created_at", default_now=True, nullable=False),
+    _instant("expires_at"),
+    _instant("last_used_at"),
+    _instant("revoked_at"),
+    UniqueConstraint("digest"),
+    one_of("scope", Scope),
+)
+Index("ix_tokens_name", tokens.c.name, unique=True, postgresql_where=tokens.c.revoked_at.is_(None))
+
 # Codes that log a browser in, and browsers that are logged in. The secrets themselves are with their holders alone.
 logins = Table(
     "logins",
@@ -453,6 +477,8 @@ logins = Table(
     Column("digest", LargeBinary, primary_key=True),
     Column("kind", Text, nullable=False),
     Column("submitter", Text, nullable=False),
+    # By which it was made, and with which it ends; null: OPS_API_TOKEN.
+    Column("token_id", Uuid, ForeignKey("tokens.id")),
     _instant("created_at", default_now=True, nullable=False),
     _instant("expires_at", nullable=False),
     CheckConstraint("kind IN ('link', 'session')", name="kind"),

@@ -28,7 +28,9 @@ class ErrorCode(StrEnum):
     DEVICE_NOT_READY = "device_not_ready"
     NO_USER_CODE = "no_user_code"
     WEBHOOK_EXISTS = "webhook_exists"
+    TOKEN_EXISTS = "token_exists"
     UNAUTHENTICATED = "unauthenticated"
+    FORBIDDEN = "forbidden"
     TOO_LARGE = "too_large"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     UNAVAILABLE = "unavailable"
@@ -55,7 +57,9 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.DEVICE_NOT_READY: 409,
     ErrorCode.NO_USER_CODE: 409,
     ErrorCode.WEBHOOK_EXISTS: 409,
+    ErrorCode.TOKEN_EXISTS: 409,
     ErrorCode.UNAUTHENTICATED: 401,
+    ErrorCode.FORBIDDEN: 403,
     ErrorCode.TOO_LARGE: 413,
     ErrorCode.METHOD_NOT_ALLOWED: 405,
     ErrorCode.UNAVAILABLE: 503,

@@ -5,6 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import StringConstraints, model_validator
 
+from ops_contract.tokens import Scope
 from ops_contract.wire import Wire
 
 _Secret = Annotated[str, StringConstraints(min_length=1, max_length=500)]
@@ -31,7 +32,8 @@ class LoginLink(Wire):
 
 
 class BrowserSession(Wire):
-    """Who is logged in; without end for the bearer of a token."""
+    """Who is logged in, and what that is good for; null: without end."""
 
     user: str
+    scope: Scope
     expires_at: datetime | None

@@ -96,7 +96,7 @@ async def test_a_browser_says_until_when_it_is_logged_in_and_logs_out_for_good(a
 
 
 async def test_a_bearer_of_the_token_has_no_end(api: httpx.AsyncClient) -> None:
-    assert (await api.get("/session")).json() == {"user": "operator", "expires_at": None}
+    assert (await api.get("/session")).json() == {"user": "operator", "scope": "admin", "expires_at": None}
 
 
 async def test_a_cookie_does_not_count_for_another_port_of_this_host(api: httpx.AsyncClient) -> None:

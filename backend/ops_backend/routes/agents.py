@@ -5,7 +5,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Path
 
-from ops_backend.dependencies import CallerDep, DispatcherDep, SessionsDep, SettingsDep, TelemetryDep, VitalSessionDep
+from ops_backend.dependencies import AgentDep, DispatcherDep, SessionsDep, SettingsDep, TelemetryDep, VitalSessionDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import energy, workers
 from ops_backend.store.reports import accept
@@ -25,7 +25,7 @@ router = APIRouter(tags=["agents"])
 
 @router.post("/workers", status_code=201, responses=refusals(401, 409, 422))
 async def register(
-    worker: WorkerRegistration, session: VitalSessionDep, _: CallerDep, settings: SettingsDep
+    worker: WorkerRegistration, session: VitalSessionDep, _: AgentDep, settings: SettingsDep
 ) -> WorkerRegistered:
     """A worker process begins. The answer has the secret that the API shows it from then on.
 
@@ -42,7 +42,7 @@ async def register(
 
 @router.post("/workers/{incarnation}/heartbeat", responses=refusals(401, 404, 422))
 async def heartbeat(
-    incarnation: UUID, beat: Heartbeat, session: VitalSessionDep, _: CallerDep, settings: SettingsDep
+    incarnation: UUID, beat: Heartbeat, session: VitalSessionDep, _: AgentDep, settings: SettingsDep
 ) -> HeartbeatAnswer:
     """Renew the leases of the holds that are named; the answer says which of them have ended or are to stop."""
     return await workers.heartbeat(session, incarnation, beat, settings.lease_s)
@@ -54,7 +54,7 @@ async def report(
     attempt: Annotated[int, Path(ge=1)],
     batch: ReportBatch,
     sessions: SessionsDep,
-    _: CallerDep,
+    _: AgentDep,
     dispatcher: DispatcherDep,
     telemetry: TelemetryDep,
     settings: SettingsDep,
@@ -78,7 +78,7 @@ async def book_energy(
     attempt: Annotated[int, Path(ge=1, lt=2**31)],
     batch: EnergyBatch,
     sessions: SessionsDep,
-    _: CallerDep,
+    _: AgentDep,
     telemetry: TelemetryDep,
 ) -> EnergyBooked:
     """Windows of a hold, whether it has ended or not, however often: each counts once."""

@@ -6,7 +6,7 @@ from uuid import UUID
 from fastapi import APIRouter, BackgroundTasks, Header, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.dependencies import CallerDep, DispatcherDep, SessionDep, SettingsDep
+from ops_backend.dependencies import AdminDep, DispatcherDep, ReaderDep, SessionDep, SettingsDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import gauges, queries
 from ops_backend.store.workers import drain
@@ -18,14 +18,14 @@ router = APIRouter(tags=["workers"], responses=refusals(401))
 
 
 @router.get("/workers")
-async def list_workers(session: SessionDep, _: CallerDep, settings: SettingsDep) -> Workers:
+async def list_workers(session: SessionDep, _: ReaderDep, settings: SettingsDep) -> Workers:
     """Those that were seen within a day, their slots, and what runs there."""
     return await queries.workers(session, settings.lease_s)
 
 
 @router.post("/workers/{id}/drain", responses=refusals(404, 422))
 async def drain_worker(
-    id: UUID, session: SessionDep, _: CallerDep, settings: SettingsDep, wish: DrainRequest | None = None
+    id: UUID, session: SessionDep, _: AdminDep, settings: SettingsDep, wish: DrainRequest | None = None
 ) -> WorkerView:
     """No more work goes to this worker until it is undrained or restarted. What runs there finishes, or is preempted.
 
@@ -39,7 +39,7 @@ async def drain_worker(
 async def undrain_worker(
     id: UUID,
     session: SessionDep,
-    _: CallerDep,
+    _: AdminDep,
     settings: SettingsDep,
     dispatcher: DispatcherDep,
     after: BackgroundTasks,
@@ -51,7 +51,7 @@ async def undrain_worker(
 
 
 @router.get("/workloads")
-async def list_workloads(session: SessionDep, _: CallerDep) -> Workloads:
+async def list_workloads(session: SessionDep, _: ReaderDep) -> Workloads:
     """What can be trained: each with the JSON Schema of its config and the metrics that it reports."""
     return await queries.workloads(session)
 
@@ -59,7 +59,7 @@ async def list_workloads(session: SessionDep, _: CallerDep) -> Workloads:
 @router.get("/counts", tags=["operations"], response_model=LiveCounts, responses={304: {"description": "unchanged"}})
 async def count_live(
     session: SessionDep,
-    _: CallerDep,
+    _: ReaderDep,
     if_none_match: Annotated[str | None, Header(description="an `ETag`; 304 while nothing has changed")] = None,
 ) -> Response:
     """How many operations wait, run, and are being cancelled."""

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from ops_backend.database import Sessions
-from ops_backend.dependencies import CallerDep, SessionsDep
+from ops_backend.dependencies import AdminDep, SessionsDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store.deletion import cleanup_plan, delete_if_ended, explain_delete, give_up_checkpoints
 from ops_contract.errors import ErrorCode
@@ -15,7 +15,7 @@ DELETED_A_CALL = 200  # well within the patience of a client
 
 
 @router.post("/cleanup")
-async def cleanup(wanted: CleanupRequest, sessions: SessionsDep, _: CallerDep) -> Cleanup:
+async def cleanup(wanted: CleanupRequest, sessions: SessionsDep, _: AdminDep) -> Cleanup:
     """Say what would go, or delete it: a bounded number a call, then `more` is true."""
     async with sessions.begin() as session:
         items, more = await cleanup_plan(session, wanted)

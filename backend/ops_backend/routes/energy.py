@@ -5,7 +5,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Header, Query, Response
 
-from ops_backend.dependencies import CallerDep, SessionDep, SettingsDep
+from ops_backend.dependencies import ReaderDep, SessionDep, SettingsDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import energy
 from ops_backend.store.ledger_views import Rates
@@ -21,7 +21,7 @@ router = APIRouter(prefix="/operations", tags=["operations"])
 async def get_energy(
     id: UUID,
     session: SessionDep,
-    _: CallerDep,
+    _: ReaderDep,
     settings: SettingsDep,
     if_none_match: Annotated[str | None, Header(description="an `ETag` that the caller has")] = None,
 ) -> Response:
@@ -34,7 +34,7 @@ async def get_energy(
 async def get_windows(
     id: UUID,
     session: SessionDep,
-    _: CallerDep,
+    _: ReaderDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="how many at most")] = 1000,
     cursor: Annotated[str | None, Query(description="the `next_cursor` of the page before")] = None,
 ) -> EnergyWindows:

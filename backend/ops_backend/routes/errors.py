@@ -26,7 +26,8 @@ _AWAY = ("08", "53", "57", "40", "25006", "25P03", "55P03")
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For a route's documentation."""
+    """For a route's documentation. Who has to say who they are (401) may not be the one that it is for (403)."""
+    statuses = (*statuses, 403) if 401 in statuses else statuses
     return {status: {"model": ErrorBody} for status in statuses}
 
 

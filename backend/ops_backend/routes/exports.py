@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Response
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ops_backend.dependencies import CallerDep, ExportTurnsDep, PatientSessionsDep
+from ops_backend.dependencies import ExportTurnsDep, PatientSessionsDep, ReaderDep
 from ops_backend.logs import points
 from ops_backend.routes.errors import refusals
 from ops_backend.store.logs import read
@@ -34,7 +34,7 @@ async def export_operation(
     id: UUID,
     sessions: PatientSessionsDep,
     turns: ExportTurnsDep,
-    _: CallerDep,
+    _: ReaderDep,
     format: Annotated[Literal["csv", "tensorboard"], Query(description="as of `execution.logger`")] = "csv",
 ) -> Response:
     """Every metric along the lineage, every bit kept; of an operation that has not ended what there is so far.

@@ -10,12 +10,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.database import Sessions
 from ops_backend.dependencies import (
-    CallerDep,
     DispatcherDep,
+    ReaderDep,
     SessionDep,
     SessionsDep,
     SettingsDep,
     TelemetryDep,
+    UserDep,
     Validating,
     ValidatorDep,
 )
@@ -73,7 +74,7 @@ async def submit(
     request: Request,
     response: Response,
     sessions: SessionsDep,
-    submitted_by: CallerDep,
+    user: UserDep,
     dispatcher: DispatcherDep,
     validator: ValidatorDep,
     settings: SettingsDep,
@@ -85,7 +86,7 @@ async def submit(
     body = await request.body()
 
     async def asked(session: AsyncSession) -> Question | None:
-        if not dry_run and await replay(session, submitted_by, idempotency_key, body):
+        if not dry_run and await replay(session, user.name, idempotency_key, body):
             return None
         return await question(session, await resolved_job(session, read(JobSpec, body)), settings.lease_s)
 
@@ -95,9 +96,9 @@ async def submit(
             return as_json(await resolved_job(session, read(JobSpec, body), told=told))
 
         async def make() -> UUID | None:
-            return await submit_if_new(session, read(JobSpec, body), submitted_by, idempotency_key, body, told)
+            return await submit_if_new(session, read(JobSpec, body), user.name, idempotency_key, body, told)
 
-        id, is_new = await once(session, submitted_by, idempotency_key, body, make)
+        id, is_new = await once(session, user.name, idempotency_key, body, make)
         operation = await queries.get(session, id)
     response.status_code = 201 if is_new else 200
     after.add_task(dispatcher.wake)
@@ -107,7 +108,7 @@ async def submit(
 @router.get("", response_model=OperationPage, responses={304: {"description": "unchanged"}, **refusals(401, 422)})
 async def list_operations(
     session: SessionDep,
-    submitted_by: CallerDep,
+    user: ReaderDep,
     status: Annotated[str | None, Query(description="one or several, joined by commas")] = None,
     kind: Annotated[Kind | None, Query(description="what it does")] = None,
     workload: Annotated[str | None, Query(description="its name, as `GET /workloads` has it")] = None,
@@ -119,12 +120,12 @@ async def list_operations(
     if_none_match: Annotated[str | None, Header(description="an `ETag`; 304 while nothing has changed")] = None,
 ) -> Response:
     """Operations, newest first, in pages: `next_cursor` is the `cursor` of the next one, null on the last."""
-    wanted = queries.Filter(_known(status), kind, workload, label, q, submitted_by if mine else None)
+    wanted = queries.Filter(_known(status), kind, workload, label, q, user.name if mine else None)
     return Tagged(await queries.list_page(session, wanted, limit, cursor)).answer(if_none_match)
 
 
 @router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(401, 404, 409))
-async def delete_operation(id: UUID, session: SessionDep, _: CallerDep) -> None:
+async def delete_operation(id: UUID, session: SessionDep, _: UserDep) -> None:
     """Delete an operation that has ended, for good. Its files, checkpoints and model included, go soon after."""
     if not await deletion.delete_if_ended(session, id):
         raise await deletion.explain_delete(session, id)
@@ -134,7 +135,7 @@ async def delete_operation(id: UUID, session: SessionDep, _: CallerDep) -> None:
 async def cancel_operation(
     id: UUID,
     session: SessionDep,
-    _: CallerDep,
+    _: UserDep,
     dispatcher: DispatcherDep,
     telemetry: TelemetryDep,
     after: BackgroundTasks,
@@ -158,7 +159,7 @@ async def cancel_operation(
 async def resume_operation(
     id: UUID,
     session: SessionDep,
-    _: CallerDep,
+    _: UserDep,
     dispatcher: DispatcherDep,
     after: BackgroundTasks,
     wish: ResumeRequest | None = None,
@@ -187,7 +188,7 @@ async def fork_operation(
     request: Request,
     response: Response,
     sessions: SessionsDep,
-    submitted_by: CallerDep,
+    user: UserDep,
     dispatcher: DispatcherDep,
     validator: ValidatorDep,
     settings: SettingsDep,
@@ -201,7 +202,7 @@ async def fork_operation(
 
     async def asked(session: AsyncSession) -> Question | None:
         wish = read(ForkRequest, body)
-        if not dry_run and await replay(session, submitted_by, idempotency_key, whole):
+        if not dry_run and await replay(session, user.name, idempotency_key, whole):
             return None
         if not (wish.overrides.config or wish.overrides.code):
             return None
@@ -214,9 +215,9 @@ async def fork_operation(
 
         async def make() -> UUID | None:
             wish = read(ForkRequest, body)
-            return await fork_if_there(session, id, wish, submitted_by, idempotency_key, whole, told)
+            return await fork_if_there(session, id, wish, user.name, idempotency_key, whole, told)
 
-        fork_id, is_new = await once(session, submitted_by, idempotency_key, whole, make)
+        fork_id, is_new = await once(session, user.name, idempotency_key, whole, make)
         operation = await queries.get(session, fork_id)
     response.status_code = 201 if is_new else 200
     after.add_task(dispatcher.wake)
@@ -234,7 +235,7 @@ async def replay_operation(
     request: Request,
     response: Response,
     session: SessionDep,
-    submitted_by: CallerDep,
+    user: UserDep,
     dispatcher: DispatcherDep,
     after: BackgroundTasks,
     idempotency_key: IdempotencyKey = None,
@@ -245,16 +246,16 @@ async def replay_operation(
 
     async def make() -> UUID | None:
         wish = read(ReplayRequest, body)
-        return await replay_if_there(session, id, wish, submitted_by, idempotency_key, whole)
+        return await replay_if_there(session, id, wish, user.name, idempotency_key, whole)
 
-    replay_id, is_new = await once(session, submitted_by, idempotency_key, whole, make)
+    replay_id, is_new = await once(session, user.name, idempotency_key, whole, make)
     response.status_code = 201 if is_new else 200
     after.add_task(dispatcher.wake)
     return await queries.get(session, replay_id)
 
 
 @router.get("/{id}/attempts", responses=refusals(401, 404))
-async def get_attempts(id: UUID, session: SessionDep, _: CallerDep) -> Attempts:
+async def get_attempts(id: UUID, session: SessionDep, _: ReaderDep) -> Attempts:
     """Its executions, the first one first: where each ran, from which step on, how it ended, whether it is exact."""
     return await queries.attempts(session, id)
 
@@ -263,7 +264,7 @@ async def get_attempts(id: UUID, session: SessionDep, _: CallerDep) -> Attempts:
 async def get_metrics(
     id: UUID,
     session: SessionDep,
-    _: CallerDep,
+    _: ReaderDep,
     name: Annotated[
         str | None, Query(description="which metric; without it their names, first and last points")
     ] = None,
@@ -284,7 +285,7 @@ async def get_metrics(
 
 
 @router.get("/{id}/checkpoints", responses=refusals(401, 404))
-async def get_checkpoints(id: UUID, session: SessionDep, _: CallerDep) -> Checkpoints:
+async def get_checkpoints(id: UUID, session: SessionDep, _: ReaderDep) -> Checkpoints:
     """Those that are committed, and those that are marked; `step` is the next one to run from there."""
     return await queries.checkpoints(session, id)
 
@@ -292,14 +293,14 @@ async def get_checkpoints(id: UUID, session: SessionDep, _: CallerDep) -> Checkp
 @router.delete(
     "/{id}/checkpoints/{checkpoint_id}", status_code=204, response_class=Response, responses=refusals(401, 404, 409)
 )
-async def delete_checkpoint(id: UUID, checkpoint_id: UUID, session: SessionDep, _: CallerDep) -> None:
+async def delete_checkpoint(id: UUID, checkpoint_id: UUID, session: SessionDep, _: UserDep) -> None:
     """Give up a checkpoint: it can no longer be used. Its files go within seconds, and its row after them."""
     if not await delete_if_unused(session, id, checkpoint_id):
         raise await explain_delete(session, id, checkpoint_id)
 
 
 @router.get("/{id}/artifacts", responses=refusals(401, 404))
-async def get_artifacts(id: UUID, session: SessionDep, _: CallerDep) -> Artifacts:
+async def get_artifacts(id: UUID, session: SessionDep, _: ReaderDep) -> Artifacts:
     """The files that a completed operation left: `model.safetensors`, its final model."""
     return await queries.artifacts(session, id)
 
@@ -312,7 +313,7 @@ async def get_artifacts(id: UUID, session: SessionDep, _: CallerDep) -> Artifact
     responses=FILE_ANSWERS | refusals(401, 404),
 )
 async def get_artifact(
-    id: UUID, artifact_id: UUID, sessions: SessionsDep, settings: SettingsDep, _: CallerDep
+    id: UUID, artifact_id: UUID, sessions: SessionsDep, settings: SettingsDep, _: ReaderDep
 ) -> Response:
     """The file itself, with ranges; its ETag is its SHA-256."""
     async with sessions.begin() as session:
@@ -321,7 +322,7 @@ async def get_artifact(
 
 
 @router.get("/{id}/events", responses=refusals(401, 404))
-async def get_events(id: UUID, session: SessionDep, _: CallerDep, after_seq: AfterSeq = 0) -> Events:
+async def get_events(id: UUID, session: SessionDep, _: ReaderDep, after_seq: AfterSeq = 0) -> Events:
     """Its history, oldest first, in pages: ask again with the last `seq`. `message` is a sentence for people."""
     return await queries.events(session, id, after_seq)
 
@@ -343,7 +344,7 @@ _LOG = {
 async def get_logs(
     id: UUID,
     session: SessionDep,
-    _: CallerDep,
+    _: ReaderDep,
     offset: Annotated[int, Query(gt=-(2**63), lt=2**63, description="in bytes; negative: so many before the end")] = 0,
     max_bytes: Annotated[int, Query(ge=1, le=4 * 2**20, description="of a body, at most")] = 2**20,
 ) -> Response:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Header, Request, Response
 from sqlalchemy.exc import SQLAlchemyError
 
 from ops_backend.database import Sessions
-from ops_backend.dependencies import CallerDep, SettingsDep, TelemetryDep
+from ops_backend.dependencies import ReaderDep, SettingsDep, TelemetryDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import gauges
 
@@ -25,7 +25,7 @@ _SCRAPE = {
 @router.get("/metrics", response_class=Response, responses={200: _SCRAPE, **refusals(401)})
 async def metrics(
     request: Request,
-    _: CallerDep,
+    _: ReaderDep,
     telemetry: TelemetryDep,
     settings: SettingsDep,
     accept: Annotated[str, Header(description="which of the two formats, as Prometheus sends it")] = "",

@@ -5,17 +5,18 @@ import secrets
 from fastapi import APIRouter, Request, Response
 
 from ops_backend.browsers import cookie_name, cookie_of, digest, from_our_page
-from ops_backend.dependencies import CallerDep, SessionDep, SettingsDep, is_token
+from ops_backend.dependencies import CallerDep, IdentitiesDep, ReaderDep, SessionDep, SettingsDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import logins
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.logins import BrowserSession, Login, LoginLink
+from ops_contract.tokens import Scope
 
 router = APIRouter(prefix="/session", tags=["session"], responses=refusals(401))
 
 
 @router.post("/links", status_code=201)
-async def make_link(session: SessionDep, user: CallerDep, settings: SettingsDep, response: Response) -> LoginLink:
+async def make_link(session: SessionDep, user: ReaderDep, settings: SettingsDep, response: Response) -> LoginLink:
     """A code that logs one browser in, once, within an hour: the dashboard at `/#login=<code>` takes it."""
     code = secrets.token_urlsafe(24)
     response.headers["Cache-Control"] = "no-store"
@@ -23,7 +24,14 @@ async def make_link(session: SessionDep, user: CallerDep, settings: SettingsDep,
 
 
 @router.post("", status_code=204, responses=refusals(422))
-async def log_in(wish: Login, request: Request, session: SessionDep, settings: SettingsDep, response: Response) -> None:
+async def log_in(
+    wish: Login,
+    request: Request,
+    session: SessionDep,
+    settings: SettingsDep,
+    identities: IdentitiesDep,
+    response: Response,
+) -> None:
     """A link's code or a token becomes a cookie, good for thirty days and for this server's own pages."""
     if not _may_log_in(request):
         raise OpsError(ErrorCode.UNAUTHENTICATED, "log in on this server's own page")
@@ -31,10 +39,11 @@ async def log_in(wish: Login, request: Request, session: SessionDep, settings: S
     if wish.code is not None:
         if await logins.trade(session, digest(settings, wish.code), digest(settings, secret)) is None:
             raise OpsError(ErrorCode.UNAUTHENTICATED, "this link was used or is too old; `ops dashboard` makes another")
-    elif is_token(wish.token or "", settings):
-        await logins.add_session(session, digest(settings, secret), "operator")
     else:
-        raise OpsError(ErrorCode.UNAUTHENTICATED, "not the token of this server; `ops up` keeps it in DIR/token")
+        user = await identities.of_token(wish.token or "")
+        if user is None or Scope.READ not in user.scope.allows:
+            raise OpsError(ErrorCode.UNAUTHENTICATED, "no token of a user here; `ops up` keeps one in DIR/token")
+        await logins.add_session(session, digest(settings, secret), user)
     response.headers["Cache-Control"] = "no-store"
     response.set_cookie(
         cookie_name(settings),
@@ -47,20 +56,24 @@ async def log_in(wish: Login, request: Request, session: SessionDep, settings: S
 
 
 @router.get("")
-async def get_session(request: Request, session: SessionDep, user: CallerDep, settings: SettingsDep) -> BrowserSession:
-    """Who asks."""
-    secret = cookie_of(request, settings)
-    found = await logins.find(session, digest(settings, secret)) if secret else None
-    return found or BrowserSession(user=user, expires_at=None)
+async def get_session(user: CallerDep) -> BrowserSession:
+    """Who asks, and what they may do."""
+    return BrowserSession(user=user.name, scope=user.scope, expires_at=user.expires_at)
 
 
 @router.delete("", status_code=204)
 async def log_out(
-    request: Request, session: SessionDep, _: CallerDep, settings: SettingsDep, response: Response
+    request: Request,
+    session: SessionDep,
+    _: CallerDep,
+    settings: SettingsDep,
+    identities: IdentitiesDep,
+    response: Response,
 ) -> None:
     """The cookie is worth nothing from now on."""
     if secret := cookie_of(request, settings):
         await logins.end(session, digest(settings, secret))
+        identities.forget()
     response.delete_cookie(cookie_name(settings), httponly=True, samesite="strict")
 
 

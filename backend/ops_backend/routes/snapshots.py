@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
-from ops_backend.dependencies import CallerDep, SessionDep, SessionsDep
+from ops_backend.dependencies import AgentDep, SessionDep, SessionsDep, UserDep
 from ops_backend.routes.errors import refusals
 from ops_backend.routes.raw_bodies import reads_bytes
 from ops_backend.store import snapshots
@@ -25,7 +25,7 @@ ARCHIVE = "application/octet-stream"
     responses={200: {"description": "it was here already"}, **refusals(401, 413, 422)},
     openapi_extra=reads_bytes(ARCHIVE),
 )
-async def put_snapshot(sha256: Digest, request: Request, sessions: SessionsDep, _: CallerDep) -> Response:
+async def put_snapshot(sha256: Digest, request: Request, sessions: SessionsDep, _: UserDep) -> Response:
     """Upload an archive. It stays while an operation refers to it, and for a day after it was last asked for."""
     archive = await _body(request)
     if hashlib.sha256(archive).hexdigest() != sha256:
@@ -36,7 +36,7 @@ async def put_snapshot(sha256: Digest, request: Request, sessions: SessionsDep, 
 
 
 @router.head("/{sha256}", responses=refusals(401, 404, 422))
-async def has_snapshot(sha256: Digest, session: SessionDep, _: CallerDep) -> None:
+async def has_snapshot(sha256: Digest, session: SessionDep, _: UserDep) -> None:
     """Whether it is here. If so it stays for a day more, and need not be sent."""
     if not await snapshots.has(session, sha256):
         raise _unknown(sha256)
@@ -47,8 +47,8 @@ async def has_snapshot(sha256: Digest, session: SessionDep, _: CallerDep) -> Non
     response_class=Response,
     responses={200: {"content": {ARCHIVE: {}}, "description": "a tar file"}, **refusals(401, 404, 422)},
 )
-async def get_snapshot(sha256: Digest, session: SessionDep, _: CallerDep) -> Response:
-    """The archive, as it was uploaded."""
+async def get_snapshot(sha256: Digest, session: SessionDep, _: AgentDep) -> Response:
+    """The archive, as it was uploaded: for the worker that is to run it."""
     archive = await snapshots.archive(session, sha256)
     if archive is None:
         raise _unknown(sha256)

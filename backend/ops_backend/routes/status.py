@@ -6,17 +6,21 @@ from uuid import UUID
 from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from fastapi.security import SecurityScopes
 from pydantic import TypeAdapter, ValidationError
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Send
+from starlette.types import Scope as Connection
 
-from ops_backend.dependencies import CallerDep, caller, status_reads_of
+from ops_backend.dependencies import ReaderDep, caller, status_reads_of
 from ops_backend.routes.errors import refusals
 from ops_backend.status_reads import StatusReads
 from ops_contract.operations import Operation
+from ops_contract.tokens import Scope
 from ops_contract.wire import API_PREFIX
 
 _PATH = f"{API_PREFIX}/operations/{{id}}"
 _UUID = TypeAdapter(UUID)
+_WANTED = SecurityScopes([Scope.READ])
 
 
 def install(app: FastAPI) -> None:
@@ -38,7 +42,7 @@ def install(app: FastAPI) -> None:
 async def get_operation(
     id: UUID,
     reads: Annotated[StatusReads, Depends(status_reads_of)],
-    _: CallerDep,
+    _: ReaderDep,
     if_none_match: Annotated[str | None, Header(description="an `ETag`; 304 while nothing has changed")] = None,
 ) -> Response:
     """The operation as it is now. Its ETag changes with it; sent back as If-None-Match, it spares the body."""
@@ -48,11 +52,11 @@ async def get_operation(
 class StatusRoute(APIRoute):
     """Gives its endpoint what the signature says, by hand: to solve it as dependencies costs more than the answer."""
 
-    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def handle(self, scope: Connection, receive: Receive, send: Send) -> None:
         if scope["method"] not in (self.methods or ()):
             return await super().handle(scope, receive, send)  # 405
         request = Request(scope)
-        user, reads = await caller(request), status_reads_of(request)
+        user, reads = await caller(request, _WANTED), status_reads_of(request)
         response = await get_operation(_id(request), reads, user, request.headers.get("if-none-match"))
         await response(scope, receive, send)
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Header, Query
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ops_backend.dependencies import CallerDep, StreamsDep
+from ops_backend.dependencies import ReaderDep, StreamsDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store.stream import Position
 from ops_backend.streams import Stream
@@ -69,7 +69,7 @@ _STREAM: dict[str, Any] = {
 async def stream_operation(
     id: UUID,
     streams: StreamsDep,
-    _: CallerDep,
+    _: ReaderDep,
     last_event_id: Annotated[str | None, Header(description="of the last message; EventSource sends it")] = None,
     after: Annotated[str | None, Query(description="the same; `0.0.0`: from the beginning")] = None,
 ) -> EventStream:

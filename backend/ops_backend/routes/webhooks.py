@@ -6,7 +6,7 @@ from uuid import UUID, uuid4
 from fastapi import APIRouter
 
 from ops_backend.bodies import sample_body
-from ops_backend.dependencies import CallerDep, SessionDep, SessionsDep, WebhookSenderDep
+from ops_backend.dependencies import AdminDep, SessionDep, SessionsDep, WebhookSenderDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import webhooks
 from ops_backend.store.submit import invalid
@@ -18,7 +18,7 @@ router = APIRouter(prefix="/webhooks", tags=["webhooks"], responses=refusals(401
 
 @router.post("", status_code=201, responses=refusals(409, 422))
 async def add_webhook(
-    wish: WebhookRequest, sessions: SessionsDep, _: CallerDep, sender: WebhookSenderDep
+    wish: WebhookRequest, sessions: SessionsDep, _: AdminDep, sender: WebhookSenderDep
 ) -> WebhookCreated:
     """Have ends of operations told to a URL. The secret that the requests are signed with is in this answer only."""
     try:
@@ -30,25 +30,25 @@ async def add_webhook(
 
 
 @router.get("")
-async def list_webhooks(session: SessionDep, _: CallerDep) -> Webhooks:
+async def list_webhooks(session: SessionDep, _: AdminDep) -> Webhooks:
     """All of them, without their secrets, and how the last delivery of each went."""
     return await webhooks.list_all(session)
 
 
 @router.get("/{id}/deliveries", responses=refusals(404, 422))
-async def list_deliveries(id: UUID, session: SessionDep, _: CallerDep) -> Deliveries:
+async def list_deliveries(id: UUID, session: SessionDep, _: AdminDep) -> Deliveries:
     """What was sent to it, what it answered, what is tried again: the newest hundred."""
     return await webhooks.deliveries(session, id)
 
 
 @router.delete("/{id}", status_code=204, responses=refusals(404, 422))
-async def remove_webhook(id: UUID, session: SessionDep, _: CallerDep) -> None:
+async def remove_webhook(id: UUID, session: SessionDep, _: AdminDep) -> None:
     """Tell it no more. What is still due to it goes too."""
     await webhooks.remove(session, id)
 
 
 @router.post("/{id}/test", responses=refusals(404, 422))
-async def send_sample(id: UUID, sessions: SessionsDep, _: CallerDep, sender: WebhookSenderDep) -> WebhookAnswer:
+async def send_sample(id: UUID, sessions: SessionsDep, _: AdminDep, sender: WebhookSenderDep) -> WebhookAnswer:
     """Send a made-up end, once and now, and say what the receiver answered. It is no delivery."""
     async with sessions.begin() as session:
         hook = await webhooks.find(session, id)

@@ -1,47 +1,46 @@
-"""Browsers that are logged in, and codes that log one in. Secrets are known by their digests only."""
+"""Browsers that are logged in, and codes that log one in. Secrets are known by their digests only.
+
+Whose they are is found in `identities`.
+"""
 
 from datetime import datetime
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ops_backend.store.identities import Identity
 from ops_backend.store.sql import statement
-from ops_contract.logins import BrowserSession
 
 LINK_S = 3600.0
 SESSION_S = 30 * 86_400.0
 
 ADD = statement("""
     WITH ended AS (DELETE FROM logins WHERE expires_at <= now())
-    INSERT INTO logins (digest, kind, submitter, expires_at)
-    VALUES (:digest, :login_kind, :submitter, now() + make_interval(secs => :lasts_s))
+    INSERT INTO logins (digest, kind, submitter, token_id, expires_at)
+    VALUES (:digest, :login_kind, :submitter, :token_id, now() + make_interval(secs => :lasts_s))
     RETURNING expires_at
 """)
 
 # Of two that come with the same code, the second waits for the first one's DELETE, and finds nothing.
 TRADE = statement("""
     WITH used AS (
-        DELETE FROM logins WHERE digest = :code_digest AND kind = 'link' AND expires_at > now() RETURNING submitter
+        DELETE FROM logins WHERE digest = :code_digest AND kind = 'link' AND expires_at > now()
+        RETURNING submitter, token_id
     )
-    INSERT INTO logins (digest, kind, submitter, expires_at)
-    SELECT :digest, 'session', submitter, now() + make_interval(secs => :lasts_s) FROM used
+    INSERT INTO logins (digest, kind, submitter, token_id, expires_at)
+    SELECT :digest, 'session', submitter, token_id, now() + make_interval(secs => :lasts_s) FROM used
     RETURNING expires_at
-""")
-
-FIND = statement("""
-    SELECT submitter AS user, expires_at FROM logins
-     WHERE digest = :digest AND kind = 'session' AND expires_at > now()
 """)
 
 END = statement("DELETE FROM logins WHERE digest = :digest AND kind = 'session'")
 
 
-async def add_link(session: AsyncSession, digest: bytes, submitter: str) -> datetime:
+async def add_link(session: AsyncSession, digest: bytes, user: Identity) -> datetime:
     """Returns until when it is good."""
-    return await _add(session, digest, "link", submitter, LINK_S)
+    return await _add(session, digest, "link", user, LINK_S)
 
 
-async def add_session(session: AsyncSession, digest: bytes, submitter: str) -> datetime:
-    return await _add(session, digest, "session", submitter, SESSION_S)
+async def add_session(session: AsyncSession, digest: bytes, user: Identity) -> datetime:
+    return await _add(session, digest, "session", user, SESSION_S)
 
 
 async def trade(session: AsyncSession, code_digest: bytes, digest: bytes) -> datetime | None:
@@ -52,17 +51,11 @@ async def trade(session: AsyncSession, code_digest: bytes, digest: bytes) -> dat
     return found
 
 
-async def find(session: AsyncSession, digest: bytes) -> BrowserSession | None:
-    row = (await session.execute(FIND, {"digest": digest})).one_or_none()
-    return BrowserSession(**row._mapping) if row else None
-
-
 async def end(session: AsyncSession, digest: bytes) -> None:
     await session.execute(END, {"digest": digest})
 
 
-async def _add(session: AsyncSession, digest: bytes, kind: str, submitter: str, lasts_s: float) -> datetime:
-    expires_at: datetime = await session.scalar(
-        ADD, {"digest": digest, "login_kind": kind, "submitter": submitter, "lasts_s": lasts_s}
-    )
+async def _add(session: AsyncSession, digest: bytes, kind: str, user: Identity, lasts_s: float) -> datetime:
+    values = {"digest": digest, "login_kind": kind, "submitter": user.name, "token_id": user.token_id}
+    expires_at: datetime = await session.scalar(ADD, values | {"lasts_s": lasts_s})
     return expires_at

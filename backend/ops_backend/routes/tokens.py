@@ -1,0 +1,35 @@
+"""Who may do what."""
+
+from uuid import UUID
+
+from fastapi import APIRouter, Response
+
+from ops_backend.dependencies import AdminDep, IdentitiesDep, SessionDep
+from ops_backend.routes.errors import refusals
+from ops_backend.store import tokens
+from ops_contract.tokens import TokenCreated, TokenRequest, Tokens
+
+router = APIRouter(prefix="/tokens", tags=["tokens"], responses=refusals(401))
+
+
+@router.post("", status_code=201, responses=refusals(409, 422))
+async def create_token(wish: TokenRequest, session: SessionDep, user: AdminDep, response: Response) -> TokenCreated:
+    """A token of one scope for one person, program or group of workers. It is in this answer only."""
+    response.headers["Cache-Control"] = "no-store"
+    return await tokens.add(session, wish, user.name)
+
+
+@router.get("")
+async def list_tokens(session: SessionDep, _: AdminDep) -> Tokens:
+    """All that were ever made, the oldest first, and when each was last used."""
+    return await tokens.list_all(session)
+
+
+@router.delete("/{id}", status_code=204, responses=refusals(404, 422))
+async def revoke_token(id: UUID, session: SessionDep, _: AdminDep, identities: IdentitiesDep) -> None:
+    """It opens nothing any more: here at once, at other API processes within seconds.
+
+    The browsers that it logged in and the workers that it registered are shut out with it.
+    """
+    await tokens.revoke(session, id)
+    identities.forget()
