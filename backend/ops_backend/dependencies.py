@@ -117,7 +117,7 @@ async def caller(
         if scope not in identity.scope.allows:
             raise OpsError(
                 ErrorCode.FORBIDDEN,
-                f"this wants a token of scope {scope!r}, and this one has {identity.scope!r}; "
+                f"this wants a token of scope '{scope}', and this one has '{identity.scope}'; "
                 "`ops tokens create` of an admin makes one",
                 wanted=scope,
                 scope=identity.scope,

@@ -28,6 +28,7 @@ from ops_cli import (
     read,
     replay,
     service,
+    tokens,
     top,
     up,
     watch,
@@ -44,7 +45,7 @@ SECTIONS = {
     "Watch": "list status top watch logs events attempts",
     "Act": "cancel resume fork replay",
     "Results": "metrics plot compare energy artifacts download export code",
-    "Keep in order": "checkpoints delete cleanup workers webhooks",
+    "Keep in order": "checkpoints delete cleanup workers webhooks tokens",
 }
 
 
@@ -172,6 +173,7 @@ for part in (
     watch,
     top,
     logs,
+    tokens,
     webhooks,
     doctor,
 ):

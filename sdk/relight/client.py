@@ -54,6 +54,7 @@ from ops_contract.operations import (
 )
 from ops_contract.problems import offer
 from ops_contract.reports import Exactness
+from ops_contract.tokens import TokenCreated, TokenRequest, Tokens, TokenView
 from ops_contract.webhooks import (
     Deliveries,
     DeliveryView,
@@ -517,6 +518,17 @@ class Client:
         """Logs one browser in, once, within an hour."""
         link = self._parse(self._call("POST", "/session/links", repeatable=True), LoginLink)
         return f"{self.server.url.rstrip('/')}/#login={link.code}"
+
+    def create_token(self, wish: TokenRequest) -> TokenCreated:
+        """Keep the `token` of the answer: it is not shown again. Needs one of scope admin."""
+        return self._parse(self._post("/tokens", wish), TokenCreated)
+
+    def tokens(self) -> Sequence[TokenView]:
+        """Revoked ones too."""
+        return self._get("/tokens", Tokens).items
+
+    def revoke_token(self, token_id: UUID | str) -> None:
+        self._call("DELETE", f"/tokens/{token_id}")
 
     def add_webhook(
         self,

@@ -77,6 +77,26 @@ def test_a_training_from_submit_to_curve(service: Service, environ: dict[str, st
     assert "┴" in "".join(drawn), "where attempt 2 went on"
 
 
+def test_a_token_is_made_used_and_revoked(service: Service, environ: dict[str, str]) -> None:
+    told, token = seen(environ, "tokens", "create", "ana", "--scope", "read", "--expires", "30d")
+    assert told.startswith("ana may read until ")
+    try:
+        hers = environ | {"OPS_API_TOKEN": token}
+        seen(hers, "list")
+        with Terminal(hers, "cancel", UUID(int=0)) as refused:
+            assert refused.leave() == ExitCode.FAILED
+            assert "this wants a token of scope 'operate', and this one has 'read'" in refused.text
+        header, row = seen(environ, "tokens", "list")
+        assert header.split() == ["ID", "NAME", "SCOPE", "MADE", "BY", "MADE", "LAST", "USED", "ENDS"]
+        assert row.split()[1:4] == ["ana", "read", "operator"]
+        assert row.endswith(" in 30d00h")
+        assert "never" not in row
+    finally:
+        assert seen(environ, "tokens", "revoke", "ana") == ["Revoked ana"]
+    with Terminal(hers, "list") as refused:
+        assert refused.leave() == ExitCode.FAILED
+
+
 @pytest.mark.slow
 def test_output_is_followed_and_left(service: Service, environ: dict[str, str]) -> None:
     id = service.client.submit({"command": ["sh", "-c", "echo hello; sleep 1000"]}).id

@@ -34,6 +34,9 @@ etag=$(sed -n 's/^etag: *//Ip' headers.txt | tr -d '\r')
 [ "$(curl -s -H "$AUTH" -H "If-None-Match: $etag" $API/operations/$ID -w '%{http_code}')" = 304 ] || fail "unchanged, and no 304"
 next_block # a resume
 says '"step"'
+next_block # a token that only looks
+says forbidden
+[ "$(curl -s -H "$LOOKS" $API/operations -o /dev/null -w '%{http_code}')" = 401 ] || fail "a revoked token opens"
 next_block # what is refused
 saw 'not_found
 not_resumable

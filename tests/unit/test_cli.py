@@ -62,6 +62,7 @@ from ops_contract.operations import (
     WorkloadView,
 )
 from ops_contract.reports import Fault
+from ops_contract.tokens import TokenCreated, Tokens, TokenView
 from ops_contract.webhooks import Deliveries, WebhookAnswer, WebhookCreated, Webhooks, WebhookView
 from ops_contract.wire import API_PREFIX, Wire
 from relight.manifest import FileEntry, Manifest
@@ -97,6 +98,7 @@ class Api:
     ledger: EnergyLedger | None = None
     windows: list[BookedWindow] = field(default_factory=list)
     webhooks: list[WebhookView] = field(default_factory=list)
+    tokens: list[TokenView] = field(default_factory=list)
     snapshot: bytes = b""
     asked: list[str] = field(default_factory=list)
     cleanups: list[CleanupRequest] = field(default_factory=list)
@@ -273,6 +275,15 @@ def app_of(api: Api) -> FastAPI:
     async def test_webhook(id: UUID) -> Response:
         return answer(WebhookAnswer(delivered=True, http_status=204, answer=""))
 
+    @app.get(f"{API_PREFIX}/tokens")
+    async def tokens() -> Response:
+        return answer(Tokens(items=api.tokens))
+
+    @app.post(f"{API_PREFIX}/tokens")
+    async def create_token() -> Response:
+        return answer(TokenCreated(**api.tokens[0].model_dump(), token="rlt_"), 201)
+
+    @app.delete(f"{API_PREFIX}/tokens/{{id}}")
     @app.delete(f"{API_PREFIX}/webhooks/{{id}}")
     @app.post(f"{API_PREFIX}/session/links")
     @app.get(f"{API_PREFIX}/operations/{{id}}/logs")

@@ -20,6 +20,7 @@ from ops_cli.main import SECTIONS, app
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status
+from ops_contract.tokens import TokenView
 from ops_contract.webhooks import WebhookView
 from relight.packing import pack
 
@@ -28,6 +29,7 @@ __all__ = ["api", "ops"]  # fixtures
 OPS = Path(sys.executable).with_name("ops")
 
 ID, OTHER = "11111111-0000-4000-8000-000000000000", "22222222-0000-4000-8000-000000000000"
+AT = "2026-01-01T00:00:00Z"
 WEBHOOK = "33333333-0000-4000-8000-000000000000"
 
 
@@ -62,6 +64,8 @@ COMMANDS = {
     "webhooks deliveries": Row(WEBHOOK),
     "webhooks test": Row(WEBHOOK),
     "webhooks add": Row("http://127.0.0.1:9/"),
+    "tokens create": Row("ana --scope read --expires 90d"),
+    "tokens list": Row(),
     "doctor": Row(server=False),  # it works with the service down, and says what is wrong
     "pack": Row("code", server=False),
     "schema": Row(text="it is JSON", server=False),
@@ -83,6 +87,7 @@ COMMANDS = {
     "delete": Row(f"{ID} --yes", text="the exit code says it"),
     "checkpoints delete": Row(f"{ID} 1234", text="the exit code says it"),
     "webhooks remove": Row(WEBHOOK, text="the exit code says it"),
+    "tokens revoke": Row("33333333", text="the exit code says it"),
     "init": Row(text="writes files", **LOCAL),
     "workloads check": Row(text="a report for the author", **LOCAL),
     **{name: Row(text="a process of the service", **LOCAL) for name in ("up", "demo", "server", "worker", "db")},
@@ -119,8 +124,11 @@ def filled(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
     api.workers = [worker(name="w", url=api.url)]
     known = {"id": WEBHOOK, "url": "http://h/", "format": "json", "statuses": ["failed"], "failures": 0}
     none = dict.fromkeys(("label", "stopped_at", "last", "next_try_at"))
-    told = {"description": "", "created_at": "2026-01-01T00:00:00Z"}
+    told = {"description": "", "created_at": AT}
     api.webhooks = [WebhookView.model_validate(known | none | told)]
+    never = dict.fromkeys(("expires_at", "last_used_at", "revoked_at"))
+    known = {"id": WEBHOOK, "name": "ana", "scope": "read", "created_by": "operator", "created_at": AT}
+    api.tokens = [TokenView.model_validate(known | never)]
     monkeypatch.setattr("relight.client.BACKOFF_S", 0.0)
     return api
 

@@ -6,6 +6,7 @@ import { ago, count, duration, measured, percent, secondsBetween, short, UNKNOWN
 import { problem } from "./notice.js";
 import { poll } from "./poll.js";
 import { adjust, go, link } from "./router.js";
+import { may } from "./session.js";
 import { chip, icon, STATUSES } from "./status.js";
 
 const POLL_MS = 2000;
@@ -64,7 +65,7 @@ export function list(main, _, query) {
         "div",
         { class: "heading" },
         h("h1", {}, "Operations"),
-        h("a", { class: "button primary", href: "#/new" }, "New operation"),
+        may("operate") && h("a", { class: "button primary", href: "#/new" }, "New operation"),
       ),
       filters(),
       failed && problem(failed, polling.now),

@@ -40,13 +40,16 @@ export function login(main, why, entered) {
       h(
         "form",
         { onsubmit: submit },
-        h("label", { for: "token" }, "Or the token of this server"),
+        h("label", { for: "token" }, "Or a token"),
         token,
         h(
           "p",
           { id: "token-help", class: "quiet" },
+          "An admin makes one with ",
+          h("code", {}, "ops tokens create"),
+          "; ",
           h("code", {}, "ops up"),
-          " keeps it in DIR/token, mostly ",
+          " keeps its own in DIR/token, mostly ",
           h("code", {}, "~/.local/share/relight/token"),
           ".",
         ),

@@ -4,6 +4,7 @@ import { connection, get, send } from "./api.js";
 import { h, render } from "./dom.js";
 import { here, link } from "./router.js";
 import { login } from "./login.js";
+import * as session from "./session.js";
 import { say } from "./notice.js";
 import * as shortcuts from "./shortcuts.js";
 import * as theme from "./theme.js";
@@ -25,7 +26,6 @@ const PLACES = [
 
 /** @type {{name: string, page: {stop(): void, update?(path: string[], query: URLSearchParams): boolean}} | null} */
 let shown = null;
-let user = null;
 let away = false;
 let asking = false;
 
@@ -62,7 +62,7 @@ async function enter(code) {
     refused = error;
   }
   try {
-    user = (await get("/session")).user;
+    session.enter(await get("/session"));
     frame();
     show();
   } catch (error) {
@@ -78,7 +78,7 @@ function askToLogIn(why) {
   if (asking) return;
   asking = true;
   leave();
-  user = null;
+  session.enter(null);
   frame();
   document.title = "Log in · Relight";
   login(main, why, () => {
@@ -98,7 +98,7 @@ function show() {
     asking = false;
     return enter(code);
   }
-  if (!user) return;
+  if (!session.user()) return;
   const { path, query } = here();
   const name = path[0] in PAGES ? path[0] : "";
   if (shown?.name === name && shown.page.update?.(path.slice(1), query)) return frame();
@@ -123,11 +123,11 @@ function frame() {
       { class: "brand", href: "#/", "aria-label": "Relight, all operations" },
       h("span", { "aria-hidden": "true" }, "Relight"),
     ),
-    user &&
+    session.user() &&
       h(
         "nav",
         { "aria-label": "Pages" },
-        PLACES.map(([name, text]) =>
+        PLACES.filter(([name]) => name !== "new" || session.may("operate")).map(([name, text]) =>
           h("a", { href: link(name), "aria-current": place === name ? "page" : undefined }, text),
         ),
       ),
@@ -147,7 +147,8 @@ function frame() {
         "?",
         h("span", { class: "hidden" }, " Keyboard shortcuts"),
       ),
-      user && h("button", { type: "button", class: "plain", onclick: logOut }, "Log out"),
+      session.user() &&
+        h("button", { type: "button", class: "plain", title: session.said(), onclick: logOut }, "Log out"),
     ),
   );
 }

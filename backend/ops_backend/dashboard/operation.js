@@ -8,6 +8,7 @@ import { energy } from "./energy.js";
 import { problem } from "./notice.js";
 import { poll } from "./poll.js";
 import { adjust } from "./router.js";
+import { may } from "./session.js";
 import { CANCELLABLE, RESUMABLE, TERMINAL } from "./status.js";
 import { stream } from "./stream.js";
 import { summary } from "./summary.js";
@@ -188,6 +189,7 @@ export function operation(main, [id], query) {
   /** What may be done now, in words. */
   function offers() {
     const { status } = shown;
+    if (!may("operate")) return {};
     return {
       c:
         (CANCELLABLE.has(status) && ["Cancel", () => actions.cancel(shown, refresh)]) ||

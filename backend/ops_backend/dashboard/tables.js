@@ -17,6 +17,7 @@ import {
   UNKNOWN,
   words,
 } from "./format.js";
+import { may } from "./session.js";
 import { redoneAfter } from "./summary.js";
 import { stateOf } from "./timeline.js";
 import { chip, RESUMABLE } from "./status.js";
@@ -153,7 +154,7 @@ export function checkpoints(operation, all, changed) {
     .slice(0, MOST)
     .map(checkpoint => {
       const { id, step, status } = checkpoint;
-      const usable = status === "committed";
+      const usable = status === "committed" && may("operate");
       const own = checkpoint.operation_id === operation.id;
       return h(
         "tr",

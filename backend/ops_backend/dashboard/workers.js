@@ -7,6 +7,7 @@ import { ago, bytes, measured, percent, plural, short, words } from "./format.js
 import { problem, say } from "./notice.js";
 import { poll } from "./poll.js";
 import { link } from "./router.js";
+import { may } from "./session.js";
 
 const POLL_MS = 3000;
 
@@ -119,6 +120,7 @@ export function workers(main) {
         ),
       ),
       live &&
+        may("admin") &&
         h(
           "div",
           { class: "buttons" },

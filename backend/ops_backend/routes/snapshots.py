@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
-from ops_backend.dependencies import AgentDep, SessionDep, SessionsDep, UserDep
+from ops_backend.dependencies import CallerDep, SessionDep, SessionsDep, UserDep
 from ops_backend.routes.errors import refusals
 from ops_backend.routes.raw_bodies import reads_bytes
 from ops_backend.store import snapshots
@@ -47,8 +47,8 @@ async def has_snapshot(sha256: Digest, session: SessionDep, _: UserDep) -> None:
     response_class=Response,
     responses={200: {"content": {ARCHIVE: {}}, "description": "a tar file"}, **refusals(401, 404, 422)},
 )
-async def get_snapshot(sha256: Digest, session: SessionDep, _: AgentDep) -> Response:
-    """The archive, as it was uploaded: for the worker that is to run it."""
+async def get_snapshot(sha256: Digest, session: SessionDep, _: CallerDep) -> Response:
+    """The archive, as it was uploaded: for users and for the workers that run it."""
     archive = await snapshots.archive(session, sha256)
     if archive is None:
         raise _unknown(sha256)

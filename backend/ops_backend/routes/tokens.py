@@ -25,7 +25,7 @@ async def list_tokens(session: SessionDep, _: AdminDep) -> Tokens:
     return await tokens.list_all(session)
 
 
-@router.delete("/{id}", status_code=204, responses=refusals(404, 422))
+@router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(404, 422))
 async def revoke_token(id: UUID, session: SessionDep, _: AdminDep, identities: IdentitiesDep) -> None:
     """It opens nothing any more: here at once, at other API processes within seconds.
 
