@@ -115,13 +115,8 @@ async def caller(
     identity = await identified(request)
     for scope in wanted.scopes:
         if scope not in identity.scope.allows:
-            raise OpsError(
-                ErrorCode.FORBIDDEN,
-                f"this wants a token of scope '{scope}', and this one has '{identity.scope}'; "
-                "`ops tokens create` of an admin makes one",
-                wanted=scope,
-                scope=identity.scope,
-            )
+            message = f"it takes a token of scope {scope}, not {identity.scope}; an admin makes one"
+            raise OpsError(ErrorCode.FORBIDDEN, message, wanted=scope, scope=identity.scope)
     return identity
 
 
@@ -136,10 +131,8 @@ async def identified(request: Request) -> Identity:
     else:
         found = None
     if found is None:
-        raise OpsError(
-            ErrorCode.UNAUTHENTICATED,
-            "send `Authorization: Bearer <token>`, neither expired nor revoked; `ops up` keeps its own in DIR/token",
-        )
+        message = "no valid token: `Authorization: Bearer TOKEN`, of DIR/token of `ops up`"
+        raise OpsError(ErrorCode.UNAUTHENTICATED, message)
     return found
 
 

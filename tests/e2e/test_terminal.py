@@ -85,11 +85,11 @@ def test_a_token_is_made_used_and_revoked(service: Service, environ: dict[str, s
         seen(hers, "list")
         with Terminal(hers, "cancel", UUID(int=0)) as refused:
             assert refused.leave() == ExitCode.FAILED
-            assert "this wants a token of scope 'operate', and this one has 'read'" in refused.text
+            assert "it takes a token of scope operate, not read" in refused.text
         header, row = seen(environ, "tokens", "list")
         assert header.split() == ["ID", "NAME", "SCOPE", "MADE", "BY", "MADE", "LAST", "USED", "ENDS"]
         assert row.split()[1:4] == ["ana", "read", "operator"]
-        assert row.endswith(" in 30d00h")
+        assert " in 29d23h" in row
         assert "never" not in row
     finally:
         assert seen(environ, "tokens", "revoke", "ana") == ["Revoked ana"]
