@@ -17,6 +17,7 @@ from helpers.browser import Tab, chromium, needs_chromium
 from helpers.databases import Databases, connect, embedded_postgres
 from helpers.service import Service, running_service
 from helpers.showcase import LARGE, STORMY, fill
+from ops_contract.tokens import Scope, TokenRequest
 
 pytestmark = [needs_chromium, pytest.mark.slow, pytest.mark.usefixtures("lab")]
 
@@ -107,6 +108,30 @@ def test_axe_finds_nothing_serious(browser: Browser, lab: Service, scheme: str) 
         page.get_by_role("button", name="Log out").click()
         expect(page.get_by_role("heading", name="Log in to Relight")).to_be_visible()
         assert serious(page) == []
+
+
+def test_who_may_only_read_is_offered_nothing_else(browser: Browser, lab: Service) -> None:
+    reader = lab.client.create_token(TokenRequest(name="reader", scope=Scope.READ))
+    tab = Tab(browser, lab.url)
+    tab.expected += ["status of 401", "status of 403"]
+    page = tab.page
+    page.goto(lab.url)
+    page.get_by_label("Or a token").fill(reader.token)
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("table")).to_be_visible()
+
+    expect(page.get_by_role("link", name="New operation")).to_have_count(0)
+    for fragment in (f"/operations/{STORMY}", f"/operations/{STORMY}?tab=checkpoints"):
+        show(tab, fragment, "pretrain-small-stormy")
+        for action in ("Cancel", "Resume", "Fork", "Delete"):
+            expect(page.get_by_role("button", name=action)).to_have_count(0)
+    show(tab, "/workers", "Workers")
+    expect(page.get_by_role("button", name="Drain")).to_have_count(0)
+    expect(page.get_by_title("Logged in as reader, who may read")).to_be_visible()
+
+    lab.client.revoke_token(reader.id)
+    expect(page.get_by_role("heading", name="Log in to Relight")).to_be_visible()
+    tab.close()
 
 
 def serious(page: Page) -> list[str]:
