@@ -117,6 +117,7 @@ async def test_a_successor_books_what_a_killed_agent_had_not_once(api, tmp_path:
     async with running_agent(api, tmp_path, first=METERED) as successor:
         await successor.ready()
         await eventually(lambda: has(hold, Use.UNATTRIBUTED))
+        await eventually(lambda: len(successor.outboxes()) == 1)  # its own
         successor.process.send_signal(signal.SIGTERM)
         await successor.exit_code()
 

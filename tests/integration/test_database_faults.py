@@ -108,7 +108,7 @@ async def test_a_report_that_waits_for_a_lock_too_long_is_a_503_and_counts_once_
 async def test_requests_that_take_all_connections_keep_no_heartbeat_waiting(store: Store, database_url: str) -> None:
     await store.worker()
     run = await store.running()
-    app = api_on(database_url, lease_s=4, db_pool_size=1)
+    app = api_on(database_url, lease_s=8, db_pool_size=1)
     async with serving(app) as api:
         async with app.state.sessions.begin() as slow_request:
             await slow_request.execute(text("SELECT 1"))
