@@ -8,6 +8,7 @@ from importlib.metadata import version
 import httpx
 from fastapi import FastAPI
 
+from ops_backend.addresses import Names
 from ops_backend.announcer import Announcer
 from ops_backend.database import Limits, Sessions
 from ops_backend.dispatcher import Dispatcher
@@ -98,6 +99,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.sessions = requests = Sessions(url, settings.db_pool_size, limits)
     app.state.vital_sessions = sessions = Sessions(url, VITAL_CONNECTIONS, limits)
     app.state.identities = Identities(settings, sessions)
+    app.state.names = names = Names()
     app.state.status_reads = reads = StatusReads(requests)
     app.state.scrape_sessions = scrapes = Sessions(url, 1, Limits(SCRAPE_S, SCRAPE_S))
     app.state.patient_sessions = patient = Sessions(url, 1 + EXPORTS, Limits(limits.wait_s, EXPORT_S))
@@ -105,7 +107,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings, telemetry)
         app.state.validator = Validator(http)
         app.state.streams = streams = Streams(requests, settings.poll_s, settings.max_streams)
-        app.state.webhook_sender = sender = WebhookSender()
+        app.state.webhook_sender = sender = WebhookSender(names)
         reaper = Reaper(sessions, settings.lease_s, settings.tick_s, telemetry, dispatcher.wake)
         sweeper = Sweeper(sessions, settings.storage_root, settings.tick_s)
         orphans = OrphanSweeper(sessions, settings.storage_root, settings.orphan_sweep_s)

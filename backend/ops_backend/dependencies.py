@@ -11,6 +11,7 @@ from fastapi.security import SecurityScopes
 from fastapi.security.base import SecurityBase
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ops_backend.addresses import Names
 from ops_backend.browsers import cookie_of
 from ops_backend.database import Sessions
 from ops_backend.identities import Identities
@@ -65,6 +66,10 @@ def sessions_of(request: Request) -> Sessions:
 
 def identities_of(request: Request) -> Identities:
     return cast(Identities, request.app.state.identities)
+
+
+def names_of(request: Request) -> Names:
+    return cast(Names, request.app.state.names)
 
 
 def status_reads_of(request: Request) -> StatusReads:
@@ -136,6 +141,35 @@ async def identified(request: Request) -> Identity:
     return found
 
 
+class Agent:
+    """A registered worker, by its own credential."""
+
+    def __init__(self, incarnation: UUID) -> None:
+        self._incarnation = incarnation
+
+    def speaks_for(self, incarnation: UUID) -> None:
+        """Raises 403 for another."""
+        if incarnation != self._incarnation:
+            raise OpsError(ErrorCode.FORBIDDEN, f"this is the credential of worker {self._incarnation}, and no other's")
+
+
+CallerDep = Annotated[Identity, Security(caller)]
+
+
+async def registrar(identity: CallerDep) -> Identity:
+    """Raises 403 for the credential of a worker: it registers no other."""
+    if identity.incarnation is not None:
+        raise OpsError(ErrorCode.FORBIDDEN, "a worker registers with a token, not with the credential of another")
+    return identity
+
+
+async def agent(identity: CallerDep) -> Agent:
+    """Raises 403 for a token, whatever its scope: nobody speaks for a worker but itself."""
+    if identity.incarnation is None:
+        raise OpsError(ErrorCode.FORBIDDEN, "it takes the credential with which a worker registered, and no token")
+    return Agent(identity.incarnation)
+
+
 SessionsDep = Annotated[Sessions, Depends(sessions_of)]
 PatientSessionsDep = Annotated[Sessions, Depends(patient_sessions_of)]
 ExportTurnsDep = Annotated[asyncio.Semaphore, Depends(export_turns_of)]
@@ -147,9 +181,10 @@ StreamsDep = Annotated[Streams, Depends(streams_of)]
 WebhookSenderDep = Annotated[WebhookSender, Depends(webhook_sender_of)]
 SessionDep = Annotated[AsyncSession, Depends(session_of, scope="function")]
 VitalSessionDep = Annotated[AsyncSession, Depends(vital_session_of, scope="function")]
-CallerDep = Annotated[Identity, Security(caller)]
 ReaderDep = Annotated[Identity, Security(caller, scopes=[Scope.READ])]
 UserDep = Annotated[Identity, Security(caller, scopes=[Scope.OPERATE])]
 AdminDep = Annotated[Identity, Security(caller, scopes=[Scope.ADMIN])]
-AgentDep = Annotated[Identity, Security(caller, scopes=[Scope.WORKER])]
+RegistrarDep = Annotated[Identity, Security(registrar, scopes=[Scope.WORKER])]
+AgentDep = Annotated[Agent, Security(agent, scopes=[Scope.WORKER])]
+NamesDep = Annotated[Names, Depends(names_of)]
 IdentitiesDep = Annotated[Identities, Depends(identities_of)]

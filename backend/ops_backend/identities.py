@@ -11,6 +11,7 @@ from ops_backend.database import Sessions
 from ops_backend.settings import Settings
 from ops_backend.store import identities
 from ops_backend.store.identities import Identity
+from ops_contract.agents import CREDENTIAL_PREFIX
 from ops_contract.tokens import OPERATOR, WORKERS, Scope, token_digest, workers_token
 
 KNOWN_S = 2.0
@@ -33,7 +34,8 @@ class Identities:
             return Identity(OPERATOR, Scope.ADMIN)
         if hmac.compare_digest(token.encode(), self._workers):
             return Identity(WORKERS, Scope.WORKER)
-        return await self._known_or(token_digest(token), identities.of_token)
+        find = identities.of_worker if token.startswith(CREDENTIAL_PREFIX) else identities.of_token
+        return await self._known_or(token_digest(token), find)
 
     async def of_cookie(self, secret: str) -> Identity | None:
         return await self._known_or(digest(self._settings, secret), identities.of_login)

@@ -6,6 +6,7 @@ from typing import Self
 
 from pydantic import BaseModel, DirectoryPath, Field, ValidationError, field_validator
 
+from ops_backend.addresses import allowed
 from ops_backend.database import Limits
 
 
@@ -49,6 +50,11 @@ class Settings(BaseModel):
         ge=1,
         description="how many clients may watch by `GET …/stream` at a time, of each API; one more is a 503",
     )
+    worker_allow: str = Field(
+        "",
+        description="where workers may be called beside the address that they register from: names, addresses and "
+        "networks (`10.1.0.0/16`), with commas",
+    )
     carbon_g_per_kwh: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="grams of CO2 that a kilowatt-hour causes; else carbon is null"
     )
@@ -67,6 +73,12 @@ class Settings(BaseModel):
     @classmethod
     def _with_our_driver(cls, url: str) -> str:
         return with_our_driver(url)
+
+    @field_validator("worker_allow")
+    @classmethod
+    def _allow_list(cls, text: str) -> str:
+        allowed(text)
+        return text
 
     @property
     def heartbeat_s(self) -> float:

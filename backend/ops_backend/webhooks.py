@@ -4,34 +4,23 @@ import asyncio
 import base64
 import hmac
 import secrets
-import socket
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime
-from functools import partial
-from ipaddress import IPv6Address, ip_address
+from ipaddress import ip_address
 from urllib.request import getproxies, proxy_bypass
 from uuid import UUID
 
 import httpx
 
+from ops_backend.addresses import LOOK_UP_S, Names, Refused
 from ops_backend.store.webhooks import Hook
 from ops_contract.webhooks import WebhookAnswer
 
 SEND_S = 10.0
 CONNECT_S = 3.0  # to each of its addresses
-LOOK_UP_S = 3.0
-LOOK_UPS = 4
 READ_S = 2.0
 ANSWER_BYTES = 500
 SECRET_PREFIX = "whsec_"
-
-# Beside the link-local addresses: where clouds tell their machines credentials.
-METADATA = frozenset(ip_address(address) for address in ("fd00:ec2::254", "100.100.100.200", "192.0.0.192"))
-
-
-class Refused(Exception):
-    """Nothing is sent to that address."""
 
 
 def new_secret() -> str:
@@ -47,10 +36,9 @@ def signature(secret: str, id: str, timestamp_s: int, body: bytes) -> str:
 class WebhookSender:
     """A connection a request: one to the same address may be another receiver's."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Names) -> None:
         self._tls = httpx.create_ssl_context()
-        # Names that nobody answers for must not take the threads in which the dispatcher looks up its workers.
-        self._look_ups = ThreadPoolExecutor(LOOK_UPS, "webhook-names")
+        self._names = names
 
     async def check(self, url: str) -> None:
         """Raises Refused. A name that is not known yet passes: it is looked up again whenever something is sent."""
@@ -87,14 +75,7 @@ class WebhookSender:
             return await _request(http, targets[-1], url, headers, body)
 
     async def _addresses(self, url: httpx.URL) -> list[str]:
-        """All that the name has. Raises Refused when one of them is not sent to, OSError when there is none."""
-        name = url.raw_host.decode()
-        look_up = partial(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM)
-        found = await asyncio.get_running_loop().run_in_executor(self._look_ups, look_up)
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-        for address in addresses:
-            _look_at(address)
-        return addresses
+        return await self._names.addresses(url.raw_host.decode())
 
 
 async def _request(
@@ -144,14 +125,6 @@ def _proxy(url: httpx.URL) -> str | None:
         return None
     proxies = getproxies()
     return proxies.get(url.scheme) or proxies.get("all")
-
-
-def _look_at(address: str) -> None:
-    ip = ip_address(address)
-    if isinstance(ip, IPv6Address) and ip.ipv4_mapped:
-        ip = ip.ipv4_mapped
-    if ip.is_link_local or ip in METADATA:
-        raise Refused(f"it is at {address}: nothing is sent to link-local addresses and to those of cloud metadata")
 
 
 def _retry_after_s(response: httpx.Response) -> float:

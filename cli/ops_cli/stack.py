@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 
 from ops_cli.child import Child, rotate
+from ops_contract.tokens import workers_token
 
 QUICK_FAILURES = 5
 STEADY_S = 10.0
@@ -181,6 +182,8 @@ class Stack:
             environ |= {"OPS_DATABASE_URL": url, "OPS_HOST": settings.host, "OPS_PORT": str(settings.port)}
         if name.startswith("worker"):
             state = settings.data_dir / "workers" / name
+            # Code that runs beside an agent finds nothing that submits, or deletes.
+            environ |= {"OPS_API_TOKEN": workers_token(settings.token)}
             environ |= {"OPS_API_URL": settings.url, "OPS_WORKER_NAME": name, "OPS_WORKER_STATE_DIR": str(state)}
             environ |= {"OPS_CPU_CORES": str(settings.cores), "OPS_USER_CODE": "1"}
             environ |= {"OPS_GPU_SHARE": f"{name.removeprefix('worker-')}/{settings.workers}"}

@@ -1,15 +1,19 @@
 """What agents and the API say to each other. Durations are relative: no two clocks are compared."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from ops_contract.energy import DeviceNow
 from ops_contract.jobs import Job
 from ops_contract.lifecycle import Phase
 from ops_contract.reports import Progress, Report
 from ops_contract.wire import Name, Step, Wire
+
+CREDENTIAL_PREFIX = "rlw_"
+Credential = Annotated[str, StringConstraints(pattern=rf"^{CREDENTIAL_PREFIX}[A-Za-z0-9_-]{{43,200}}$")]
+Secret = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{43,200}$")]
 
 
 class SlotOffer(Wire):
@@ -35,9 +39,15 @@ class WorkloadOffer(Wire):
 
 
 class WorkerRegistration(Wire):
-    """POST /workers. The same incarnation again is the same registration."""
+    """POST /workers. The same incarnation again, with the same credential, is the same registration.
+
+    Both secrets are the worker's own: it shows `credential` in all that it says from now on, and is shown `secret` in
+    all that it is told.
+    """
 
     incarnation: UUID
+    credential: Credential = Field(repr=False)
+    secret: Secret = Field(repr=False)
     name: Name
     host: Name
     url: Name
@@ -48,9 +58,8 @@ class WorkerRegistration(Wire):
 
 
 class WorkerRegistered(Wire):
-    """`secret` authenticates the backend's calls to this worker."""
+    """The API's terms."""
 
-    secret: str
     lease_s: float
     heartbeat_s: float
     cancel_grace_s: float

@@ -25,6 +25,7 @@ class ErrorCode(StrEnum):
     BUSY = "busy"
     STALE = "stale"
     DEVICE_TAKEN = "device_taken"
+    INCARNATION_TAKEN = "incarnation_taken"
     DEVICE_NOT_READY = "device_not_ready"
     NO_USER_CODE = "no_user_code"
     WEBHOOK_EXISTS = "webhook_exists"
@@ -54,6 +55,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.BUSY: 409,
     ErrorCode.STALE: 409,
     ErrorCode.DEVICE_TAKEN: 409,
+    ErrorCode.INCARNATION_TAKEN: 409,
     ErrorCode.DEVICE_NOT_READY: 409,
     ErrorCode.NO_USER_CODE: 409,
     ErrorCode.WEBHOOK_EXISTS: 409,

@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 
 import httpx
 
-from helpers.fake_api import SECRET, TOKEN, FakeApi, FakeHold
+from helpers.fake_api import TOKEN, FakeApi, FakeHold
 from ops_contract.agents import CancelTraining, StartTraining
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind
@@ -99,7 +99,8 @@ class AgentProcess:
         order = CancelTraining(incarnation=self.incarnation, attempt=hold.ref.attempt, force=force)
         return await self.post(f"/operations/{hold.ref.operation_id}/cancel", order)
 
-    async def post(self, path: str, body: Any, secret: str = SECRET) -> httpx.Response:
+    async def post(self, path: str, body: Any, secret: str | None = None) -> httpx.Response:
+        secret = secret or self.api.registration(self.incarnation).secret
         headers = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
         content = body if isinstance(body, str) else body.model_dump_json()
         async with httpx.AsyncClient(timeout=60) as client:

@@ -30,7 +30,6 @@ from ops_contract.reports import Finish, LogChunk, Metrics, Progress, Report, St
 from ops_contract.wire import API_PREFIX
 
 TOKEN = "token-of-the-tests"
-SECRET = "secret-of-the-tests"
 
 
 @dataclass
@@ -77,7 +76,7 @@ class FakeHold:
 
 class FakeApi:
     def __init__(self, cancel_grace_s: float = 1.0) -> None:
-        self.terms = WorkerRegistered(secret=SECRET, lease_s=10, heartbeat_s=0.05, cancel_grace_s=cancel_grace_s)
+        self.terms = WorkerRegistered(lease_s=10, heartbeat_s=0.05, cancel_grace_s=cancel_grace_s)
         self.holds: dict[tuple[HoldRef, UUID], FakeHold] = {}
         self.registrations: list[WorkerRegistration] = []
         self.known: set[UUID] = set()
@@ -132,6 +131,15 @@ class FakeApi:
         app.add_exception_handler(OpsError, _answer)
         return app
 
+    def registration(self, incarnation: UUID) -> WorkerRegistration:
+        return next(worker for worker in self.registrations if worker.incarnation == incarnation)
+
+    def _check(self, request: Request, incarnation: UUID) -> None:
+        """That this worker says it itself. Who was registered stays known when the database forgets the worker."""
+        shown = request.headers["Authorization"].removeprefix("Bearer ")
+        if shown != self.registration(incarnation).credential:
+            raise OpsError(ErrorCode.FORBIDDEN, "another's credential")
+
     async def _snapshot(self, sha256: str) -> Response:
         self.fetched += 1
         if sha256 not in self.snapshots:
@@ -145,7 +153,8 @@ class FakeApi:
         self.known.add(worker.incarnation)
         return self.terms
 
-    async def _heartbeat(self, incarnation: UUID, beat: Heartbeat) -> HeartbeatAnswer:
+    async def _heartbeat(self, incarnation: UUID, beat: Heartbeat, request: Request) -> HeartbeatAnswer:
+        self._check(request, incarnation)
         if self.beats_fail:
             raise OpsError(ErrorCode.UNAVAILABLE, "away")
         if incarnation not in self.known:
@@ -163,7 +172,8 @@ class FakeApi:
             drain=self.drain,
         )
 
-    async def _energy(self, id: UUID, attempt: int, batch: EnergyBatch) -> Response:
+    async def _energy(self, id: UUID, attempt: int, batch: EnergyBatch, request: Request) -> Response:
+        self._check(request, batch.incarnation)
         hold = self.holds.get((HoldRef(operation_id=id, attempt=attempt), batch.incarnation))
         if hold is None:
             raise OpsError(ErrorCode.NOT_FOUND, "never held")
@@ -175,7 +185,8 @@ class FakeApi:
             hold.windows.setdefault((window.device, window.index), window)
         return JSONResponse({})
 
-    async def _reports(self, id: UUID, attempt: int, batch: ReportBatch) -> Response:
+    async def _reports(self, id: UUID, attempt: int, batch: ReportBatch, request: Request) -> Response:
+        self._check(request, batch.incarnation)
         hold = self.holds.get((HoldRef(operation_id=id, attempt=attempt), batch.incarnation))
         if hold is None:
             raise OpsError(ErrorCode.NOT_FOUND, "never held")

@@ -12,6 +12,7 @@ from ops_backend.database import Sessions
 from ops_backend.store import claims, energy, fork, leases, queries, reports, submit, transitions, workers
 from ops_backend.store.ledger_views import Rates
 from ops_contract.agents import (
+    CREDENTIAL_PREFIX,
     Drain,
     Heartbeat,
     HeartbeatAnswer,
@@ -30,6 +31,16 @@ from ops_contract.reports import CheckpointSaved, Exactness, Fault, Finish, Metr
 
 LEASE_S = 60.0
 TOY = WorkloadOffer(name="toy", config_schema={"type": "object", "properties": {}, "additionalProperties": False})
+
+
+def credential_of(incarnation: UUID) -> str:
+    """What the workers of these tests show, so that a test knows it too."""
+    return CREDENTIAL_PREFIX + incarnation.hex + 11 * "0"
+
+
+def shown_by(incarnation: UUID) -> dict[str, str]:
+    """How such a worker speaks to the API."""
+    return {"Authorization": f"Bearer {credential_of(incarnation)}", "Content-Type": "application/json"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,8 @@ class Store:
             incarnation=incarnation,
             name=name,
             host=kw.get("host", "h"),
+            credential=credential_of(incarnation),
+            secret="s" * 43,
             url="http://127.0.0.1:1",
             slots=[
                 SlotOffer.model_validate({"index": i, "device": device, "cores": cores} | kw.get("slot", {}))
@@ -72,7 +85,7 @@ class Store:
             user_code=kw.get("user_code", False),
         )
         async with self.sessions.begin() as session:
-            await workers.register(session, offer, LEASE_S)
+            await workers.register(session, offer, LEASE_S, offer.url)
         return incarnation
 
     async def submit(self, key: str | None = None, **spec: Any) -> UUID:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from helpers.openapi import openapi_of_this_code
-from helpers.store import TOY, Store, losses, saved, started
+from helpers.store import TOY, Store, credential_of, losses, saved, shown_by, started
 from ops_backend.app import create_app
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings, SettingsError
@@ -93,7 +93,7 @@ async def test_a_body_that_does_not_say_that_it_is_json_is_told_to(
         ("GET", "/operations?kind=cooking", None, (422, "invalid")),
         ("POST", "/operations", "not json", (422, "invalid")),
         ("POST", "/operations", {"workload": "absent"}, (422, "unknown_workload")),
-        ("POST", f"/workers/{MISSING}/heartbeat", {}, (404, "not_found")),
+        ("POST", f"/workers/{MISSING}/heartbeat", {}, (403, "forbidden")),
         ("POST", "/webhooks", {"url": "ftp://host/"}, (422, "invalid")),
         ("POST", "/webhooks", {"url": "http://"}, (422, "invalid")),
         ("POST", "/webhooks", {"url": "http://user:word@host/"}, (422, "invalid")),
@@ -188,8 +188,11 @@ async def offered(api: httpx.AsyncClient) -> str:
         "additionalProperties": False,
         "properties": {"depth": {"type": "integer", "default": 3}},
     }
+    incarnation = uuid4()
     worker = {
-        "incarnation": str(uuid4()),
+        "incarnation": str(incarnation),
+        "credential": credential_of(incarnation),
+        "secret": "s" * 43,
         "name": "w",
         "host": "h",
         "url": "http://127.0.0.1:1",
@@ -197,7 +200,8 @@ async def offered(api: httpx.AsyncClient) -> str:
         "workloads": [{"name": "deep", "config_schema": schema, "reports": {"val_score": "max", "error": "min"}}],
     }
     (await api.post("/workers", json=worker)).raise_for_status()
-    (await api.post(f"/workers/{worker['incarnation']}/heartbeat", json={"draining": True})).raise_for_status()
+    beat = api.post(f"/workers/{incarnation}/heartbeat", json={"draining": True}, headers=shown_by(incarnation))
+    (await beat).raise_for_status()
     return "deep"
 
 
@@ -449,11 +453,12 @@ async def test_filters_narrow_the_list(api: httpx.AsyncClient, offered: str) -> 
     assert len(await listed(mine="true")) == 3
 
 
-async def test_the_same_incarnation_registers_twice_with_one_secret_but_a_device_has_one_owner(
-    api: httpx.AsyncClient,
-) -> None:
+async def test_the_same_incarnation_registers_twice_but_a_device_has_one_owner(api: httpx.AsyncClient) -> None:
+    incarnation = uuid4()
     worker: dict[str, Any] = {
-        "incarnation": str(uuid4()),
+        "incarnation": str(incarnation),
+        "credential": credential_of(incarnation),
+        "secret": "s" * 43,
         "name": "w",
         "host": "h",
         "url": "http://127.0.0.1:1",
@@ -462,11 +467,13 @@ async def test_the_same_incarnation_registers_twice_with_one_secret_but_a_device
     }
     first, again = await api.post("/workers", json=worker), await api.post("/workers", json=worker)
     assert first.json() == again.json()
-    stranger = await api.post("/workers", json=worker | {"incarnation": str(uuid4())})
+    assert (first.status_code, again.status_code) == (201, 201)
+    other = uuid4()
+    stranger = await api.post("/workers", json=worker | {"incarnation": str(other), "credential": credential_of(other)})
     assert refusal(stranger) == (409, "device_taken")
     [view] = (await api.get("/workers")).json()["items"]
     assert (view["live"], view["slots"][0]["operation_id"]) == (True, None)
-    assert "secret" not in view
+    assert not {"secret", "credential"} & set(view)
 
 
 async def test_drain_and_undrain_may_be_repeated_and_show_in_the_list(api: httpx.AsyncClient, store: Store) -> None:
@@ -535,7 +542,9 @@ async def test_a_value_the_database_refuses_is_the_senders_fault(store: Store, d
     async with serving(database_url) as api:
         for report in (nul, twice, falling):
             batch = {"incarnation": str(run.incarnation), "first_seq": 1, "reports": [report]}
-            answer = await api.post(f"/operations/{run.operation_id}/attempts/1/reports", json=batch)
+            answer = await api.post(
+                f"/operations/{run.operation_id}/attempts/1/reports", json=batch, headers=shown_by(run.incarnation)
+            )
             assert refusal(answer) == (422, "invalid")
 
 

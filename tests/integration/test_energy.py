@@ -9,7 +9,7 @@ import httpx
 import pytest
 from test_api import MISSING, refusal, serving
 
-from helpers.store import Held, Store, saved, started, window
+from helpers.store import Held, Store, saved, shown_by, started, window
 from ops_backend.store import energy as store_energy
 from ops_cli import energy as cli_energy
 from ops_cli import show
@@ -47,7 +47,11 @@ async def api(database_url: str) -> AsyncIterator[httpx.AsyncClient]:
 
 async def book(api: httpx.AsyncClient, held: Held, *windows: EnergyWindow, **changes: Any) -> httpx.Response:
     batch = EnergyBatch(incarnation=held.incarnation, windows=list(windows)).model_dump(mode="json") | changes
-    return await api.post(f"/operations/{held.operation_id}/attempts/{held.attempt}/energy", json=batch)
+    return await api.post(
+        f"/operations/{held.operation_id}/attempts/{held.attempt}/energy",
+        json=batch,
+        headers=shown_by(held.incarnation),
+    )
 
 
 async def test_what_an_agent_books_is_the_ledger(api: httpx.AsyncClient, store: Store) -> None:

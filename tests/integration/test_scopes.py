@@ -24,6 +24,7 @@ READERS = frozenset({R, O, A})
 USERS = frozenset({O, A})
 ADMINS = frozenset({A})
 AGENTS = frozenset({W, A})
+NO_TOKEN: frozenset[Scope] = frozenset()  # a worker's own credential alone
 
 ROUTES: dict[str, Iterable[Scope | None]] = {
     "GET /": ANYBODY,
@@ -78,9 +79,9 @@ ROUTES: dict[str, Iterable[Scope | None]] = {
     "POST /workers/{id}/drain": ADMINS,
     "POST /workers/{id}/undrain": ADMINS,
     "POST /workers": AGENTS,
-    "POST /workers/{incarnation}/heartbeat": AGENTS,
-    "POST /operations/{id}/attempts/{attempt}/energy": AGENTS,
-    "POST /operations/{id}/attempts/{attempt}/reports": AGENTS,
+    "POST /workers/{incarnation}/heartbeat": NO_TOKEN,
+    "POST /operations/{id}/attempts/{attempt}/energy": NO_TOKEN,
+    "POST /operations/{id}/attempts/{attempt}/reports": NO_TOKEN,
 }
 
 

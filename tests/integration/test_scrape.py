@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 from prometheus_client.samples import Sample
 
 from helpers.postgres_proxy import postgres_proxy
-from helpers.store import LEASE_S, Held, Store, losses, no_wake, started, window
+from helpers.store import LEASE_S, Held, Store, losses, no_wake, shown_by, started, window
 from ops_backend.app import create_app
 from ops_backend.reaper import Reaper
 from ops_backend.settings import Settings
@@ -86,13 +86,13 @@ class Api:
     async def report(self, held: Held, *reports: Report) -> None:
         batch = ReportBatch(incarnation=held.incarnation, first_seq=held.seq, reports=list(reports))
         path = f"/api/v1/operations/{held.operation_id}/attempts/{held.attempt}/reports"
-        answer = await self.client.post(path, content=batch.model_dump_json())
+        answer = await self.client.post(path, content=batch.model_dump_json(), headers=shown_by(held.incarnation))
         assert answer.status_code == 200, answer.text
 
     async def book(self, held: Held, *windows: EnergyWindow) -> None:
         batch = EnergyBatch(incarnation=held.incarnation, windows=list(windows))
         path = f"/api/v1/operations/{held.operation_id}/attempts/{held.attempt}/energy"
-        answer = await self.client.post(path, content=batch.model_dump_json())
+        answer = await self.client.post(path, content=batch.model_dump_json(), headers=shown_by(held.incarnation))
         assert (answer.status_code, answer.json()) == (200, {})
 
     async def reap(self, store: Store) -> None:
@@ -314,7 +314,9 @@ async def test_dashboard_and_alerts_ask_for_nothing_that_is_not_there(api: Api, 
     """Every name is scraped, and every label that is matched, grouped by or shown is on all names of its expression."""
     incarnation = await store.worker(device="cuda", slot={"device_uuid": "GPU-1"})
     await api.client.post(
-        f"/api/v1/workers/{incarnation}/heartbeat", content=Heartbeat(devices=[GPU]).model_dump_json()
+        f"/api/v1/workers/{incarnation}/heartbeat",
+        content=Heartbeat(devices=[GPU]).model_dump_json(),
+        headers=shown_by(incarnation),
     )
     await api.book(await store.running(execution={"accelerator": "cuda"}), window(1))
     await api.client.get("/api/v1/operations")

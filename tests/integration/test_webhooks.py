@@ -14,6 +14,7 @@ from helpers.receiver import Receiver, receiving
 from helpers.store import Held, Store, losses, saved, started
 from ops_backend import announcer as announcing
 from ops_backend import webhooks as sending
+from ops_backend.addresses import Names
 from ops_backend.announcer import RETRIES_S, Announcer
 from ops_backend.routes import webhooks as routes
 from ops_backend.store import deletion, webhooks
@@ -24,7 +25,7 @@ from ops_contract.operations import EventView, OperationSummary
 from ops_contract.reports import Fault, Progress
 from ops_contract.webhooks import DeliveryView, WebhookBody, WebhookFormat, WebhookRequest, WebhookView
 
-SENDER = WebhookSender()
+SENDER = WebhookSender(Names())
 FAULT = Fault(code="oom", message="out of <memory> & *time* @everyone")
 
 

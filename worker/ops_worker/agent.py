@@ -1,8 +1,10 @@
 """The agent: registers, takes starts, heartbeats, hands back. It runs no user code and imports no torch."""
 
 import asyncio
+import hmac
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
@@ -10,6 +12,7 @@ from pathlib import Path
 from uuid import UUID, uuid4
 
 from ops_contract.agents import (
+    CREDENTIAL_PREFIX,
     CancelTraining,
     Drain,
     Heartbeat,
@@ -27,7 +30,7 @@ from ops_contract.agents import (
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import runs_user_code
 from ops_contract.pipe import Description, RunJob
-from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable
+from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable, ApiUnknown
 from ops_worker.delivery import Delivery
 from ops_worker.describe import describe, validate
 from ops_worker.energy.booking import Booking, book_gaps
@@ -45,11 +48,11 @@ from relight.manifest import CheckpointCorrupt, CheckpointMissing, check_manifes
 log = logging.getLogger(__name__)
 
 REGISTER_CAP_S = 5.0
+# A start may overtake the answer to the registration, which has the terms.
+TERMS_S = 5.0
 # The longest pause after a beat that failed, in leases. An API that was away for less than half a lease gives no grace,
 # so the last beat before (a third of a lease ago), that half and this pause have to fit into one.
 BEAT_RETRY_LEASES = 1 / 12
-# A start or cancel may overtake the answer to the registration that carries the secret.
-SECRET_S = 5.0
 # Waiting for its turn and unpacking the job's code included. The API waits a little longer.
 VALIDATE_S = 15.0
 # After the grace: for the kernel to end what was killed, and one try to send their finishes.
@@ -67,7 +70,8 @@ class Agent:
         self._settings = settings
         self._devices = devices
         self._trainer_command = trainer_command
-        self._token = settings.api_token.get_secret_value()
+        self._credential = CREDENTIAL_PREFIX + secrets.token_urlsafe(32)
+        self._secret = secrets.token_urlsafe(32)
         self._slots = [self._slot(offer) for offer in devices.offers()]
         self._workspaces = Workspaces(settings.worker_state_dir, incarnation, self._api)
         self._secrets = Secrets(os.environ, settings.secrets_dir)
@@ -87,7 +91,7 @@ class Agent:
         """Until `stop`; `on_ready` is called once registered. Raises DescribeError when there is nothing to offer."""
         outboxes = self._settings.worker_state_dir / "outbox"
         orphans = Outbox.orphans(outboxes)
-        sender = Sender(self.incarnation, self._settings.api_url, self._token)
+        sender = Sender(self.incarnation, self._settings.api_url, self._credential)
         async with (
             aclosing(Outbox.create(outboxes, sender)) as self._outbox,
             self._api() as self._reports_api,
@@ -113,15 +117,9 @@ class Agent:
             self._hurry.set()
         self._draining.set()
 
-    async def secret(self) -> str:
-        """Authenticates the backend's calls. Raises 503 while the API has not registered this worker."""
-        try:
-            async with asyncio.timeout(SECRET_S):
-                await self._registered.wait()
-        except TimeoutError:
-            raise OpsError(ErrorCode.UNAVAILABLE, "this worker is not registered yet; try again later") from None
-        assert self._terms is not None
-        return self._terms.secret
+    def is_the_api(self, secret: str) -> bool:
+        """Whether it is what this worker has told the API, and nobody else."""
+        return hmac.compare_digest(secret.encode(), self._secret.encode())
 
     async def start(self, order: StartTraining) -> bool:
         """Take a job for a slot; False when this attempt was taken before.
@@ -131,12 +129,13 @@ class Agent:
         """
         if self._taken(order):
             return False
+        terms = await self._terms_told()
         await self._check_checkpoint(order)
         warnings = await self._devices.check(order.slot, order.checkpoint)
         # Another start may have come while files were read; from here on nothing is awaited.
         if self._taken(order):
             return False
-        self._take(order, warnings)
+        self._take(order, warnings, terms)
         return True
 
     def cancel(self, operation_id: UUID, order: CancelTraining) -> None:
@@ -188,7 +187,7 @@ class Agent:
         return Slot(offer, self._trainer_command, logs, prefix, environ, meters)
 
     def _api(self) -> ApiClient:
-        return ApiClient(self._settings.api_url, self._token)
+        return ApiClient(self._settings.api_url, self._credential)
 
     # ---- starts
 
@@ -209,6 +208,16 @@ class Agent:
             raise OpsError(ErrorCode.NO_USER_CODE, "this worker runs no code of its users: OPS_USER_CODE=1 allows it")
         self._check_slot(order.slot)
         return False
+
+    async def _terms_told(self) -> WorkerRegistered:
+        """Raises 503 while the API has not registered this worker."""
+        try:
+            async with asyncio.timeout(TERMS_S):
+                await self._registered.wait()
+        except TimeoutError:
+            raise OpsError(ErrorCode.UNAVAILABLE, "this worker is not registered yet; try again later") from None
+        assert self._terms is not None
+        return self._terms
 
     def _check_incarnation(self, incarnation: UUID) -> None:
         if incarnation != self.incarnation:
@@ -235,15 +244,14 @@ class Agent:
         except CheckpointCorrupt as error:
             raise OpsError(ErrorCode.CHECKPOINT_CORRUPT, str(error)) from error
 
-    def _take(self, order: StartTraining, warnings: Sequence[str]) -> None:
-        assert self._terms is not None
+    def _take(self, order: StartTraining, warnings: Sequence[str], terms: WorkerRegistered) -> None:
         for older in self._holds.values():
             if older.ref.operation_id == order.operation_id:
                 older.fence()  # a newer attempt exists, so this one has ended
         ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
         delivery = Delivery(self._reports_api, self._outbox, self.incarnation, ref)
         slot, root = self._slots[order.slot], self._settings.storage_root.absolute()
-        grace_s, runner = self._terms.cancel_grace_s, (self._trainer_command[0], "-P", "-m", "ops_worker.command")
+        grace_s, runner = terms.cancel_grace_s, (self._trainer_command[0], "-P", "-m", "ops_worker.command")
         step = order.checkpoint.step if order.checkpoint else 0
         booking = Booking(ref, slot.meters, self._devices.sampler, self._outbox, self._energy.news, step)
         hold = Hold(
@@ -289,12 +297,15 @@ class Agent:
                 await self._beat(self._terms.lease_s)
                 trouble.over()
                 backoff.reset()
+            except ApiUnknown as problem:  # its database was replaced, or the token has ended
+                trouble.now(problem)
+                self._terms = await self._register(description)
             except ApiUnavailable as problem:
                 trouble.now(problem)
                 pause_s = backoff.next_s()
             except ApiRefused as refusal:
                 trouble.now(refusal)
-                if refusal.code is ErrorCode.NOT_FOUND:  # its database was replaced
+                if refusal.code is ErrorCode.NOT_FOUND:  # it was restored from a backup
                     self._terms = await self._register(description)
             await first_of(self._beat_now.wait(), asyncio.sleep(pause_s))
 
@@ -332,6 +343,8 @@ class Agent:
         trouble, backoff = Trouble(f"registering at {self._settings.api_url}", log), Backoff(REGISTER_CAP_S)
         worker = WorkerRegistration(
             incarnation=self.incarnation,
+            credential=self._credential,
+            secret=self._secret,
             name=self._settings.worker_name,
             host=socket.gethostname(),
             url=self.url,
@@ -340,22 +353,22 @@ class Agent:
             user_code=self._settings.user_code,
             versions=description.versions,
         )
-        while True:
-            try:
-                return await self._beats_api.register(worker)
-            except (ApiUnavailable, ApiRefused) as problem:
-                trouble.now(problem)
-                await backoff.pause()
+        token = self._settings.api_token.get_secret_value()
+        async with ApiClient(self._settings.api_url, token) as api:
+            while True:
+                try:
+                    return await api.register(worker)
+                except (ApiUnavailable, ApiRefused) as problem:
+                    trouble.now(problem)
+                    await backoff.pause()
 
     async def _flush(self, orphan: Outbox) -> None:
         """Send what a dead agent of this state directory left, in its name."""
         sender = orphan.sender
-        # For the same API our token is the newer one: theirs may have been replaced since.
-        token = self._token if sender.api_url == self._settings.api_url else sender.api_token
         try:
             measured = {meter.device for slot in self._slots for meter in slot.meters}
             await book_gaps(orphan, self._devices.sampler, measured)
-            async with ApiClient(sender.api_url, token) as api:
+            async with ApiClient(sender.api_url, sender.credential) as api:
                 for ref in await orphan.holds():
                     log.info("sending what worker %s left", sender.incarnation, extra=ref.model_dump())
                     delivery = Delivery(api, orphan, sender.incarnation, ref)

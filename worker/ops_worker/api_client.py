@@ -32,6 +32,10 @@ class ApiUnavailable(Exception):
         self.retry_after_s = retry_after_s
 
 
+class ApiUnknown(ApiUnavailable):
+    """The API does not know, or no more, who this is."""
+
+
 class ApiRefused(Exception):
     """The API does not take this request, and would not take it again. `error` is None if its body was not ours."""
 
@@ -46,10 +50,13 @@ class ApiRefused(Exception):
 
 
 class ApiClient:
-    """Every call raises ApiUnavailable or ApiRefused. One client is one connection pool."""
+    """Every call raises ApiUnavailable or ApiRefused. One client is one connection pool.
 
-    def __init__(self, api_url: str, api_token: str) -> None:
-        headers = {"Authorization": f"Bearer {api_token}", "Content-Type": "application/json"}
+    `secret`: a token to register with, the credential of a worker for everything else.
+    """
+
+    def __init__(self, api_url: str, secret: str) -> None:
+        headers = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
         self._http = httpx.AsyncClient(
             base_url=f"{api_url.rstrip('/')}{API_PREFIX}", headers=headers, timeout=TIMEOUT_S
         )
@@ -104,7 +111,7 @@ def _problem(response: httpx.Response) -> ApiUnavailable | ApiRefused:
     status, error = response.status_code, _error(response)
     said = f"{status} {error.message if error else response.reason_phrase}"
     if status in (401, 403):
-        return ApiUnavailable(f"{said}; check OPS_API_TOKEN", _retry_after_s(response))
+        return ApiUnknown(f"{said}; check OPS_API_TOKEN", _retry_after_s(response))
     # Those that are not ours come from a proxy or from another server on that port: it knows nothing of operations.
     stranger = error is None and status in (404, 405, 409)
     if status in (408, 429) or not 400 <= status < 500 or stranger:

@@ -7,7 +7,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from uuid import UUID
@@ -23,7 +23,7 @@ DISK_RETRY_S = 1.0
 BATCH_BYTES = 1_000_000
 
 _SCHEMA = """
-    CREATE TABLE sender (incarnation TEXT NOT NULL, api_url TEXT NOT NULL, api_token TEXT NOT NULL);
+    CREATE TABLE sender (incarnation TEXT NOT NULL, api_url TEXT NOT NULL, credential TEXT NOT NULL);
     CREATE TABLE reports (
         operation_id TEXT NOT NULL, attempt INTEGER NOT NULL, seq INTEGER NOT NULL, report TEXT NOT NULL,
         PRIMARY KEY (operation_id, attempt, seq)
@@ -95,7 +95,7 @@ class Sender:
 
     incarnation: UUID
     api_url: str
-    api_token: str
+    credential: str = field(repr=False)
 
 
 def _on_its_thread(
@@ -141,13 +141,13 @@ class Outbox:
         lock = locks.lock(path)  # beside it: closing a descriptor of the database itself would drop SQLite's own
         if lock is None:
             raise FileExistsError(f"{path} belongs to a living agent")
-        # SQLite gives its -wal file the same mode: it holds the token too.
+        # SQLite gives its -wal file the same mode: it holds the credential too.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         try:
             database = _open(path)
             with database:
                 database.executescript(f"BEGIN; {_SCHEMA} {_ENERGY_SCHEMA}")
-                row = (str(sender.incarnation), sender.api_url, sender.api_token)
+                row = (str(sender.incarnation), sender.api_url, sender.credential)
                 database.execute("INSERT INTO sender VALUES (?, ?, ?)", row)
         except sqlite3.Error as error:
             _delete(path, lock)
@@ -305,8 +305,8 @@ def _sender_with_content(database: sqlite3.Connection) -> Sender | None:
     database.executescript(_ENERGY_SCHEMA)
     if not _has_content(database):
         return None
-    incarnation, api_url, api_token = database.execute("SELECT incarnation, api_url, api_token FROM sender").fetchone()
-    return Sender(UUID(incarnation), api_url, api_token)
+    incarnation, api_url, credential = database.execute("SELECT * FROM sender").fetchone()
+    return Sender(UUID(incarnation), api_url, credential)
 
 
 def _has_content(database: sqlite3.Connection) -> bool:

@@ -1,6 +1,5 @@
 """The worker's HTTP server: what the backend's dispatcher calls."""
 
-import hmac
 import logging
 from typing import Annotated
 from uuid import UUID
@@ -43,9 +42,8 @@ AgentDep = Annotated[Agent, Depends(_agent)]
 
 
 async def _authenticate(agent: AgentDep, authorization: Annotated[str, Header()] = "") -> None:
-    expected = f"Bearer {await agent.secret()}"
-    if not hmac.compare_digest(authorization.encode(), expected.encode()):
-        raise OpsError(ErrorCode.UNAUTHENTICATED, "this takes the secret that this worker's registration returned")
+    if not agent.is_the_api(authorization.removeprefix("Bearer ")):
+        raise OpsError(ErrorCode.UNAUTHENTICATED, "this takes the secret with which this worker registered")
 
 
 open_to_all = APIRouter()

@@ -3,12 +3,24 @@
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Request
 
-from ops_backend.dependencies import AgentDep, DispatcherDep, SessionsDep, SettingsDep, TelemetryDep, VitalSessionDep
+from ops_backend.addresses import Refused, allowed, worker_url
+from ops_backend.dependencies import (
+    AgentDep,
+    DispatcherDep,
+    IdentitiesDep,
+    NamesDep,
+    RegistrarDep,
+    SessionsDep,
+    SettingsDep,
+    TelemetryDep,
+    VitalSessionDep,
+)
 from ops_backend.routes.errors import refusals
 from ops_backend.store import energy, workers
 from ops_backend.store.reports import accept
+from ops_backend.store.submit import invalid
 from ops_contract.agents import (
     Heartbeat,
     HeartbeatAnswer,
@@ -25,15 +37,27 @@ router = APIRouter(tags=["agents"])
 
 @router.post("/workers", status_code=201, responses=refusals(401, 409, 422))
 async def register(
-    worker: WorkerRegistration, session: VitalSessionDep, _: AgentDep, settings: SettingsDep
+    worker: WorkerRegistration,
+    request: Request,
+    session: VitalSessionDep,
+    user: RegistrarDep,
+    settings: SettingsDep,
+    names: NamesDep,
+    identities: IdentitiesDep,
 ) -> WorkerRegistered:
-    """A worker process begins. The answer has the secret that the API shows it from then on.
+    """A worker process begins, and says by which secrets it and the API will know each other.
 
-    409 where a live worker has one of its devices.
+    409 where a live worker has one of its devices, or where another has its incarnation. 422 where its URL is not at
+    the address that it calls from, and `OPS_WORKER_ALLOW` does not name it.
     """
-    secret = await workers.register(session, worker, settings.lease_s)
+    try:
+        peer = request.client.host if request.client else ""
+        url = await worker_url(names, worker.url, peer, allowed(settings.worker_allow))
+    except Refused as error:
+        raise invalid([("url", str(error))]) from error
+    await workers.register(session, worker, settings.lease_s, url, user.token_id)
+    identities.forget()
     return WorkerRegistered(
-        secret=secret,
         lease_s=settings.lease_s,
         heartbeat_s=settings.heartbeat_s,
         cancel_grace_s=settings.cancel_grace_s,
@@ -42,9 +66,10 @@ async def register(
 
 @router.post("/workers/{incarnation}/heartbeat", responses=refusals(401, 404, 422))
 async def heartbeat(
-    incarnation: UUID, beat: Heartbeat, session: VitalSessionDep, _: AgentDep, settings: SettingsDep
+    incarnation: UUID, beat: Heartbeat, session: VitalSessionDep, agent: AgentDep, settings: SettingsDep
 ) -> HeartbeatAnswer:
     """Renew the leases of the holds that are named; the answer says which of them have ended or are to stop."""
+    agent.speaks_for(incarnation)
     return await workers.heartbeat(session, incarnation, beat, settings.lease_s)
 
 
@@ -54,7 +79,7 @@ async def report(
     attempt: Annotated[int, Path(ge=1)],
     batch: ReportBatch,
     sessions: SessionsDep,
-    _: AgentDep,
+    agent: AgentDep,
     dispatcher: DispatcherDep,
     telemetry: TelemetryDep,
     settings: SettingsDep,
@@ -63,6 +88,7 @@ async def report(
 
     409 `fenced`: the attempt has ended for the API, so stop. 409 `out_of_order`: one is missing before this.
     """
+    agent.speaks_for(batch.incarnation)
     async with sessions.begin() as session:
         accepted = await accept(session, id, attempt, batch, settings.retry_backoff_s)
     telemetry.accepted(accepted.new)
@@ -78,10 +104,11 @@ async def book_energy(
     attempt: Annotated[int, Path(ge=1, lt=2**31)],
     batch: EnergyBatch,
     sessions: SessionsDep,
-    _: AgentDep,
+    agent: AgentDep,
     telemetry: TelemetryDep,
 ) -> EnergyBooked:
     """Windows of a hold, whether it has ended or not, however often: each counts once."""
+    agent.speaks_for(batch.incarnation)
     async with sessions.begin() as session:
         booked = await energy.book(session, id, attempt, batch)
     telemetry.booked(booked)

@@ -5,12 +5,13 @@ from uuid import UUID, uuid4
 
 from fastapi import APIRouter
 
+from ops_backend.addresses import Refused
 from ops_backend.bodies import sample_body
 from ops_backend.dependencies import AdminDep, SessionDep, SessionsDep, WebhookSenderDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import webhooks
 from ops_backend.store.submit import invalid
-from ops_backend.webhooks import Refused, new_secret
+from ops_backend.webhooks import new_secret
 from ops_contract.webhooks import Deliveries, WebhookAnswer, WebhookCreated, WebhookRequest, Webhooks
 
 router = APIRouter(prefix="/webhooks", tags=["webhooks"], responses=refusals(401))

@@ -1,6 +1,5 @@
 """Registration, heartbeats, and what workers offer."""
 
-import secrets
 from typing import Any
 from uuid import UUID
 
@@ -10,16 +9,19 @@ from ops_backend.store.claims import CLAIM_LOCK
 from ops_backend.store.sql import plain, statement
 from ops_contract.agents import CancelOrder, Drain, Heartbeat, HeartbeatAnswer, WorkerRegistration
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.tokens import token_digest
 
-# The same incarnation again keeps its secret: its first answer may have been lost. One from a backup has none yet.
+# The same incarnation again: its first answer may have been lost, or a backup was restored. Everybody can read who it
+# is, so only its credential shows that it is the same.
 REGISTER = statement("""
-    INSERT INTO workers (incarnation, name, host, url, secret, workloads, user_code, versions)
-    VALUES (:incarnation, :name, :host, :url, :secret, :workloads, :user_code, :versions)
+    INSERT INTO workers (incarnation, name, host, url, secret, credential, token_id, workloads, user_code, versions)
+    VALUES (:incarnation, :name, :host, :url, :secret, :credential, :token_id, :workloads, :user_code, :versions)
     ON CONFLICT (incarnation) DO UPDATE
-       SET url = EXCLUDED.url, workloads = EXCLUDED.workloads, user_code = EXCLUDED.user_code,
-           versions = EXCLUDED.versions, last_seen_at = now(),
-           secret = coalesce(nullif(workers.secret, ''), EXCLUDED.secret)
-    RETURNING secret
+       SET url = EXCLUDED.url, secret = EXCLUDED.secret, token_id = EXCLUDED.token_id,
+           workloads = EXCLUDED.workloads, user_code = EXCLUDED.user_code, versions = EXCLUDED.versions,
+           last_seen_at = now()
+     WHERE workers.credential = EXCLUDED.credential
+    RETURNING incarnation
 """)
 
 OFFER_SLOT = statement("""
@@ -80,20 +82,23 @@ RENEW = statement("""
 """)
 
 
-async def register(session: AsyncSession, worker: WorkerRegistration, lease_s: float) -> str:
-    """Write the worker, its slots and workloads; the secret that authenticates the backend's calls to it.
+async def register(
+    session: AsyncSession, worker: WorkerRegistration, lease_s: float, url: str, token_id: UUID | None = None
+) -> None:
+    """Write the worker, its slots and workloads. `url` is where it is called; `token_id` the token that it ends with.
 
-    Raises 409 `device_taken` when a live incarnation on the same host holds one of its devices.
+    Raises 409 `incarnation_taken` without the credential that it registered with before, and `device_taken` when a
+    live incarnation on the same host holds one of its devices.
     """
     await _refuse_taken_devices(session, worker, lease_s)
-    row = worker.model_dump(include={"incarnation", "name", "host", "url", "user_code", "versions"})
-    row |= {"workloads": [w.name for w in worker.workloads], "secret": secrets.token_hex(32)}
-    secret: str = (await session.execute(REGISTER, row)).scalar_one()
+    row = worker.model_dump(include={"incarnation", "name", "host", "secret", "user_code", "versions"})
+    row |= {"workloads": [w.name for w in worker.workloads], "credential": token_digest(worker.credential)}
+    if await session.scalar(REGISTER, row | {"url": url, "token_id": token_id}) is None:
+        raise OpsError(ErrorCode.INCARNATION_TAKEN, "this incarnation is another worker's: start anew, under a new one")
     await session.execute(OFFER_SLOT, [{"incarnation": worker.incarnation} | s.model_dump() for s in worker.slots])
     # In one order, so that two workers that register at once do not deadlock.
     for offer in sorted(worker.workloads, key=lambda w: w.name):
         await session.execute(OFFER_WORKLOAD, offer.model_dump())
-    return secret
 
 
 async def heartbeat(session: AsyncSession, incarnation: UUID, beat: Heartbeat, lease_s: float) -> HeartbeatAnswer:
