@@ -17,6 +17,7 @@ import uvicorn
 
 from ops_contract.log_lines import LogFormatError, log_formatter
 from ops_worker.agent import Agent
+from ops_worker.confinement import clean_environment, confine_agent
 from ops_worker.describe import DescribeError
 from ops_worker.energy.devices import open_devices
 from ops_worker.routes import create_app
@@ -29,11 +30,12 @@ TRAINER = ("-P", "-m", "ops_worker.trainer")
 
 def main(trainer_command: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args()
+    confine_agent()
     try:
         settings = Settings.from_env(os.environ | ({"OPS_WORKER_PYTHON": arguments.python} if arguments.python else {}))
         if trainer_command is None:
             python = os.path.expanduser(settings.worker_python or sys.executable)
-            trainer_command = (checked_interpreter(python, os.environ), *TRAINER)
+            trainer_command = (checked_interpreter(python, clean_environment(os.environ)), *TRAINER)
         _log_to_stderr(settings.worker_name)
     except (SettingsError, InterpreterError, LogFormatError) as error:
         print(f"ops worker: {error}", file=sys.stderr)

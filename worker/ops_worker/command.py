@@ -30,8 +30,9 @@ from ops_contract.reports import Exactness, Fault, Finish, Metrics, Note, Starte
 from ops_contract.wire import PIPE_VERSION
 from ops_worker import artifacts
 from ops_worker.cgroups import oom_kills
+from ops_worker.confinement import THREAD_VARIABLES
 from ops_worker.points import LARGEST_STEP, MAX_JSON_BYTES, MAX_WAITING, Points
-from ops_worker.trainers import MAX_LINE_BYTES, THREAD_VARIABLES
+from ops_worker.trainers import MAX_LINE_BYTES
 from relight.interpreter import packages
 from relight.pipe import AgentPipe
 from relight.process import die_with_parent

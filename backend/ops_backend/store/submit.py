@@ -23,7 +23,6 @@ from ops_contract.jobs import (
     Job,
     JobSpec,
     Setup,
-    runs_user_code,
 )
 from ops_contract.problems import Problem, offer, unknown_field
 from ops_contract.resolving import Unresolvable, resolved_execution
@@ -157,7 +156,7 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", tol
         config, execution = _as_told(spec, told, path)
         return Job(kind=spec.kind, workload=spec.workload, config=config, execution=execution, **setup)
     workload = (await session.execute(FIND_WORKLOAD, {"name": spec.workload})).one_or_none()
-    if workload is None and not runs_user_code(spec.kind, spec.workload):
+    if workload is None:
         known = list(await session.scalars(KNOWN_WORKLOADS))
         hint = offer(spec.workload, known) if known else "none is known yet: start a worker first (`ops worker`)"
         raise OpsError(
@@ -168,8 +167,8 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", tol
     return Job(
         kind=spec.kind,
         workload=spec.workload,
-        config=_resolved_config(spec.config, workload.config_schema if workload else {}, f"{path}config"),
-        execution=_resolved_execution(spec.execution, workload.reports if workload else {}, f"{path}execution"),
+        config=_resolved_config(spec.config, workload.config_schema, f"{path}config"),
+        execution=_resolved_execution(spec.execution, workload.reports, f"{path}execution"),
         **setup,
     )
 
