@@ -9,6 +9,7 @@ from typing import Any, cast
 from uuid import UUID, uuid4
 
 import jsonschema
+from referencing import Registry
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import plain, record, statement
@@ -219,9 +220,15 @@ def _command_execution(given: Execution, path: str) -> Execution:
 
 def _resolved_config(given: dict[str, Any], schema: dict[str, Any], path: str) -> dict[str, Any]:
     """With the schema's defaults. Raises 422 naming the fields that it refuses."""
-    defaults = {k: p["default"] for k, p in schema.get("properties", {}).items() if "default" in p}
-    config = {**defaults, **given}
-    errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(config), key=lambda e: list(e.absolute_path))
+    try:
+        defaults = {k: p["default"] for k, p in schema.get("properties", {}).items() if "default" in p}
+        config = {**defaults, **given}
+        # The registry is empty: without one a $ref is fetched, from any URL or file that a worker thought of.
+        validator = jsonschema.Draft202012Validator(schema, registry=Registry())
+        errors = sorted(validator.iter_errors(config), key=lambda e: list(e.absolute_path))
+    except Exception as error:  # whatever jsonschema raises of a schema that is none
+        problem = f"the schema that a worker registered cannot be applied ({type(error).__name__}): correct its Config"
+        raise invalid([(path, problem)]) from error
     if errors:
         raise invalid([problem for error in errors for problem in _config_problems(error, path)])
     return config
