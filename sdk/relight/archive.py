@@ -101,11 +101,10 @@ def leads_out(directory: Path, path: str, link: str) -> bool:
 
 
 def _check(member: tarfile.TarInfo, before: Mapping[str, Entry], size_bytes: int) -> None:
-    path = PurePosixPath(member.name)
-    if len(os.fsencode(member.name)) > _MAX_PATH_BYTES or any(
-        len(os.fsencode(part)) > _MAX_NAME_BYTES for part in path.parts
-    ):
+    raw = os.fsencode(member.name)
+    if len(raw) > _MAX_PATH_BYTES or max(map(len, raw.split(b"/"))) > _MAX_NAME_BYTES:
         raise BadArchive(f"{member.name[:100]!r}… is longer than a path can be")
+    path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or str(path) != member.name or not path.parts or "\0" in member.name:
         raise BadArchive(f"{member.name!r} is no path within a project")
     if member.name in before:
