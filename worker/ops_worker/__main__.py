@@ -23,6 +23,7 @@ from ops_worker.energy.devices import open_devices
 from ops_worker.routes import create_app
 from ops_worker.settings import Settings, SettingsError
 from relight.interpreter import InterpreterError, checked_interpreter
+from relight.private import make_private
 
 # -P: what lies in the agent's working directory is none of the trainer's business.
 TRAINER = ("-P", "-m", "ops_worker.trainer")
@@ -52,6 +53,7 @@ def main(trainer_command: Sequence[str] | None = None) -> int:
 
 async def serve(settings: Settings, trainer_command: Sequence[str], as_json: bool, exit_on_eof: bool) -> None:
     """Until SIGTERM, ctrl-C or (with `exit_on_eof`) the end of stdin; a second signal makes it hurry."""
+    make_private(settings.worker_state_dir)
     with open_devices(settings, os.environ) as devices, _listen(settings) as listener:
         incarnation = uuid4()
         agent = Agent(settings, devices, incarnation, _url(settings, listener), trainer_command)
