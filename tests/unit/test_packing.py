@@ -409,6 +409,7 @@ SPARSE = {"GNU.sparse.map": f"0,1,{2**40},0", "GNU.sparse.size": str(2**40)}
         (tar(member("a", size=1000))[:1100], "not a whole tar"),
         (b"", "not a whole tar"),
         (b"nonsense" * 200, "not a whole tar"),
+        (b"\x80\x04cposix\nsystem\n(S'true'\ntR.".ljust(1024, b"."), "not a whole tar"),  # a pickle
     ],
 )
 def test_what_pack_would_not_have_made_is_refused_and_nothing_is_written_outside(
