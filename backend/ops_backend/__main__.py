@@ -5,6 +5,7 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -26,6 +27,7 @@ from ops_contract.log_lines import LogFormatError, log_formatter
 
 def main() -> int:
     arguments = _parser().parse_args()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold every secret of the service
     try:
         _log_to_stderr()
         if arguments.verb == "db":

@@ -10,17 +10,19 @@ import fcntl
 import hashlib
 import io
 import os
+import re
 import shutil
+import stat
 import tarfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from ops_backend.storage import sync_directory
+from ops_backend.storage import OPERATION, new_file, sync_directory
 from ops_backend.store.backup import TableRows
 
 MANIFEST = "relight-backup.json"
@@ -29,6 +31,9 @@ FORMAT = 1
 UNFINISHED = ".partial"
 _TRAILER_BYTES = len("sha256 ") + 64 + 1
 _BLOCK_BYTES = 1 << 20
+_MAX_SMALL_BYTES = 1 << 20
+_STORAGE = "storage/"
+_TABLE = re.compile(r"database/[a-z_]{1,63}")
 
 
 class ArchiveError(Exception):
@@ -136,14 +141,19 @@ class ArchiveReader:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._tar = tarfile.open(path, "r:")  # noqa: SIM115 (closed by __exit__)
-            members = {member.name: member for member in self._tar.getmembers()}
-            self.manifest = Manifest.model_validate_json(self._open(members.pop(MANIFEST)).read())
-        except (tarfile.TarError, KeyError, ValidationError) as error:
+            with ExitStack() as unless_it_is_one:
+                self._tar = unless_it_is_one.enter_context(tarfile.open(path, "r:"))
+                self._members = _checked(self._tar, path.stat().st_size)
+                self.manifest = Manifest.model_validate_json(self._open(self._members[MANIFEST]).read())
+                tables = {f"database/{rows.name}" for rows in self.manifest.tables}
+                if missing := tables - self._members.keys():
+                    raise ArchiveError(f"it has no {missing.pop()}")
+                unless_it_is_one.pop_all()
+        # RecursionError: tarfile follows headers about headers by calling itself.
+        except (tarfile.TarError, KeyError, ValueError, RecursionError, ArchiveError) as error:
             raise ArchiveError(f"{path} is no backup of Relight: {error}") from error
         if self.manifest.format != FORMAT:
             raise ArchiveError(f"{path} has format {self.manifest.format}; restore it with the Relight that made it")
-        self._members = members
 
     def __enter__(self) -> Self:
         return self
@@ -165,26 +175,50 @@ class ArchiveReader:
 
     def extract_storage(self, root: Path) -> int:
         """Into a root that has none of it yet; how many files."""
-        count = 0
-        for name, member in self._members.items():
-            top, *parts = name.split("/")
-            if top == "storage" and member.isreg():
-                if not parts or {"", ".", ".."} & set(parts):
-                    raise ArchiveError(f"{name!r} is not the place of a file")
-                self._extract(member, root.joinpath(*parts))
-                count += 1
-        return count
-
-    def _extract(self, member: tarfile.TarInfo, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb") as file:
-            shutil.copyfileobj(self._open(member), file, _BLOCK_BYTES)
-            os.fchmod(file.fileno(), member.mode & 0o777)
-        os.utime(path, (member.mtime, member.mtime))
+        files = {name: member for name, member in self._members.items() if name.startswith(_STORAGE)}
+        for name, member in files.items():
+            with new_file(root, name.removeprefix(_STORAGE)) as file:
+                shutil.copyfileobj(self._open(member), file, _BLOCK_BYTES)
+                file.flush()
+                os.utime(file.fileno(), (member.mtime, member.mtime))
+                if member.mode & 0o100:
+                    os.fchmod(file.fileno(), stat.S_IMODE(os.fstat(file.fileno()).st_mode) | 0o100)
+        return len(files)
 
     def _open(self, member: tarfile.TarInfo) -> IO[bytes]:
         opened: Any = self._tar.extractfile(member)
         return opened  # type: ignore[no-any-return]
+
+
+def _checked(tar: tarfile.TarFile, size_bytes: int) -> dict[str, tarfile.TarInfo]:
+    """By name. Whoever made it could also write its SHA-256, so nothing of it is believed. Raises ArchiveError."""
+    members: dict[str, tarfile.TarInfo] = {}
+    for member in tar:
+        # A sparse file may claim any size, and a negative one has the next member be this one again.
+        if member.type != tarfile.REGTYPE or member.issparse() or not 0 <= member.size <= size_bytes:
+            raise ArchiveError(f"{member.name!a} is not a plain file")
+        if member.name in (MANIFEST, TOKEN) and member.size > _MAX_SMALL_BYTES:
+            raise ArchiveError(f"{member.name!a} has more than {_MAX_SMALL_BYTES} bytes")
+        if not 0 <= member.mtime < 2**40:
+            raise ArchiveError(f"{member.name!a} has a time that is none")
+        if member.name in members:
+            raise ArchiveError(f"{member.name!a} is in it twice")
+        if member.name not in (MANIFEST, TOKEN) and not _TABLE.fullmatch(member.name) and not _is_stored(member.name):
+            raise ArchiveError(f"{member.name!a} is not the place of a file of ours")
+        members[member.name] = member
+    return members
+
+
+def _is_stored(name: str) -> bool:
+    """`storage/<operation>/…`, and no way out of there."""
+    operation, *parts = name.removeprefix(_STORAGE).split("/")
+    return bool(
+        name.startswith(_STORAGE)
+        and OPERATION.fullmatch(operation)
+        and parts
+        and not {"", ".", ".."} & {*parts}
+        and "\0" not in name
+    )
 
 
 def digest(path: Path) -> str:

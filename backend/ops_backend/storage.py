@@ -14,10 +14,11 @@ from typing import BinaryIO
 from uuid import UUID
 
 from ops_contract.backup import RESTORING
+from ops_contract.modes import directory_mode, file_mode
 
 LOGS = "logs"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_OPERATION = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+OPERATION = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _PUBLISHED = re.compile(r"([1-9][0-9]{0,8})-(?:0|[1-9][0-9]{0,18})(?:-evaluate|-model|-files|-finish)?(?:\.tmp)?")
 
 
@@ -37,7 +38,7 @@ def published_in(root: Path, after: str, limit: int) -> tuple[list[Found], str]:
     directory cannot be read now. Raises OSError for a root that cannot, or is not there.
     """
     with os.scandir(root) as entries:
-        names = heapq.nsmallest(limit, (e.name for e in entries if e.name > after and _is_ours(e, _OPERATION)))
+        names = heapq.nsmallest(limit, (e.name for e in entries if e.name > after and _is_ours(e, OPERATION)))
     found = []
     for name in names:
         with suppress(OSError), os.scandir(root / name) as entries:
@@ -144,7 +145,8 @@ def show_logs(root: Path, operation: str, names: list[str]) -> None:
 
 def _write(name: str, write: Callable[[BinaryIO], None], directory: int) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(name, flags, 0o666, dir_fd=directory), "wb") as file:
+    with open(os.open(name, flags, 0o600, dir_fd=directory), "wb") as file:
+        _set_mode(file.fileno(), file_mode(os.fstat(directory).st_mode))
         write(file)
         file.flush()
         os.fsync(file.fileno())
@@ -160,21 +162,51 @@ def _logs_of(root: Path, operation: str) -> Iterator[int]:
     at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for name in (operation, LOGS):
-            with suppress(FileExistsError):
-                os.mkdir(name, dir_fd=at)
-                os.fsync(at)
-            above, at = at, os.open(name, _DIRECTORY, dir_fd=at)
+            above, at = at, _have_directory(at, name)
             os.close(above)
         yield at
     finally:
         os.close(at)
 
 
+def _have_directory(above: int, name: str) -> int:
+    """A descriptor of it. A new one is as private as the one above, durably."""
+    try:
+        os.mkdir(name, 0o700, dir_fd=above)
+    except FileExistsError:
+        return os.open(name, _DIRECTORY, dir_fd=above)
+    made = os.open(name, _DIRECTORY, dir_fd=above)
+    _set_mode(made, directory_mode(os.fstat(above).st_mode))
+    os.fsync(above)
+    return made
+
+
+def _set_mode(file: int, mode: int) -> None:
+    if stat.S_IMODE(os.fstat(file).st_mode) != mode:
+        with suppress(PermissionError):  # a file system without modes of its own
+            os.fchmod(file, mode)
+
+
 def operations_in(root: Path) -> list[UUID]:
     """Whose directories there are; none in a root that is not there."""
     with suppress(FileNotFoundError), os.scandir(root) as entries:
-        return [UUID(entry.name) for entry in entries if _is_ours(entry, _OPERATION)]
+        return [UUID(entry.name) for entry in entries if _is_ours(entry, OPERATION)]
     return []
+
+
+def new_file(root: Path, path: str) -> BinaryIO:
+    """To write, with the directories on its way; no symbolic link is followed. Raises OSError, also where one is."""
+    *directories, name = path.split("/")
+    at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for directory in directories:
+            above, at = at, _have_directory(at, directory)
+            os.close(above)
+        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=at)
+        _set_mode(file, file_mode(os.fstat(at).st_mode))
+    finally:
+        os.close(at)
+    return open(file, "wb")
 
 
 def mark_restoring(root: Path, digest: str) -> None:

@@ -11,6 +11,7 @@ from ops_cli.child import last_lines, rotate
 from ops_cli.exits import ExitCode
 from ops_cli.holder import Holder, describe, find_holder
 from ops_cli.stopping import StopRequested, StopRequests
+from relight.private import make_private, opener
 
 LAST_LINES = 15
 
@@ -42,9 +43,9 @@ def start(data_dir: Path, arguments: Sequence[str], port: int | None) -> Holder:
 
 
 def _spawn(log: Path, arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
-    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private(log.parent)
     rotate(log)
-    with log.open("ab") as out:
+    with open(log, "ab", opener=opener) as out:
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "ops_cli", "up", *arguments],
             stdin=subprocess.DEVNULL,

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from relight.private import opener
+
 TAIL_BYTES = 16_384
 LOGS_KEPT = 3
 
@@ -32,7 +34,7 @@ class Child:
     def start(self) -> None:
         self.ready = None
         self.started_at_s = time.monotonic()
-        with self.log.open("ab") as log:
+        with open(self.log, "ab", opener=opener) as log:
             # Its own session: a ctrl-C in the terminal is ours to turn into an orderly stop.
             # The pipe on stdin is what ends it should we be killed.
             self._process = subprocess.Popen(

@@ -84,10 +84,10 @@ def with_code(client: "Client", job: "JobSpec", directory: Path | None, no_code:
     What was packed is said on stderr. Raises OpsError `invalid`.
     """
     from ops_contract.errors import ErrorCode, OpsError
-    from ops_contract.jobs import runs_user_code
+    from ops_contract.jobs import is_users_own
     from relight.packing import pack
 
-    own = runs_user_code(job.kind, job.workload or "")
+    own = is_users_own(job.kind, job.workload or "")
     if directory and (no_code or job.code or not own):
         reason = "--no-code" if no_code else "the code that the file names" if job.code else "an installed workload"
         raise OpsError(ErrorCode.INVALID, f"--code {directory} contradicts {reason}; leave one of them out")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from relight.private import make_private
+
 # Who only looks takes the lock for a moment, too.
 LOOKED_AT_S = 1.0
 TURN_S = 0.02
@@ -60,7 +62,7 @@ class Lock:
 @contextmanager
 def only_one(data_dir: Path, doing: str) -> Iterator[Lock]:
     """Raises Taken that says who is there."""
-    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private(data_dir)
     with os.fdopen(os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600), "r+") as file:
         until_s = time.monotonic() + LOOKED_AT_S
         while not _try_lock(file, fcntl.LOCK_EX):

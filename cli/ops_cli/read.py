@@ -103,7 +103,7 @@ def _waits_for(operation: "Operation", workers: "Sequence[WorkerView]") -> str:
     from ops_contract.jobs import runs_user_code
 
     takers = [worker for worker in workers if worker.live and not worker.draining]
-    anybody = not runs_user_code(operation.kind, operation.workload)
+    anybody = not runs_user_code(operation.job)
     slots = [slot for worker in takers if anybody or worker.user_code for slot in worker.slots]
     drained = ", ".join(worker.name for worker in workers if worker.live and worker.drain)
     undrain = f"a drained worker: {drained}; `ops workers undrain NAME`, or start another" if drained else ""

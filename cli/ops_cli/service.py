@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from ops_cli.exits import ExitCode
+from relight.private import make_private, opener
 
 NAME = "relight.service"
 SPARE_S = 10.0
@@ -56,8 +57,10 @@ def install(
     python = os.path.abspath(os.path.expanduser(python)) if python else None
     environment = config_path().with_name("environment")
     command = [sys.executable, "-P", "-m", "ops_cli", "up", *arguments(data_dir, host, port, workers, python)]
-    unit_path().parent.mkdir(parents=True, exist_ok=True)
-    unit_path().write_text(unit(command, environment, stop_s))
+    make_private(unit_path().parent)
+    # Whoever may write it may run what they like.
+    with open(unit_path(), "w", opener=opener) as file:
+        file.write(unit(command, environment, stop_s))
     print(f"{unit_path()} is written.")
     if environment.exists():
         print(f"{environment} has its variables; it was there and stays as it is.")
@@ -181,8 +184,8 @@ def _shell_quoted(value: str) -> str:
 
 
 def _write_private(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    make_private(path.parent)
+    with open(path, "x", opener=opener) as file:
         file.write(text)
 
 

@@ -12,6 +12,7 @@ import httpx
 
 from ops_cli.child import Child, rotate
 from ops_contract.tokens import workers_token
+from relight.private import make_private
 
 QUICK_FAILURES = 5
 STEADY_S = 10.0
@@ -88,8 +89,8 @@ class Stack:
 
     def start(self) -> None:
         """Returns when the API is ready and every worker has registered. Raises StackError."""
-        (self.settings.data_dir / "logs").mkdir(parents=True, exist_ok=True)
-        (self.settings.data_dir / "storage").mkdir(exist_ok=True)
+        make_private(self.settings.data_dir / "logs")
+        make_private(self.settings.data_dir / "storage")
         if self.database:
             self._start([self.database], "database  embedded Postgres")
         self._start([self.server], f"server    {self.settings.url}", self._healthy)

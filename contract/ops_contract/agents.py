@@ -182,6 +182,10 @@ class Problem(Wire):
     problem: str
 
 
+# Of the JSON of such an answer: it comes from users' code, by way of a worker.
+VALIDATED_MAX_BYTES = 2**20
+
+
 class Validated(Wire):
     """With no problem: the config with its defaults, its JSON Schema, and the metrics that the workload reports."""
 

@@ -305,8 +305,8 @@ class JobSpec(Setup):
 COMMAND_KNOBS = frozenset({"accelerator", "devices", "threads", "stall_timeout_s", "logger"})
 
 
-def runs_user_code(kind: Kind, workload: str) -> bool:
-    """A worker takes such a job only where its owner allowed that."""
+def is_users_own(kind: Kind, workload: str) -> bool:
+    """A command, or `module:Class`: what its user brings, instead of what a worker offers."""
     return kind is Kind.COMMAND or ":" in workload
 
 
@@ -320,3 +320,11 @@ class Job(Setup):
     until_step: int | None = Field(
         None, ge=1, lt=2**63, description="a replay ends before this step; schedules go by the whole run all the same"
     )
+
+
+def runs_user_code(job: Job) -> bool:
+    """A worker takes such a job only where its owner allowed that.
+
+    Variables too say what an interpreter and its libraries load: PYTHONPATH, LD_PRELOAD, CUDA_INJECTION64_PATH, …
+    """
+    return is_users_own(job.kind, job.workload) or job.code is not None or bool(job.env)

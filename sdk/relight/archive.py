@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+# What Linux takes for a path and for a name in it.
+_MAX_PATH_BYTES, _MAX_NAME_BYTES = 4095, 255
+
 
 class BadArchive(Exception):
     """It is no snapshot, or one that does not stay in its directory; the message says which entry."""
@@ -52,11 +55,17 @@ def read_archive(archive: bytes) -> dict[str, Entry]:
                 file = tar.extractfile(member) if member.isreg() else None
                 link = None if file else member.linkname
                 entries[member.name] = Entry(file.read() if file else b"", bool(member.mode & 0o100), link)
-    except (tarfile.TarError, OSError, ValueError) as error:
+    # RecursionError: tarfile follows headers about headers by calling itself.
+    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
         raise BadArchive(f"it is not a whole tar file: {error}") from error
+    directories: set[str] = set()
     for path in entries:
-        if above := entries.keys() & {str(parent) for parent in PurePosixPath(path).parents}:
-            raise BadArchive(f"{path} is below {above.pop()}, which is no directory")
+        above = posixpath.dirname(path)
+        while above and above not in directories:
+            if above in entries:
+                raise BadArchive(f"{path} is below {above}, which is no directory")
+            directories.add(above)
+            above = posixpath.dirname(above)
     return entries
 
 
@@ -69,13 +78,16 @@ def unpack(archive: bytes, directory: Path) -> None:
     links = {path: entry.link for path, entry in entries.items() if entry.link is not None}
     for path in sorted(entries, key=links.__contains__):
         target = directory / path
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path in links:
-            target.symlink_to(links[path])
-        else:
-            mode = 0o755 if entries[path].executable else 0o644
-            with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-                file.write(entries[path].data)
+        try:
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if path in links:
+                target.symlink_to(links[path])
+            else:
+                mode = 0o755 if entries[path].executable else 0o644
+                with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+                    file.write(entries[path].data)
+        except FileExistsError as error:  # on a file system that takes README and Readme, or two forms of é, for one
+            raise BadArchive(f"{path} and another name are the same on this file system") from error
     for path, link in links.items():
         if leads_out(directory, path, link):
             raise BadArchive(f"the link {path} leads out of the project, to {link}")
@@ -89,11 +101,14 @@ def leads_out(directory: Path, path: str, link: str) -> bool:
 
 
 def _check(member: tarfile.TarInfo, before: Mapping[str, Entry], size_bytes: int) -> None:
+    raw = os.fsencode(member.name)
+    if len(raw) > _MAX_PATH_BYTES or max(map(len, raw.split(b"/"))) > _MAX_NAME_BYTES:
+        raise BadArchive(f"{member.name[:100]!r}… is longer than a path can be")
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or str(path) != member.name or not path.parts or "\0" in member.name:
         raise BadArchive(f"{member.name!r} is no path within a project")
     if member.name in before:
         raise BadArchive(f"{member.name} is there twice")
     # A sparse file may claim any size.
-    if member.type not in (tarfile.REGTYPE, tarfile.SYMTYPE) or member.issparse() or member.size > size_bytes:
+    if member.type not in (tarfile.REGTYPE, tarfile.SYMTYPE) or member.issparse() or not 0 <= member.size <= size_bytes:
         raise BadArchive(f"{member.name} is neither a file nor a link")

@@ -2,19 +2,23 @@
 
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ops_contract.modes import directory_mode, file_mode
 from relight.manifest import CHUNK_BYTES, FileEntry
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 @contextmanager
 def published_directory(root: Path, operation: str, name: str) -> Iterator[int]:
     """A directory to write files in; when the block is done it has its name, durably. If it fails nothing is left."""
-    with _operation_directory(root, operation) as parent:
+    with operation_directory(root, operation) as parent:
         with _scratch(parent, f"{name}.tmp") as scratch:
             yield scratch
             os.fsync(scratch)
@@ -24,11 +28,11 @@ def published_directory(root: Path, operation: str, name: str) -> Iterator[int]:
 
 
 @contextmanager
-def _operation_directory(root: Path, name: str) -> Iterator[int]:
+def operation_directory(root: Path, name: str) -> Iterator[int]:
     root.mkdir(parents=True, exist_ok=True)
     storage = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        directory = _make_directory(storage, name)
+        directory = have_directory(storage, name)
     finally:
         os.close(storage)
     try:
@@ -37,21 +41,35 @@ def _operation_directory(root: Path, name: str) -> Iterator[int]:
         os.close(directory)
 
 
-def _make_directory(parent: int, name: str) -> int:
+def have_directory(above: int, name: str) -> int:
+    """A descriptor of one that is there, durably; made where it is not."""
     try:
-        os.mkdir(name, dir_fd=parent)
-        os.fsync(parent)
+        made = make_directory(above, name)
+        os.fsync(above)
+        return made
     except FileExistsError:
-        pass
-    return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+        return os.open(name, _DIRECTORY, dir_fd=above)
+
+
+def make_directory(above: int, name: str) -> int:
+    """A descriptor of a new one, as private as the one above."""
+    os.mkdir(name, 0o700, dir_fd=above)
+    made = os.open(name, _DIRECTORY, dir_fd=above)
+    _set_mode(made, directory_mode(os.fstat(above).st_mode))
+    return made
+
+
+def _set_mode(file: int, mode: int) -> None:
+    if stat.S_IMODE(os.fstat(file).st_mode) != mode:
+        with suppress(PermissionError):  # a file system without modes of its own
+            os.fchmod(file, mode)
 
 
 @contextmanager
 def _scratch(parent: int, name: str) -> Iterator[int]:
     """A new directory in place of what a crash left under its name; removed again if the block fails."""
     shutil.rmtree(name, ignore_errors=True, dir_fd=parent)
-    os.mkdir(name, dir_fd=parent)
-    directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    directory = make_directory(parent, name)
     try:
         yield directory
     except BaseException:
@@ -65,8 +83,9 @@ def _scratch(parent: int, name: str) -> Iterator[int]:
 def write_file(directory: int, name: str, parts: Iterable[memoryview]) -> FileEntry:
     """One new file, fsynced, and the hashes of its chunks."""
     chunks = _ChunkHashes()
-    file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=directory)
+    file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=directory)
     try:
+        _set_mode(file, file_mode(os.fstat(directory).st_mode))
         for part in parts:
             _write_all(file, part)
             chunks.update(part)

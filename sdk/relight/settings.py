@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from relight.private import make_private
+
 
 @dataclass(frozen=True)
 class Server:
@@ -80,7 +82,7 @@ def read_up_state(environ: Mapping[str, str] = os.environ) -> UpState | None:
 def write_up_state(state: UpState, environ: Mapping[str, str] = os.environ) -> None:
     """Readable by its owner only: it holds the token."""
     path = up_state_path(environ)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path.parent)
     new = path.with_name(f".{path.name}.{state.pid}")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

@@ -9,7 +9,8 @@ import pytest
 
 from helpers.agents import FAKE_TRAINER, AgentProcess, alive, eventually, running_agent
 from helpers.fake_api import FakeApi, FakeHold
-from ops_contract.jobs import Execution, Job
+from ops_contract.agents import Validate
+from ops_contract.jobs import Code, Execution, Job
 from ops_contract.lifecycle import Kind, Outcome
 from ops_contract.reports import Finish, LogChunk, Metrics
 
@@ -205,18 +206,41 @@ async def test_an_agent_that_is_told_to_end_hands_a_command_back(tmp_path, monke
     await api.down()
 
 
-async def test_a_worker_without_user_code_refuses_commands_and_classes_of_users(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPS_USER_CODE", "0")
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"command": ["true"], "kind": Kind.COMMAND, "workload": "command"},
+        {"workload": "pkg.mine:Class"},
+        {"code": Code(sha256="0" * 64)},  # no submit lets that through: the installed name would be the snapshot's
+        {"env": {"PYTHONPATH": "/tmp/of-mine"}},
+    ],
+    ids=["command", "class", "snapshot", "variables"],
+)
+async def test_a_worker_without_user_code_refuses_whatever_names_code_also_when_it_is_called_directly(closed, named):
+    job = Job(**{"kind": Kind.TRAINING, "workload": "fake", "config": {}, "execution": Execution()} | named)
+    order = closed.order(closed.api.claim(uuid4(), closed.incarnation)).model_copy(update={"job": job})
+
+    answers = [
+        await closed.post(f"/{job.kind}/start", order),
+        await closed.post("/validate", Validate(incarnation=closed.incarnation, job=job)),
+    ]
+
+    assert [(each.status_code, each.json()["error"]["code"]) for each in answers] == [(409, "no_user_code")] * 2
+    assert "OPS_USER_CODE=1 allows it" in answers[0].json()["error"]["message"]
+
+
+async def test_a_command_is_not_taken_for_a_training(closed):
+    mine = closed.order(closed.api.claim(uuid4(), closed.incarnation))
+    assert (await closed.post("/command/start", mine)).status_code == 422
+
+
+@pytest.fixture(scope="module")
+async def closed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AgentProcess]:
+    """It runs no user code."""
     api = FakeApi()
     await api.up()
-    async with running_agent(api, tmp_path, command=FAKE_TRAINER) as agent:
-        await agent.ready()
-        with pytest.raises(AssertionError, match="no_user_code"):
-            await run(agent, "true")
-        mine = agent.order(api.claim(agent.incarnation, agent.incarnation), workload="pkg.mine:Class")
-        answer = await agent.post("/training/start", mine)
-        wrong = await agent.post("/command/start", mine)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPS_USER_CODE", "0")
+        async with running_agent(api, tmp_path_factory.mktemp("closed"), command=FAKE_TRAINER) as agent:
+            yield await agent.ready()
     await api.down()
-
-    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "no_user_code")
-    assert wrong.status_code == 422

@@ -15,6 +15,7 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 import uvicorn
+from pydantic import ValidationError
 
 from helpers.openapi import openapi_of_this_code
 from helpers.store import Store
@@ -87,6 +88,41 @@ async def test_an_artifact_is_sent_whole_or_in_part(api: httpx.AsyncClient, stor
     assert (part.status_code, part.content) == (206, CONTENT[1000:])
     assert (stale.status_code, stale.content) == (200, CONTENT)
     assert past.status_code == 416
+
+
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [
+        ('a "b".pt', "utf-8''a%20_b_.pt"),
+        ("..\\..\\evil.exe", '".._.._evil.exe"'),
+        ("C:evil", '"C_evil"'),
+        ("modèle é.pt", "utf-8''mod%C3%A8le%20%C3%A9.pt"),
+        ("a\u202egpj.exe", '"a_gpj.exe"'),
+        ("a\u2028b", '"a_b"'),
+        ("con.txt", '"_con.txt"'),
+        ("LPT1", '"_LPT1"'),
+        ("a.pt. .", '"a.pt"'),
+        ("...", '"file"'),
+        ("a;b='c'.pt", "utf-8''a%3Bb%3D%27c%27.pt"),
+    ],
+)
+async def test_a_file_is_saved_under_a_name_that_is_one_everywhere(
+    api: httpx.AsyncClient, store: Store, tmp_path: Path, name: str, sent: str
+) -> None:
+    saved = await completed(store, tmp_path, name=f"files/{name}")
+
+    answer = await api.get(saved.url)
+
+    star = "*" if sent.startswith("utf-8") else ""
+    assert answer.headers["Content-Disposition"] == f"attachment; filename{star}={sent}"
+    assert answer.headers["Content-Type"] == "application/octet-stream"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize("name", ["files/a\nSet-Cookie: b", "files/a\0b", "files/../a", "/a", "files/a\r"])
+def test_a_name_that_is_none_is_not_even_reported(name: str) -> None:
+    with pytest.raises(ValidationError):
+        ArtifactSaved(artifact_id=uuid4(), name=name, step=3, path="p", size_bytes=0, sha256="0" * 64)
 
 
 def remove(saved: Saved) -> None:

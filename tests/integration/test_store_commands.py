@@ -27,6 +27,18 @@ async def test_a_command_is_given_to_a_worker_that_runs_user_code_only(store: St
     assert (claim.operation_id, claim.incarnation, claim.job.command) == (id, open_worker, COMMAND)
 
 
+async def test_variables_of_a_job_are_for_a_worker_that_runs_user_code_only(store: Store) -> None:
+    await store.worker("closed")
+    id = await store.submit(env={"PYTHONPATH": "/tmp/of-mine"})
+    assert await store.claim() is None
+
+    open_worker = await store.worker("open", user_code=True)
+    claim = await store.claim()
+
+    assert claim is not None
+    assert (claim.operation_id, claim.incarnation) == (id, open_worker)
+
+
 async def test_a_slot_with_too_few_cores_gets_no_command_that_wants_more(store: Store) -> None:
     await store.worker("small", cores=3, user_code=True)
     large = await store.worker("large", cores=4, user_code=True)

@@ -23,7 +23,7 @@ from ops_backend.app import create_app
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings
 from ops_backend.validator import Validator
-from ops_contract.agents import Validate, Validated
+from ops_contract.agents import VALIDATED_MAX_BYTES, Validate, Validated, WorkloadOffer
 from ops_contract.jobs import Code, Execution, Job
 from ops_contract.lifecycle import Kind
 from ops_contract.reports import Resolved
@@ -124,6 +124,13 @@ async def test_a_metric_that_the_users_workload_does_not_report_is_refused(backe
     assert answer.json()["error"]["details"]["errors"][0]["field"] == "execution.checkpoint_monitor"
 
 
+class Trickling(httpx.AsyncByteStream):
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+
 def raising(error: Exception) -> Callable[[], httpx.Response]:
     def raise_it() -> httpx.Response:
         raise error
@@ -140,8 +147,11 @@ def raising(error: Exception) -> Callable[[], httpx.Response]:
         lambda: httpx.Response(503, json={}),
         lambda: httpx.Response(404, json={}),
         lambda: httpx.Response(200, json={"config": 3}),
+        lambda: httpx.Response(200, json={"config": {"a": "\0"}}),
+        lambda: httpx.Response(200, json={"config": {"a": "x" * VALIDATED_MAX_BYTES}}),
+        lambda: httpx.Response(200, stream=Trickling()),
     ],
-    ids=["hangs", "dies", "gone", "busy", "older", "nonsense"],
+    ids=["hangs", "dies", "gone", "busy", "older", "nonsense", "unstorable", "endless", "trickling"],
 )
 async def test_a_worker_that_does_not_say_leaves_it_to_the_start(backend: Backend, answer: Any) -> None:
     await backend.worker()
@@ -255,6 +265,41 @@ async def test_a_fork_is_validated_when_it_runs_something_else(
     assert (fork.status_code, len(backend.asked)) == (201, asked + 1)
     assert fork.json()["job"]["config"] == (TOLD["config"] if asked else {"depth": 3})
     assert refused.json()["error"]["details"]["errors"][0]["field"] == "overrides.config.depth"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "http://169.254.169.254/latest"},
+        {"$ref": "file:///etc/passwd"},
+        {"$ref": "#"},
+        {"type": 5},
+        {"properties": 3},
+        {"properties": {"depth": {"pattern": "("}}},
+    ],
+)
+async def test_a_schema_that_a_worker_made_up_is_neither_followed_nor_our_error(
+    store: Store, backend: Backend, monkeypatch: pytest.MonkeyPatch, schema: dict[str, Any]
+) -> None:
+    fetched: list[object] = []
+    monkeypatch.setattr("urllib.request.urlopen", fetched.append)
+    await store.worker(workloads=[WorkloadOffer(name="odd", config_schema=schema)])
+
+    answer = await backend.submit(workload="odd", config={"depth": "3"})
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid")
+    assert "cannot be applied" in answer.json()["error"]["message"]
+    assert fetched == []
+
+
+async def test_what_the_stored_schema_refuses_is_asked_of_no_worker(backend: Backend, store: Store) -> None:
+    await backend.worker(validates=True)
+    schema = {"type": "object", "properties": {"depth": {"type": "integer"}}}
+    await store.execute("UPDATE workloads SET config_schema = :schema", schema=json.dumps(schema))
+
+    answer = await backend.submit(workload="deep", config={"depth": "three"})
+
+    assert (answer.status_code, backend.asked) == (422, [])
 
 
 # ---- the worker's side: a real agent, a real child

@@ -21,8 +21,8 @@ from ops_contract.agents import CheckpointRef
 from ops_contract.lifecycle import Phase
 from relight import manifest as manifests
 from relight import publish as published_files
-from relight.manifest import CheckpointCorrupt, CheckpointMissing, Manifest, check_manifest
-from relight.training.checkpoint import Published, publish, restore
+from relight.manifest import CheckpointCorrupt, CheckpointMissing, Manifest, check_manifest, verify
+from relight.training.checkpoint import Published, publish, publish_files, restore
 from relight.training.codec import encode
 
 OPERATION = UUID(int=7)
@@ -320,13 +320,56 @@ def with_file(root: Path, name: str, change: Callable[[bytes], bytes]) -> Checkp
     return rewritten(root, ref, lambda manifest: manifest["files"].update({name: listed}))
 
 
-def test_a_pickle_in_place_of_tensors_is_refused_unread(tmp_path: Path) -> None:
-    ref = with_file(tmp_path, "state.safetensors", lambda raw: pickle.dumps(Bomb(tmp_path / "ran")))
+@pytest.mark.parametrize(("name", "said"), [("state.safetensors", "header"), ("state.json", "not JSON")])
+def test_a_pickle_in_place_of_a_file_is_refused_unread(tmp_path: Path, name: str, said: str) -> None:
+    ref = with_file(tmp_path, name, lambda raw: pickle.dumps(Bomb(tmp_path / "ran")))
 
-    with pytest.raises(CheckpointCorrupt, match="header"):
+    with pytest.raises(CheckpointCorrupt, match=said):
         restore(tmp_path, ref)
 
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_in_place_of_the_manifest_is_refused_unread_also_when_that_was_committed(tmp_path: Path) -> None:
+    ref = published(tmp_path, 5)
+    bomb = pickle.dumps(Bomb(tmp_path / "ran"))
+    (tmp_path / ref.path / "manifest.json").write_bytes(bomb)
+
+    with pytest.raises(CheckpointCorrupt, match="JSON"):
+        check_manifest(tmp_path, ref.model_copy(update={"manifest_sha256": sha256(bomb).hexdigest()}))
+
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_loop_workload_keeps_is_copied_and_hashed_and_never_loaded(tmp_path: Path) -> None:
+    def write(directory: Path) -> None:
+        (directory / "optimizer.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+
+    saved = publish_files(tmp_path, about(5), write)
+
+    assert "files/optimizer.pt" in verify(tmp_path, ref_of(saved, 5)).files
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("root_mode", "others"), [(0o700, 0), (0o770, 0o060), (0o775, 0o064), (0o777, 0o064)])
+@pytest.mark.parametrize("umask", [0o000, 0o077], ids=oct)
+def test_what_is_published_is_as_private_as_the_root_whatever_the_umask(
+    tmp_path: Path, root_mode: int, others: int, umask: int
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    root.chmod(root_mode)
+
+    before = os.umask(umask)
+    try:
+        ref = published(root, 5)
+    finally:
+        os.umask(before)
+
+    files = {stat.S_IMODE(path.stat().st_mode) for path in (root / ref.path).iterdir()}
+    directories = {stat.S_IMODE(path.stat().st_mode) for path in root.rglob("*") if path.is_dir()}
+    assert files == {0o600 | others}
+    assert directories == {0o700 | (root_mode & 0o075)}
 
 
 @pytest.mark.parametrize(

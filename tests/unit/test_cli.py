@@ -966,7 +966,8 @@ def test_status_and_cancel_of_a_command_speak_of_no_epoch_and_no_checkpoint(api:
 def test_status_says_what_a_pending_command_waits_for(
     api: Api, ops: Ops, workers: list[WorkerView], cores: int | None, said: str
 ) -> None:
-    job = operation().job.model_copy(update={"command": ["true"], "resources": Resources(cores=cores)})
+    own = {"kind": Kind.COMMAND, "workload": "command", "command": ["true"]}
+    job = operation().job.model_copy(update=own | {"resources": Resources(cores=cores)})
     id = api.holds(operation(kind=Kind.COMMAND, workload="command", status=Status.PENDING, job=job))
     api.workers = workers
     assert said in " ".join(ops("status", id).out.split())

@@ -6,12 +6,15 @@ import os
 import shutil
 import subprocess
 import tarfile
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
 
+import relight.archive as archives
 from ops_contract.errors import ErrorCode, OpsError
 from relight import packing
 from relight.archive import BadArchive, Entry, read_archive, unpack, write_archive
@@ -363,6 +366,15 @@ def link(name: str, target: str) -> tarfile.TarInfo:
     return member(name, type=tarfile.SYMTYPE, linkname=target)
 
 
+def header(keyword: bytes, value: bytes) -> bytes:
+    """A pax header about the next member, which says whatever it likes."""
+    record = b" " + keyword + b"=" + value + b"\n"
+    length = len(record) + len(str(len(record) + 4))
+    content = str(length).encode() + record
+    info = member("pax", type=tarfile.XHDTYPE, size=len(content))
+    return info.tobuf(tarfile.USTAR_FORMAT) + content.ljust(-(-len(content) // 512) * 512, b"\0")
+
+
 SPARSE = {"GNU.sparse.map": f"0,1,{2**40},0", "GNU.sparse.size": str(2**40)}
 
 
@@ -384,10 +396,20 @@ SPARSE = {"GNU.sparse.map": f"0,1,{2**40},0", "GNU.sparse.size": str(2**40)}
         (tar(member("a", type=tarfile.FIFOTYPE)), "neither"),
         (tar(member("a", pax_headers=SPARSE, size=1)), "neither"),
         (tar(member("a", size=2**24), mode="w:gz"), "not a whole tar"),
+        (tar(member("a", type=tarfile.BLKTYPE)), "neither"),
+        (tar(member("a", type=tarfile.CONTTYPE)), "neither"),
+        (tar(member("a", type=tarfile.GNUTYPE_SPARSE)), "neither"),
+        (header(b"size", b"-512") + tar(member("a")), "neither|not a whole tar"),  # else read again, for ever
+        (header(b"path", b"../evil") + tar(member("a")), "no path within"),
+        (header(b"path", b"a\0b") + tar(member("a")), "no path within"),
+        (header(b"path", b"a/" * 2**20 + b"b") + tar(member("a")), "longer than a path"),
+        (header(b"path", b"n" * 256) + tar(member("a")), "longer than a path"),
+        (header(b"comment", b"") * 10_000 + tar(member("a")), "not a whole tar"),  # headers about headers
         (tar(member("a", size=5000))[:2048], "neither a file"),
         (tar(member("a", size=1000))[:1100], "not a whole tar"),
         (b"", "not a whole tar"),
         (b"nonsense" * 200, "not a whole tar"),
+        (b"\x80\x04cposix\nsystem\n(S'true'\ntR.".ljust(1024, b"."), "not a whole tar"),  # a pickle
     ],
 )
 def test_what_pack_would_not_have_made_is_refused_and_nothing_is_written_outside(
@@ -401,3 +423,21 @@ def test_what_pack_would_not_have_made_is_refused_and_nothing_is_written_outside
 
     assert list(tmp_path.iterdir()) == [inside]
     assert sum(path.lstat().st_size for path in inside.rglob("*") if not path.is_dir()) < 10_000
+
+
+@pytest.mark.parametrize("names", [("Readme", "README"), ("\u00e9", "e\u0301"), ("Lib/a", "lib/a")])
+def test_names_that_one_file_system_takes_for_one_are_never_written_twice(
+    names: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_open = os.open
+
+    def folding(path: Path, *rest: int) -> int:
+        folded = unicodedata.normalize("NFC", str(path.relative_to(tmp_path))).casefold()
+        target = tmp_path / folded
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return real_open(target, *rest)
+
+    monkeypatch.setattr(archives, "os", SimpleNamespace(**vars(os) | {"open": folding}))
+
+    with pytest.raises(BadArchive, match="the same on this file system"):
+        unpack(tar(*(member(name, size=1) for name in names)), tmp_path)

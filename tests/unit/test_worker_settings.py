@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from ops_worker.confinement import trainer_environment
 from ops_worker.settings import Settings, SettingsError
-from ops_worker.trainers import prune_logs, trainer_environment
+from ops_worker.trainers import prune_logs
 from ops_worker.waiting import Backoff
 
 

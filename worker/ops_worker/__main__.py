@@ -17,11 +17,13 @@ import uvicorn
 
 from ops_contract.log_lines import LogFormatError, log_formatter
 from ops_worker.agent import Agent
+from ops_worker.confinement import clean_environment, confine_agent
 from ops_worker.describe import DescribeError
 from ops_worker.energy.devices import open_devices
 from ops_worker.routes import create_app
 from ops_worker.settings import Settings, SettingsError
 from relight.interpreter import InterpreterError, checked_interpreter
+from relight.private import make_private
 
 # -P: what lies in the agent's working directory is none of the trainer's business.
 TRAINER = ("-P", "-m", "ops_worker.trainer")
@@ -29,11 +31,12 @@ TRAINER = ("-P", "-m", "ops_worker.trainer")
 
 def main(trainer_command: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args()
+    confine_agent()
     try:
         settings = Settings.from_env(os.environ | ({"OPS_WORKER_PYTHON": arguments.python} if arguments.python else {}))
         if trainer_command is None:
             python = os.path.expanduser(settings.worker_python or sys.executable)
-            trainer_command = (checked_interpreter(python, os.environ), *TRAINER)
+            trainer_command = (checked_interpreter(python, clean_environment(os.environ)), *TRAINER)
         _log_to_stderr(settings.worker_name)
     except (SettingsError, InterpreterError, LogFormatError) as error:
         print(f"ops worker: {error}", file=sys.stderr)
@@ -50,6 +53,7 @@ def main(trainer_command: Sequence[str] | None = None) -> int:
 
 async def serve(settings: Settings, trainer_command: Sequence[str], as_json: bool, exit_on_eof: bool) -> None:
     """Until SIGTERM, ctrl-C or (with `exit_on_eof`) the end of stdin; a second signal makes it hurry."""
+    make_private(settings.worker_state_dir)
     with open_devices(settings, os.environ) as devices, _listen(settings) as listener:
         incarnation = uuid4()
         agent = Agent(settings, devices, incarnation, _url(settings, listener), trainer_command)

@@ -28,7 +28,7 @@ from ops_contract.agents import (
     WorkerRegistration,
 )
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.jobs import runs_user_code
+from ops_contract.jobs import Job, runs_user_code
 from ops_contract.pipe import Description, RunJob
 from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable, ApiUnknown
 from ops_worker.delivery import Delivery
@@ -147,11 +147,10 @@ class Agent:
         hold.cancel(order.reason, order.force)
 
     async def validate(self, question: Validate) -> Validated:
-        """What a trainer would make of the job. Raises 409 for another incarnation, 503 when none says it in time."""
+        """What a trainer would make of the job. Raises 409 `stale`, `no_user_code`, 503 when none says it in time."""
         self._check_incarnation(question.incarnation)
         job = question.job
-        if runs_user_code(job.kind, job.workload) and not self._settings.user_code:
-            raise OpsError(ErrorCode.INVALID, "this worker runs no code of its users: OPS_USER_CODE allows it")
+        self._check_user_code(job)
         # As an attempt of an operation that does not exist yet.
         order = StartTraining(
             incarnation=self.incarnation, operation_id=uuid4(), attempt=1, slot=0, deadline_s=1, job=job
@@ -204,8 +203,7 @@ class Agent:
             raise OpsError(ErrorCode.STALE, f"attempt {newest} of this operation was here already", newest=newest)
         if self._draining.is_set():
             raise OpsError(ErrorCode.STALE, "this worker takes no more work")
-        if not self._settings.user_code and runs_user_code(order.job.kind, order.job.workload):
-            raise OpsError(ErrorCode.NO_USER_CODE, "this worker runs no code of its users: OPS_USER_CODE=1 allows it")
+        self._check_user_code(order.job)
         self._check_slot(order.slot)
         return False
 
@@ -222,6 +220,11 @@ class Agent:
     def _check_incarnation(self, incarnation: UUID) -> None:
         if incarnation != self.incarnation:
             raise OpsError(ErrorCode.STALE, f"that worker is gone; this is {self.incarnation}")
+
+    def _check_user_code(self, job: Job) -> None:
+        if runs_user_code(job) and not self._settings.user_code:
+            what = "code of its users, variables of their jobs included"
+            raise OpsError(ErrorCode.NO_USER_CODE, f"this worker runs no {what}: OPS_USER_CODE=1 allows it")
 
     def _check_slot(self, index: int) -> None:
         if index >= len(self._slots):

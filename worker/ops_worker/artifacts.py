@@ -14,7 +14,7 @@ from ops_contract.lifecycle import Outcome
 from ops_contract.pipe import RunJob
 from ops_contract.reports import ArtifactSaved, Fault, Finish, Note
 from relight.pipe import AgentPipe
-from relight.publish import published_directory, write_file
+from relight.publish import make_directory, published_directory, write_file
 
 MAX_FILES = 1000
 _READ_BYTES = 2**20
@@ -86,7 +86,7 @@ def _published(
     with published_directory(Path(job.storage_root), str(operation), name) as target:
         parents = sorted({parent for file in files for parent in file.parents if parent.name})
         for parent in parents:
-            os.mkdir(str(parent), dir_fd=target)
+            os.close(make_directory(target, str(parent)))
         saved = []
         for file in files:
             whole = sha256()

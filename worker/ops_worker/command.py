@@ -30,14 +30,17 @@ from ops_contract.reports import Exactness, Fault, Finish, Metrics, Note, Starte
 from ops_contract.wire import PIPE_VERSION
 from ops_worker import artifacts
 from ops_worker.cgroups import oom_kills
+from ops_worker.confinement import THREAD_VARIABLES
 from ops_worker.points import LARGEST_STEP, MAX_JSON_BYTES, MAX_WAITING, Points
-from ops_worker.trainers import MAX_LINE_BYTES, THREAD_VARIABLES
+from ops_worker.trainers import MAX_LINE_BYTES
 from relight.interpreter import packages
 from relight.pipe import AgentPipe
 from relight.process import die_with_parent
+from relight.publish import have_directory, operation_directory
 
 FLUSH_S = 0.5
 DRAIN_S = 2.0
+OUTPUT = "output"
 _READ_BYTES = 2**16
 _PR_SET_CHILD_SUBREAPER = 36
 INEXACT = "a command's own loop is not known to be exact: only what it does with relight.Run is"
@@ -172,7 +175,8 @@ class Runner:
             message = f"The code that was submitted has no directory {job.workdir!r}: correct `workdir`, submit anew."
             return Fault(code="workdir_missing", message=message)
         try:
-            _output_directory(self._job).mkdir(parents=True, exist_ok=True)
+            with operation_directory(Path(self._job.storage_root), str(self._job.start.operation_id)) as directory:
+                os.close(have_directory(directory, OUTPUT))
             with self._agent.lock:
                 if self._agent.stop is None:
                     self._agent.program = Program(self._job)
@@ -315,7 +319,7 @@ def _environment(job: RunJob, directory: Path, fd: int) -> dict[str, str]:
 
 def _output_directory(job: RunJob) -> Path:
     """The operation's own, for all its attempts on all workers; deleted with it."""
-    return Path(job.storage_root) / str(job.start.operation_id) / "output"
+    return Path(job.storage_root) / str(job.start.operation_id) / OUTPUT
 
 
 def _with_parent(pid: int) -> Callable[[], None]:

@@ -5,21 +5,27 @@ import logging
 import os
 import signal
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from pydantic import ValidationError
 
-from ops_contract.agents import Validated
+from ops_contract.agents import VALIDATED_MAX_BYTES, Validated
 from ops_contract.pipe import Description, RunJob, line
 from ops_contract.wire import PIPE_VERSION
-from ops_worker.trainers import trainer_environment
+from ops_worker.confinement import trainer_environment
 from relight.interpreter import install_command
 
 log = logging.getLogger(__name__)
 
 # An import of torch from a cold network file system takes minutes.
 DESCRIBE_S = 300.0
+# Schemas of all that is installed; the API takes no larger registration.
+DESCRIBE_MAX_BYTES = 16 * 2**20
+_LAST_WORDS_BYTES = 2000
+_READ_BYTES = 2**16
 
 
 class DescribeError(Exception):
@@ -29,11 +35,13 @@ class DescribeError(Exception):
 async def describe(command: Sequence[str]) -> Description:
     """Raises DescribeError."""
     try:
-        async with asyncio.timeout(DESCRIBE_S):
-            code, output, errors = await ask_child([*command, "--describe"], b"", os.environ)
+        with tempfile.TemporaryDirectory(prefix="relight-describe-") as directory:
+            async with asyncio.timeout(DESCRIBE_S):
+                code, output, last_words = await ask_child(
+                    [*command, "--describe"], b"", os.environ, Path(directory), DESCRIBE_MAX_BYTES
+                )
     except TimeoutError:
         raise DescribeError(f"`{' '.join(command)} --describe` took more than {DESCRIBE_S:.0f} s") from None
-    last_words = errors.decode(errors="replace")[-2000:].strip()
     try:
         if code == 0:
             if last_words:
@@ -45,36 +53,77 @@ async def describe(command: Sequence[str]) -> Description:
 
 
 async def validate(command: Sequence[str], job: RunJob) -> Validated | None:
-    """What the workload makes of the job; None when the child ends without saying it."""
-    code, output, errors = await ask_child([*command, "--validate"], line(job), os.environ, job.cores)
+    """What the workload makes of the job; None when the child ends without saying it, or says too much."""
+    code, output, last_words = await ask_child(
+        [*command, "--validate"], line(job), os.environ, Path(job.directory), VALIDATED_MAX_BYTES, job.cores
+    )
     try:
         return Validated.model_validate_json(output)
     except ValidationError:
-        last_words = errors.decode(errors="replace")[-2000:].strip()
         log.warning("validating %s ended with code %s: %s", job.start.job.workload, code, last_words)
     return None
 
 
 async def ask_child(
-    command: Sequence[str], question: bytes, environ: Mapping[str, str], cores: int = 1
-) -> tuple[int | None, bytes, bytes]:
-    """Its exit code, stdout and stderr. It is killed, with all that it started, when this is cancelled."""
+    command: Sequence[str],
+    question: bytes,
+    environ: Mapping[str, str],
+    directory: Path,
+    max_bytes: int,
+    cores: int = 1,
+) -> tuple[int | None, bytes, str]:
+    """Its exit code, its answer and its last words; an answer of more than `max_bytes` is none.
+
+    It is killed, with all that it started, when this is cancelled.
+    """
     child = await asyncio.create_subprocess_exec(
         *command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=trainer_environment(environ, cores),
+        cwd=directory,
         start_new_session=True,
     )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    assert child.stderr is not None
     try:
-        output, errors = await child.communicate(question)
-        return child.returncode, output, errors
+        async with asyncio.TaskGroup() as group:
+            group.create_task(_say(child.stdin, question))
+            # To their ends, whatever comes: a child that is not read does not end.
+            answer = group.create_task(_first_bytes(child.stdout, max_bytes + 1))
+            last_words = group.create_task(_last_bytes(child.stderr, _LAST_WORDS_BYTES))
+        await child.wait()
+        if len(answer.result()) > max_bytes:
+            return child.returncode, b"", f"it answered more than {max_bytes} bytes"
+        return child.returncode, answer.result(), last_words.result().decode(errors="replace").strip()
     finally:
         if child.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             await child.wait()
+
+
+async def _say(to: asyncio.StreamWriter, question: bytes) -> None:
+    with suppress(ConnectionError):  # it does not want to hear it
+        to.write(question)
+        await to.drain()
+        to.close()
+
+
+async def _first_bytes(stream: asyncio.StreamReader, count: int) -> bytes:
+    found = bytearray()
+    while more := await stream.read(_READ_BYTES):
+        found += more[: count - len(found)]
+    return bytes(found)
+
+
+async def _last_bytes(stream: asyncio.StreamReader, count: int) -> bytes:
+    last = b""
+    while more := await stream.read(_READ_BYTES):
+        last = (last + more)[-count:]
+    return last
 
 
 def _same_version(description: Description, python: str) -> Description:

@@ -61,7 +61,9 @@ class Settings(BaseModel):
         "marked `estimated`",
     )
     user_code: bool = Field(
-        False, description="whether it runs commands, and workloads that its users bring; 1 under `ops up`"
+        False,
+        description="whether it runs commands, workloads that its users bring, and jobs that set variables; "
+        "1 under `ops up`",
     )
     secrets_dir: DirectoryPath | None = Field(
         None, description="files with the values of secrets, by their names; those in OPS_SECRET_<name> come first"

@@ -10,8 +10,9 @@ from pathlib import Path
 from ops_contract.agents import SlotOffer
 from ops_contract.pipe import Hello
 from ops_contract.wire import PIPE_VERSION
+from ops_worker.confinement import trainer_environment
 from ops_worker.energy.meters import SlotMeter
-from ops_worker.trainers import PipeGarbage, Trainer, prune_logs, trainer_environment
+from ops_worker.trainers import PipeGarbage, Trainer, prune_logs
 from ops_worker.waiting import Backoff
 
 log = logging.getLogger(__name__)

@@ -25,6 +25,7 @@ from ops_contract.lifecycle import Outcome
 from ops_contract.pipe import STACKS_SIGNAL, Description, Hello, RunJob, line
 from ops_contract.reports import Fault, Finish, Note
 from ops_worker import artifacts
+from ops_worker.confinement import confine_judgement
 from relight.importing import checks_by_code, config_problems, import_workload, with_defaults
 from relight.manifest import CheckpointCorrupt, CheckpointMissing
 from relight.pipe import AgentPipe
@@ -145,9 +146,12 @@ def describe() -> None:
 def validate() -> None:
     """Read a RunJob from stdin and print what its workload makes of its config, as JSON: a Validated."""
     die_with_parent(os.getppid())
+    confine_judgement()
     with _answering() as answer:
         job = RunJob.model_validate_json(sys.stdin.buffer.read())
         answer.write(line(validated(job)))
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)  # what the user's modules started would outlive us
 
 
 def validated(job: RunJob) -> Validated:

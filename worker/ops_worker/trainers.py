@@ -28,7 +28,6 @@ TAIL_BYTES = 8192
 LOG_HEAD_BYTES = 2**20
 LOG_END_BYTES = 63 * 2**20
 
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _BEFORE_IMPORTS = ("PYTHON", "OMP_", "MKL_", "LD_", "CUBLAS_WORKSPACE_CONFIG")
 
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
@@ -38,23 +37,6 @@ _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 
 class PipeGarbage(Exception):
     """What came is not a message of ours."""
-
-
-def trainer_environment(environ: Mapping[str, str], cores: int) -> dict[str, str]:
-    """Fixed where results depend on it. No OPS_*: a job needs none of them, and user code must not see the token."""
-    inherited = {name: value for name, value in environ.items() if not name.startswith("OPS_")}
-    threads = dict.fromkeys(THREAD_VARIABLES, str(cores))
-    return (
-        inherited
-        | threads
-        | {
-            "PYTHONHASHSEED": "0",
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-            # The last words of a trainer that is killed or crashes are in its log, not in a lost buffer.
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONFAULTHANDLER": "1",
-        }
-    )
 
 
 def before_imports(environ: Mapping[str, str]) -> dict[str, str]:
@@ -86,7 +68,10 @@ class Trainer:
 
     @classmethod
     async def spawn(cls, command: Sequence[str], environment: Mapping[str, str], log_path: Path) -> Self:
-        """Raises OSError. Call it from the main thread: PR_SET_PDEATHSIG kills when the *spawning thread* ends."""
+        """Raises OSError. Call it from the main thread: PR_SET_PDEATHSIG kills when the *spawning thread* ends.
+
+        It begins beside its log, in none of the agent's directories: the job brings its own.
+        """
         process, to_child, from_child = _spawn(command, environment, log_path)
         loop = asyncio.get_running_loop()
         messages = asyncio.StreamReader(limit=READ_BYTES)
@@ -234,6 +219,7 @@ def _spawn(
             stdout=output,
             stderr=output,
             env=dict(environment),
+            cwd=log_path.parent,
             pass_fds=(commands_in, messages_out),
             start_new_session=True,
         )

@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import re
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unicodedata import category
 
 from starlette.responses import FileResponse
 from starlette.types import Receive, Scope, Send
@@ -16,6 +18,11 @@ from ops_contract.operations import ArtifactView
 _FILE = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 _PARTS = {"multipart/byteranges": {"schema": {"type": "string", "format": "binary"}}}
 _PLAIN = {"text/plain": {"schema": {"type": "string"}}}
+
+_NOT_IN_A_NAME = frozenset('<>:"/\\|?*')
+# Control and format characters (one of them turns the reading direction: exe.gpj), lone surrogates, line separators.
+_UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+_DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9\u00b9\u00b2\u00b3]", re.IGNORECASE)
 
 # For a route's documentation: those of FileResponse itself included.
 FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -32,7 +39,7 @@ class ArtifactResponse(FileResponse):
     chunk_size = 256 * 1024
 
     def __init__(self, root: Path, artifact: ArtifactView) -> None:
-        name = PurePosixPath(artifact.name).name
+        name = safe_name(PurePosixPath(artifact.name).name)
         # Its bytes are whatever a training wrote: no browser may take them for a page of ours.
         headers = {"ETag": f'"{artifact.sha256}"', "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
         super().__init__("", headers=headers, media_type="application/octet-stream", filename=name)
@@ -52,6 +59,13 @@ class ArtifactResponse(FileResponse):
             await super().__call__(scope, receive, send)
         finally:
             os.close(file)
+
+
+def safe_name(name: str) -> str:
+    """A plain file's wherever it is saved: in a header, on Windows, and to the eye that reads its ending."""
+    plain = "".join("_" if char in _NOT_IN_A_NAME or category(char) in _UNSEEN else char for char in name)
+    plain = plain.rstrip(". ") or "file"
+    return f"_{plain}" if _DEVICE.fullmatch(plain.partition(".")[0].rstrip()) else plain
 
 
 def _opened(root: Path, artifact: ArtifactView) -> int:

@@ -21,7 +21,8 @@ TRY_CLAIM_LOCK = statement(f"SELECT pg_try_advisory_xact_lock({CLAIM_LOCK})")
 def _runs(worker: str) -> str:
     """Whether it takes this operation `o`: see `runs_user_code`."""
     return f"""CASE WHEN o.kind = 'command' OR o.workload LIKE '%:%' THEN {worker}.user_code
-                         ELSE o.workload = ANY ({worker}.workloads) END"""
+                         ELSE o.workload = ANY ({worker}.workloads)
+                              AND ({worker}.user_code OR coalesce(o.job->'env', '{{}}') = '{{}}') END"""
 
 
 # A slot is free while the hold it was last given to is not alive. `auto` wants a GPU slot and takes a CPU slot only

@@ -60,6 +60,7 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "outcome": Text(),
     "page_points": BigInteger(),
     "paths": ARRAY(Text),
+    "own": Boolean(),
     "permanent": Boolean(),
     "progress": JSONB(none_as_null=True),
     "q": Text(),

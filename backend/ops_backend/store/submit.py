@@ -9,6 +9,7 @@ from typing import Any, cast
 from uuid import UUID, uuid4
 
 import jsonschema
+from referencing import Registry
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import plain, record, statement
@@ -23,7 +24,6 @@ from ops_contract.jobs import (
     Job,
     JobSpec,
     Setup,
-    runs_user_code,
 )
 from ops_contract.problems import Problem, offer, unknown_field
 from ops_contract.resolving import Unresolvable, resolved_execution
@@ -157,7 +157,7 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", tol
         config, execution = _as_told(spec, told, path)
         return Job(kind=spec.kind, workload=spec.workload, config=config, execution=execution, **setup)
     workload = (await session.execute(FIND_WORKLOAD, {"name": spec.workload})).one_or_none()
-    if workload is None and not runs_user_code(spec.kind, spec.workload):
+    if workload is None:
         known = list(await session.scalars(KNOWN_WORKLOADS))
         hint = offer(spec.workload, known) if known else "none is known yet: start a worker first (`ops worker`)"
         raise OpsError(
@@ -168,8 +168,8 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", tol
     return Job(
         kind=spec.kind,
         workload=spec.workload,
-        config=_resolved_config(spec.config, workload.config_schema if workload else {}, f"{path}config"),
-        execution=_resolved_execution(spec.execution, workload.reports if workload else {}, f"{path}execution"),
+        config=_resolved_config(spec.config, workload.config_schema, f"{path}config"),
+        execution=_resolved_execution(spec.execution, workload.reports, f"{path}execution"),
         **setup,
     )
 
@@ -220,9 +220,15 @@ def _command_execution(given: Execution, path: str) -> Execution:
 
 def _resolved_config(given: dict[str, Any], schema: dict[str, Any], path: str) -> dict[str, Any]:
     """With the schema's defaults. Raises 422 naming the fields that it refuses."""
-    defaults = {k: p["default"] for k, p in schema.get("properties", {}).items() if "default" in p}
-    config = {**defaults, **given}
-    errors = sorted(jsonschema.Draft202012Validator(schema).iter_errors(config), key=lambda e: list(e.absolute_path))
+    try:
+        defaults = {k: p["default"] for k, p in schema.get("properties", {}).items() if "default" in p}
+        config = {**defaults, **given}
+        # The registry is empty: without one a $ref is fetched, from any URL or file that a worker thought of.
+        validator = jsonschema.Draft202012Validator(schema, registry=Registry())
+        errors = sorted(validator.iter_errors(config), key=lambda e: list(e.absolute_path))
+    except Exception as error:  # whatever jsonschema raises of a schema that is none
+        problem = f"the schema that a worker registered cannot be applied ({type(error).__name__}): correct its Config"
+        raise invalid([(path, problem)]) from error
     if errors:
         raise invalid([problem for error in errors for problem in _config_problems(error, path)])
     return config

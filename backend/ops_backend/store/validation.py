@@ -6,15 +6,14 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import statement
-from ops_contract.jobs import Job, runs_user_code
+from ops_contract.jobs import Job, is_users_own, runs_user_code
 
 # One that would take it. Any of them: a hanging one must not be asked again and again.
 FIND_WORKER = statement("""
     SELECT w.incarnation, w.url, w.secret FROM workers w
      WHERE NOT w.draining AND w.drain IS NULL AND w.last_seen_at > now() - make_interval(secs => :lease_s)
-       AND CASE WHEN :user_code THEN w.user_code
-                ELSE :workload = ANY (w.workloads)
-                     AND (SELECT validates FROM workloads WHERE name = :workload) END
+       AND (w.user_code OR NOT :user_code)
+       AND (:own OR :workload = ANY (w.workloads) AND (SELECT validates FROM workloads WHERE name = :workload))
        AND EXISTS (SELECT FROM slots s
                     WHERE s.incarnation = w.incarnation AND s.cores >= :cores
                       AND (:device = 'auto' OR s.device = :device))
@@ -38,7 +37,8 @@ async def question(session: AsyncSession, job: Job, lease_s: float) -> Question 
     if job.command is not None:
         return None
     values = {
-        "user_code": runs_user_code(job.kind, job.workload),
+        "user_code": runs_user_code(job),
+        "own": is_users_own(job.kind, job.workload),
         "workload": job.workload,
         "cores": job.resources.cores or 1,
         "device": job.execution.accelerator,

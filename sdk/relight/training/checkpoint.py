@@ -5,6 +5,7 @@
 runs touches no file of its successor.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -26,7 +27,7 @@ from relight.manifest import (
     opened,
     read_chunks,
 )
-from relight.publish import hashed_tree, published_directory, write_file
+from relight.publish import hashed_tree, make_directory, published_directory, write_file
 from relight.training import tensorfile
 from relight.training.codec import CodecError, Encoded, decode
 from relight.training.state import Cursor
@@ -81,7 +82,7 @@ def publish_files(root: Path, about: Manifest, write: Callable[[Path], object]) 
     name = _directory_name(about)
     with published_directory(root, str(about.operation_id), name) as directory:
         written = root / str(about.operation_id) / f"{name}.tmp" / FILES
-        written.mkdir()
+        os.close(make_directory(directory, FILES))
         write(written)
         files = {f"{FILES}/{path}": entry for path, entry in hashed_tree(written)}
         return _with_manifest(directory, about, name, files)
