@@ -44,8 +44,6 @@ from ops_backend.validator import Validator
 from ops_backend.webhooks import WebhookSender
 from ops_contract.wire import API_PREFIX
 
-# Long enough for a worker that checks a manifest on a slow disk; a worker that takes longer is left to the lease.
-WORKER_TIMEOUT_S = 10.0
 # For heartbeats and the loops, beside OPS_DB_POOL_SIZE for requests; exporter, exports and Prometheus have theirs.
 VITAL_CONNECTIONS = 8
 # The metrics of a large operation are read in one transaction, which holds no lock that others want.
@@ -103,7 +101,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.status_reads = reads = StatusReads(requests)
     app.state.scrape_sessions = scrapes = Sessions(url, 1, Limits(SCRAPE_S, SCRAPE_S))
     app.state.patient_sessions = patient = Sessions(url, 1 + EXPORTS, Limits(limits.wait_s, EXPORT_S))
-    async with httpx.AsyncClient(timeout=WORKER_TIMEOUT_S, trust_env=False) as http:
+    async with httpx.AsyncClient(trust_env=False) as http:
         app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings, telemetry)
         app.state.validator = Validator(http)
         app.state.streams = streams = Streams(requests, settings.poll_s, settings.max_streams)

@@ -4,10 +4,10 @@ A delivery that may have arrived is left to the lease; only a definite refusal t
 """
 
 import asyncio
+import json
 import logging
 import time
 from contextlib import suppress
-from typing import Any
 from uuid import UUID
 
 import httpx
@@ -17,6 +17,7 @@ from ops_backend.settings import Settings
 from ops_backend.store.claims import Claim, claim_next, refuse_if_held
 from ops_backend.store.transitions import CancelPush, finish_if_held
 from ops_backend.telemetry import Telemetry
+from ops_backend.worker_calls import Answer, post
 from ops_contract.agents import CancelTraining, StartTraining
 from ops_contract.errors import ErrorCode
 from ops_contract.lifecycle import Outcome
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 # No request was sent, or the worker said no: nothing runs there.
 _UNDELIVERED = (httpx.ConnectError, httpx.ConnectTimeout)
 UNREACHABLE = "unreachable"
+# Long enough for a worker that checks a manifest on a slow disk; a worker that takes longer is left to the lease.
+ANSWER_S = 10.0
+ANSWER_BYTES = 65_536
 _BAD_CHECKPOINT = (ErrorCode.NO_CHECKPOINT, ErrorCode.CHECKPOINT_CORRUPT)
 
 
@@ -122,8 +126,8 @@ class Dispatcher:
             return Fault(code=UNREACHABLE, message=f"the worker at {claim.url} does not answer: {error}")
         if answer.is_success:
             return None
-        if answer.is_server_error:
-            answer.raise_for_status()
+        if answer.status >= 500:
+            raise httpx.ReadError(f"it answered {answer.status}")
         return _fault(answer)
 
     async def _take_back(self, claim: Claim, refusal: Fault) -> None:
@@ -141,14 +145,13 @@ class Dispatcher:
         self._telemetry.moved(status)
         await self.wake()
 
-    async def _post(self, url: str, path: str, secret: str, message: Wire) -> httpx.Response:
-        headers: dict[str, Any] = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
-        return await self._http.post(f"{url}{path}", content=message.model_dump_json(), headers=headers)
+    async def _post(self, url: str, path: str, secret: str, message: Wire) -> Answer:
+        return await post(self._http, f"{url}{path}", secret, message, ANSWER_S, ANSWER_BYTES)
 
 
-def _fault(answer: httpx.Response) -> Fault:
+def _fault(answer: Answer) -> Fault:
     try:
-        error = answer.json()["error"]
+        error = json.loads(answer.body)["error"]
         return Fault(code=error["code"], message=error["message"])
-    except (ValueError, KeyError, TypeError):
-        return Fault(code="refused", message=f"the worker answered {answer.status_code}")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return Fault(code="refused", message=f"the worker answered {answer.status}")

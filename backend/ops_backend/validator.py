@@ -1,11 +1,11 @@
 """Asks a worker whether a job is right, before it is inserted and outside any transaction."""
 
-import asyncio
 import logging
 
 import httpx
 
 from ops_backend.store.validation import Question
+from ops_backend.worker_calls import post
 from ops_contract.agents import VALIDATED_MAX_BYTES, Validate, Validated
 
 log = logging.getLogger(__name__)
@@ -22,32 +22,12 @@ class Validator:
     async def ask(self, question: Question) -> Validated | None:
         """None when the worker does not say: the attempt will, at its start."""
         message = Validate(incarnation=question.incarnation, job=question.job)
-        headers = {"Authorization": f"Bearer {question.secret}", "Content-Type": "application/json"}
+        url = f"{question.url}/validate"
         try:
-            async with (
-                # httpx only bounds each wait for a piece of it.
-                asyncio.timeout(self._timeout_s),
-                self._http.stream(
-                    "POST",
-                    f"{question.url}/validate",
-                    content=message.model_dump_json(),
-                    headers=headers,
-                    timeout=self._timeout_s,
-                ) as answer,
-            ):
-                return Validated.model_validate_json(await _read(answer.raise_for_status()))
-        except (httpx.HTTPError, ValueError, TimeoutError) as error:
+            answer = await post(self._http, url, question.secret, message, self._timeout_s, VALIDATED_MAX_BYTES)
+            if not answer.is_success or b"\\u0000" in answer.body:  # which Postgres cannot store
+                raise ValueError(f"status {answer.status}: {answer.body[:200]!r}")
+            return Validated.model_validate_json(answer.body)
+        except (httpx.HTTPError, ValueError) as error:
             log.warning("the worker at %s did not validate a job, its start will: %r", question.url, error)
             return None
-
-
-async def _read(answer: httpx.Response) -> bytes:
-    """Raises ValueError for more than users' code may say, and for what Postgres cannot store."""
-    found = bytearray()
-    async for piece in answer.aiter_bytes():
-        found += piece
-        if len(found) > VALIDATED_MAX_BYTES:
-            raise ValueError(f"it said more than {VALIDATED_MAX_BYTES} bytes")
-    if b"\\u0000" in found:
-        raise ValueError("it said something with a NUL")
-    return bytes(found)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,53 @@ async def test_a_checkpoint_that_the_worker_cannot_use_is_marked_and_the_one_bef
     ]
     statuses = await store.fetch("SELECT step, status FROM checkpoints ORDER BY step")
     assert [tuple(row) for row in statuses] == [(0, "committed"), (7, "corrupt")]
+
+
+async def test_a_redirect_is_a_refusal_and_followed_nowhere(store: Store, database_url: str) -> None:
+    await store.worker()
+    id = await store.submit()
+    elsewhere = {"Location": "http://169.254.169.254/latest/meta-data"}
+    async with Deliveries(store, database_url, lambda _: httpx.Response(307, headers=elsewhere)) as deliveries:
+        sent = await deliveries.settled(1)
+
+    assert [path for path, _ in sent] == ["/training/start"]
+    assert (await store.get(id)).status is Status.PENDING
+
+
+async def test_of_an_endless_answer_a_little_is_read_and_the_lease_tells(store: Store, database_url: str) -> None:
+    sent_bytes = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent_bytes
+        while True:
+            sent_bytes += 2**16
+            yield b" " * 2**16
+
+    await store.worker()
+    id = await store.submit()
+    async with Deliveries(store, database_url, lambda _: httpx.Response(409, content=endless())) as deliveries:
+        await deliveries.settled(1)
+
+    assert sent_bytes < 2**20
+    assert (await store.get(id)).status is Status.RUNNING
+
+
+async def test_an_answer_that_drips_is_left_to_the_lease(
+    store: Store, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ops_backend.dispatcher.ANSWER_S", 0.05)
+
+    async def drips() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    await store.worker()
+    id = await store.submit()
+    async with Deliveries(store, database_url, lambda _: httpx.Response(409, content=drips())) as deliveries:
+        await deliveries.settled(1)
+
+    assert (await store.get(id)).status is Status.RUNNING
 
 
 async def test_two_dispatchers_deliver_every_operation_once(store: Store, database_url: str) -> None:

@@ -1,0 +1,42 @@
+"""One call to a worker, which may be anybody's: it gets no more of our time and memory than an answer takes."""
+
+import asyncio
+from dataclasses import dataclass
+
+import httpx
+
+from ops_contract.wire import Wire
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    body: bytes
+
+    @property
+    def is_success(self) -> bool:
+        return 200 <= self.status < 300
+
+
+async def post(
+    http: httpx.AsyncClient, url: str, secret: str, message: Wire, timeout_s: float, max_bytes: int
+) -> Answer:
+    """Follows no redirect. Raises httpx.HTTPError: ReadTimeout when the whole takes longer, ReadError for more."""
+    headers = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
+    content = message.model_dump_json()
+    try:
+        # httpx only bounds each wait for a piece of it.
+        async with (
+            asyncio.timeout(timeout_s),
+            http.stream(
+                "POST", url, content=content, headers=headers, timeout=timeout_s, follow_redirects=False
+            ) as answer,
+        ):
+            body = bytearray()
+            async for piece in answer.aiter_bytes():
+                body += piece
+                if len(body) > max_bytes:
+                    raise httpx.ReadError(f"it said more than {max_bytes} bytes")
+            return Answer(answer.status_code, bytes(body))
+    except TimeoutError as error:
+        raise httpx.ReadTimeout(f"no whole answer within {timeout_s:g} s") from error
