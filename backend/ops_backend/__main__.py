@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from ops_backend import postgres
 from ops_backend.app import create_app
 from ops_backend.database import UnfitDatabase, migrate
+from ops_backend.http_protocol import BoundedHttp
 from ops_backend.postgres_place import PostgresError
 from ops_backend.settings import Settings, SettingsError
 from ops_contract.backup import RESTORING
@@ -103,7 +104,18 @@ class Server(uvicorn.Server):
     """Says that it is ready when requests are answered, not before, and waits for no stream when it ends."""
 
     def __init__(self, app: FastAPI, url: str, as_json: bool) -> None:
-        super().__init__(uvicorn.Config(app, log_config=None, log_level="warning", timeout_graceful_shutdown=5))
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=BoundedHttp,
+                ws="none",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+            )
+        )
         self._state = app.state
         self._line = json.dumps({"event": "ready", "url": url}) if as_json else f"API ready at {url}"
 

@@ -15,6 +15,7 @@ from uuid import UUID, uuid4
 
 import uvicorn
 
+from ops_contract.http_gate import MAX_HEAD_BYTES
 from ops_contract.log_lines import LogFormatError, log_formatter
 from ops_worker.agent import Agent
 from ops_worker.describe import DescribeError
@@ -59,7 +60,17 @@ async def serve(settings: Settings, trainer_command: Sequence[str], as_json: boo
         if exit_on_eof:
             threading.Thread(target=_stop_at_eof, daemon=True).start()
         server = _Server(
-            uvicorn.Config(create_app(agent), lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=1)
+            uvicorn.Config(
+                create_app(agent),
+                lifespan="off",
+                http="h11",  # which bounds what it parses
+                h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=1,
+            )
         )
         serving = asyncio.create_task(server.serve([listener]))
         try:
