@@ -53,21 +53,21 @@ class Gate:
         try:
             if "\0" in scope["path"] or b"%00" in scope["query_string"]:
                 raise OpsError(ErrorCode.INVALID, "the address has a NUL (%00), which nothing here is called by")
-            if body := await self._body(scope, receive):
+            if (body := await self._body(scope, receive)) is not None:
                 receive = _with(body, receive)
         except OpsError as error:
             return await _refuse(error, receive, secured)
         await self._app(scope, receive, secured)
 
-    async def _body(self, scope: Message, receive: Receive) -> bytes:
-        """Raises OpsError as soon as it is known to be refused."""
+    async def _body(self, scope: Message, receive: Receive) -> bytes | None:
+        """None where there is none to read. Raises OpsError as soon as it is known to be refused."""
         has_body, headers = False, {}
         for name, value in scope["headers"]:
             if name in _OF_BODIES:
                 headers[name] = value
                 has_body = has_body or name in (b"content-length", b"transfer-encoding")
         if not has_body:
-            return b""
+            return None
         is_raw = next((prefix for prefix in self._raw if scope["path"].startswith(prefix)), None)
         bound = self._raw[is_raw] if is_raw else self._max_body_bytes
         body = await _bounded(headers, receive, bound)

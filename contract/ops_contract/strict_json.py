@@ -44,7 +44,6 @@ def _no_constant(name: str) -> NoReturn:
 
 _TOO_DEEP = f"more than {MAX_DEPTH} levels deep"
 _TOO_LARGE = "a number is too large: integers have 64 bits, others are float64"
-_NOT_TEXT = "a text has what is no text: NUL, or half of a surrogate pair"
 _DECODER = json.JSONDecoder(object_pairs_hook=_one_value_a_name, parse_constant=_no_constant)
 
 
@@ -59,7 +58,7 @@ def _check_values(value: Any) -> None:
             kind = type(each)
             if kind is str:
                 if "\0" in each or not (each.isascii() or _is_text(each)):
-                    raise NotStrict(_NOT_TEXT)
+                    raise NotStrict(f"{each[:100]!a} is no text: it has a NUL, or half of a surrogate pair")
             elif kind is int:
                 if each not in INTEGERS:
                     raise NotStrict(_TOO_LARGE)

@@ -1,4 +1,4 @@
-"""`/`: the dashboard, and `/docs`: its API. Files need no login; what the dashboard shows comes from the API, which does."""
+"""`/`: the dashboard, and `/docs`: its API. Neither asks for a login; the API that the dashboard reads does."""
 
 import asyncio
 from typing import Annotated
