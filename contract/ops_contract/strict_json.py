@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 # What pydantic, jsonschema and Python's own json each walk without running out of stack.
 MAX_DEPTH = 64
-INTEGERS = range(-(2**63), 2**64)
+INTEGERS = range(-(2**63), 2**63)
 
 
 class NotStrict(ValueError):

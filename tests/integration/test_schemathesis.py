@@ -4,9 +4,11 @@ SCHEMATHESIS_SEED plays a run again; a failure prints it, and the request as a c
 """
 
 import os
+import random
 import secrets
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import FlakyStrategyDefinition
 from hypothesis.stateful import run_state_machine_as_test
 from schemathesis import Case, GenerationMode, Response
 from schemathesis.checks import not_a_server_error
+from schemathesis.core.failures import FailureGroup
 from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -60,33 +64,42 @@ class Run:
     def __init__(self, service: Service) -> None:
         self.seed = int(os.environ.get("SCHEMATHESIS_SEED") or secrets.randbelow(2**32))
         self.statuses: Counter[int] = Counter()
+        self.failures: list[str] = []
         known = {"Authorization": f"Bearer {service.token}"}
         self._callers = cycle([known, known, known, {}, known, known, known, {"Authorization": "Bearer wrong"}])
         self._service = service
+        self.log = service.server.log
         self._ids = cycle([self._submitted() for _ in range(OPERATIONS)])
         self._turn = cycle([True, False])
         self.schema = schemathesis.openapi.from_url(f"{service.url}/openapi.json")
 
-    def plain(self, examples: int) -> None:
-        """Requests as they are described, and others, to every call."""
-        for result in self.schema.get_all_operations():
+    def plain(self, examples: int, calls: int | None = None) -> None:
+        """Requests as they are described, and others, to every call, or to so many that the seed picks."""
+        operations = [result.ok() for result in self.schema.get_all_operations()]
+        for operation in random.Random(self.seed).sample(operations, calls or len(operations)):
             for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
-                self._examples(result.ok(), mode, examples)
+                self._examples(operation, mode, examples)
 
-    def stateful(self, examples: int, steps: int) -> None:
+    def stateful(self, requests: int) -> None:
         """Sequences, in which calls take what answers gave. A stream of what is there would not end."""
-        run = self
+        run, until = self, self.requests + requests
 
         class Sequence(self.schema.exclude(path_regex="/stream$").as_state_machine()):  # type: ignore[misc]
             def call(self, case: Case, **kwargs: Any) -> Response:
                 return run._call(case)
 
             def validate_response(self, response: Response, case: Case, **kwargs: Any) -> None:
-                case.validate_response(response, checks=CHECKS)
+                pass
 
-        run_state_machine_as_test(
-            seed(self.seed)(Sequence), settings=settings(_SETTINGS, max_examples=examples, stateful_step_count=steps)
-        )
+        for again in range(requests):
+            # Hypothesis wants the same draws to lead to the same place; what an API answers depends on what was before.
+            with suppress(FlakyStrategyDefinition):
+                run_state_machine_as_test(
+                    seed(self.seed + again)(Sequence),
+                    settings=settings(_SETTINGS, max_examples=10, stateful_step_count=10),
+                )
+            if self.requests >= until:
+                return
 
     @property
     def requests(self) -> int:
@@ -102,20 +115,24 @@ class Run:
         def ask(case: Case) -> None:
             if "/operations/{id}" in case.path and not case.path.endswith("/stream") and next(self._turn):
                 case.path_parameters["id"] = next(self._ids)
-            case.validate_response(self._call(case), checks=CHECKS)
+            self._call(case)
 
         ask()
 
     def _call(self, case: Case) -> Response:
         response = case.call(headers=next(self._callers), timeout=TIMEOUT_S)
         self.statuses[response.status_code] += 1
+        try:
+            case.validate_response(response, checks=CHECKS)
+        except FailureGroup as failure:
+            self.failures.append(f"{case.operation.label}: {failure}")
         return response
 
     def _submitted(self) -> str:
         return str(self._service.http.post("/operations", json={"workload": "toy"}).raise_for_status().json()["id"])
 
 
-# Shrinking a request that fails would take minutes of real requests, and the curl that is printed does as well.
+# Failures are kept, not raised: to shrink one would take minutes of real requests, and the curl of it does as well.
 _SETTINGS = settings(
     database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), print_blob=False
 )
@@ -129,19 +146,26 @@ def run(service: Service) -> Iterator[Run]:
     print(f"{run.requests} requests: {dict(sorted(run.statuses.items()))}")
 
 
-def test_every_answer_to_made_up_requests_is_documented(run: Run) -> None:
-    run.plain(examples=2)
-    run.stateful(examples=4, steps=6)
+def test_a_sample_of_made_up_requests_finds_nothing(run: Run) -> None:
+    run.plain(examples=3, calls=15)
+    run.stateful(requests=40)
 
-    assert {200, 401, 404, 422} <= set(run.statuses)
+    judge(run, {401, 404, 422})
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_ten_thousand_made_up_requests_find_nothing(run: Run) -> None:
-    run.stateful(examples=100, steps=20)
+    run.stateful(requests=3000)
     while run.requests < 10_000:
-        run.plain(examples=60)
+        run.plain(examples=80)
         run.seed += 1
 
-    assert {200, 201, 202, 204, 401, 404, 409, 413, 422} & set(run.statuses)
+    judge(run, {200, 201, 202, 204, 401, 404, 409, 422})
+
+
+def judge(run: Run, statuses: set[int]) -> None:
+    """`statuses` have to have come, or these were no requests to speak of."""
+    assert not run.failures, "\n\n".join(run.failures[:5])
+    assert statuses <= set(run.statuses)
+    assert "Traceback" not in run.log.read_text()
