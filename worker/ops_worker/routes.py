@@ -4,6 +4,7 @@ import logging
 from typing import Annotated
 from uuid import UUID
 
+import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -11,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from ops_contract.agents import CancelTraining, HoldRef, StartTraining, Validate, Validated, WorkerHealth
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.http_gate import HEADERS, Gate
+from ops_contract.http_gate import HEADERS, MAX_HEAD_BYTES, Gate
 from ops_contract.lifecycle import Kind
 from ops_worker.agent import Agent
 
@@ -32,6 +33,20 @@ def create_app(agent: Agent) -> FastAPI:
     app.add_exception_handler(HTTPException, _plain)
     app.add_exception_handler(Exception, _unexpected)
     return app
+
+
+def server_config(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan="off",
+        http="h11",  # which bounds what it parses
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
 
 
 def _agent(request: Request) -> Agent:
