@@ -56,7 +56,11 @@ def serve(settings: Settings, *, as_json: bool, exit_on_eof: bool) -> int:
     except OSError as error:
         print(f"ops server: cannot listen on {settings.host}:{settings.port}: {error}", file=sys.stderr)
         return 1
-    server = Server(create_app(settings), f"http://{settings.host}:{listener.getsockname()[1]}", as_json)
+    try:
+        server = Server(create_app(settings), settings, listener.getsockname()[1], as_json)
+    except OSError as error:
+        print(f"ops server: cannot use OPS_TLS_CERT and OPS_TLS_KEY: {error}", file=sys.stderr)
+        return 1
     if exit_on_eof:
         threading.Thread(target=_stop_at_eof, daemon=True).start()
     server.run(sockets=[listener])
@@ -103,10 +107,13 @@ def copy(arguments: argparse.Namespace) -> int:
 class Server(uvicorn.Server):
     """Says that it is ready when requests are answered, not before, and waits for no stream when it ends."""
 
-    def __init__(self, app: FastAPI, url: str, as_json: bool) -> None:
+    def __init__(self, app: FastAPI, settings: Settings, port: int, as_json: bool) -> None:
+        """Raises OSError for a certificate or a key that is none."""
         super().__init__(
             uvicorn.Config(
                 app,
+                ssl_certfile=settings.tls_cert,
+                ssl_keyfile=settings.tls_key,
                 http=BoundedHttp,
                 ws="none",
                 log_config=None,
@@ -116,6 +123,8 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=5,
             )
         )
+        self.config.load()
+        url = f"{'https' if settings.tls_cert else 'http'}://{settings.host}:{port}"
         self._state = app.state
         self._line = json.dumps({"event": "ready", "url": url}) if as_json else f"API ready at {url}"
 
