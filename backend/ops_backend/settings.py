@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Self
 
 from pydantic import BaseModel, DirectoryPath, Field, FilePath, ValidationError, ValidationInfo, field_validator
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from ops_backend.addresses import allowed
 from ops_backend.database import Limits
@@ -19,7 +21,12 @@ def with_our_driver(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     if scheme not in ("postgres", "postgresql", "postgresql+asyncpg") or not separator:
         raise ValueError("not the address of a Postgres database")
-    return f"postgresql+asyncpg://{rest}"
+    url = f"postgresql+asyncpg://{rest}"
+    try:
+        make_url(url)
+    except (ValueError, ArgumentError):  # whose words have parts of it, the password's among them
+        raise ValueError("not the address of a Postgres database; special characters are written like %2F") from None
+    return url
 
 
 class Settings(BaseModel):

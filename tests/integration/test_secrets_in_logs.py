@@ -21,7 +21,6 @@ def test_no_secret_is_in_any_log_and_no_line_is_forged(database_url: str, tmp_pa
     with running_service(tmp_path, database_url, workers=1) as service:
         secrets = used(service)
         fail(service)
-        eventually(lambda: "hook" in service.logs() or None, "the webhook's failure is logged", service.logs)
         logs = {path.name: path.read_text() for path in tmp_path.rglob("*.log")}
 
     assert {"server.log", "worker-1.log"} <= set(logs)
@@ -35,7 +34,11 @@ def test_no_secret_is_in_any_log_and_no_line_is_forged(database_url: str, tmp_pa
 
 def used(service: Service) -> dict[str, str]:
     """Every secret that there is, each used in the ways that succeed and fail."""
-    http, plain = service.http, httpx.Client(base_url=f"{service.url}/api/v1", trust_env=False)
+    with httpx.Client(base_url=f"{service.url}/api/v1", trust_env=False) as plain:
+        return _used(service, service.http, plain)
+
+
+def _used(service: Service, http: httpx.Client, plain: httpx.Client) -> dict[str, str]:
     wrong, code = f"wrong-{uuid4()}", http.post("/session/links").json()["code"]
     plain.post("/session", json={"code": code}).raise_for_status()
     cookie = next(iter(plain.cookies.values()))
@@ -49,7 +52,8 @@ def used(service: Service) -> dict[str, str]:
     path = f"/hook-{uuid4()}"
     hook = http.post("/webhooks", json={"url": f"http://127.0.0.1:9{path}"}).json()
     http.post(f"/webhooks/{hook['id']}/test")
-    worker = http.post("/workers", json=WORKER | {"host": f"h\u202e{FORGED}", "name": f"w\x9b {FORGED}"}).json()
+    url = f"http://127.0.0.1:1/\u202e\x9b{FORGED}"
+    worker = http.post("/workers", json=WORKER | {"url": url}).raise_for_status().json()
     return {
         "the token": service.token,
         "a wrong token": wrong,
@@ -64,15 +68,15 @@ def used(service: Service) -> dict[str, str]:
 
 def fail(service: Service) -> None:
     """What is logged with the words of others: a worker that cannot be reached, a webhook, an ended operation."""
-    resources = {"accelerator": "cuda"}
-    id = service.http.post("/operations", json={"workload": "toy", "execution": resources}).json()["id"]
+    job = {"workload": "toy", "execution": {"accelerator": "cuda"}}
+    id = service.http.post("/operations", json=job).raise_for_status().json()["id"]
     eventually(lambda: FORGED in service.server.log.read_text() or None, "the dispatch fails", service.logs)
     service.http.post(f"/operations/{id}/cancel", json={"reason": f"\x1b[2K\n{FORGED}"}).raise_for_status()
     service.http.get(f"/operations/{id}%0A{FORGED}")
     service.http.get("/nowhere", headers={"User-Agent": f"\x9b{FORGED}".encode("latin-1")})
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1/x", "127.0.0.1:port/x", "[::1/x", "nowhere.invalid/x"])
+@pytest.mark.parametrize("address", ["127.0.0.1:1/x", "127.0.0.1:port/x", "/x@h/x"])
 def test_a_database_that_is_not_there_is_told_without_its_password(tmp_path: Path, address: str) -> None:
     password = "pa55-of-the-database"
     environ = {key: value for key, value in os.environ.items() if not key.startswith("OPS_")}
