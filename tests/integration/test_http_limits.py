@@ -18,7 +18,9 @@ import uvicorn
 from helpers.databases import Databases
 from helpers.openapi import openapi_of_this_code
 from helpers.service import Service
+from helpers.store import shown_by
 from integration.test_api import MISSING, refusal, serving
+from integration.test_schemathesis import INCARNATION, WORKER
 from ops_backend.app import MAX_BODY_BYTES
 from ops_contract.errors import ErrorBody
 from ops_contract.http_gate import MAX_HEAD_BYTES
@@ -287,13 +289,23 @@ async def test_no_header_is_an_error_of_ours(api: httpx.AsyncClient, name: str) 
 
 @pytest.mark.parametrize("attempt", [0, 2**31, 10**30])
 async def test_the_number_of_an_attempt_is_one_that_the_database_can_have(api: httpx.AsyncClient, attempt: int) -> None:
-    batch = {"incarnation": MISSING, "first_seq": 1, "reports": [{"kind": "note", "message": "x"}]}
-    assert refusal(await api.post(f"/operations/{MISSING}/attempts/{attempt}/reports", json=batch)) == (422, "invalid")
+    path = f"/operations/{MISSING}/attempts/{attempt}/reports"
+    assert refusal(await api.post(path, json=batch(1), headers=await registered(api))) == (422, "invalid")
 
 
 async def test_a_batch_has_a_bounded_number_of_reports(api: httpx.AsyncClient) -> None:
-    batch = {"incarnation": MISSING, "first_seq": 1, "reports": [{"kind": "note", "message": "x"}] * 1001}
-    assert refusal(await api.post(f"/operations/{MISSING}/attempts/1/reports", json=batch)) == (422, "invalid")
+    path = f"/operations/{MISSING}/attempts/1/reports"
+    assert refusal(await api.post(path, json=batch(1001), headers=await registered(api))) == (422, "invalid")
+
+
+async def registered(api: httpx.AsyncClient) -> dict[str, str]:
+    """How a worker shows itself."""
+    (await api.post("/workers", json=WORKER)).raise_for_status()
+    return shown_by(INCARNATION)
+
+
+def batch(reports: int) -> dict[str, Any]:
+    return {"incarnation": str(INCARNATION), "first_seq": 1, "reports": [{"kind": "note", "message": "x"}] * reports}
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 import schemathesis
@@ -29,12 +30,16 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from helpers.service import Service
+from helpers.store import credential_of, shown_by
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 TIMEOUT_S = 60.0
 OPERATIONS = 40  # that are known, of every case whose path has the id of one every second one is sent to such a one
+INCARNATION = UUID(int=170)
 WORKER = {
-    "incarnation": "00000000-0000-0000-0000-0000000000aa",
+    "incarnation": str(INCARNATION),
+    "credential": credential_of(INCARNATION),
+    "secret": "s" * 43,
     "name": "w",
     "host": "h",
     "url": "http://127.0.0.1:1",
@@ -52,7 +57,9 @@ def service(database_url: str, tmp_path: Path) -> Iterator[Service]:
     try:
         service.start(workers=0)
         service.http.post("/workers", json=WORKER).raise_for_status()
-        service.http.post(f"/workers/{WORKER['incarnation']}/heartbeat", json={"draining": True}).raise_for_status()
+        service.http.post(
+            f"/workers/{WORKER['incarnation']}/heartbeat", json={"draining": True}, headers=shown_by(INCARNATION)
+        ).raise_for_status()
         yield service
     finally:
         service.stop()
@@ -66,7 +73,8 @@ class Run:
         self.statuses: Counter[int] = Counter()
         self.failures: list[str] = []
         known = {"Authorization": f"Bearer {service.token}"}
-        self._callers = cycle([known, known, known, {}, known, known, known, {"Authorization": "Bearer wrong"}])
+        wrong = {"Authorization": "Bearer wrong"}
+        self._callers = cycle([known, known, known, {}, known, shown_by(INCARNATION), known, wrong])
         self._service = service
         self.log = service.server.log
         self._ids = cycle([self._submitted() for _ in range(OPERATIONS)])
