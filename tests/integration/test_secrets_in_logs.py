@@ -70,7 +70,7 @@ def fail(service: Service) -> None:
     """What is logged with the words of others: a worker that cannot be reached, a webhook, an ended operation."""
     job = {"workload": "toy", "execution": {"accelerator": "cuda"}}
     id = service.http.post("/operations", json=job).raise_for_status().json()["id"]
-    eventually(lambda: "dispatch to" in service.server.log.read_text() or None, "the dispatch fails", service.logs)
+    eventually(lambda: "refused" in service.server.log.read_text() or None, "the dispatch fails", service.logs)
     service.http.post(f"/operations/{id}/cancel", json={"reason": f"\x1b[2K\n{FORGED}"}).raise_for_status()
     service.http.get(f"/operations/{id}%0A{FORGED}")
     service.http.get("/nowhere", headers={"User-Agent": f"\x9b{FORGED}".encode("latin-1")})
