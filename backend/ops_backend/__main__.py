@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from ops_backend import postgres
 from ops_backend.app import create_app
 from ops_backend.database import UnfitDatabase, migrate
+from ops_backend.http_protocol import BoundedHttp
 from ops_backend.postgres_place import PostgresError
 from ops_backend.settings import Settings, SettingsError
 from ops_contract.backup import RESTORING
@@ -57,7 +58,11 @@ def serve(settings: Settings, *, as_json: bool, exit_on_eof: bool) -> int:
     except OSError as error:
         print(f"ops server: cannot listen on {settings.host}:{settings.port}: {error}", file=sys.stderr)
         return 1
-    server = Server(create_app(settings), f"http://{settings.host}:{listener.getsockname()[1]}", as_json)
+    try:
+        server = Server(create_app(settings), settings, listener.getsockname()[1], as_json)
+    except OSError as error:
+        print(f"ops server: cannot use OPS_TLS_CERT and OPS_TLS_KEY: {error}", file=sys.stderr)
+        return 1
     if exit_on_eof:
         threading.Thread(target=_stop_at_eof, daemon=True).start()
     server.run(sockets=[listener])
@@ -104,8 +109,24 @@ def copy(arguments: argparse.Namespace) -> int:
 class Server(uvicorn.Server):
     """Says that it is ready when requests are answered, not before, and waits for no stream when it ends."""
 
-    def __init__(self, app: FastAPI, url: str, as_json: bool) -> None:
-        super().__init__(uvicorn.Config(app, log_config=None, log_level="warning", timeout_graceful_shutdown=5))
+    def __init__(self, app: FastAPI, settings: Settings, port: int, as_json: bool) -> None:
+        """Raises OSError for a certificate or a key that is none."""
+        super().__init__(
+            uvicorn.Config(
+                app,
+                ssl_certfile=settings.tls_cert,
+                ssl_keyfile=settings.tls_key,
+                http=BoundedHttp,
+                ws="none",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self.config.load()
+        url = f"{'https' if settings.tls_cert else 'http'}://{settings.host}:{port}"
         self._state = app.state
         self._line = json.dumps({"event": "ready", "url": url}) if as_json else f"API ready at {url}"
 

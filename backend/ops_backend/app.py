@@ -42,8 +42,12 @@ from ops_backend.sweeper import Sweeper
 from ops_backend.telemetry import CountRequests, Telemetry
 from ops_backend.validator import Validator
 from ops_backend.webhooks import WebhookSender
+from ops_contract.http_gate import Gate
+from ops_contract.jobs import SNAPSHOT_MAX_BYTES
 from ops_contract.wire import API_PREFIX
 
+# Of JSON. An agent sends batches of at most a megabyte, and halves what is refused as too large.
+MAX_BODY_BYTES = 8 * 2**20
 # For heartbeats and the loops, beside OPS_DB_POOL_SIZE for requests; exporter, exports and Prometheus have theirs.
 VITAL_CONNECTIONS = 8
 # The metrics of a large operation are read in one transaction, which holds no lock that others want.
@@ -72,9 +76,12 @@ def create_app(settings: Settings) -> FastAPI:
         version="0.1",
         openapi_tags=[{"name": name, "description": text} for name, text in TAGS.items()],
         lifespan=_lifespan,
-        responses=errors.refusals(422, 503),
+        responses=errors.refusals(413, 422, 503),
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.telemetry = telemetry = Telemetry(version("relight"))
+    app.add_middleware(Gate, max_body_bytes=MAX_BODY_BYTES, raw={f"{API_PREFIX}/snapshots/": SNAPSHOT_MAX_BYTES})
     app.add_middleware(CountRequests, telemetry=telemetry)
     app.state.settings = settings
     app.state.export_turns = asyncio.Semaphore(EXPORTS)

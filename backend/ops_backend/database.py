@@ -65,6 +65,7 @@ def _engine(url: str, pool_size: int, limits: Limits) -> AsyncEngine:
         max_overflow=0,
         pool_timeout=limits.wait_s,
         pool_pre_ping=True,
+        hide_parameters=True,  # an error that is logged would tell secrets
         # NaN is not JSON, and Postgres refuses it: better a loud error here than a row that cannot be read.
         json_serializer=partial(json.dumps, allow_nan=False),
         connect_args={

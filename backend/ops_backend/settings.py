@@ -4,7 +4,9 @@ import os
 from collections.abc import Mapping
 from typing import Self
 
-from pydantic import BaseModel, DirectoryPath, Field, ValidationError, field_validator
+from pydantic import BaseModel, DirectoryPath, Field, FilePath, ValidationError, ValidationInfo, field_validator
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from ops_backend.addresses import allowed
 from ops_backend.database import Limits
@@ -19,7 +21,12 @@ def with_our_driver(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     if scheme not in ("postgres", "postgresql", "postgresql+asyncpg") or not separator:
         raise ValueError("not the address of a Postgres database")
-    return f"postgresql+asyncpg://{rest}"
+    url = f"postgresql+asyncpg://{rest}"
+    try:
+        make_url(url)
+    except (ValueError, ArgumentError):  # whose words have parts of it, the password's among them
+        raise ValueError("not the address of a Postgres database; special characters are written like %2F") from None
+    return url
 
 
 class Settings(BaseModel):
@@ -32,6 +39,10 @@ class Settings(BaseModel):
     )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8470, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    tls_cert: FilePath | None = Field(
+        None, description="with OPS_TLS_KEY: a chain of certificates (PEM), for https without a proxy; restart to renew"
+    )
+    tls_key: FilePath | None = Field(None, validate_default=True, description="the private key of OPS_TLS_CERT (PEM)")
     lease_s: float = Field(15.0, gt=0, description="a worker silent for this long has lost its operations")
     cancel_grace_s: float = Field(30.0, gt=0, description="from asking a trainer to stop to killing it")
     poll_s: float = Field(
@@ -79,6 +90,13 @@ class Settings(BaseModel):
     def _allow_list(cls, text: str) -> str:
         allowed(text)
         return text
+
+    @field_validator("tls_key")
+    @classmethod
+    def _both_or_neither(cls, key: FilePath | None, info: ValidationInfo) -> FilePath | None:
+        if (key is None) != (info.data.get("tls_cert") is None):
+            raise ValueError("OPS_TLS_CERT and OPS_TLS_KEY go together")
+        return key
 
     @property
     def heartbeat_s(self) -> float:

@@ -60,6 +60,9 @@ def up(
     from relight.interpreter import InterpreterError, checked_interpreter
 
     data_dir = (data_dir or data_home()).expanduser().resolve()
+    if os.environ.get("OPS_TLS_CERT"):
+        print("ops up: OPS_TLS_CERT is for `ops server`; put a proxy with TLS in front of `ops up`", file=sys.stderr)
+        raise typer.Exit(ExitCode.USAGE)
     if detach:
         _detach(data_dir, host, port, arguments(data_dir, host, port, workers, python))
         return

@@ -19,10 +19,10 @@ Secret = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{43,200}$")]
 class SlotOffer(Wire):
     """One place for one trainer. A CPU slot is known by incarnation and index, a GPU slot by host and uuid."""
 
-    index: int = Field(ge=0)
+    index: int = Field(ge=0, lt=2**31)
     device: Literal["cpu", "cuda", "mps"]
     device_uuid: Name | None = None
-    cores: int = Field(ge=1)
+    cores: int = Field(ge=1, lt=2**31)
 
 
 class WorkloadOffer(Wire):
@@ -67,7 +67,7 @@ class WorkerRegistered(Wire):
 
 class HoldRef(Wire):
     operation_id: UUID
-    attempt: int = Field(ge=1)
+    attempt: int = Field(ge=1, lt=2**31)
 
 
 class Heartbeat(Wire):
@@ -102,7 +102,7 @@ class ReportBatch(Wire):
     """
 
     incarnation: UUID
-    first_seq: int = Field(ge=1)
+    first_seq: int = Field(ge=1, lt=2**62)
     reports: list[Report] = Field(min_length=1, max_length=1000)
     progress: Progress | None = None
 
@@ -141,7 +141,7 @@ class StartTraining(Wire):
 
     incarnation: UUID
     operation_id: UUID
-    attempt: int = Field(ge=1)
+    attempt: int = Field(ge=1, lt=2**31)
     slot: int = Field(ge=0, description="index of the slot it was claimed for")
     deadline_s: float = Field(gt=0, description="past this many seconds after receipt the trainer must not start")
     job: Job
@@ -155,7 +155,7 @@ class CancelTraining(Wire):
     """POST /operations/{id}/cancel on a worker."""
 
     incarnation: UUID
-    attempt: int = Field(ge=1)
+    attempt: int = Field(ge=1, lt=2**31)
     reason: str = ""
     force: bool = False
 

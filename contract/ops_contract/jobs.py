@@ -21,6 +21,7 @@ from ops_contract.wire import Name, Sha256, Text, Wire
 # What stands in `workload` for a command.
 COMMAND = "command"
 
+MOST_THREADS = 1024
 # Of a snapshot's archive. It holds code; data stay where they are.
 SNAPSHOT_MAX_BYTES = 16 * 2**20
 
@@ -109,7 +110,7 @@ class Execution(Wire):
     deterministic: bool = Field(True, description="only with it a resume is promised to be exact")
     seed: int = Field(0, ge=0, lt=2**63, description="of all that is drawn: weights, order, samples, dropout")
     threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads; the first attempt's slot decides when null"
+        None, ge=1, le=MOST_THREADS, description="CPU threads; the first attempt's slot decides when null"
     )
     num_workers: int = Field(0, ge=0, le=64, description="data loading processes")
     max_epochs: int = Field(1, ge=1, le=1_000_000, description="passes over the training data")

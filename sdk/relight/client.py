@@ -133,6 +133,7 @@ class Client:
             headers={"Authorization": f"Bearer {server.token}"} if server.token else {},
             timeout=timeout_s,
             transport=transport,
+            verify=httpx.create_ssl_context(),  # heeds SSL_CERT_FILE
             trust_env=not is_loopback(server.url),  # a proxy for the Internet knows nothing of this machine
         )
         self._seen: dict[UUID, tuple[str, Operation]] = {}

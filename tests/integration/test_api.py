@@ -153,7 +153,7 @@ async def test_errors_have_one_shape(
         ({"execution": {"accelerator": "mps"}}, "execution.accelerator"),
         ({"config": {"hiden": 3}}, "config.hiden"),
         ({"config": {"depth": "deep"}}, "config.depth"),
-        ({"name": "a\x00b"}, "name"),
+        ({"name": "a\x00b"}, "body"),
         ({"labels": {"team": "x" * 300}}, "labels.team"),
         ({"workdir": "../elsewhere"}, "workdir"),
         ({"artifacts": ["/etc/*"]}, "artifacts.0"),

@@ -20,7 +20,7 @@ from ops_worker.agent import Agent
 from ops_worker.confinement import clean_environment, confine_agent
 from ops_worker.describe import DescribeError
 from ops_worker.energy.devices import open_devices
-from ops_worker.routes import create_app
+from ops_worker.routes import create_app, server_config
 from ops_worker.settings import Settings, SettingsError
 from relight.interpreter import InterpreterError, checked_interpreter
 from relight.private import make_private
@@ -62,9 +62,7 @@ async def serve(settings: Settings, trainer_command: Sequence[str], as_json: boo
             loop.add_signal_handler(number, agent.stop)
         if exit_on_eof:
             threading.Thread(target=_stop_at_eof, daemon=True).start()
-        server = _Server(
-            uvicorn.Config(create_app(agent), lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=1)
-        )
+        server = _Server(server_config(create_app(agent)))
         serving = asyncio.create_task(server.serve([listener]))
         try:
             await agent.run(lambda: _announce(agent.url, incarnation, as_json))

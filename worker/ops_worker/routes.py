@@ -4,19 +4,21 @@ import logging
 from typing import Annotated
 from uuid import UUID
 
+import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.base import RequestResponseEndpoint
 
 from ops_contract.agents import CancelTraining, HoldRef, StartTraining, Validate, Validated, WorkerHealth
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.http_gate import HEADERS, MAX_HEAD_BYTES, Gate
 from ops_contract.lifecycle import Kind
 from ops_worker.agent import Agent
 
 log = logging.getLogger(__name__)
 
+# Two jobs at most, each of which the API took in a body of half of this.
 MAX_BODY_BYTES = 16 * 2**20
 
 
@@ -25,12 +27,26 @@ def create_app(agent: Agent) -> FastAPI:
     app.state.agent = agent
     app.include_router(open_to_all)
     app.include_router(backend_only)
-    app.middleware("http")(_bounded)
+    app.add_middleware(Gate, max_body_bytes=MAX_BODY_BYTES)
     app.add_exception_handler(OpsError, _answer)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _plain)
     app.add_exception_handler(Exception, _unexpected)
     return app
+
+
+def server_config(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        lifespan="off",
+        http="h11",  # which bounds what it parses
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+    )
 
 
 def _agent(request: Request) -> Agent:
@@ -88,14 +104,6 @@ async def _take(kind: Kind, order: StartTraining, agent: Agent) -> JSONResponse:
     return JSONResponse(ref.model_dump(mode="json"), 202 if new else 200)
 
 
-async def _bounded(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    """Before anything is read: nobody is authenticated yet."""
-    length = request.headers.get("content-length", "")
-    if request.method == "POST" and not (length.isdecimal() and int(length) <= MAX_BODY_BYTES):
-        return await _answer(request, OpsError(ErrorCode.TOO_LARGE, f"a body has a length, at most {MAX_BODY_BYTES} B"))
-    return await call_next(request)
-
-
 async def _answer(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, OpsError)
     return JSONResponse(error.body().model_dump(mode="json"), error.http_status)
@@ -117,4 +125,6 @@ async def _plain(request: Request, error: Exception) -> JSONResponse:
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     extra = {"operation_id": request.path_params.get("id")}
     log.error("%s %s failed", request.method, request.url.path, exc_info=error, extra=extra)
-    return await _answer(request, OpsError(ErrorCode.INTERNAL, "an error of ours; the worker's log has it"))
+    answer = await _answer(request, OpsError(ErrorCode.INTERNAL, "an error of ours; the worker's log has it"))
+    answer.raw_headers += HEADERS  # it is sent from outside of the gate
+    return answer

@@ -76,7 +76,7 @@ async def heartbeat(
 @router.post("/operations/{id}/attempts/{attempt}/reports", responses=refusals(401, 404, 409, 422))
 async def report(
     id: UUID,
-    attempt: Annotated[int, Path(ge=1)],
+    attempt: Annotated[int, Path(ge=1, lt=2**31)],
     batch: ReportBatch,
     sessions: SessionsDep,
     agent: AgentDep,

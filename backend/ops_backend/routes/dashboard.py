@@ -1,11 +1,13 @@
-"""`/`: the dashboard. Its files need no login; what it shows comes from the API, which does."""
+"""`/`: the dashboard, and `/docs`: its API. Neither asks for a login; the API that the dashboard reads does."""
 
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Header, Request, Response
+from fastapi.responses import HTMLResponse
 
 from ops_backend import pages
+from ops_backend.api_page import api_page
 from ops_contract.errors import ErrorCode, OpsError
 
 router = APIRouter(include_in_schema=False)
@@ -41,6 +43,11 @@ Has = Annotated[str | None, Header(alias="If-None-Match")]
 @router.head("/")
 async def page(accept_encoding: Accepts = "", if_none_match: Has = None) -> Response:
     return _answer(pages.index(), _PAGE, accept_encoding, if_none_match)
+
+
+@router.get("/docs")
+async def docs(request: Request) -> Response:
+    return HTMLResponse(api_page(request.app.openapi()), headers=_PAGE)
 
 
 @router.get("/dashboard/{release}/{name}")

@@ -1,6 +1,7 @@
 """One shape for every error, whoever raised it."""
 
 import logging
+import math
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -13,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from ops_backend.store.submit import invalid
 from ops_contract.errors import HTTP_STATUS, ErrorBody, ErrorCode, OpsError, without_prefix
+from ops_contract.http_gate import HEADERS
 from ops_contract.problems import problems_of
 from ops_contract.wire import API_PREFIX
 
@@ -26,8 +28,11 @@ _AWAY = ("08", "53", "57", "40", "25006", "25P03", "55P03")
 
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For a route's documentation. Who has to say who they are (401) may not be the one that it is for (403)."""
-    statuses = (*statuses, 403) if 401 in statuses else statuses
+    """For a route's documentation. Who has to say who they are (401) may not be the one that it is for (403).
+
+    Or has said it wrong too often (429).
+    """
+    statuses = (*statuses, 403, 429) if 401 in statuses else statuses
     return {status: {"model": ErrorBody} for status in statuses}
 
 
@@ -54,23 +59,23 @@ def install(app: FastAPI) -> None:
 
 async def _answer(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, OpsError)
-    headers = {"Retry-After": "1"} if error.http_status == 503 else None
-    headers = {"WWW-Authenticate": "Bearer"} if error.http_status == 401 else headers
-    return JSONResponse(error.body().model_dump(mode="json"), error.http_status, headers)
+    return JSONResponse(error.body().model_dump(mode="json"), error.http_status, _headers(error))
+
+
+def _headers(error: OpsError) -> dict[str, str]:
+    match error.http_status:
+        case 401:
+            return {"WWW-Authenticate": "Bearer"}
+        case 429:
+            return {"Retry-After": str(math.ceil(error.details.get("retry_after_s", 1)))}
+        case 503:
+            return {"Retry-After": "1"}
+    return {}
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    problems = [(_path(e["loc"]), without_prefix(e["msg"])) for e in error.errors()]
-    if [field for field, _ in problems] == ["body"] and not _says_json(request):
-        problems = [("body", "send JSON, and say so: `Content-Type: application/json`")]
-    return await _answer(request, invalid(problems))
-
-
-def _says_json(request: Request) -> bool:
-    """Else a body is not read as JSON at all, and what FastAPI says of it puzzles whoever sent some."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    return media_type == "application/json" or media_type.endswith("+json")
+    return await _answer(request, invalid([(_path(e["loc"]), without_prefix(e["msg"])) for e in error.errors()]))
 
 
 async def _plain(request: Request, error: Exception) -> JSONResponse:
@@ -102,7 +107,9 @@ async def _away(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    return await _answer(request, OpsError(ErrorCode.INTERNAL, "an error of ours; the server's log has it"))
+    answer = await _answer(request, OpsError(ErrorCode.INTERNAL, "an error of ours; the server's log has it"))
+    answer.raw_headers += HEADERS  # it is sent from outside of the gate
+    return answer
 
 
 def _about(request: Request) -> dict[str, str | None]:

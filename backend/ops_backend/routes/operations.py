@@ -58,7 +58,7 @@ router = APIRouter(prefix="/operations", tags=["operations"])
 IdempotencyKey = Annotated[
     str | None, Header(min_length=1, max_length=200, description="the same key and body again make nothing new")
 ]
-AfterSeq = Annotated[int, Query(ge=0, description="only later events")]
+AfterSeq = Annotated[int, Query(ge=0, lt=2**31, description="only later events")]
 
 DryRun = Annotated[bool, Query(description="store nothing, and answer 200 with the resolved job")]
 

@@ -10,7 +10,6 @@ from ops_backend.routes.errors import refusals
 from ops_backend.routes.raw_bodies import reads_bytes
 from ops_backend.store import snapshots
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.jobs import SNAPSHOT_MAX_BYTES
 
 router = APIRouter(prefix="/snapshots", tags=["snapshots"])
 
@@ -27,7 +26,7 @@ ARCHIVE = "application/octet-stream"
 )
 async def put_snapshot(sha256: Digest, request: Request, sessions: SessionsDep, _: UserDep) -> Response:
     """Upload an archive. It stays while an operation refers to it, and for a day after it was last asked for."""
-    archive = await _body(request)
+    archive = await request.body()
     if hashlib.sha256(archive).hexdigest() != sha256:
         raise OpsError(ErrorCode.INVALID, "sha256: the body has another hash; it was changed on its way, send it again")
     async with sessions.begin() as session:
@@ -53,18 +52,6 @@ async def get_snapshot(sha256: Digest, session: SessionDep, _: CallerDep) -> Res
     if archive is None:
         raise _unknown(sha256)
     return Response(archive, media_type=ARCHIVE)
-
-
-async def _body(request: Request) -> bytes:
-    """Read before a transaction begins. Raises 413 as soon as it is known to be too large."""
-    archive = bytearray()
-    async for chunk in request.stream():
-        archive += chunk
-        if len(archive) > SNAPSHOT_MAX_BYTES:
-            raise OpsError(
-                ErrorCode.TOO_LARGE, f"a snapshot has at most {SNAPSHOT_MAX_BYTES} B; leave out what is no code"
-            )
-    return bytes(archive)
 
 
 def _unknown(sha256: str) -> OpsError:

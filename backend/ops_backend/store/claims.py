@@ -7,7 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
 from ops_contract.agents import CheckpointRef, FailureRecord
-from ops_contract.jobs import Job
+from ops_contract.jobs import MOST_THREADS, Job
 from ops_contract.lifecycle import Status
 from ops_contract.reports import Fault
 
@@ -73,7 +73,8 @@ CLAIM = statement(f"""
            SET status = 'running', attempt = o.attempt + 1, event_seq = o.event_seq + 1, not_before = NULL,
                started_at = coalesce(o.started_at, now()),
                job = CASE WHEN o.job->'execution'->>'threads' IS NULL
-                          THEN jsonb_set(o.job, '{{execution,threads}}', to_jsonb(chosen.cores)) ELSE o.job END
+                          THEN jsonb_set(o.job, '{{execution,threads}}', to_jsonb(least(chosen.cores, {MOST_THREADS})))
+                          ELSE o.job END
           FROM chosen
          WHERE o.id = chosen.id AND o.status = 'pending'
            AND (NOT EXISTS (SELECT FROM checkpoint) OR EXISTS (SELECT FROM pinned))

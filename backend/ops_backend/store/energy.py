@@ -1,7 +1,6 @@
 """Windows of energy: counted once each, and read as sums. What they mean is `ops_backend.store.ledger`'s."""
 
 import base64
-import binascii
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -314,5 +313,5 @@ def _read_cursor(cursor: str | None) -> tuple[int, UUID, str, int]:
     try:
         attempt, incarnation, device, index = json.loads(base64.urlsafe_b64decode(cursor))
         return int(attempt), UUID(incarnation), str(device), int(index)
-    except (ValueError, TypeError, AttributeError, binascii.Error):
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):  # of base64, JSON, or the parts
         raise OpsError(ErrorCode.INVALID, "cursor: not one that this service gave; start without it") from None
