@@ -9,15 +9,21 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "deploy" / "audit.sh"
 FOUND = "Found 1 known vulnerability in 1 package\nName Version ID\njinja2 3.1.5 PYSEC-2026-1"
 AWAY = "requests.exceptions.ConnectionError: HTTPSConnectionPool(host='pypi.org', port=443): Max retries exceeded"
-UNKNOWN = "\n".join(["x  Dependency not found on PyPI and could not be audited: x (1)"] * 1000)
+NONE = "No known vulnerabilities found"
 
 
-def audited(tmp_path: Path, says: str, code: int, ignore: str = "") -> subprocess.CompletedProcess[str]:
-    """With a stub that says so; unless it is told to ignore what it finds."""
+def audited(
+    tmp_path: Path, says: str, code: int, ignore: str = "", known: str = FOUND
+) -> subprocess.CompletedProcess[str]:
+    """With a stub that says so of what is pinned, unless told to ignore it, and `known` of what is known to be."""
     stub, ignored, said = tmp_path / "pip-audit", tmp_path / "audit.ignore", tmp_path / "said"
     said.write_text(says)
     stub.write_text(
-        f'#!/bin/sh\ncase "$*" in *"--ignore-vuln PYSEC-2026-1"*) exit 0 ;; esac\ncat {said} >&2\nexit {code}\n'
+        f"""#!/bin/sh
+case "$*" in *"--ignore-vuln PYSEC-2026-1"*) exit 0 ;; *constraints.txt*) ;; *) echo "{known}"; exit 1 ;; esac
+cat {said} >&2
+exit {code}
+"""
     )
     stub.chmod(0o755)
     ignored.write_text(ignore)
@@ -43,13 +49,24 @@ def test_a_reason_there_must_be(tmp_path: Path) -> None:
     assert "PYSEC-2026-1" in result.stderr
 
 
-@pytest.mark.parametrize(("says", "code"), [(AWAY, 1), (UNKNOWN, 0)])
-def test_a_database_that_is_not_reached_is_said_and_fails_nothing(tmp_path: Path, says: str, code: int) -> None:
-    result = audited(tmp_path, says, code)
+def test_where_nothing_is_known_it_passes(tmp_path: Path) -> None:
+    result = audited(tmp_path, NONE, 0)
+
+    assert (result.returncode, result.stdout.strip()) == (0, NONE)
+
+
+@pytest.mark.parametrize("known", [AWAY, NONE, "", "x  Dependency not found on PyPI and could not be audited: x (1)"])
+def test_a_database_that_is_not_reached_is_said_and_fails_nothing(tmp_path: Path, known: str) -> None:
+    result = audited(tmp_path, NONE, 0, known=known)
 
     assert result.returncode == 0
     assert "skipped" in result.stdout
+    assert known in result.stdout
 
 
-def test_what_else_goes_wrong_fails(tmp_path: Path) -> None:
-    assert audited(tmp_path, "error: no such option", 2).returncode == 2
+@pytest.mark.parametrize(("says", "code"), [(AWAY, 1), ("error: no such option", 2)])
+def test_what_else_goes_wrong_fails(tmp_path: Path, says: str, code: int) -> None:
+    result = audited(tmp_path, says, code)
+
+    assert result.returncode == code
+    assert says in result.stdout
