@@ -72,10 +72,11 @@ class Run:
         self.seed = int(os.environ.get("SCHEMATHESIS_SEED") or secrets.randbelow(2**32))
         self.statuses: Counter[int] = Counter()
         self.failures: list[str] = []
-        known = {"Authorization": f"Bearer {service.token}"}
-        wrong = {"Authorization": "Bearer wrong"}
-        self._callers = cycle([known, known, known, {}, known, shown_by(INCARNATION), known, wrong])
         self._service = service
+        known, wrong = bearer(service.token), bearer("wrong")
+        read, operate, worker = (bearer(self._made(scope)) for scope in ("read", "operate", "worker"))
+        agent = shown_by(INCARNATION)
+        self._callers = cycle([known, read, known, {}, known, operate, known, wrong, known, worker, known, agent])
         self.log = service.server.log
         self._ids = cycle([self._submitted() for _ in range(OPERATIONS)])
         self._turn = cycle([True, False])
@@ -136,8 +137,16 @@ class Run:
             self.failures.append(f"{case.operation.label}: {failure}")
         return response
 
+    def _made(self, scope: str) -> str:
+        made = self._service.http.post("/tokens", json={"name": f"of the scope {scope}", "scope": scope})
+        return str(made.raise_for_status().json()["token"])
+
     def _submitted(self) -> str:
         return str(self._service.http.post("/operations", json={"workload": "toy"}).raise_for_status().json()["id"])
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
 
 
 # Failures are kept, not raised: to shrink one would take minutes of real requests, and the curl of it does as well.
@@ -158,7 +167,7 @@ def test_a_sample_of_made_up_requests_finds_nothing(run: Run) -> None:
     run.plain(examples=3, calls=15)
     run.stateful(requests=40)
 
-    judge(run, {401, 404, 422})
+    judge(run, {401, 403, 404, 422})
 
 
 @pytest.mark.slow
@@ -169,7 +178,7 @@ def test_ten_thousand_made_up_requests_find_nothing(run: Run) -> None:
         run.plain(examples=80)
         run.seed += 1
 
-    judge(run, {200, 201, 202, 204, 401, 404, 409, 422})
+    judge(run, {200, 201, 202, 204, 401, 403, 404, 409, 422})
 
 
 def judge(run: Run, statuses: set[int]) -> None:
