@@ -64,6 +64,11 @@ def sessions_of(request: Request) -> Sessions:
     return cast(Sessions, request.app.state.sessions)
 
 
+def address_of(request: Request) -> str:
+    """Where it came from; of a proxy's request, where that says, if it is on the loopback."""
+    return request.client.host if request.client else ""
+
+
 def identities_of(request: Request) -> Identities:
     return cast(Identities, request.app.state.identities)
 
@@ -126,13 +131,13 @@ async def caller(
 
 
 async def identified(request: Request) -> Identity:
-    """Raises 401."""
+    """Raises 401, and 429."""
     identities = identities_of(request)
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
-        found = await identities.of_token(token)
+        found = await identities.of_token(token, address_of(request))
     elif not scheme and (secret := cookie_of(request, settings_of(request))):
-        found = await identities.of_cookie(secret)
+        found = await identities.of_cookie(secret, address_of(request))
     else:
         found = None
     if found is None:

@@ -8,18 +8,25 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.browsers import digest
 from ops_backend.database import Sessions
+from ops_backend.failed_logins import FailedLogins
 from ops_backend.settings import Settings
-from ops_backend.store import identities
+from ops_backend.store import identities, logins
 from ops_backend.store.identities import Identity
 from ops_contract.agents import CREDENTIAL_PREFIX
+from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.tokens import OPERATOR, WORKERS, Scope, token_digest, workers_token
 
 KNOWN_S = 2.0
-MOST = 1000
+MOST = 10_000
 
 
 class Identities:
-    """One an app. `sessions` are the vital ones: a heartbeat asks too."""
+    """One an app. `sessions` are the vital ones: a heartbeat asks too.
+
+    Every method takes the `address` of who asks and raises 429 when it has shown too many wrong secrets. A secret that
+    was looked up before is neither refused for that nor counted again: one client that is set up wrongly must not shut
+    out its neighbours behind the same proxy.
+    """
 
     def __init__(self, settings: Settings, sessions: Sessions, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
@@ -27,34 +34,54 @@ class Identities:
         self._clock_s = clock_s
         self._operator = settings.api_token.encode()
         self._workers = workers_token(settings.api_token).encode()
-        self._known: dict[bytes, tuple[float, Identity]] = {}
+        self._failed = FailedLogins(clock_s=clock_s)
+        # Until when the answer counts; after that only that there was one. Nobody's secrets too.
+        self._answers: dict[bytes, tuple[float, Identity | None]] = {}
 
-    async def of_token(self, token: str) -> Identity | None:
+    async def of_token(self, token: str, address: str) -> Identity | None:
         if hmac.compare_digest(token.encode(), self._operator):
             return Identity(OPERATOR, Scope.ADMIN)
         if hmac.compare_digest(token.encode(), self._workers):
             return Identity(WORKERS, Scope.WORKER)
         find = identities.of_worker if token.startswith(CREDENTIAL_PREFIX) else identities.of_token
-        return await self._known_or(token_digest(token), find)
+        return await self._known_or(token_digest(token), find, address)
 
-    async def of_cookie(self, secret: str) -> Identity | None:
-        return await self._known_or(digest(self._settings, secret), identities.of_login)
+    async def of_cookie(self, secret: str, address: str) -> Identity | None:
+        return await self._known_or(digest(self._settings, secret), identities.of_login, address)
+
+    async def trade(self, session: AsyncSession, code: str, secret: str, address: str) -> bool:
+        """Whether the code of a link is a session with this secret now."""
+        self._admit(address)
+        traded = await logins.trade(session, digest(self._settings, code), digest(self._settings, secret))
+        if traded is None:
+            self._failed.failed(address)
+        return traded is not None
 
     def forget(self) -> None:
-        """Something was revoked: here, at least, it counts at once."""
-        self._known.clear()
+        """Something was revoked, or has begun to count: here, at least, at once."""
+        for known, (_, identity) in self._answers.items():
+            self._answers[known] = (0.0, identity)
 
     async def _known_or(
-        self, digest: bytes, find: Callable[[AsyncSession, bytes], Awaitable[Identity | None]]
+        self, digest: bytes, find: Callable[[AsyncSession, bytes], Awaitable[Identity | None]], address: str
     ) -> Identity | None:
         now_s = self._clock_s()
-        if (known := self._known.get(digest)) and now_s < known[0]:
+        known = self._answers.get(digest)
+        if known and now_s < known[0]:
             return known[1]
+        if not known:
+            self._admit(address)
         async with self._sessions.begin() as session:
             found = await find(session, digest)
-        self._known.pop(digest, None)
-        if found is not None:
-            if len(self._known) >= MOST:
-                del self._known[next(iter(self._known))]  # the oldest
-            self._known[digest] = (now_s + KNOWN_S, found)
+        if found is None and not known:
+            self._failed.failed(address)
+        self._answers.pop(digest, None)
+        if len(self._answers) >= MOST:
+            del self._answers[next(iter(self._answers))]  # asked for longest ago
+        self._answers[digest] = (now_s + KNOWN_S, found)
         return found
+
+    def _admit(self, address: str) -> None:
+        if (wait_s := self._failed.allowed(address)) > 0:
+            message = "too many wrong tokens or codes came from your address; wait, and give a valid one"
+            raise OpsError(ErrorCode.RATE_LIMITED, message, retry_after_s=wait_s)

@@ -30,8 +30,6 @@ ROUTES: dict[str, Iterable[Scope | None]] = {
     "GET /": ANYBODY,
     "GET /dashboard/{release}/{name}": ANYBODY,
     "GET /docs": ANYBODY,
-    "GET /docs/oauth2-redirect": ANYBODY,
-    "GET /redoc": ANYBODY,
     "GET /openapi.json": ANYBODY,
     "GET /health/live": ANYBODY,
     "GET /health/ready": ANYBODY,

@@ -11,11 +11,13 @@ from sqlalchemy import text
 from helpers.store import Store
 from integration.test_api import TOKEN, refusal, serving
 from integration.test_logins import browser
+from ops_backend.failed_logins import FAILURES, REFILL_S
 from ops_backend.identities import KNOWN_S, Identities
 from ops_backend.settings import Settings
-from ops_contract.errors import ErrorCode
+from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.tokens import OPERATOR, WORKERS, Scope, TokenCreated, workers_token
 
+HERE = "127.0.0.1"
 JOB = {"workload": "toy", "config": {}}
 
 
@@ -155,14 +157,47 @@ async def test_another_process_notices_a_revocation_when_what_it_knew_is_old(
     made, now_s = await create(api), 0.0
     settings = Settings(database_url=database_url, api_token=TOKEN, storage_root=tmp_path)
     other = Identities(settings, store.sessions, lambda: now_s)
-    assert await other.of_token(made.token) is not None
+    assert await other.of_token(made.token, HERE) is not None
 
     await api.delete(f"/tokens/{made.id}")
 
     now_s = KNOWN_S
-    assert await other.of_token(made.token) is None
-    now_s = 0.0
-    assert await other.of_token(made.token) is None, "nor is it known again"
+    assert await other.of_token(made.token, HERE) is None
+
+
+async def test_guesses_are_soon_refused_and_a_client_that_is_set_up_wrongly_shuts_out_nobody(
+    api: httpx.AsyncClient, store: Store, database_url: str, tmp_path: Path
+) -> None:
+    made, late, now_s = await create(api), await create(api, "late"), 0.0
+    settings = Settings(database_url=database_url, api_token=TOKEN, storage_root=tmp_path)
+    identities = Identities(settings, store.sessions, lambda: now_s)
+    assert await identities.of_token(made.token, HERE) is not None
+
+    for _ in range(3 * FAILURES):
+        assert await identities.of_token("the same old token", HERE) is None
+    for n in range(FAILURES - 1):
+        assert await identities.of_token(f"guess {n}", HERE) is None
+
+    with pytest.raises(OpsError) as refused:
+        await identities.of_token("one guess more", HERE)
+    assert refused.value.code is ErrorCode.RATE_LIMITED
+    now_s = KNOWN_S + 1
+    assert await identities.of_token(made.token, HERE) is not None, "who was known before"
+    assert await identities.of_token(TOKEN, HERE) is not None
+    assert await identities.of_token(workers_token(TOKEN), HERE) is not None
+    assert await identities.of_token("one guess more", "192.0.2.1") is None, "others have a bucket of their own"
+    now_s += REFILL_S
+    assert await identities.of_token(late.token, HERE) is not None
+
+
+@pytest.mark.parametrize("kind", ["code", "token"])
+async def test_guesses_at_the_login_are_told_when_to_come_again(api: httpx.AsyncClient, kind: str) -> None:
+    async with browser(api) as page:
+        answers = [await page.post("/session", json={kind: f"guess-{n}"}) for n in range(FAILURES + 1)]
+
+    assert [answer.status_code for answer in answers] == [401] * FAILURES + [429]
+    assert 0 < int(answers[-1].headers["retry-after"]) <= REFILL_S
+    assert refusal(answers[-1]) == (429, ErrorCode.RATE_LIMITED)
 
 
 async def _do(store: Store, sql: str) -> None:

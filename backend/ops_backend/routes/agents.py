@@ -16,6 +16,7 @@ from ops_backend.dependencies import (
     SettingsDep,
     TelemetryDep,
     VitalSessionDep,
+    address_of,
 )
 from ops_backend.routes.errors import refusals
 from ops_backend.store import energy, workers
@@ -51,8 +52,7 @@ async def register(
     the address that it calls from, and `OPS_WORKER_ALLOW` does not name it.
     """
     try:
-        peer = request.client.host if request.client else ""
-        url = await worker_url(names, worker.url, peer, allowed(settings.worker_allow))
+        url = await worker_url(names, worker.url, address_of(request), allowed(settings.worker_allow))
     except Refused as error:
         raise invalid([("url", str(error))]) from error
     await workers.register(session, worker, settings.lease_s, url, user.token_id)

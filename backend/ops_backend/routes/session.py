@@ -5,7 +5,7 @@ import secrets
 from fastapi import APIRouter, Request, Response
 
 from ops_backend.browsers import cookie_name, cookie_of, digest, from_our_page
-from ops_backend.dependencies import CallerDep, IdentitiesDep, ReaderDep, SessionDep, SettingsDep
+from ops_backend.dependencies import CallerDep, IdentitiesDep, ReaderDep, SessionDep, SettingsDep, address_of
 from ops_backend.routes.errors import refusals
 from ops_backend.store import logins
 from ops_contract.errors import ErrorCode, OpsError
@@ -37,10 +37,10 @@ async def log_in(
         raise OpsError(ErrorCode.UNAUTHENTICATED, "log in on this server's own page")
     secret = secrets.token_urlsafe(32)
     if wish.code is not None:
-        if await logins.trade(session, digest(settings, wish.code), digest(settings, secret)) is None:
+        if not await identities.trade(session, wish.code, secret, address_of(request)):
             raise OpsError(ErrorCode.UNAUTHENTICATED, "this link was used or is too old; `ops dashboard` makes another")
     else:
-        user = await identities.of_token(wish.token or "")
+        user = await identities.of_token(wish.token or "", address_of(request))
         if user is None or Scope.READ not in user.scope.allows:
             raise OpsError(ErrorCode.UNAUTHENTICATED, "no token of a user here; `ops up` keeps one in DIR/token")
         await logins.add_session(session, digest(settings, secret), user)
