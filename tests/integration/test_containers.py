@@ -19,10 +19,12 @@ from helpers.service import eventually
 from ops_backend.settings import Settings as BackendSettings
 from ops_cli.stack import SERVER_GRACE_S
 from ops_cli.up import HAND_BACK_S, free_port
+from ops_contract.tokens import workers_token
 from ops_worker.settings import Settings as WorkerSettings
 from relight.client import Client
 
 GIVEN = {"OPS_DB_PASSWORD": "5ecret", "OPS_API_TOKEN": "a-token-of-the-test"}
+GIVEN["OPS_WORKER_TOKEN"] = workers_token(GIVEN["OPS_API_TOKEN"])
 
 
 @pytest.mark.parametrize("name", ["api", "worker", "worker-gpu"])
@@ -52,6 +54,9 @@ def test_no_secret_has_a_default_and_every_variable_is_in_the_example() -> None:
     for missing in GIVEN:
         with pytest.raises(KeyError, match=missing):
             services({name: value for name, value in GIVEN.items() if name != missing})
+    [made] = [line for line in example.splitlines() if "openssl" in line]
+    said = subprocess.run(["sh", "-c", made.removeprefix("# ")], env=os.environ | GIVEN, capture_output=True, text=True)
+    assert said.stdout.strip() == GIVEN["OPS_WORKER_TOKEN"]
     assert services(GIVEN)["api"]["ports"] == ["127.0.0.1:8470:8470"]
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert "*" in ignored

@@ -19,7 +19,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     api_url: str = Field(pattern=r"^https?://[^/\s]+", description="address of the API, like http://127.0.0.1:8470")
-    api_token: SecretStr = Field(min_length=1, description="the bearer token of the API")
+    api_token: SecretStr = Field(min_length=1, description="a token of scope `worker`, to register with")
     storage_root: DirectoryPath = Field(
         description="where checkpoints are published; the same for all workers; must exist"
     )
