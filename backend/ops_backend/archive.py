@@ -33,6 +33,8 @@ _TRAILER_BYTES = len("sha256 ") + 64 + 1
 _BLOCK_BYTES = 1 << 20
 _MAX_SMALL_BYTES = 1 << 20
 _STORAGE = "storage/"
+# tarfile follows headers about headers by calling itself, and reads as much of one as it says that it has.
+_HOSTILE_HEADERS = (RecursionError, OverflowError, MemoryError)
 _TABLE = re.compile(r"database/[a-z_]{1,63}")
 
 
@@ -149,8 +151,7 @@ class ArchiveReader:
                 if missing := tables - self._members.keys():
                     raise ArchiveError(f"it has no {missing.pop()}")
                 unless_it_is_one.pop_all()
-        # RecursionError: tarfile follows headers about headers by calling itself.
-        except (tarfile.TarError, KeyError, ValueError, RecursionError, ArchiveError) as error:
+        except (tarfile.TarError, KeyError, ValueError, *_HOSTILE_HEADERS, ArchiveError) as error:
             raise ArchiveError(f"{path} is no backup of Relight: {error}") from error
         if self.manifest.format != FORMAT:
             raise ArchiveError(f"{path} has format {self.manifest.format}; restore it with the Relight that made it")

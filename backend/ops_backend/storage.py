@@ -211,7 +211,8 @@ def new_file(root: Path, path: str) -> BinaryIO:
 
 def mark_restoring(root: Path, digest: str) -> None:
     """Durably, before anything of the backup is there."""
-    with (root / RESTORING).open("w") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(root / RESTORING, flags, 0o600), "w") as file:
         file.write(digest)
         file.flush()
         os.fsync(file.fileno())

@@ -55,8 +55,8 @@ def read_archive(archive: bytes) -> dict[str, Entry]:
                 file = tar.extractfile(member) if member.isreg() else None
                 link = None if file else member.linkname
                 entries[member.name] = Entry(file.read() if file else b"", bool(member.mode & 0o100), link)
-    # RecursionError: tarfile follows headers about headers by calling itself.
-    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
+    # tarfile follows headers about headers by calling itself, and reads as much of one as it says that it has.
+    except (tarfile.TarError, OSError, ValueError, RecursionError, OverflowError, MemoryError) as error:
         raise BadArchive(f"it is not a whole tar file: {error}") from error
     directories: set[str] = set()
     for path in entries:
@@ -112,3 +112,6 @@ def _check(member: tarfile.TarInfo, before: Mapping[str, Entry], size_bytes: int
     # A sparse file may claim any size.
     if member.type not in (tarfile.REGTYPE, tarfile.SYMTYPE) or member.issparse() or not 0 <= member.size <= size_bytes:
         raise BadArchive(f"{member.name} is neither a file nor a link")
+    target = os.fsencode(member.linkname)
+    if member.issym() and (not 0 < len(target) <= _MAX_PATH_BYTES or b"\0" in target):
+        raise BadArchive(f"the link {member.name} leads to what is no path")

@@ -291,6 +291,20 @@ async def test_links_in_the_output_of_a_command_lead_nowhere(
     assert not (other.storage_root / str(run.operation_id) / "output").exists()
 
 
+async def test_a_restore_marks_its_place_through_no_link_that_others_have_put_there(
+    store: Store, service: Service, other: Service, tmp_path: Path
+) -> None:
+    await a_life(store, service.storage_root)
+    path = Path((await take(service, tmp_path)).path)
+    write(tmp_path, "precious", "stays")
+    (other.storage_root / RESTORING).symlink_to(tmp_path / "precious")
+
+    with pytest.raises(OSError, match="symbolic links"):
+        await bring_back(other, path)
+
+    assert read(tmp_path / "precious") == b"stays"
+
+
 async def test_one_of_an_older_schema_comes_back_and_is_migrated_and_one_of_a_newer_is_refused(
     databases: Databases, storage: Path, other: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

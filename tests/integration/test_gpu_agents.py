@@ -59,7 +59,7 @@ async def test_each_gpu_is_a_slot_whose_trainer_sees_it_alone(api, tmp_path, gpu
 
 @pytest.mark.slow
 async def test_a_job_cannot_take_anothers_gpu(api, tmp_path, gpus):
-    async with running_agent(api, tmp_path, environ=gpus(TWO)) as agent:
+    async with running_agent(api, tmp_path, environ=gpus(TWO) | {"OPS_USER_CODE": "1"}) as agent:
         await agent.ready()
         hold = api.claim(uuid4(), agent.incarnation)
         order = agent.order(hold, slot=0)

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from helpers.agents import FAKE_TRAINER, AgentProcess, alive, eventually, running_agent
+from helpers.agents import AgentProcess, alive, eventually, running_agent
 from helpers.fake_api import TOKEN, FakeApi
 from ops_contract.agents import StartTraining
 from ops_contract.jobs import Code, Execution, Job
@@ -228,7 +228,7 @@ async def test_an_agent_whose_code_does_not_come_beats_on_and_stops_at_once_when
     api: FakeApi, tmp_path: Path
 ) -> None:
     api.garble = 1000
-    async with running_agent(api, tmp_path, command=FAKE_TRAINER) as agent:
+    async with running_agent(api, tmp_path, environ={"OPS_USER_CODE": "1"}) as agent:
         await agent.ready()
         hold = api.claim(uuid4(), agent.incarnation)
         await start(agent, hold.ref.operation_id, api.keep(CODE))
@@ -243,7 +243,7 @@ async def test_an_agent_whose_code_does_not_come_beats_on_and_stops_at_once_when
 
 @pytest.mark.slow
 async def test_an_agent_that_was_killed_leaves_no_directory_to_its_successor(api: FakeApi, tmp_path: Path) -> None:
-    async with running_agent(api, tmp_path, command=FAKE_TRAINER) as agent:
+    async with running_agent(api, tmp_path, environ={"OPS_USER_CODE": "1"}) as agent:
         await agent.ready()
         hold = api.claim(uuid4(), agent.incarnation)
         await start(agent, hold.ref.operation_id, api.keep(CODE))
@@ -255,7 +255,7 @@ async def test_an_agent_that_was_killed_leaves_no_directory_to_its_successor(api
         await eventually(lambda: not any(alive(pid) for pid in children))
     assert attempt.exists()
 
-    async with running_agent(api, tmp_path, command=FAKE_TRAINER) as successor:
+    async with running_agent(api, tmp_path, environ={"OPS_USER_CODE": "1"}) as successor:
         await successor.ready()
         await eventually(lambda: not attempt.exists())
 

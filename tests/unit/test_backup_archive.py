@@ -130,6 +130,18 @@ def test_a_table_that_is_not_in_it_is_named(tmp_path: Path) -> None:
         ArchiveReader(backup(tmp_path / "file", first=manifest(tables=wanted)))
 
 
+@pytest.mark.parametrize("size_bytes", [2**62, 2**70])
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_that_says_it_is_vast_is_refused_unread(tmp_path: Path, kind: bytes, size_bytes: int) -> None:
+    info, _ = member("much", type=kind)
+    info.size = size_bytes
+    path = tmp_path / "file"
+    path.write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+
+    with pytest.raises(ArchiveError, match="no backup of Relight"):
+        ArchiveReader(path)
+
+
 @pytest.mark.parametrize("where", ["", "/sub", "/sub/a"])
 def test_nothing_is_restored_through_a_link_that_is_there(tmp_path: Path, where: str) -> None:
     (tmp_path / "outside").mkdir()

@@ -244,6 +244,7 @@ def file_of(header: Any, data: bytes = bytes(8)) -> Tensor:
         file_of({"a": entry(shape=[-2])}),
         file_of({"a": entry(shape=[2**62, 2**62])}),
         file_of({"a": entry(shape=[True, 2])}),
+        file_of({"a": entry(shape=[2] + [1] * 1000)}),
         file_of({"a": entry(data_offsets=[0, 2**40])}),
         file_of({"a": entry(data_offsets=[8, 16])}),  # a hole
         file_of({"a": entry(), "b": entry()}),  # an overlap
@@ -306,6 +307,8 @@ ARRAY = {"$": "ndarray", "of": "a", "dtype": "<f4", "shape": [2], "order": "C", 
         ARRAY | {"shape": [3]},
         ARRAY | {"shape": [2**40]},
         ARRAY | {"order": "Z"},
+        [ARRAY, ARRAY],  # of a large one, any number of copies
+        [ARRAY, VIEW],
     ],
 )
 def test_a_hostile_document_is_refused(document: Any) -> None:
@@ -313,6 +316,30 @@ def test_a_hostile_document_is_refused(document: Any) -> None:
 
     with pytest.raises(CodecError):
         decode(text, {"a": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("dtype", ["S0", "<U0", "S"])
+def test_items_without_bytes_do_not_become_gigabytes(dtype: str) -> None:
+    document = json.dumps(ARRAY | {"dtype": dtype, "shape": [2**40]}).encode()
+
+    with pytest.raises(CodecError, match="not a ndarray: numpy dtype"):
+        decode(document, {"a": torch.zeros(0)})
+
+
+@pytest.mark.parametrize("record", [ARRAY | {"shape": [2] + [1] * 1000}, VIEW | {"stride": [1] * 1000}])
+def test_sizes_are_counted_before_they_are_multiplied(record: dict[str, Any]) -> None:
+    with pytest.raises(CodecError, match=r"\d+ dimensions"):
+        decode(json.dumps(record).encode(), {"a": torch.zeros(2)})
+
+
+def test_torch_imports_nothing_that_a_document_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "__getattr__", asked.append)
+
+    with pytest.raises(CodecError, match="no dtype '_inductor'"):
+        decode(json.dumps(VIEW | {"dtype": "_inductor"}).encode(), {"a": torch.zeros(2)})
+
+    assert asked == []
 
 
 json_values = st.recursive(

@@ -375,6 +375,11 @@ def header(keyword: bytes, value: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + content.ljust(-(-len(content) // 512) * 512, b"\0")
 
 
+def vast(kind: bytes) -> bytes:
+    """A header about the next member that has more bytes than a number of the machine's can say."""
+    return member("much", type=kind, size=2**70).tobuf(tarfile.GNU_FORMAT)
+
+
 SPARSE = {"GNU.sparse.map": f"0,1,{2**40},0", "GNU.sparse.size": str(2**40)}
 
 
@@ -405,6 +410,10 @@ SPARSE = {"GNU.sparse.map": f"0,1,{2**40},0", "GNU.sparse.size": str(2**40)}
         (header(b"path", b"a/" * 2**20 + b"b") + tar(member("a")), "longer than a path"),
         (header(b"path", b"n" * 256) + tar(member("a")), "longer than a path"),
         (header(b"comment", b"") * 10_000 + tar(member("a")), "not a whole tar"),  # headers about headers
+        *((vast(kind) + tar(member("a")), "not a whole tar") for kind in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME)),
+        (tar(link("a", "")), "no path"),
+        (header(b"linkpath", b"a\0b") + tar(link("a", "b")), "no path"),
+        (header(b"linkpath", b"a/" * 2**12) + tar(link("a", "b")), "no path"),
         (tar(member("a", size=5000))[:2048], "neither a file"),
         (tar(member("a", size=1000))[:1100], "not a whole tar"),
         (b"", "not a whole tar"),

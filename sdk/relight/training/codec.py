@@ -23,6 +23,7 @@ from torch import Tensor
 from relight.training.tensorfile import flat, raw_bytes
 
 _MAX_DEPTH = 100
+_MAX_DIMENSIONS = 64  # torch's and numpy's own; the product of a million sizes would take hours
 
 
 class CodecError(Exception):
@@ -223,7 +224,7 @@ def _reach(shape: Iterable[int], stride: Iterable[int]) -> int:
 
 class _Decoder:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._stored = tensors
+        self._stored = dict(tensors)
         self._copies: dict[str, Tensor] = {}
         self._tags: dict[str, Callable[[dict[str, Any], str, int], Any]] = {
             "int": lambda v, path, depth: int(_text(v, "hex"), 16),
@@ -273,7 +274,7 @@ class _Decoder:
         return decoded
 
     def _tensor(self, record: dict[str, Any]) -> Tensor:
-        dtype = getattr(torch, _text(record, "dtype"), None)
+        dtype = vars(torch).get(_text(record, "dtype"))  # getattr would import what torch loads by name
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"no dtype {record['dtype']!r}")
         shape, stride, offset = _counts(record["shape"]), _counts(record["stride"]), _count(record["offset"])
@@ -286,12 +287,14 @@ class _Decoder:
 
     def _array(self, record: dict[str, Any]) -> Any:
         dtype = np.dtype(_text(record, "dtype"))
-        if dtype.kind not in "biufcSUmM":
+        # Of items without bytes there may be any number in none.
+        if dtype.kind not in "biufcSUmM" or dtype.itemsize == 0:
             raise ValueError(f"numpy dtype {dtype}")
         shape, order = _counts(record["shape"]), _text(record, "order")
         if order not in ("C", "F"):
             raise ValueError(f"order {order!r}")
-        raw = raw_bytes(self._stored[_text(record, "of")])
+        # Stored for this one alone: a short document could copy a large array any number of times.
+        raw = raw_bytes(self._stored.pop(_text(record, "of")))
         if raw.nbytes != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{raw.nbytes} bytes are not shape {shape} of {dtype}")
         array = np.ndarray(shape, dtype, buffer=raw, order="F" if order == "F" else "C").copy(order="K")
@@ -325,6 +328,8 @@ def _list(record: dict[str, Any], key: str) -> list[Any]:
 def _counts(values: Any) -> list[int]:
     if not isinstance(values, list):
         raise TypeError(f"{values!r} is not a list of sizes")
+    if len(values) > _MAX_DIMENSIONS:
+        raise ValueError(f"{len(values)} dimensions")
     return [_count(value) for value in values]
 
 

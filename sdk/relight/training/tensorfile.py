@@ -28,6 +28,7 @@ _NAMES = {
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the package's own limit
+_MAX_DIMENSIONS = 64  # torch's own; the product of a million sizes would take hours
 
 
 class TensorFileError(Exception):
@@ -88,6 +89,8 @@ class _Entry:
             self.begin, self.end = (_count(n) for n in entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise TensorFileError(f"tensor {name!r} is not described in full: {error!r}") from error
+        if len(self.shape) > _MAX_DIMENSIONS:
+            raise TensorFileError(f"tensor {name!r} has {len(self.shape)} dimensions")
         if self.end - self.begin != math.prod(self.shape) * self.dtype.itemsize:
             raise TensorFileError(f"tensor {name!r}: {self.end - self.begin} bytes are not its shape {self.shape}")
 
