@@ -31,7 +31,7 @@ class Action(StrEnum):
     LINK = "session.link"  # a code that logs a browser in
     LOG_IN = "session.log_in"
     LOG_OUT = "session.log_out"
-    UNAUTHENTICATED = "access.unauthenticated"  # a secret that is none of ours, or no longer
+    UNAUTHENTICATED = "access.refused"  # a secret that is none of ours, or no longer
     FORBIDDEN = "access.forbidden"  # a token that is not for this
 
 

@@ -30,7 +30,7 @@ ACTIONS = (
     "session.link",
     "session.log_in",
     "session.log_out",
-    "access.unauthenticated",
+    "access.refused",
     "access.forbidden",
 )
 
