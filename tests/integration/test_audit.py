@@ -11,7 +11,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from helpers.store import Store, losses, saved, started
+from helpers.store import Store, credential_of, losses, saved, started
 from integration.test_api import TOKEN, refusal, serving
 from integration.test_logins import browser
 from integration.test_scopes import ROUTES, paths
@@ -27,8 +27,11 @@ __all__ = ["paths"]  # a fixture
 
 MISSING = "00000000-0000-0000-0000-000000000000"
 ARCHIVE = b"a tar file"
+INCARNATION = uuid4()
 WORKER = {
-    "incarnation": str(uuid4()),
+    "incarnation": str(INCARNATION),
+    "credential": credential_of(INCARNATION),
+    "secret": "s" * 43,
     "name": "w2",
     "host": "h",
     "url": "http://127.0.0.1:1",
@@ -95,7 +98,7 @@ CHANGES = {
         Action.REGISTER,
         body=WORKER,
         detail={"name": "w2", "host": "h"},
-        target=lambda _answer, _id: str(WORKER["incarnation"]),
+        target=lambda _answer, _id: str(INCARNATION),
     ),
     "POST /workers/{id}/drain": Change(Action.DRAIN, "worker", {"preempt": True}, detail={"preempt": True}),
     "POST /workers/{id}/undrain": Change(Action.UNDRAIN, "worker"),
