@@ -34,7 +34,7 @@ python_maximum_signature_line_length = 80
 nitpick_ignore_regex = [("py:.*", ".*")]  # the types of other libraries, which are documented elsewhere
 
 # Pages that live at the root of the repository, where forges look for them.
-AT_THE_ROOT = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
+AT_THE_ROOT = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md", "security": "SECURITY.md"}
 _MADE = re.compile(r"^<!-- made from code: (\w+) -->$", re.MULTILINE)
 
 

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from ops_backend.addresses import Names
 from ops_backend.announcer import Announcer
+from ops_backend.audit import Auditor, Refusals
 from ops_backend.database import Limits, Sessions
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.exporter import Exporter
@@ -18,6 +19,7 @@ from ops_backend.orphans import OrphanSweeper
 from ops_backend.reaper import Reaper
 from ops_backend.routes import (
     agents,
+    audit,
     catalog,
     cleanup,
     dashboard,
@@ -63,6 +65,7 @@ TAGS = {
     "webhooks": "URLs that are told when operations end.",
     "snapshots": "Users' code, packed as a tar file, by its SHA-256.",
     "tokens": "Who may do what.",
+    "audit": "Who did what, and from where.",
     "session": "How a browser logs in: a link that works once becomes a cookie.",
     "health": "For probes and Prometheus.",
     "agents": "What workers say. Users have no need of it.",
@@ -84,6 +87,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(Gate, max_body_bytes=MAX_BODY_BYTES, raw={f"{API_PREFIX}/snapshots/": SNAPSHOT_MAX_BYTES})
     app.add_middleware(CountRequests, telemetry=telemetry)
     app.state.settings = settings
+    app.state.refusals = Refusals()
     app.state.export_turns = asyncio.Semaphore(EXPORTS)
     errors.install(app)
     status.install(app)
@@ -91,7 +95,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health.router)
     app.include_router(scrape.router)
     app.include_router(dashboard.router)
-    for module in (operations, energy, stream, exports, cleanup, snapshots, agents, catalog, webhooks, session, tokens):
+    users = (operations, energy, stream, exports, cleanup, snapshots, catalog, webhooks, session, tokens, audit)
+    for module in (*users, agents):
         app.include_router(module.router, prefix=API_PREFIX)
     return app
 
@@ -118,7 +123,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         orphans = OrphanSweeper(sessions, settings.storage_root, settings.orphan_sweep_s)
         exporter = Exporter(patient, settings.storage_root, settings.tick_s)
         announcer = Announcer(sessions, sender, settings.tick_s)
-        running = (dispatcher, reaper, sweeper, orphans, exporter, announcer, streams)
+        auditor = Auditor(sessions, app.state.refusals, settings.audit_days, settings.tick_s)
+        running = (dispatcher, reaper, sweeper, orphans, exporter, announcer, auditor, streams)
         loops = [asyncio.create_task(loop.run()) for loop in running]
         yield
         for loop in loops:

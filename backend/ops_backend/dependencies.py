@@ -12,6 +12,7 @@ from fastapi.security.base import SecurityBase
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.addresses import Names
+from ops_backend.audit import Audit
 from ops_backend.browsers import cookie_of
 from ops_backend.database import Sessions
 from ops_backend.identities import Identities
@@ -122,7 +123,7 @@ async def caller(
     request: Request, wanted: SecurityScopes, _bearer: Annotated[None, Depends(Bearer())] = None
 ) -> Identity:
     """Who calls, by a bearer token or the browser's cookie. Raises 401, and 403 where it is not for this call."""
-    identity = await identified(request)
+    identity = request.state.identity = await identified(request)
     for scope in wanted.scopes:
         if scope not in identity.scope.allows:
             message = f"it takes a token of scope {scope}, not {identity.scope}; an admin makes one"
@@ -192,4 +193,5 @@ AdminDep = Annotated[Identity, Security(caller, scopes=[Scope.ADMIN])]
 RegistrarDep = Annotated[Identity, Security(registrar, scopes=[Scope.WORKER])]
 AgentDep = Annotated[Agent, Security(agent, scopes=[Scope.WORKER])]
 NamesDep = Annotated[Names, Depends(names_of)]
+AuditDep = Annotated[Audit, Depends(Audit)]
 IdentitiesDep = Annotated[Identities, Depends(identities_of)]

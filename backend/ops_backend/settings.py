@@ -66,6 +66,7 @@ class Settings(BaseModel):
         description="where workers may be called beside the address that they register from: names, addresses and "
         "networks (`10.1.0.0/16`), with commas",
     )
+    audit_days: float = Field(400.0, gt=0, le=36_500, description="how long the audit keeps who did what")
     carbon_g_per_kwh: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="grams of CO2 that a kilowatt-hour causes; else carbon is null"
     )

@@ -25,6 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
+from ops_contract.audit import Action
 from ops_contract.energy import Use
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
 from ops_contract.tokens import Scope
@@ -469,6 +470,24 @@ tokens = Table(
     one_of("scope", Scope),
 )
 Index("ix_tokens_name", tokens.c.name, unique=True, postgresql_where=tokens.c.revoked_at.is_(None))
+
+# No foreign keys: what it tells of may be deleted.
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    _instant("at", default_now=True, nullable=False),
+    Column("who", Text),
+    Column("token_id", Uuid),
+    Column("action", Text, nullable=False),
+    Column("target", Text),
+    Column("address", Text, nullable=False),
+    Column("user_agent", Text),
+    Column("count", Integer, nullable=False, server_default=text("1")),
+    Column("detail", JSONB, nullable=False),
+    one_of("action", Action),
+)
+Index("ix_audit_newest", audit.c.at.desc(), audit.c.id.desc())
 
 # Codes that log a browser in, and browsers that are logged in. The secrets themselves are with their holders alone.
 logins = Table(

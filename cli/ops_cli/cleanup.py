@@ -45,10 +45,10 @@ def delete(
     for found in ordered:
         try:
             client.delete(found.id)
-            print(f"Deleted {ids[found.id]} ({found.name})")
+            print(show.harmless(f"Deleted {ids[found.id]} ({found.name})"))
         except OpsError as error:
             refusals.append(error)
-            typer.echo(f"ops: {ids[found.id]} stays: {error.message}", err=True)
+            typer.echo(show.harmless(f"ops: {ids[found.id]} stays: {error.message}"), err=True)
     if refusals:
         raise typer.Exit(exit_code(refusals[0].http_status))
 

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from ops_cli import (
+    audit,
     backup,
     checkpoints,
     cleanup,
@@ -28,6 +29,7 @@ from ops_cli import (
     read,
     replay,
     service,
+    show,
     tokens,
     top,
     up,
@@ -45,7 +47,7 @@ SECTIONS = {
     "Watch": "list status top watch logs events attempts",
     "Act": "cancel resume fork replay",
     "Results": "metrics plot compare energy artifacts download export code",
-    "Keep in order": "checkpoints delete cleanup workers webhooks tokens",
+    "Keep in order": "checkpoints delete cleanup workers webhooks tokens audit",
 }
 
 
@@ -100,7 +102,7 @@ def _flush() -> None:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    print(f"ops: {message}", file=sys.stderr)
+    print(f"ops: {show.harmless(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -174,6 +176,7 @@ for part in (
     top,
     logs,
     tokens,
+    audit,
     webhooks,
     doctor,
 ):

@@ -145,7 +145,7 @@ def cut(text: str) -> "Text":
     """For the wide column of a list: one line, whatever is left of it."""
     from rich.text import Text
 
-    return Text(text, no_wrap=True, overflow="ellipsis")
+    return Text(harmless(text), no_wrap=True, overflow="ellipsis")
 
 
 def json_array(items: Iterable["Wire"]) -> str:
@@ -153,10 +153,15 @@ def json_array(items: Iterable["Wire"]) -> str:
 
 
 def plain(text: str) -> str:
-    """Brackets in a name are no markup."""
+    """What others wrote: brackets are no markup, and a terminal obeys none of it."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(harmless(text))
+
+
+def harmless(text: str) -> str:
+    """Without escapes, other control characters, and what turns the direction of writing."""
+    return "".join(each if each.isprintable() or each in "\n\t" else "\ufffd" for each in text)
 
 
 def width() -> int:

@@ -87,6 +87,7 @@ class AsyncClient:
     create_token = _in_thread(Client.create_token)
     tokens = _in_thread(Client.tokens)
     revoke_token = _in_thread(Client.revoke_token)
+    audit = _in_thread(Client.audit)
     add_webhook = _in_thread(Client.add_webhook)
     webhooks = _in_thread(Client.webhooks)
     deliveries = _in_thread(Client.deliveries)

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from hashlib import sha256 as sha256_of
 from pathlib import Path
@@ -18,6 +19,7 @@ from uuid import UUID
 import httpx
 from pydantic import ValidationError
 
+from ops_contract.audit import Action, AuditEntry, AuditPage
 from ops_contract.errors import ErrorBody, ErrorCode, OpsError
 from ops_contract.jobs import Code, Job, JobSpec
 from ops_contract.ledger import BookedWindow, EnergyLedger, EnergyWindows
@@ -530,6 +532,30 @@ class Client:
 
     def revoke_token(self, token_id: UUID | str) -> None:
         self._call("DELETE", f"/tokens/{token_id}")
+
+    def audit(
+        self,
+        *,
+        who: str | None = None,
+        action: Action | str | None = None,
+        target: UUID | str | None = None,
+        since: datetime | None = None,
+        limit: int = PAGE,
+    ) -> Sequence[AuditEntry]:
+        """Who did what, and from where: the newest `limit`. Needs a token of scope admin.
+
+        `target`: an id, or its beginning. `since` has its time zone.
+        """
+        wanted: dict[str, Any] = {"who": who, "action": action, "target": target and str(target)}
+        wanted["since"] = since and since.isoformat()
+        items: builtins.list[AuditEntry] = []
+        while True:
+            wanted["limit"] = min(PAGE, limit - len(items))
+            page = self._get("/audit", AuditPage, wanted)
+            items += page.items
+            wanted["cursor"] = page.next_cursor
+            if page.next_cursor is None or len(items) >= limit:
+                return items
 
     def add_webhook(
         self,

@@ -58,6 +58,13 @@ def test_from_a_link_to_a_run_that_was_cancelled_and_resumed(service: Service, t
     expect(page.locator(".facts .chip")).to_have_text("completed")
     expect(loss).to_have_attribute("aria-label", final_step(14 * 48))
 
+    hostile = service.client.submit({"workload": "digits", "name": HOSTILE, "labels": {"a": HOSTILE}})
+    service.client.cancel(hostile.id, HOSTILE)
+    tab.go(f"/operations/{hostile.id}")
+    expect(page.get_by_role("heading", name=HOSTILE).first).to_be_visible()
+    assert page.locator("img").count() == 0
+    assert page.evaluate("typeof hacked") == "undefined"
+
     assert len(list(service.client.list(q="from the browser"))) == 1  # the second click was the same wish
     moves = [name for name in service.events(id) if name != "note"]
     assert moves == ["submit", "claim", "cancel", "stop", "resume", "claim", "complete"]

@@ -10,6 +10,7 @@ from alembic import command
 
 from helpers.databases import Databases, connect
 from ops_backend.database import alembic_config
+from ops_contract.audit import Action
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
 from ops_contract.webhooks import DeliveryState, WebhookFormat
 
@@ -25,6 +26,7 @@ WORDS: dict[str, type[StrEnum]] = {
     "ck_events_to_status": Status,
     "ck_webhooks_format": WebhookFormat,
     "ck_deliveries_state": DeliveryState,
+    "ck_audit_action": Action,
 }
 
 
@@ -38,7 +40,7 @@ async def test_check_constraints_equal_the_enums(database_url: str, constraint: 
     sql = "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = $1"
     definition = await connection.fetchval(sql, constraint)
     await connection.close()
-    assert set(re.findall(r"'(\w+)'::text", definition)) == {word.value for word in WORDS[constraint]}
+    assert set(re.findall(r"'([\w.]+)'::text", definition)) == {word.value for word in WORDS[constraint]}
 
 
 async def test_metrics_of_before_keep_their_order_and_come_before_what_their_holds_still_send(

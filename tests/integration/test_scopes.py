@@ -65,6 +65,7 @@ ROUTES: dict[str, Iterable[Scope | None]] = {
     "DELETE /operations/{id}/checkpoints/{checkpoint_id}": USERS,
     "HEAD /snapshots/{sha256}": USERS,
     "PUT /snapshots/{sha256}": USERS,
+    "GET /audit": ADMINS,
     "POST /cleanup": ADMINS,
     "POST /tokens": ADMINS,
     "GET /tokens": ADMINS,

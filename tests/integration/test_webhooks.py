@@ -6,6 +6,7 @@ import socket
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
+from unittest.mock import AsyncMock
 from uuid import UUID, uuid4
 
 import pytest
@@ -16,6 +17,7 @@ from ops_backend import announcer as announcing
 from ops_backend import webhooks as sending
 from ops_backend.addresses import Names
 from ops_backend.announcer import RETRIES_S, Announcer
+from ops_backend.audit import Audit
 from ops_backend.routes import webhooks as routes
 from ops_backend.store import deletion, webhooks
 from ops_backend.webhooks import WebhookSender, signature
@@ -26,6 +28,7 @@ from ops_contract.reports import Fault, Progress
 from ops_contract.webhooks import DeliveryView, WebhookBody, WebhookFormat, WebhookRequest, WebhookView
 
 SENDER = WebhookSender(Names())
+AUDIT = AsyncMock(Audit)
 FAULT = Fault(code="oom", message="out of <memory> & *time* @everyone")
 
 
@@ -43,7 +46,7 @@ def announcer(store: Store) -> Announcer:
 
 async def add(store: Store, receiver: Receiver, **wish: Any) -> tuple[UUID, str]:
     request = WebhookRequest.model_validate({"url": receiver.url} | wish)
-    made = await routes.add_webhook(request, store.sessions, "me", SENDER)
+    made = await routes.add_webhook(request, store.sessions, "me", AUDIT, SENDER)
     return made.id, made.secret
 
 
@@ -534,7 +537,7 @@ async def test_a_test_says_what_was_answered_and_is_no_delivery(store: Store, re
     for format, field in (("json", "type"), ("slack", "text"), ("discord", "content")):
         id, secret = await add(store, receiver, format=format)
         receiver.answers += ["200 OK", "403 Forbidden"]
-        answers = [await routes.send_sample(id, store.sessions, "me", SENDER) for _ in range(2)]
+        answers = [await routes.send_sample(id, store.sessions, "me", AUDIT, SENDER) for _ in range(2)]
         assert [(a.delivered, a.http_status, a.answer) for a in answers] == [
             (True, 200, "heard"),
             (False, 403, "heard"),

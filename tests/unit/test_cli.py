@@ -27,6 +27,7 @@ from ops_backend.store.ledger_views import Account, Rates, whole
 from ops_cli.exits import ExitCode
 from ops_cli.main import main
 from ops_cli.stack import Stack, StackSettings
+from ops_contract.audit import AuditEntry, AuditPage
 from ops_contract.doctor import clock
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import CheckpointEvery, Code, Execution, Job, JobSpec, Resources
@@ -99,6 +100,8 @@ class Api:
     windows: list[BookedWindow] = field(default_factory=list)
     webhooks: list[WebhookView] = field(default_factory=list)
     tokens: list[TokenView] = field(default_factory=list)
+    audit: list[AuditEntry] = field(default_factory=list)
+    audit_asked: list[dict[str, str]] = field(default_factory=list)
     snapshot: bytes = b""
     asked: list[str] = field(default_factory=list)
     cleanups: list[CleanupRequest] = field(default_factory=list)
@@ -274,6 +277,12 @@ def app_of(api: Api) -> FastAPI:
     @app.post(f"{API_PREFIX}/webhooks/{{id}}/test")
     async def test_webhook(id: UUID) -> Response:
         return answer(WebhookAnswer(delivered=True, http_status=204, answer=""))
+
+    @app.get(f"{API_PREFIX}/audit")
+    async def audit(request: Request, limit: int, cursor: int = 0) -> Response:
+        api.audit_asked.append(dict(request.query_params))
+        end = cursor + limit
+        return answer(AuditPage(items=api.audit[cursor:end], next_cursor=str(end) if end < len(api.audit) else None))
 
     @app.get(f"{API_PREFIX}/tokens")
     async def tokens() -> Response:

@@ -66,6 +66,7 @@ COMMANDS = {
     "webhooks add": Row("http://127.0.0.1:9/"),
     "tokens create": Row("ana --scope read --expires 90d"),
     "tokens list": Row(),
+    "audit": Row("--since 7d --action token.create"),
     "doctor": Row(server=False),  # it works with the service down, and says what is wrong
     "pack": Row("code", server=False),
     "schema": Row(text="it is JSON", server=False),

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Path, Request
 from ops_backend.addresses import Refused, allowed, worker_url
 from ops_backend.dependencies import (
     AgentDep,
+    AuditDep,
     DispatcherDep,
     IdentitiesDep,
     NamesDep,
@@ -30,6 +31,7 @@ from ops_contract.agents import (
     WorkerRegistered,
     WorkerRegistration,
 )
+from ops_contract.audit import Action
 from ops_contract.energy import EnergyBatch, EnergyBooked
 from ops_contract.reports import Finish
 
@@ -43,6 +45,7 @@ async def register(
     session: VitalSessionDep,
     user: RegistrarDep,
     settings: SettingsDep,
+    audit: AuditDep,
     names: NamesDep,
     identities: IdentitiesDep,
 ) -> WorkerRegistered:
@@ -57,6 +60,7 @@ async def register(
         raise invalid([("url", str(error))]) from error
     await workers.register(session, worker, settings.lease_s, url, user.token_id)
     identities.forget()
+    await audit.note(session, Action.REGISTER, worker.incarnation, name=worker.name, host=worker.host)
     return WorkerRegistered(
         lease_s=settings.lease_s,
         heartbeat_s=settings.heartbeat_s,

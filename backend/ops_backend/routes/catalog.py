@@ -6,11 +6,12 @@ from uuid import UUID
 from fastapi import APIRouter, BackgroundTasks, Header, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.dependencies import AdminDep, DispatcherDep, ReaderDep, SessionDep, SettingsDep
+from ops_backend.dependencies import AdminDep, AuditDep, DispatcherDep, ReaderDep, SessionDep, SettingsDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import gauges, queries
 from ops_backend.store.workers import drain
 from ops_backend.tags import Tagged
+from ops_contract.audit import Action
 from ops_contract.jobs import JobSpec
 from ops_contract.operations import DrainRequest, LiveCounts, Workers, WorkerView, Workloads
 
@@ -25,13 +26,20 @@ async def list_workers(session: SessionDep, _: ReaderDep, settings: SettingsDep)
 
 @router.post("/workers/{id}/drain", responses=refusals(404, 422))
 async def drain_worker(
-    id: UUID, session: SessionDep, _: AdminDep, settings: SettingsDep, wish: DrainRequest | None = None
+    id: UUID,
+    session: SessionDep,
+    _: AdminDep,
+    settings: SettingsDep,
+    audit: AuditDep,
+    wish: DrainRequest | None = None,
 ) -> WorkerView:
     """No more work goes to this worker until it is undrained or restarted. What runs there finishes, or is preempted.
 
     Again: the newer wish counts.
     """
-    await drain(session, id, "preempt" if wish and wish.preempt else "finish")
+    preempt = wish is not None and wish.preempt
+    await drain(session, id, "preempt" if preempt else "finish")
+    await audit.note(session, Action.DRAIN, id, preempt=preempt or None)
     return await _view(session, id, settings.lease_s)
 
 
@@ -42,10 +50,12 @@ async def undrain_worker(
     _: AdminDep,
     settings: SettingsDep,
     dispatcher: DispatcherDep,
+    audit: AuditDep,
     after: BackgroundTasks,
 ) -> WorkerView:
     """Work goes to it again. What was handed back stays handed back."""
     await drain(session, id, None)
+    await audit.note(session, Action.UNDRAIN, id)
     after.add_task(dispatcher.wake)
     return await _view(session, id, settings.lease_s)
 

@@ -12,6 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
+from ops_backend.audit import note_refusal
 from ops_backend.store.submit import invalid
 from ops_contract.errors import HTTP_STATUS, ErrorBody, ErrorCode, OpsError, without_prefix
 from ops_contract.http_gate import HEADERS
@@ -57,8 +58,9 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
-async def _answer(_: Request, error: Exception) -> JSONResponse:
+async def _answer(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, OpsError)
+    note_refusal(request, error.http_status)
     return JSONResponse(error.body().model_dump(mode="json"), error.http_status, _headers(error))
 
 

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.database import Sessions
 from ops_backend.dependencies import (
+    AuditDep,
     DispatcherDep,
     ReaderDep,
     SessionDep,
@@ -32,6 +33,7 @@ from ops_backend.store.transitions import cancel_if_live, explain_cancel, explai
 from ops_backend.store.validation import Question, question
 from ops_backend.tags import Tagged
 from ops_contract.agents import Validated
+from ops_contract.audit import Action
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Job, JobSpec
 from ops_contract.lifecycle import Kind, Status
@@ -78,6 +80,7 @@ async def submit(
     dispatcher: DispatcherDep,
     validator: ValidatorDep,
     settings: SettingsDep,
+    audit: AuditDep,
     after: BackgroundTasks,
     idempotency_key: IdempotencyKey = None,
     dry_run: DryRun = False,
@@ -100,6 +103,8 @@ async def submit(
 
         id, is_new = await once(session, user.name, idempotency_key, body, make)
         operation = await queries.get(session, id)
+        if is_new:
+            await audit.note(session, Action.SUBMIT, id, name=operation.name)
     response.status_code = 201 if is_new else 200
     after.add_task(dispatcher.wake)
     return operation
@@ -125,10 +130,11 @@ async def list_operations(
 
 
 @router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(401, 404, 409))
-async def delete_operation(id: UUID, session: SessionDep, _: UserDep) -> None:
+async def delete_operation(id: UUID, session: SessionDep, _: UserDep, audit: AuditDep) -> None:
     """Delete an operation that has ended, for good. Its files, checkpoints and model included, go soon after."""
     if not await deletion.delete_if_ended(session, id):
         raise await deletion.explain_delete(session, id)
+    await audit.note(session, Action.DELETE, id)
 
 
 @router.post("/{id}/cancel", status_code=202, responses=refusals(401, 404, 409))
@@ -138,6 +144,7 @@ async def cancel_operation(
     _: UserDep,
     dispatcher: DispatcherDep,
     telemetry: TelemetryDep,
+    audit: AuditDep,
     after: BackgroundTasks,
     wish: CancelRequest | None = None,
 ) -> Operation:
@@ -149,6 +156,7 @@ async def cancel_operation(
     cancelled = await cancel_if_live(session, id, wish.reason, wish.force)
     if cancelled is None:
         raise await explain_cancel(session, id)
+    await audit.note(session, Action.CANCEL, id, reason=wish.reason or None, force=wish.force or None)
     after.add_task(telemetry.moved, cancelled.status)
     for push in cancelled.pushes:
         after.add_task(dispatcher.push_cancel, id, push, wish.reason, wish.force)
@@ -161,6 +169,7 @@ async def resume_operation(
     session: SessionDep,
     _: UserDep,
     dispatcher: DispatcherDep,
+    audit: AuditDep,
     after: BackgroundTasks,
     wish: ResumeRequest | None = None,
 ) -> ResumeAccepted:
@@ -172,6 +181,7 @@ async def resume_operation(
     resumed = await resume_if_ended(session, id, wish.from_checkpoint, wish.accept_changes)
     if resumed is None:
         raise await explain_resume(session, id, wish.from_checkpoint)
+    await audit.note(session, Action.RESUME, id, accept_changes=wish.accept_changes or None)
     after.add_task(dispatcher.wake)
     return resumed
 
@@ -192,6 +202,7 @@ async def fork_operation(
     dispatcher: DispatcherDep,
     validator: ValidatorDep,
     settings: SettingsDep,
+    audit: AuditDep,
     after: BackgroundTasks,
     idempotency_key: IdempotencyKey = None,
     dry_run: DryRun = False,
@@ -219,6 +230,8 @@ async def fork_operation(
 
         fork_id, is_new = await once(session, user.name, idempotency_key, whole, make)
         operation = await queries.get(session, fork_id)
+        if is_new:
+            await audit.note(session, Action.FORK, fork_id, of=str(id))
     response.status_code = 201 if is_new else 200
     after.add_task(dispatcher.wake)
     return operation
@@ -237,6 +250,7 @@ async def replay_operation(
     session: SessionDep,
     user: UserDep,
     dispatcher: DispatcherDep,
+    audit: AuditDep,
     after: BackgroundTasks,
     idempotency_key: IdempotencyKey = None,
 ) -> Operation:
@@ -249,6 +263,8 @@ async def replay_operation(
         return await replay_if_there(session, id, wish, user.name, idempotency_key, whole)
 
     replay_id, is_new = await once(session, user.name, idempotency_key, whole, make)
+    if is_new:
+        await audit.note(session, Action.REPLAY, replay_id, of=str(id))
     response.status_code = 201 if is_new else 200
     after.add_task(dispatcher.wake)
     return await queries.get(session, replay_id)
@@ -293,10 +309,11 @@ async def get_checkpoints(id: UUID, session: SessionDep, _: ReaderDep) -> Checkp
 @router.delete(
     "/{id}/checkpoints/{checkpoint_id}", status_code=204, response_class=Response, responses=refusals(401, 404, 409)
 )
-async def delete_checkpoint(id: UUID, checkpoint_id: UUID, session: SessionDep, _: UserDep) -> None:
+async def delete_checkpoint(id: UUID, checkpoint_id: UUID, session: SessionDep, _: UserDep, audit: AuditDep) -> None:
     """Give up a checkpoint: it can no longer be used. Its files go within seconds, and its row after them."""
     if not await delete_if_unused(session, id, checkpoint_id):
         raise await explain_delete(session, id, checkpoint_id)
+    await audit.note(session, Action.DELETE_CHECKPOINT, checkpoint_id, of=str(id))
 
 
 @router.get("/{id}/artifacts", responses=refusals(401, 404))

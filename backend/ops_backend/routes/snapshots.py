@@ -5,10 +5,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
 
-from ops_backend.dependencies import CallerDep, SessionDep, SessionsDep, UserDep
+from ops_backend.dependencies import AuditDep, CallerDep, SessionDep, SessionsDep, UserDep
 from ops_backend.routes.errors import refusals
 from ops_backend.routes.raw_bodies import reads_bytes
 from ops_backend.store import snapshots
+from ops_contract.audit import Action
 from ops_contract.errors import ErrorCode, OpsError
 
 router = APIRouter(prefix="/snapshots", tags=["snapshots"])
@@ -24,13 +25,16 @@ ARCHIVE = "application/octet-stream"
     responses={200: {"description": "it was here already"}, **refusals(401, 413, 422)},
     openapi_extra=reads_bytes(ARCHIVE),
 )
-async def put_snapshot(sha256: Digest, request: Request, sessions: SessionsDep, _: UserDep) -> Response:
+async def put_snapshot(
+    sha256: Digest, request: Request, sessions: SessionsDep, _: UserDep, audit: AuditDep
+) -> Response:
     """Upload an archive. It stays while an operation refers to it, and for a day after it was last asked for."""
     archive = await request.body()
     if hashlib.sha256(archive).hexdigest() != sha256:
         raise OpsError(ErrorCode.INVALID, "sha256: the body has another hash; it was changed on its way, send it again")
     async with sessions.begin() as session:
-        is_new = await snapshots.keep(session, sha256, archive)
+        if is_new := await snapshots.keep(session, sha256, archive):
+            await audit.note(session, Action.UPLOAD, sha256, size_bytes=len(archive))
     return Response(status_code=201 if is_new else 200)
 
 

@@ -4,19 +4,24 @@ from uuid import UUID
 
 from fastapi import APIRouter, Response
 
-from ops_backend.dependencies import AdminDep, IdentitiesDep, SessionDep
+from ops_backend.dependencies import AdminDep, AuditDep, IdentitiesDep, SessionDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import tokens
+from ops_contract.audit import Action
 from ops_contract.tokens import TokenCreated, TokenRequest, Tokens
 
 router = APIRouter(prefix="/tokens", tags=["tokens"], responses=refusals(401))
 
 
 @router.post("", status_code=201, responses=refusals(409, 422))
-async def create_token(wish: TokenRequest, session: SessionDep, user: AdminDep, response: Response) -> TokenCreated:
+async def create_token(
+    wish: TokenRequest, session: SessionDep, user: AdminDep, audit: AuditDep, response: Response
+) -> TokenCreated:
     """A token of one scope for one person, program or group of workers. It is in this answer only."""
     response.headers["Cache-Control"] = "no-store"
-    return await tokens.add(session, wish, user.name)
+    made = await tokens.add(session, wish, user.name)
+    await audit.note(session, Action.CREATE_TOKEN, made.id, name=made.name, scope=made.scope)
+    return made
 
 
 @router.get("")
@@ -26,10 +31,10 @@ async def list_tokens(session: SessionDep, _: AdminDep) -> Tokens:
 
 
 @router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(404, 422))
-async def revoke_token(id: UUID, session: SessionDep, _: AdminDep, identities: IdentitiesDep) -> None:
+async def revoke_token(id: UUID, session: SessionDep, _: AdminDep, audit: AuditDep, identities: IdentitiesDep) -> None:
     """It opens nothing any more: here at once, at other API processes within seconds.
 
     The browsers that it logged in and the workers that it registered are shut out with it.
     """
-    await tokens.revoke(session, id)
+    await audit.note(session, Action.REVOKE_TOKEN, id, name=await tokens.revoke(session, id))
     identities.forget()

@@ -3,15 +3,16 @@
 from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 
 from ops_backend.addresses import Refused
 from ops_backend.bodies import sample_body
-from ops_backend.dependencies import AdminDep, SessionDep, SessionsDep, WebhookSenderDep
+from ops_backend.dependencies import AdminDep, AuditDep, SessionDep, SessionsDep, WebhookSenderDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import webhooks
 from ops_backend.store.submit import invalid
 from ops_backend.webhooks import new_secret
+from ops_contract.audit import Action
 from ops_contract.webhooks import Deliveries, WebhookAnswer, WebhookCreated, WebhookRequest, Webhooks
 
 router = APIRouter(prefix="/webhooks", tags=["webhooks"], responses=refusals(401))
@@ -19,7 +20,7 @@ router = APIRouter(prefix="/webhooks", tags=["webhooks"], responses=refusals(401
 
 @router.post("", status_code=201, responses=refusals(409, 422))
 async def add_webhook(
-    wish: WebhookRequest, sessions: SessionsDep, _: AdminDep, sender: WebhookSenderDep
+    wish: WebhookRequest, sessions: SessionsDep, _: AdminDep, audit: AuditDep, sender: WebhookSenderDep
 ) -> WebhookCreated:
     """Have ends of operations told to a URL. The secret that the requests are signed with is in this answer only."""
     try:
@@ -27,7 +28,9 @@ async def add_webhook(
     except Refused as error:
         raise invalid([("url", str(error))]) from error
     async with sessions.begin() as session:
-        return await webhooks.add(session, wish, new_secret())
+        made = await webhooks.add(session, wish, new_secret())
+        await audit.note(session, Action.ADD_WEBHOOK, made.id, host=wish.url.host)
+    return made
 
 
 @router.get("")
@@ -42,16 +45,20 @@ async def list_deliveries(id: UUID, session: SessionDep, _: AdminDep) -> Deliver
     return await webhooks.deliveries(session, id)
 
 
-@router.delete("/{id}", status_code=204, responses=refusals(404, 422))
-async def remove_webhook(id: UUID, session: SessionDep, _: AdminDep) -> None:
+@router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(404, 422))
+async def remove_webhook(id: UUID, session: SessionDep, _: AdminDep, audit: AuditDep) -> None:
     """Tell it no more. What is still due to it goes too."""
     await webhooks.remove(session, id)
+    await audit.note(session, Action.REMOVE_WEBHOOK, id)
 
 
 @router.post("/{id}/test", responses=refusals(404, 422))
-async def send_sample(id: UUID, sessions: SessionsDep, _: AdminDep, sender: WebhookSenderDep) -> WebhookAnswer:
+async def send_sample(
+    id: UUID, sessions: SessionsDep, _: AdminDep, audit: AuditDep, sender: WebhookSenderDep
+) -> WebhookAnswer:
     """Send a made-up end, once and now, and say what the receiver answered. It is no delivery."""
     async with sessions.begin() as session:
         hook = await webhooks.find(session, id)
+        await audit.note(session, Action.TEST_WEBHOOK, id)
     answer, _after_s = await sender.send(hook, uuid4(), datetime.now(UTC), sample_body(hook.format))
     return answer

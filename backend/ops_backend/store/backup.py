@@ -20,7 +20,7 @@ BACKUP_LOCK = 682_510_993
 
 # Who may log a browser in is nobody's to bring back: a link that was used would be good once more.
 LEFT_OUT = ("logins",)
-WRITTEN_AT_START = ("service", "workers", "slots", "workloads", *LEFT_OUT)
+WRITTEN_AT_START = ("service", "workers", "slots", "workloads", "audit", *LEFT_OUT)
 
 TRY_SWEEP = statement(f"SELECT pg_try_advisory_xact_lock_shared({BACKUP_LOCK})")
 

@@ -190,7 +190,7 @@ def operation_of(row: Row[Any]) -> Operation:
 
 async def list_page(session: AsyncSession, wanted: Filter, limit: int, cursor: str | None) -> OperationPage:
     """Newest first. Raises 422 for a cursor that is not one of ours."""
-    at, id = _read_cursor(cursor)
+    at, id = read_cursor(cursor)
     key, _, value = (wanted.label or "").partition("=")
     values: dict[str, Any] = {
         "status": wanted.status,
@@ -206,7 +206,8 @@ async def list_page(session: AsyncSession, wanted: Filter, limit: int, cursor: s
     }
     rows = (await session.execute(LIST, values)).all()
     items = [OperationSummary(**summary(row)) for row in rows[:limit]]
-    return OperationPage(items=items, next_cursor=_cursor(rows[limit - 1]) if len(rows) > limit else None)
+    next_cursor = cursor_of(rows[limit - 1].created_at, rows[limit - 1].id) if len(rows) > limit else None
+    return OperationPage(items=items, next_cursor=next_cursor)
 
 
 async def summaries(session: AsyncSession, ids: list[UUID]) -> dict[UUID, OperationSummary]:
@@ -361,11 +362,13 @@ def _logs(row: Row[Any]) -> str | None:
     return f"{row.id}/{LOGS}" if written else None
 
 
-def _cursor(row: Row[Any]) -> str:
-    return base64.urlsafe_b64encode(f"{row.created_at.isoformat()}|{row.id}".encode()).decode()
+def cursor_of(at: datetime, id: UUID) -> str:
+    """Of the last row of a page whose newest come first."""
+    return base64.urlsafe_b64encode(f"{at.isoformat()}|{id}".encode()).decode()
 
 
-def _read_cursor(cursor: str | None) -> tuple[str, UUID]:
+def read_cursor(cursor: str | None) -> tuple[str, UUID]:
+    """The rows before it are the next page. Raises 422 for one that is not ours."""
     if cursor is None:
         return _NEWEST
     try:
