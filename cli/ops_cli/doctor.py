@@ -132,7 +132,12 @@ def _service(server: "Server | None") -> "Iterator[Finding]":
         yield warn("API", "no server is known", "start `ops up`, or name one by --url or OPS_API_URL")
         return
     try:
-        answer = httpx.get(f"{server.url}/health/ready", timeout=TIMEOUT_S, trust_env=not is_loopback(server.url))
+        answer = httpx.get(
+            f"{server.url}/health/ready",
+            timeout=TIMEOUT_S,
+            verify=httpx.create_ssl_context(),  # heeds SSL_CERT_FILE
+            trust_env=not is_loopback(server.url),
+        )
     except httpx.HTTPError as error:
         yield fail("API", f"{server.url} ({server.origin}) does not answer: {error}", "start it: `ops up`")
         return

@@ -13,7 +13,9 @@ from ops_backend.__main__ import Server
 from ops_backend.app import create_app
 from ops_backend.settings import Settings, SettingsError
 from ops_cli.child import Child
+from ops_cli.doctor import _service
 from relight.client import Client
+from relight.settings import Server as Known
 
 TOKEN = "a token of the tests"
 
@@ -53,6 +55,7 @@ def test_clients_reach_it_by_https(url: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
     with Client(url, TOKEN) as client:
         assert list(client.list(limit=1)) == []
+    assert [found.state for found in _service(Known(url, TOKEN, "of the test")) if found.check == "API"] == ["ok"]
     curl = ["curl", "-sf", "--noproxy", "*", "--cacert", str(tmp_path / "cert.pem"), f"{url}/health/ready"]
     assert b'"ok"' in subprocess.run(curl, check=True, capture_output=True).stdout
 
