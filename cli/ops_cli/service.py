@@ -57,10 +57,11 @@ def install(
     python = os.path.abspath(os.path.expanduser(python)) if python else None
     environment = config_path().with_name("environment")
     command = [sys.executable, "-P", "-m", "ops_cli", "up", *arguments(data_dir, host, port, workers, python)]
+    text = unit(command, environment, stop_s)
     make_private(unit_path().parent)
     # Whoever may write it may run what they like.
     with open(unit_path(), "w", opener=opener) as file:
-        file.write(unit(command, environment, stop_s))
+        file.write(text)
     print(f"{unit_path()} is written.")
     if environment.exists():
         print(f"{environment} has its variables; it was there and stays as it is.")

@@ -20,7 +20,8 @@ def modes_in(top: Path) -> Iterator[tuple[str, int]]:
             yield str(path), stat.S_IMODE(found.st_mode)
 
 
-@pytest.mark.parametrize("umask", [0o000, pytest.param(0o022, marks=pytest.mark.slow)], ids=oct)
+@pytest.mark.slow
+@pytest.mark.parametrize("umask", [0o000, 0o022], ids=oct)
 def test_a_service_that_has_run_leaves_nothing_for_others(tmp_path: Path, umask: int) -> None:
     home, project, port = tmp_path / "home", tmp_path / "project", str(free_port())
     home.mkdir(mode=0o755)

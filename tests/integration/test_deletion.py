@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 from uuid import UUID
 
 import pytest
@@ -12,11 +13,13 @@ from helpers.store import Held, Store, at_once, losses, saved, started
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.routes import cleanup
 from ops_backend.store import curves, deletion, fork, logs, queries
+from ops_backend.store.identities import Identity
 from ops_backend.sweeper import Sweeper
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Outcome, Status
 from ops_contract.operations import Cleanup, CleanupRequest, ForkRequest
 from ops_contract.reports import ArtifactSaved, LogChunk, Note
+from ops_contract.tokens import Scope
 
 TABLES = ("events", "metrics", "logs", "artifacts", "checkpoints", "holds", "attempts")
 
@@ -62,7 +65,7 @@ async def refusal(store: Store, id: UUID) -> OpsError:
 
 async def clean(store: Store, **wanted: Any) -> Cleanup:
     wish = CleanupRequest.model_validate({"older_than_s": 0} | wanted)
-    return await cleanup.cleanup(wish, store.sessions, "me")
+    return await cleanup.cleanup(wish, store.sessions, Identity("me", Scope.ADMIN), AsyncMock())
 
 
 async def exists(store: Store, id: UUID) -> bool:

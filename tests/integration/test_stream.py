@@ -46,7 +46,7 @@ PATIENCE_S = 30.0
 @pytest.fixture(autouse=True)
 def no_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would claim what a test claims itself."""
-    for loop in ("Dispatcher", "Reaper", "Sweeper", "OrphanSweeper", "Exporter", "Announcer"):
+    for loop in ("Dispatcher", "Reaper", "Sweeper", "OrphanSweeper", "Exporter", "Announcer", "Auditor"):
         monkeypatch.setattr(f"ops_backend.app.{loop}.run", asyncio.Event().wait)
 
 
@@ -60,8 +60,9 @@ async def serving(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """By a real server; one that the test has not ended is ended after it."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # a slow client is noticed soon
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server = Server(app, url, as_json=False)
+        port = listener.getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        server = Server(app, app.state.settings, port, as_json=False)
         app.state.server = server
         serve = asyncio.create_task(server.serve([listener]))
         await until(lambda: server.started)
