@@ -1,6 +1,7 @@
 """Which addresses this service connects to on the word of others."""
 
 import asyncio
+import re
 import socket
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,9 @@ Allowed = str | IPv4Network | IPv6Network
 
 # Beside the link-local addresses: where clouds tell their machines credentials.
 METADATA = frozenset(ip_address(address) for address in ("fd00:ec2::254", "100.100.100.200", "192.0.0.192"))
+# Whose last 32 bits are an address of IPv4: what such a gateway, or an old kernel, makes of it.
+CARRIERS = (ip_network("64:ff9b::/96"), ip_network("::/96"))
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 class Refused(Exception):
@@ -39,16 +43,16 @@ class Names:
 
 
 def allowed(text: str) -> list[Allowed]:
-    """Names, addresses and networks, with commas. Raises ValueError for a network with bits of a host."""
+    """Names, addresses and networks, with commas. Raises ValueError for what is none of them."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    return [ip_network(part) if _is_network(part) else part.lower() for part in parts]
+    return [part.lower() if _is_name(part) else ip_network(part) for part in parts]
 
 
 async def worker_url(names: Names, url: str, peer: str, allow: Sequence[Allowed]) -> str:
     """Where the worker is called that registered from `peer`: at its own address, or at one that is allowed.
 
-    A name is looked up here and never again, so that it cannot come to mean another address; that of an https URL
-    stays: there the certificate is what says who answers. Raises Refused.
+    A name is looked up here and never again, so that it cannot come to mean another address; of several, as replicas
+    share one, it is the worker's own. That of an https URL stays: the certificate says who answers. Raises Refused.
     """
     parsed = _plain(url)
     try:
@@ -56,13 +60,15 @@ async def worker_url(names: Names, url: str, peer: str, allow: Sequence[Allowed]
             found = [_of(address) for address in await names.addresses(parsed.raw_host.decode())]
     except (OSError, UnicodeError, TimeoutError) as error:
         raise Refused(f"{parsed.host!r} has no address here: {error or 'no answer'}") from error
-    for address in found:
-        if not (_is_allowed(parsed.host, address, allow) or _same_host(address, peer)):
-            raise Refused(
-                f"it is at {address}, and this came from {peer}: a worker is called where it calls from; let the API's "
-                "OPS_WORKER_ALLOW name that address, its network or its name if this is right"
-            )
-    return str(parsed if parsed.scheme == "https" else parsed.copy_with(host=str(found[0]))).rstrip("/")
+    its_own = [each for each in found if _is_allowed(parsed.host, each, allow) or _same_host(each, peer)]
+    keeps_name = parsed.scheme == "https"
+    if not its_own or (keeps_name and its_own != found):
+        elsewhere = next(each for each in found if each not in its_own)
+        raise Refused(
+            f"it is at {elsewhere}, and this came from {peer}: a worker is called where it calls from; let the API's "
+            "OPS_WORKER_ALLOW name that address, its network or its name if this is right"
+        )
+    return str(parsed if keeps_name else parsed.copy_with(host=str(its_own[0]))).rstrip("/")
 
 
 def _plain(url: str) -> httpx.URL:
@@ -79,7 +85,7 @@ def _plain(url: str) -> httpx.URL:
 
 def _look_at(address: str) -> None:
     ip = _of(address)
-    if ip.is_link_local or ip.is_multicast or ip.is_unspecified or ip in METADATA:
+    if any(each.is_link_local or each.is_multicast or each.is_unspecified or each in METADATA for each in _ends(ip)):
         raise Refused(
             f"it is at {address}: nothing is sent to addresses that are link-local, multicast, unspecified or a "
             "cloud's for its metadata"
@@ -91,13 +97,18 @@ def _of(address: str) -> Address:
     return ip.ipv4_mapped or ip if isinstance(ip, IPv6Address) else ip
 
 
-def _is_network(text: str) -> bool:
-    head = text.partition("/")[0]
-    try:
-        ip_address(head)
-    except ValueError:
-        return False
-    return True
+def _ends(ip: Address) -> list[Address]:
+    """It, and where a gateway may take it."""
+    if isinstance(ip, IPv4Address):
+        return [ip]
+    if any(ip in carrier for carrier in CARRIERS):
+        return [ip, IPv4Address(int(ip) & 0xFFFFFFFF)]
+    return [ip, ip.sixtofour] if ip.sixtofour else [ip]
+
+
+def _is_name(text: str) -> bool:
+    """Also of what looks like a mistaken address: a name does not end in a number."""
+    return bool(_NAME.fullmatch(text)) and not text.rpartition(".")[2].isdigit()
 
 
 def _is_allowed(host: str, address: Address, allow: Sequence[Allowed]) -> bool:
@@ -113,11 +124,14 @@ def _same_host(address: Address, peer: str) -> bool:
 
 
 def _is_ours(address: Address) -> bool:
-    """Whether this host has it: only such a one can be bound."""
+    """Whether this host has it: only to itself it speaks from there. (Anything can be bound where the kernel is told
+    so, as beside a failover address.)"""
+    if address.is_loopback:
+        return True
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind((str(address), 0))
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((str(address), 9))  # sends nothing
+            return ip_address(probe.getsockname()[0]) == address
     except OSError:
         return False
-    return True

@@ -80,6 +80,7 @@ class FakeApi:
         self.holds: dict[tuple[HoldRef, UUID], FakeHold] = {}
         self.registrations: list[WorkerRegistration] = []
         self.known: set[UUID] = set()
+        self.shut_out: set[UUID] = set()
         self.draining: set[UUID] = set()
         self.drain: Drain | None = None
         self.beats_fail = False
@@ -137,6 +138,8 @@ class FakeApi:
     def _check(self, request: Request, incarnation: UUID) -> None:
         """That this worker says it itself. Who was registered stays known when the database forgets the worker."""
         shown = request.headers["Authorization"].removeprefix("Bearer ")
+        if incarnation in self.shut_out:
+            raise OpsError(ErrorCode.UNAUTHENTICATED, "its token was revoked")
         if shown != self.registration(incarnation).credential:
             raise OpsError(ErrorCode.FORBIDDEN, "another's credential")
 
@@ -149,6 +152,8 @@ class FakeApi:
 
     async def _register(self, worker: WorkerRegistration, request: Request) -> WorkerRegistered:
         assert request.headers["Authorization"] == f"Bearer {TOKEN}"
+        if worker.incarnation in self.shut_out:
+            raise OpsError(ErrorCode.UNAUTHENTICATED, "this token was revoked")
         self.registrations.append(worker)
         self.known.add(worker.incarnation)
         return self.terms

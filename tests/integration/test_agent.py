@@ -552,6 +552,50 @@ async def test_the_successor_of_a_fenced_agent_deletes_what_nobody_wants(api, tm
     assert len(hold.accepted) == said
 
 
+async def test_what_nobody_takes_from_a_predecessor_stays_and_is_not_asked_about_for_ever(api, tmp_path):
+    async with running_agent(api, tmp_path) as agent:
+        await agent.ready()
+        hold = await agent.start(reports=50, pause_s=0.002, end="wait")
+        await eventually(lambda: hold.steps)
+        await api.down()
+        await eventually(lambda: _trainer_reached(agent, 40))
+        agent.process.kill()
+        await agent.process.wait()
+    api.shut_out.add(agent.incarnation)
+
+    await api.up()
+    async with running_agent(api, tmp_path) as successor:
+        await successor.ready()
+        await eventually(lambda: f"what worker {agent.incarnation} left stays" in (tmp_path / "agent.log").read_text())
+        theirs = await successor.start()
+        await eventually(lambda: theirs.finish)
+    assert str(agent.incarnation) in [path.stem for path in successor.outboxes()]
+
+    api.shut_out.clear()
+    async with running_agent(api, tmp_path) as successor:
+        await successor.ready()
+        await eventually(lambda: str(agent.incarnation) not in [path.stem for path in successor.outboxes()])
+    assert hold.steps == list(range(len(hold.steps)))
+
+
+async def test_who_is_shut_out_trains_on_and_says_the_rest_when_it_is_let_in_again(api, tmp_path):
+    async with running_agent(api, tmp_path) as agent:
+        await agent.ready()
+        hold = await agent.start(reports=50, pause_s=0.002)
+        await eventually(lambda: hold.steps)
+        api.shut_out.add(agent.incarnation)
+        await eventually(lambda: _trainer_reached(agent, 49))
+        said = len(api.registrations)
+
+        api.shut_out.clear()
+        await eventually(lambda: hold.finish)
+
+        assert hold.steps == list(range(50))
+        await eventually(lambda: len(api.registrations) > said)
+        first, *_, last = api.registrations
+        assert first == last
+
+
 async def test_sigterm_hands_everything_back(api, tmp_path):
     async with running_agent(api, tmp_path) as agent:
         await agent.ready()

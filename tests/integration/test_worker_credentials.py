@@ -1,5 +1,7 @@
 """Workers speak for themselves alone, and are called where they call from."""
 
+import re
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID, uuid4
@@ -80,10 +82,18 @@ async def test_a_stolen_registration_is_worth_nothing(api: httpx.AsyncClient, st
     taken = await api.post("/workers", json=stolen)
     by_worker = await api.post("/workers", json=registration(uuid4()), headers=shown_by(victim))
     again = await api.post("/workers", json=registration(uuid4(), credential=credential_of(victim)))
+    changes: list[dict[str, Any]] = [
+        {"name": "another"},
+        {"host": "another"},
+        {"slots": [{"index": 0, "device": "cpu", "cores": 64}]},
+        {"slots": [{"index": i, "device": "cpu", "cores": 1} for i in range(2)]},
+    ]
+    other_than_it_was = [await api.post("/workers", json=registration(victim, **change)) for change in changes]
 
     assert refusal(taken) == (409, ErrorCode.INCARNATION_TAKEN)
     assert refusal(by_worker) == (403, ErrorCode.FORBIDDEN)
     assert again.status_code == 422
+    assert {refusal(answer) for answer in other_than_it_was} == {(409, ErrorCode.INCARNATION_TAKEN)}
     assert await rows(store, "workers", "slots") == before
     beat = await api.post(f"/workers/{run.incarnation}/heartbeat", json={}, headers=shown_by(run.incarnation))
     assert beat.status_code == 200
@@ -114,8 +124,16 @@ class Book(Names):
     """Names as an attacker's server might say them."""
 
     async def addresses(self, name: str) -> list[str]:
-        known = {"meta.example": "169.254.169.254", "inner.example": "10.0.0.5", "worker": "10.1.2.3"}
-        return await super().addresses(known.get(name, name))
+        known = {
+            "meta.example": ["169.254.169.254"],
+            "inner.example": ["10.0.0.5"],
+            "worker": ["10.1.2.3"],
+            "worker.": ["10.1.2.3"],
+            "replicas": ["10.1.2.9", "10.1.2.3"],
+            "half.example": ["10.1.2.3", "169.254.169.254"],
+        }
+        look_up = super().addresses
+        return [found for each in known.get(name, [name]) for found in await look_up(each)]
 
 
 @pytest.mark.parametrize(
@@ -129,12 +147,19 @@ class Book(Names):
         ("http://0xa9fea9fe", "10.1.2.3"),
         ("http://0251.0376.0251.0376", "10.1.2.3"),
         ("http://[fd00:ec2::254]", "fd00:ec2::254"),
+        ("http://[64:ff9b::a9fe:a9fe]", "64:ff9b::a9fe:a9fe"),  # 169.254.169.254 behind gateways
+        ("http://[2002:a9fe:a9fe::1]", "2002:a9fe:a9fe::1"),
+        ("http://[::169.254.169.254]", "::169.254.169.254"),
         ("http://100.100.100.200", "100.100.100.200"),
         ("http://meta.example", "10.1.2.3"),
+        ("http://half.example", "10.1.2.3"),
         ("http://inner.example", "10.1.2.3"),
+        ("http://inner.example.", "10.1.2.3"),
+        ("https://replicas", "10.1.2.3"),
         ("http://10.0.0.5:5432", "10.1.2.3"),
         ("http://127.0.0.1:5432", "10.1.2.3"),
         ("http://127.1:5432", "10.1.2.3"),
+        ("http://2130706433:5432", "10.1.2.3"),
         ("http://localhost:5432", "10.1.2.3"),
         ("http://[::1]:5432", "10.1.2.3"),
         ("http://0.0.0.0:5432", "127.0.0.1"),
@@ -164,6 +189,8 @@ async def test_a_worker_is_called_nowhere_else(url: str, peer: str) -> None:
         ("http://10.1.2.3:8471", "10.1.2.3", "", "http://10.1.2.3:8471"),
         ("http://10.1.2.3:8471/", "::ffff:10.1.2.3", "", "http://10.1.2.3:8471"),
         ("http://worker:8471", "10.1.2.3", "", "http://10.1.2.3:8471"),  # the name is never looked up again
+        ("http://worker.:8471", "10.1.2.3", "", "http://10.1.2.3:8471"),
+        ("http://replicas:8471", "10.1.2.3", "", "http://10.1.2.3:8471"),
         ("https://worker:8471/w", "10.1.2.3", "", "https://worker:8471/w"),
         ("http://127.0.0.1:8471", "127.0.0.1", "", "http://127.0.0.1:8471"),
         ("http://[::1]:8471", "127.0.0.1", "", "http://[::1]:8471"),
@@ -176,6 +203,19 @@ async def test_it_is_called_at_its_own_address_or_at_one_that_is_allowed(
     url: str, peer: str, allow: str, called: str
 ) -> None:
     assert await worker_url(Book(), url, peer, allowed(allow)) == called
+
+
+@pytest.mark.parametrize("text", ["10.1.0.1/16", "10.1.0/16", "10.1.0.300", "*", "http://worker", "::g", "a b"])
+def test_an_allow_list_with_a_slip_in_it_is_refused_rather_than_never_met(text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(text)):
+        allowed(f"worker, {text}")
+
+
+async def test_a_host_that_may_bind_any_address_still_tells_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """net.ipv4.ip_nonlocal_bind, as beside a failover address."""
+    monkeypatch.setattr(socket.socket, "bind", lambda *_: None)
+    with pytest.raises(Refused):
+        await worker_url(Book(), "http://10.0.0.5", "10.1.2.3", allowed(""))
 
 
 async def test_a_url_elsewhere_is_refused_and_says_what_to_do(api: httpx.AsyncClient, store: Store) -> None:

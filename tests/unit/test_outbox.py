@@ -152,7 +152,21 @@ async def test_an_outbox_that_cannot_be_read_stays_for_a_person_to_see(tmp_path,
     assert str(path) in caplog.text
 
 
-async def test_nobody_else_may_read_the_token(tmp_path, ref):
+async def test_what_an_agent_of_an_earlier_version_left_is_sent_with_what_it_had(tmp_path, ref):
+    theirs = sender()
+    outbox = Outbox.create(tmp_path, theirs)
+    await outbox.add(ref, [note("a")])
+    await outbox.aclose()
+    with closing(sqlite3.connect(tmp_path / f"{theirs.incarnation}.db")) as database:
+        database.execute("ALTER TABLE sender RENAME COLUMN credential TO api_token")
+
+    (orphan,) = Outbox.orphans(tmp_path)
+
+    assert orphan.sender == theirs
+    await orphan.aclose()
+
+
+async def test_nobody_else_may_read_the_credential(tmp_path, ref):
     async with aclosing(Outbox.create(tmp_path / "outbox", sender())) as outbox:
         await outbox.add(ref, [note("a")])
 

@@ -30,7 +30,7 @@ from ops_contract.agents import (
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Job, runs_user_code
 from ops_contract.pipe import Description, RunJob
-from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable, ApiUnknown
+from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable, ApiUnknown, NobodyKnows, PredecessorsApi
 from ops_worker.delivery import Delivery
 from ops_worker.describe import describe, validate
 from ops_worker.energy.booking import Booking, book_gaps
@@ -48,8 +48,6 @@ from relight.manifest import CheckpointCorrupt, CheckpointMissing, check_manifes
 log = logging.getLogger(__name__)
 
 REGISTER_CAP_S = 5.0
-# A start may overtake the answer to the registration, which has the terms.
-TERMS_S = 5.0
 # The longest pause after a beat that failed, in leases. An API that was away for less than half a lease gives no grace,
 # so the last beat before (a third of a lease ago), that half and this pause have to fit into one.
 BEAT_RETRY_LEASES = 1 / 12
@@ -76,7 +74,6 @@ class Agent:
         self._workspaces = Workspaces(settings.worker_state_dir, incarnation, self._api)
         self._secrets = Secrets(os.environ, settings.secrets_dir)
         self._terms: WorkerRegistered | None = None
-        self._registered = asyncio.Event()
         self._beat_now = asyncio.Event()
         self._draining = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -129,13 +126,12 @@ class Agent:
         """
         if self._taken(order):
             return False
-        terms = await self._terms_told()
         await self._check_checkpoint(order)
         warnings = await self._devices.check(order.slot, order.checkpoint)
         # Another start may have come while files were read; from here on nothing is awaited.
         if self._taken(order):
             return False
-        self._take(order, warnings, terms)
+        self._take(order, warnings)
         return True
 
     def cancel(self, operation_id: UUID, order: CancelTraining) -> None:
@@ -204,18 +200,10 @@ class Agent:
         if self._draining.is_set():
             raise OpsError(ErrorCode.STALE, "this worker takes no more work")
         self._check_user_code(order.job)
+        if self._terms is None:  # it overtook the answer to the registration
+            raise OpsError(ErrorCode.BUSY, "this worker waits for the API's terms")
         self._check_slot(order.slot)
         return False
-
-    async def _terms_told(self) -> WorkerRegistered:
-        """Raises 503 while the API has not registered this worker."""
-        try:
-            async with asyncio.timeout(TERMS_S):
-                await self._registered.wait()
-        except TimeoutError:
-            raise OpsError(ErrorCode.UNAVAILABLE, "this worker is not registered yet; try again later") from None
-        assert self._terms is not None
-        return self._terms
 
     def _check_incarnation(self, incarnation: UUID) -> None:
         if incarnation != self.incarnation:
@@ -247,14 +235,15 @@ class Agent:
         except CheckpointCorrupt as error:
             raise OpsError(ErrorCode.CHECKPOINT_CORRUPT, str(error)) from error
 
-    def _take(self, order: StartTraining, warnings: Sequence[str], terms: WorkerRegistered) -> None:
+    def _take(self, order: StartTraining, warnings: Sequence[str]) -> None:
+        assert self._terms is not None
         for older in self._holds.values():
             if older.ref.operation_id == order.operation_id:
                 older.fence()  # a newer attempt exists, so this one has ended
         ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
         delivery = Delivery(self._reports_api, self._outbox, self.incarnation, ref)
         slot, root = self._slots[order.slot], self._settings.storage_root.absolute()
-        grace_s, runner = terms.cancel_grace_s, (self._trainer_command[0], "-P", "-m", "ops_worker.command")
+        grace_s, runner = self._terms.cancel_grace_s, (self._trainer_command[0], "-P", "-m", "ops_worker.command")
         step = order.checkpoint.step if order.checkpoint else 0
         booking = Booking(ref, slot.meters, self._devices.sampler, self._outbox, self._energy.news, step)
         hold = Hold(
@@ -288,9 +277,8 @@ class Agent:
 
     async def _work(self, on_ready: Callable[[], None]) -> None:
         """Register, then beat until cancelled. Not being heard never stops a training."""
-        description = await describe(self._trainer_command)
-        self._terms = await self._register(description)
-        self._registered.set()
+        worker = self._registration(await describe(self._trainer_command))
+        self._terms = await self._register(worker)
         on_ready()
         trouble, backoff = Trouble("heartbeat", log), Backoff(self._terms.lease_s * BEAT_RETRY_LEASES)
         while True:
@@ -302,14 +290,14 @@ class Agent:
                 backoff.reset()
             except ApiUnknown as problem:  # its database was replaced, or the token has ended
                 trouble.now(problem)
-                self._terms = await self._register(description)
+                self._terms = await self._register(worker)
             except ApiUnavailable as problem:
                 trouble.now(problem)
                 pause_s = backoff.next_s()
             except ApiRefused as refusal:
                 trouble.now(refusal)
                 if refusal.code is ErrorCode.NOT_FOUND:  # it was restored from a backup
-                    self._terms = await self._register(description)
+                    self._terms = await self._register(worker)
             await first_of(self._beat_now.wait(), asyncio.sleep(pause_s))
 
     async def _beat(self, lease_s: float) -> None:
@@ -342,9 +330,9 @@ class Agent:
             for hold in self._holds.values():
                 hold.preempt()
 
-    async def _register(self, description: Description) -> WorkerRegistered:
-        trouble, backoff = Trouble(f"registering at {self._settings.api_url}", log), Backoff(REGISTER_CAP_S)
-        worker = WorkerRegistration(
+    def _registration(self, description: Description) -> WorkerRegistration:
+        """Made once: the API takes no other of the same incarnation, and a laptop's host name changes."""
+        return WorkerRegistration(
             incarnation=self.incarnation,
             credential=self._credential,
             secret=self._secret,
@@ -356,6 +344,9 @@ class Agent:
             user_code=self._settings.user_code,
             versions=description.versions,
         )
+
+    async def _register(self, worker: WorkerRegistration) -> WorkerRegistered:
+        trouble, backoff = Trouble(f"registering at {self._settings.api_url}", log), Backoff(REGISTER_CAP_S)
         token = self._settings.api_token.get_secret_value()
         async with ApiClient(self._settings.api_url, token) as api:
             while True:
@@ -371,7 +362,7 @@ class Agent:
         try:
             measured = {meter.device for slot in self._slots for meter in slot.meters}
             await book_gaps(orphan, self._devices.sampler, measured)
-            async with ApiClient(sender.api_url, sender.credential) as api:
+            async with PredecessorsApi(sender.api_url, sender.credential) as api:
                 for ref in await orphan.holds():
                     log.info("sending what worker %s left", sender.incarnation, extra=ref.model_dump())
                     delivery = Delivery(api, orphan, sender.incarnation, ref)
@@ -379,6 +370,9 @@ class Agent:
                     await delivery.run()
                     await orphan.forget(ref)
                 await EnergyDelivery(api, orphan, sender.incarnation).drain()
+        except NobodyKnows as problem:
+            stays = "what worker %s left stays for the next start: %s; delete its outbox when nobody misses it"
+            log.error(stays, sender.incarnation, problem)
         except Exception:
             log.exception("the outbox of worker %s stays for the next start", sender.incarnation)
         finally:

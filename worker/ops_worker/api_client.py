@@ -33,7 +33,11 @@ class ApiUnavailable(Exception):
 
 
 class ApiUnknown(ApiUnavailable):
-    """The API does not know, or no more, who this is."""
+    """The API does not know, or no more, who this is: a worker that lives registers again."""
+
+
+class NobodyKnows(Exception):
+    """The same, of a worker that has ended."""
 
 
 class ApiRefused(Exception):
@@ -107,11 +111,22 @@ class ApiClient:
         return response
 
 
+class PredecessorsApi(ApiClient):
+    """For what a worker left that has ended. It cannot register again: asking on would be asking for ever."""
+
+    async def _call(self, method: str, path: str, **request: Any) -> httpx.Response:
+        try:
+            return await super()._call(method, path, **request)
+        except ApiUnknown as problem:
+            raise NobodyKnows(str(problem)) from problem
+
+
 def _problem(response: httpx.Response) -> ApiUnavailable | ApiRefused:
     status, error = response.status_code, _error(response)
     said = f"{status} {error.message if error else response.reason_phrase}"
     if status in (401, 403):
-        return ApiUnknown(f"{said}; check OPS_API_TOKEN", _retry_after_s(response))
+        kind = ApiUnknown if error else ApiUnavailable
+        return kind(f"{said}; check OPS_API_TOKEN", _retry_after_s(response))
     # Those that are not ours come from a proxy or from another server on that port: it knows nothing of operations.
     stranger = error is None and status in (404, 405, 409)
     if status in (408, 429) or not 400 <= status < 500 or stranger:

@@ -7,12 +7,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.claims import CLAIM_LOCK
 from ops_backend.store.sql import plain, statement
-from ops_contract.agents import CancelOrder, Drain, Heartbeat, HeartbeatAnswer, WorkerRegistration
+from ops_contract.agents import CancelOrder, Drain, Heartbeat, HeartbeatAnswer, SlotOffer, WorkerRegistration
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.tokens import token_digest
 
 # The same incarnation again: its first answer may have been lost, or a backup was restored. Everybody can read who it
-# is, so only its credential shows that it is the same.
+# is, so only its credential shows that it is the same. What it is stays as it was.
 REGISTER = statement("""
     INSERT INTO workers (incarnation, name, host, url, secret, credential, token_id, workloads, user_code, versions)
     VALUES (:incarnation, :name, :host, :url, :secret, :credential, :token_id, :workloads, :user_code, :versions)
@@ -20,7 +20,7 @@ REGISTER = statement("""
        SET url = EXCLUDED.url, secret = EXCLUDED.secret, token_id = EXCLUDED.token_id,
            workloads = EXCLUDED.workloads, user_code = EXCLUDED.user_code, versions = EXCLUDED.versions,
            last_seen_at = now()
-     WHERE workers.credential = EXCLUDED.credential
+     WHERE (workers.credential, workers.name, workers.host) = (EXCLUDED.credential, EXCLUDED.name, EXCLUDED.host)
     RETURNING incarnation
 """)
 
@@ -29,6 +29,8 @@ OFFER_SLOT = statement("""
     VALUES (:incarnation, :index, :device, :device_uuid, :cores)
     ON CONFLICT (incarnation, index) DO NOTHING
 """)
+
+SLOTS = statement("SELECT index, device, device_uuid, cores FROM slots WHERE incarnation = :incarnation")
 
 OFFER_WORKLOAD = statement("""
     INSERT INTO workloads (name, title, config_schema, reports, validates)
@@ -87,13 +89,15 @@ async def register(
 ) -> None:
     """Write the worker, its slots and workloads. `url` is where it is called; `token_id` the token that it ends with.
 
-    Raises 409 `incarnation_taken` without the credential that it registered with before, and `device_taken` when a
-    live incarnation on the same host holds one of its devices.
+    Raises 409 `incarnation_taken` without the credential, name, host and slots that it registered with before, and
+    `device_taken` when a live incarnation on the same host holds one of its devices.
     """
     await _refuse_taken_devices(session, worker, lease_s)
     row = worker.model_dump(include={"incarnation", "name", "host", "secret", "user_code", "versions"})
     row |= {"workloads": [w.name for w in worker.workloads], "credential": token_digest(worker.credential)}
-    if await session.scalar(REGISTER, row | {"url": url, "token_id": token_id}) is None:
+    known = await session.scalar(REGISTER, row | {"url": url, "token_id": token_id})
+    slots = {SlotOffer(**row._mapping) for row in await session.execute(SLOTS, {"incarnation": worker.incarnation})}
+    if known is None or slots not in (set(), set(worker.slots)):
         raise OpsError(ErrorCode.INCARNATION_TAKEN, "this incarnation is another worker's: start anew, under a new one")
     await session.execute(OFFER_SLOT, [{"incarnation": worker.incarnation} | s.model_dump() for s in worker.slots])
     # In one order, so that two workers that register at once do not deadlock.
