@@ -113,7 +113,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.status_reads = reads = StatusReads(requests)
     app.state.scrape_sessions = scrapes = Sessions(url, 1, Limits(SCRAPE_S, SCRAPE_S))
     app.state.patient_sessions = patient = Sessions(url, 1 + EXPORTS, Limits(limits.wait_s, EXPORT_S))
-    async with httpx.AsyncClient(trust_env=False) as http:
+    # Slots bound what is asked at a time; those that hang must not keep the others waiting.
+    async with httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None)) as http:
         app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings, telemetry)
         app.state.validator = Validator(http)
         app.state.streams = streams = Streams(requests, settings.poll_s, settings.max_streams)

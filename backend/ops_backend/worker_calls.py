@@ -7,6 +7,9 @@ import httpx
 
 from ops_contract.wire import Wire
 
+# Less than any answer may take: that nobody is there is then told from an answer that does not come.
+CONNECT_S = 5.0
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -21,17 +24,22 @@ class Answer:
 async def post(
     http: httpx.AsyncClient, url: str, secret: str, message: Wire, timeout_s: float, max_bytes: int
 ) -> Answer:
-    """Follows no redirect. Raises httpx.HTTPError: ReadTimeout when the whole takes longer, ReadError for more."""
-    headers = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json"}
+    """Follows no redirect and unpacks nothing. Raises httpx.HTTPError: ReadTimeout when the whole takes longer,
+    ReadError for more.
+    """
+    headers = {"Authorization": f"Bearer {secret}", "Content-Type": "application/json", "Accept-Encoding": "identity"}
+    limits = httpx.Timeout(timeout_s, connect=CONNECT_S)
     content = message.model_dump_json()
     try:
         # httpx only bounds each wait for a piece of it.
         async with (
             asyncio.timeout(timeout_s),
             http.stream(
-                "POST", url, content=content, headers=headers, timeout=timeout_s, follow_redirects=False
+                "POST", url, content=content, headers=headers, timeout=limits, follow_redirects=False
             ) as answer,
         ):
+            if "Content-Encoding" in answer.headers:
+                raise httpx.ReadError("it is packed, and nobody asked for that")
             body = bytearray()
             async for piece in answer.aiter_bytes():
                 body += piece

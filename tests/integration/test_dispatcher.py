@@ -1,7 +1,10 @@
 """What becomes of a claim when its delivery is taken, refused, or nobody can know: a real store, a scripted network."""
 
 import asyncio
+import contextlib
+import gzip
 import json
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,9 @@ from helpers.store import LEASE_S, Held, Store, held, saved, started
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings
 from ops_backend.telemetry import Telemetry
+from ops_backend.worker_calls import post
 from ops_contract.lifecycle import Outcome, Status
+from ops_contract.wire import Wire
 
 Answer = Callable[[httpx.Request], httpx.Response]
 
@@ -186,6 +191,34 @@ async def test_of_an_endless_answer_a_little_is_read_and_the_lease_tells(store: 
 
     assert sent_bytes < 2**20
     assert (await store.get(id)).status is Status.RUNNING
+
+
+async def test_a_packed_answer_is_not_unpacked(store: Store, database_url: str) -> None:
+    def packed(_: httpx.Request) -> httpx.Response:
+        refusal = gzip.compress(json.dumps({"error": {"code": "busy", "message": "so it is"}}).encode())
+        return httpx.Response(409, headers={"Content-Encoding": "gzip"}, content=refusal)
+
+    await store.worker()
+    id = await store.submit()
+    async with Deliveries(store, database_url, packed) as deliveries:
+        await deliveries.settled(1)
+
+    assert (await store.get(id)).status is Status.RUNNING
+
+
+async def test_that_nobody_is_there_is_told_before_an_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that is off answers nothing at all: its operation must not wait for the lease."""
+    monkeypatch.setattr("ops_backend.worker_calls.CONNECT_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        host, port = full.getsockname()
+        with contextlib.ExitStack() as waiting:
+            for _ in range(3):  # what is past the queue gets no answer from the kernel
+                client = waiting.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex((host, port))
+            async with httpx.AsyncClient() as http:
+                with pytest.raises(httpx.ConnectTimeout):
+                    await post(http, f"http://{host}:{port}", "secret", Wire(), timeout_s=30, max_bytes=1)
 
 
 async def test_an_answer_that_drips_is_left_to_the_lease(

@@ -51,8 +51,8 @@ async def register(
 ) -> WorkerRegistered:
     """A worker process begins, and says by which secrets it and the API will know each other.
 
-    409 where a live worker has one of its devices, or where another has its incarnation. 422 where its URL is not at
-    the address that it calls from, and `OPS_WORKER_ALLOW` does not name it.
+    409 where a live worker has one of its devices, or where its incarnation has registered with another credential,
+    name, host or slots. 422 where its URL is not at the address that it calls from, nor `OPS_WORKER_ALLOW` names it.
     """
     try:
         url = await worker_url(names, worker.url, address_of(request), allowed(settings.worker_allow))
