@@ -25,6 +25,7 @@ print("last words")
 """
 
 
+@pytest.mark.slow
 def test_output_is_followed_while_program_and_api_die_and_the_next_attempt_goes_on(service: Service) -> None:
     worker = service.only_worker(OPS_USER_CODE="1")
     id = service.client.submit({"command": ["python", "-c", TWICE]}).id

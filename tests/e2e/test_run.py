@@ -27,6 +27,7 @@ def submit(service: Service, project: Path) -> UUID:
     return service.client.submit({"command": command, "code": code, "max_retries": 0}).id
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own_is_cancelled_resumed_killed_and_damaged_and_nothing_of_it_shows(
     service: Service, project: Path
 ) -> None:

@@ -17,6 +17,7 @@ FORGED = "2026-01-01 00:00:00,000 INFO ops_backend.auth: all is well"
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ \S+: |    |(Worker|API) ")
 
 
+@pytest.mark.slow
 def test_no_secret_is_in_any_log_and_no_line_is_forged(database_url: str, tmp_path: Path) -> None:
     with running_service(tmp_path, database_url, workers=1) as service:
         secrets = used(service)

@@ -13,7 +13,7 @@ from integration.test_api import TOKEN, refusal, serving
 from integration.test_logins import browser
 from ops_backend.failed_logins import FAILURES, REFILL_S
 from ops_backend.identities import KNOWN_S, Identities
-from ops_backend.settings import Settings
+from ops_backend.settings import Settings, SettingsError
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.tokens import OPERATOR, WORKERS, Scope, TokenCreated, workers_token
 
@@ -198,6 +198,16 @@ async def test_guesses_at_the_login_are_told_when_to_come_again(api: httpx.Async
     assert [answer.status_code for answer in answers] == [401] * FAILURES + [429]
     assert 0 < int(answers[-1].headers["retry-after"]) <= REFILL_S
     assert refusal(answers[-1]) == (429, ErrorCode.RATE_LIMITED)
+
+
+@pytest.mark.parametrize("token", [{}, {"OPS_API_TOKEN": ""}, {"OPS_API_TOKEN": "short"}])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_no_api_starts_without_a_token_wherever_it_listens(host: str, token: dict[str, str], tmp_path: Path) -> None:
+    environ = {"OPS_DATABASE_URL": "postgresql://h/d", "OPS_STORAGE_ROOT": str(tmp_path), "OPS_HOST": host}
+
+    with pytest.raises(SettingsError, match="OPS_API_TOKEN"):
+        Settings.from_env(environ | token)
+    Settings.from_env(environ | {"OPS_API_TOKEN": TOKEN})
 
 
 async def _do(store: Store, sql: str) -> None:
