@@ -41,6 +41,7 @@ def test_every_command_in_a_block_is_one(block: Block) -> None:
         if program == "curl":
             method, url = _request(arguments)
             assert _is_call(method, url), f"{method} {url}"
+            assert "-d" not in arguments or any("json" in each.lower() for each in arguments), "it has to say JSON"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
