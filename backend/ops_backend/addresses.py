@@ -9,6 +9,7 @@ from functools import partial
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 import httpx
+from starlette.requests import Request
 
 LOOK_UP_S = 3.0
 LOOK_UPS = 4
@@ -40,6 +41,11 @@ class Names:
         for address in addresses:
             _look_at(address)
         return addresses
+
+
+def address_of(request: Request) -> str:
+    """Where it came from; of a proxy's on the loopback, where that says. Empty: from a socket that is no network's."""
+    return request.client.host if request.client else ""
 
 
 def allowed(text: str) -> list[Allowed]:

@@ -11,6 +11,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.requests import Request
 
+from ops_backend.addresses import address_of
 from ops_backend.browsers import SAFE, cookie_name
 from ops_backend.database import Sessions
 from ops_backend.store import audit
@@ -129,8 +130,7 @@ class Auditor:
 
 def _caller(request: Request, identity: Identity | None) -> Caller:
     who, token_id = (identity.name, identity.token_id) if identity else (None, None)
-    address = request.client.host if request.client else "unknown"
-    return Caller(who, token_id, address, _line(request.headers.get("user-agent")))
+    return Caller(who, token_id, address_of(request) or "unknown", _line(request.headers.get("user-agent")))
 
 
 def _line(value: Any) -> Any:

@@ -11,7 +11,7 @@ from fastapi.security import SecurityScopes
 from fastapi.security.base import SecurityBase
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.addresses import Names
+from ops_backend.addresses import Names, address_of
 from ops_backend.audit import Audit
 from ops_backend.browsers import cookie_of
 from ops_backend.database import Sessions
@@ -63,11 +63,6 @@ def telemetry_of(request: Request) -> Telemetry:
 
 def sessions_of(request: Request) -> Sessions:
     return cast(Sessions, request.app.state.sessions)
-
-
-def address_of(request: Request) -> str:
-    """Where it came from; of a proxy's request, where that says, if it is on the loopback."""
-    return request.client.host if request.client else ""
 
 
 def identities_of(request: Request) -> Identities:

@@ -15,7 +15,7 @@ from uuid import uuid4
 import pytest
 
 from helpers.agents import AgentProcess, alive, eventually, running_agent
-from helpers.fake_api import FakeApi
+from helpers.fake_api import FakeApi, FakeHold
 from ops_contract.agents import CancelOrder, CancelTraining, CheckpointRef
 from ops_contract.jobs import Execution
 from ops_contract.lifecycle import Outcome, Phase
@@ -532,8 +532,9 @@ async def test_a_killed_agent_leaves_no_trainer_and_its_successor_sends_what_it_
     assert successor.outboxes()[0].stem == str(successor.incarnation)
 
 
-async def test_the_successor_of_a_fenced_agent_deletes_what_nobody_wants(api, tmp_path):
-    async with running_agent(api, tmp_path) as agent:
+async def killed_with_a_backlog(api: FakeApi, state_dir: Path) -> tuple[AgentProcess, FakeHold]:
+    """An agent that has reports which the API, away now, does not have."""
+    async with running_agent(api, state_dir) as agent:
         await agent.ready()
         hold = await agent.start(reports=50, pause_s=0.002, end="wait")
         await eventually(lambda: hold.steps)
@@ -541,6 +542,11 @@ async def test_the_successor_of_a_fenced_agent_deletes_what_nobody_wants(api, tm
         await eventually(lambda: _trainer_reached(agent, 40))
         agent.process.kill()
         await agent.process.wait()
+    return agent, hold
+
+
+async def test_the_successor_of_a_fenced_agent_deletes_what_nobody_wants(api, tmp_path):
+    _, hold = await killed_with_a_backlog(api, tmp_path)
     hold.ended = True
     said = len(hold.accepted)
 
@@ -553,14 +559,7 @@ async def test_the_successor_of_a_fenced_agent_deletes_what_nobody_wants(api, tm
 
 
 async def test_what_nobody_takes_from_a_predecessor_stays_and_is_not_asked_about_for_ever(api, tmp_path):
-    async with running_agent(api, tmp_path) as agent:
-        await agent.ready()
-        hold = await agent.start(reports=50, pause_s=0.002, end="wait")
-        await eventually(lambda: hold.steps)
-        await api.down()
-        await eventually(lambda: _trainer_reached(agent, 40))
-        agent.process.kill()
-        await agent.process.wait()
+    agent, hold = await killed_with_a_backlog(api, tmp_path)
     api.shut_out.add(agent.incarnation)
 
     await api.up()

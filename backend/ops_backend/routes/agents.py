@@ -5,7 +5,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Path, Request
 
-from ops_backend.addresses import Refused, allowed, worker_url
+from ops_backend.addresses import Refused, address_of, allowed, worker_url
 from ops_backend.dependencies import (
     AgentDep,
     AuditDep,
@@ -17,7 +17,6 @@ from ops_backend.dependencies import (
     SettingsDep,
     TelemetryDep,
     VitalSessionDep,
-    address_of,
 )
 from ops_backend.routes.errors import refusals
 from ops_backend.store import energy, workers

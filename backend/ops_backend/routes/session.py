@@ -4,8 +4,9 @@ import secrets
 
 from fastapi import APIRouter, Request, Response
 
+from ops_backend.addresses import address_of
 from ops_backend.browsers import cookie_name, cookie_of, digest, from_our_page
-from ops_backend.dependencies import AuditDep, CallerDep, IdentitiesDep, ReaderDep, SessionDep, SettingsDep, address_of
+from ops_backend.dependencies import AuditDep, CallerDep, IdentitiesDep, ReaderDep, SessionDep, SettingsDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import logins
 from ops_backend.store.identities import of_login
