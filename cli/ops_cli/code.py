@@ -87,7 +87,7 @@ def with_code(client: "Client", job: "JobSpec", directory: Path | None, no_code:
     from ops_contract.jobs import is_users_own
     from relight.packing import pack
 
-    own = is_users_own(job.kind, job.workload or "")
+    own = is_users_own(job.workload or "command")
     if directory and (no_code or job.code or not own):
         reason = "--no-code" if no_code else "the code that the file names" if job.code else "an installed workload"
         raise OpsError(ErrorCode.INVALID, f"--code {directory} contradicts {reason}; leave one of them out")

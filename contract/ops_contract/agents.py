@@ -8,6 +8,7 @@ from pydantic import Field, StringConstraints
 from ops_contract.energy import DeviceNow
 from ops_contract.jobs import Job
 from ops_contract.lifecycle import Phase
+from ops_contract.plans import ChildResult, Plan
 from ops_contract.reports import Progress, Report
 from ops_contract.wire import Name, Step, Wire
 
@@ -148,6 +149,9 @@ class StartTraining(Wire):
     checkpoint: CheckpointRef | None = None
     parent_job: Job | None = Field(None, description="of the run whose checkpoint it is, when a fork begins")
     accept_changes: bool = Field(False, description="go on though code or data differ from the checkpoint's")
+    children: list[ChildResult] | None = Field(
+        None, description="of a study that is to be reduced: what it planned, in its order; null: it is to plan"
+    )
     record: FailureRecord = Field(FailureRecord(), description="of this service; for checkpoint_every auto")
 
 
@@ -187,9 +191,13 @@ VALIDATED_MAX_BYTES = 2**20
 
 
 class Validated(Wire):
-    """With no problem: the config with its defaults, its JSON Schema, and the metrics that the workload reports."""
+    """With no problem: the config with its defaults, its JSON Schema, and the metrics that the workload reports.
+
+    Of a study also what it would plan.
+    """
 
     problems: list[Problem] = []
     config: dict[str, Any] = {}
     config_schema: dict[str, Any] = {}
     reports: dict[str, Literal["min", "max"]] = {}
+    plan: Plan | None = None

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from ops_contract.lifecycle import Kind
+from ops_contract.studies import IsoFlop, Study
 from ops_contract.wire import Name, Sha256, Text, Wire
 
 # What stands in `workload` for a command.
@@ -115,6 +116,12 @@ class Execution(Wire):
     num_workers: int = Field(0, ge=0, le=64, description="data loading processes")
     max_epochs: int = Field(1, ge=1, le=1_000_000, description="passes over the training data")
     max_steps: int | None = Field(None, ge=1, description="optimizer updates; ends the run before max_epochs does")
+    max_samples: int | None = Field(
+        None,
+        ge=1,
+        lt=2**63,
+        description="samples trained on, repeats counted; the last batch is cut to it. Ends the run, as max_steps does",
+    )
     batch_size: int = Field(32, ge=1, le=1_000_000, description="samples per forward and backward pass")
     accumulate_grad_batches: int = Field(1, ge=1, le=100_000, description="batches per optimizer update")
     gradient_clip: float | None = Field(None, gt=0, allow_inf_nan=False, description="global norm")
@@ -256,7 +263,7 @@ class Setup(Wire):
 
 
 class JobSpec(Setup):
-    """The body of POST /operations: a workload to train, or a command to run.
+    """The body of POST /operations: a workload to train, or a command to run; with `study`, many of them that differ.
 
     `workload` is one that a worker offers, or `module:Class` of the snapshot or of the worker's environment. `config`
     belongs to the workload and is checked against its schema.
@@ -269,12 +276,13 @@ class JobSpec(Setup):
         }
     )
 
-    kind: Kind = Field(Kind.TRAINING, description="follows from workload or command")
+    kind: Kind = Field(Kind.TRAINING, description="follows from workload, command and study")
     workload: Name | None = Field(
         None, description="what to train: one of `ops workloads`, or `module:Class` of your own"
     )
     config: dict[str, Any] = Field({}, description="the workload's own fields; `ops workloads` shows them")
     execution: Execution = Field(Execution(), description="how to run it")
+    study: Study | None = Field(None, description="what to vary; the rest is the base that its children share")
     priority: int = Field(0, ge=-1000, le=1000, description="higher runs first")
     max_retries: int = Field(3, ge=0, le=1000, description="how often it may fail by itself and be tried again")
     name: Name | None = Field(None, description="for people; made from what it runs when null")
@@ -282,19 +290,26 @@ class JobSpec(Setup):
 
     @model_validator(mode="before")
     @classmethod
-    def _a_command_says_what_it_is(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("command") is not None and "kind" not in given:
-            return {**given, "kind": Kind.COMMAND}
+    def _a_job_says_what_it_is(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "kind" not in given:
+            if given.get("study") is not None:
+                return {**given, "kind": Kind.STUDY}
+            if given.get("command") is not None:
+                return {**given, "kind": Kind.COMMAND}
         return given
 
     @model_validator(mode="after")
     def _one_thing_to_run(self) -> Self:
-        if self.kind is Kind.TRAINING and self.workload is None:
+        if (self.kind is Kind.STUDY) != (self.study is not None):
+            raise ValueError("study and kind study go together")
+        if self.workload is None and self.command is None:
             raise ValueError("give a workload to train, or a command to run")
-        if (self.kind is Kind.COMMAND) != (self.command is not None):
+        if self.kind is not Kind.STUDY and (self.kind is Kind.COMMAND) != (self.command is not None):
             raise ValueError("command and kind command go together")
-        if self.kind is Kind.COMMAND and (self.workload or self.config):
+        if self.command is not None and (self.workload or self.config):
             raise ValueError("a command has neither workload nor config; it gets arguments and env")
+        if self.command is not None and isinstance(self.study, IsoFlop):
+            raise ValueError("an isoflop study trains a workload; a grid can vary a command")
         if both := set(self.env) & set(self.secrets):
             raise ValueError(f"env and secrets both name {', '.join(sorted(both))}")
         if self.code is not None and self.workload is not None and ":" not in self.workload:
@@ -306,9 +321,9 @@ class JobSpec(Setup):
 COMMAND_KNOBS = frozenset({"accelerator", "devices", "threads", "stall_timeout_s", "logger"})
 
 
-def is_users_own(kind: Kind, workload: str) -> bool:
+def is_users_own(workload: str) -> bool:
     """A command, or `module:Class`: what its user brings, instead of what a worker offers."""
-    return kind is Kind.COMMAND or ":" in workload
+    return workload == COMMAND or ":" in workload
 
 
 class Job(Setup):
@@ -318,6 +333,7 @@ class Job(Setup):
     workload: str
     config: dict[str, Any]
     execution: Execution
+    study: Study | None = None
     until_step: int | None = Field(
         None, ge=1, lt=2**63, description="a replay ends before this step; schedules go by the whole run all the same"
     )
@@ -328,4 +344,4 @@ def runs_user_code(job: Job) -> bool:
 
     Variables too say what an interpreter and its libraries load: PYTHONPATH, LD_PRELOAD, CUDA_INJECTION64_PATH, …
     """
-    return is_users_own(job.kind, job.workload) or job.code is not None or bool(job.env)
+    return is_users_own(job.workload) or job.code is not None or bool(job.env)

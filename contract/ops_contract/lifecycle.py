@@ -12,6 +12,7 @@ class Kind(StrEnum):
 
     TRAINING = "training"
     COMMAND = "command"  # any program; it resumes by running again, from a checkpoint of relight.Run if it made one
+    STUDY = "study"  # plans children, waits for them, and reduces what they give
 
 
 class Status(StrEnum):
@@ -26,6 +27,7 @@ class Status(StrEnum):
     CANCELLED = "cancelled"  # terminal, resumable by hand
 
 
+LIVE = frozenset({Status.PENDING, Status.RUNNING, Status.WAITING, Status.CANCELLING})
 TERMINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 CANCELLABLE = frozenset({Status.PENDING, Status.RUNNING, Status.WAITING})
 RESUMABLE = frozenset({Status.FAILED, Status.CANCELLED})
@@ -46,6 +48,7 @@ class Event(StrEnum):
     LOST = "lost"
     PLAN = "plan"
     REDUCE = "reduce"
+    REPLAN = "replan"
     CANCEL = "cancel"
     RESUME = "resume"
     FORCE = "force"
@@ -58,6 +61,7 @@ class Outcome(StrEnum):
 
     COMPLETED = "completed"
     FAILED = "failed"
+    PLANNED = "planned"  # a study knows its children
     PREEMPTED = "preempted"  # handed back on request of the worker's host
     CANCELLED = "cancelled"  # stopped because it was told to
     CHECKPOINT_CORRUPT = "checkpoint_corrupt"  # the checkpoint it was given does not restore
@@ -83,6 +87,13 @@ class CheckpointType(StrEnum):
     FINAL = "final"
 
 
+class StudyPhase(StrEnum):
+    """What the next attempt of a study does."""
+
+    PLAN = "plan"
+    REDUCE = "reduce"
+
+
 class Phase(StrEnum):
     """What is next at a checkpoint's step: its update, or the evaluation after it."""
 
@@ -103,7 +114,9 @@ class Transition:
 
 _LIVE_HOLD = "the reporting hold has not ended"
 _EXPIRED = "a hold's lease ran out, and no grace"
-_TO_GO_ON_FROM = "a committed checkpoint, pinned; a command needs none"
+_TO_GO_ON_FROM = "a committed checkpoint, pinned; a command and a study need none. No child of a cancelled study"
+
+_PLANNED_AGAIN = "its waiting study has planned it again, in a later attempt than the one that it last ran for"
 
 TRANSITIONS: tuple[Transition, ...] = (
     Transition(None, Event.SUBMIT, Status.PENDING, "the job is valid"),
@@ -118,7 +131,7 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(Status.RUNNING, Event.LOST, Status.PENDING, _EXPIRED),
     Transition(Status.RUNNING, Event.LOST, Status.FAILED, f"{_EXPIRED}; the third started attempt without progress"),
     Transition(Status.RUNNING, Event.PLAN, Status.WAITING, f"{_LIVE_HOLD}; children inserted"),
-    Transition(Status.WAITING, Event.REDUCE, Status.PENDING, "no live child"),
+    Transition(Status.WAITING, Event.REDUCE, Status.PENDING, "no live child, and none to be run again"),
     Transition(Status.PENDING, Event.CANCEL, Status.CANCELLED, "none"),
     Transition(Status.RUNNING, Event.CANCEL, Status.CANCELLING, "none"),
     Transition(Status.WAITING, Event.CANCEL, Status.CANCELLING, "none"),
@@ -128,6 +141,8 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(Status.CANCELLING, Event.LOST, Status.CANCELLED, f"{_EXPIRED}; its exit is unconfirmed"),
     Transition(Status.FAILED, Event.RESUME, Status.PENDING, _TO_GO_ON_FROM),
     Transition(Status.CANCELLED, Event.RESUME, Status.PENDING, _TO_GO_ON_FROM),
+    Transition(Status.FAILED, Event.REPLAN, Status.PENDING, _PLANNED_AGAIN),
+    Transition(Status.CANCELLED, Event.REPLAN, Status.PENDING, _PLANNED_AGAIN),
 )
 
 

@@ -7,7 +7,7 @@ from pydantic import Field, TypeAdapter
 
 from ops_contract.agents import StartTraining, WorkloadOffer
 from ops_contract.energy import Use
-from ops_contract.reports import ArtifactSaved, CheckpointSaved, Finish, Metrics, Note, Progress, Started
+from ops_contract.reports import ArtifactSaved, CheckpointSaved, Finish, Metrics, Note, Progress, Result, Started
 from ops_contract.wire import PIPE_VERSION, Step, Wire
 
 # A trainer answers it, whatever it is doing, with the Python stacks of all its threads on stderr.
@@ -85,7 +85,7 @@ class Stop(Wire):
 
 
 FromTrainer = Annotated[
-    Hello | Alive | ProgressNow | Mark | Started | Metrics | CheckpointSaved | ArtifactSaved | Note | Finish,
+    Hello | Alive | ProgressNow | Mark | Started | Metrics | CheckpointSaved | ArtifactSaved | Result | Note | Finish,
     Field(discriminator="kind"),
 ]
 # What a command may say on RELIGHT_FD, which its runner passes on. A Finish is why it cannot go on, if it then fails.

@@ -9,6 +9,8 @@ from pydantic import Field, StringConstraints, model_validator
 
 from ops_contract.jobs import Execution, InnerPath
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
+from ops_contract.plans import Plan, TrainingResult
+from ops_contract.study_results import GridResult, SweepResult
 from ops_contract.wire import Name, Sha256, Step, Text, Wire, pack_float64, unpack_float64
 
 
@@ -158,6 +160,13 @@ class LogChunk(Wire):
         return base64.b64decode(self.data, validate=True)
 
 
+class Result(Wire):
+    """What the operation comes to. A later one, of this attempt or another, takes its place."""
+
+    kind: Literal["result"] = "result"
+    content: TrainingResult | SweepResult | GridResult
+
+
 class Fault(Wire):
     """Why an attempt did not complete, and what to do."""
 
@@ -169,17 +178,29 @@ class Fault(Wire):
 class Finish(Wire):
     """The last report of a hold, sent when the trainer process is gone.
 
-    `permanent` faults (an import error, a bad config) are not retried.
+    `permanent` faults (an import error, a bad config) are not retried. A study that is `planned` has a plan.
     """
 
     kind: Literal["finish"] = "finish"
     outcome: Literal[
-        Outcome.COMPLETED, Outcome.FAILED, Outcome.PREEMPTED, Outcome.CANCELLED, Outcome.CHECKPOINT_CORRUPT
+        Outcome.COMPLETED,
+        Outcome.FAILED,
+        Outcome.PLANNED,
+        Outcome.PREEMPTED,
+        Outcome.CANCELLED,
+        Outcome.CHECKPOINT_CORRUPT,
     ]
     permanent: bool = False
     error: Fault | None = None
+    plan: Plan | None = None
+
+    @model_validator(mode="after")
+    def _planned_with_a_plan(self) -> Self:
+        if (self.outcome is Outcome.PLANNED) != (self.plan is not None):
+            raise ValueError("plan and outcome planned go together")
+        return self
 
 
 Report = Annotated[
-    Started | Metrics | CheckpointSaved | ArtifactSaved | Note | LogChunk | Finish, Field(discriminator="kind")
+    Started | Metrics | CheckpointSaved | ArtifactSaved | Result | Note | LogChunk | Finish, Field(discriminator="kind")
 ]

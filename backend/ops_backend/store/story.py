@@ -40,6 +40,8 @@ def tell(event: Row[Any]) -> str:
             return f"{attempt} planned its children, and waits for them"
         case Event.REDUCE:
             return "no child is live any more; in the queue to put their results together"
+        case Event.REPLAN:
+            return "planned again by its study, which goes on; in the queue"
         case Event.CANCEL:
             what = "cancelled while it waited" if event.to_status == Status.CANCELLED else "asked to save and stop"
             return ("told to stop at once" if detail.get("force") and event.attempt else what) + _reason(detail)

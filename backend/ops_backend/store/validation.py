@@ -38,7 +38,7 @@ async def question(session: AsyncSession, job: Job, lease_s: float) -> Question 
         return None
     values = {
         "user_code": runs_user_code(job),
-        "own": is_users_own(job.kind, job.workload),
+        "own": is_users_own(job.workload),
         "workload": job.workload,
         "cores": job.resources.cores or 1,
         "device": job.execution.accelerator,

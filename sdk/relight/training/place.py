@@ -28,6 +28,7 @@ from ops_contract.reports import (
     Note,
     Progress,
     Report,
+    Result,
     Started,
 )
 from ops_contract.wire import Name, Wire
@@ -197,7 +198,7 @@ class Directory:
                 self._sweep()
             case Note():
                 say(report.message)
-            case Finish() | LogChunk():
+            case Finish() | LogChunk() | Result():
                 pass  # the exception says it, and the terminal has it
             case _:
                 assert_never(report)

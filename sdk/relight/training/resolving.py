@@ -22,7 +22,7 @@ def checked_config(workload_type: AnyWorkload, config: dict[str, Any]) -> BaseMo
 
 def resolved_knobs(workload_type: AnyWorkload, job: Job) -> Execution:
     """What was resolved at submit stays as it is."""
-    if not is_users_own(job.kind, job.workload):
+    if not is_users_own(job.workload):
         return job.execution
     try:
         return resolved_execution(job.execution, workload_type.reports)
@@ -32,7 +32,7 @@ def resolved_knobs(workload_type: AnyWorkload, job: Job) -> Execution:
 
 def resolved(workload_type: AnyWorkload, job: Job, knobs: Execution) -> Resolved | None:
     """For the API to keep, where it has something else."""
-    if not is_users_own(job.kind, job.workload):
+    if not is_users_own(job.workload):
         return None
     now = Resolved(config=with_defaults(workload_type, job.config), execution=knobs)
     return now if now != Resolved(config=job.config, execution=job.execution) else None
