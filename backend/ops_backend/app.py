@@ -14,6 +14,7 @@ from ops_backend.audit import Auditor, Refusals
 from ops_backend.database import Limits, Sessions
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.exporter import Exporter
+from ops_backend.family import Family
 from ops_backend.identities import Identities
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.reaper import Reaper
@@ -120,12 +121,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.streams = streams = Streams(requests, settings.poll_s, settings.max_streams)
         app.state.webhook_sender = sender = WebhookSender(names)
         reaper = Reaper(sessions, settings.lease_s, settings.tick_s, telemetry, dispatcher.wake)
+        family = Family(sessions, settings.poll_s, telemetry, dispatcher.wake, dispatcher.push_cancel)
         sweeper = Sweeper(sessions, settings.storage_root, settings.tick_s)
         orphans = OrphanSweeper(sessions, settings.storage_root, settings.orphan_sweep_s)
         exporter = Exporter(patient, settings.storage_root, settings.tick_s)
         announcer = Announcer(sessions, sender, settings.tick_s)
         auditor = Auditor(sessions, app.state.refusals, settings.audit_days, settings.tick_s)
-        running = (dispatcher, reaper, sweeper, orphans, exporter, announcer, auditor, streams)
+        running = (dispatcher, reaper, family, sweeper, orphans, exporter, announcer, auditor, streams)
         loops = [asyncio.create_task(loop.run()) for loop in running]
         yield
         for loop in loops:

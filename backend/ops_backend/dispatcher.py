@@ -116,6 +116,7 @@ class Dispatcher:
             job=claim.job,
             checkpoint=claim.checkpoint,
             parent_job=claim.parent_job,
+            children=claim.children,
             accept_changes=claim.accept_changes,
             record=claim.record,
         )

@@ -27,7 +27,17 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from ops_contract.audit import Action
 from ops_contract.energy import Use
-from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
+from ops_contract.lifecycle import (
+    LIVE,
+    CheckpointStatus,
+    CheckpointType,
+    Event,
+    Kind,
+    Outcome,
+    Phase,
+    Status,
+    StudyPhase,
+)
 from ops_contract.tokens import Scope
 from ops_contract.webhooks import DeliveryState, WebhookFormat
 
@@ -93,6 +103,12 @@ operations = Table(
     Column("code_sha256", Text, ForeignKey("snapshots.sha256")),
     # Whose values it is compared with; null for what is no replay.
     Column("replay_of", Uuid, ForeignKey("operations.id")),
+    # Of a study: what its next attempt does.
+    Column("phase", Text),
+    # Of a child: its study, what decides its result, and the attempt of the study whose plan it runs for.
+    Column("parent_id", Uuid, ForeignKey("operations.id")),
+    Column("child_key", Text),
+    Column("planned_attempt", Integer),
     _flag("cancel_force"),
     Column("cancel_reason", Text),
     _flag("exit_unconfirmed"),
@@ -103,6 +119,7 @@ operations = Table(
     UniqueConstraint("submitted_by", "idempotency_key"),
     one_of("status", Status),
     one_of("kind", Kind),
+    one_of("phase", StudyPhase),
 )
 Index("ix_operations_newest", operations.c.created_at.desc(), operations.c.id.desc())
 Index(
@@ -119,6 +136,24 @@ Index(
 Index("ix_operations_code", operations.c.code_sha256, postgresql_where=operations.c.code_sha256.is_not(None))
 Index("ix_operations_replay_of", operations.c.replay_of, postgresql_where=operations.c.replay_of.is_not(None))
 Index(
+    "ix_operations_children",
+    operations.c.parent_id,
+    operations.c.child_key,
+    unique=True,
+    postgresql_where=operations.c.parent_id.is_not(None),
+)
+_LIVE = ", ".join(f"'{status}'" for status in sorted(LIVE))
+Index(
+    "ix_operations_live_children",
+    operations.c.parent_id,
+    postgresql_where=text(f"parent_id IS NOT NULL AND status IN ({_LIVE})"),
+)
+Index(
+    "ix_operations_unended_studies",
+    operations.c.id,
+    postgresql_where=text("kind = 'study' AND status IN ('waiting', 'cancelling')"),
+)
+Index(
     "ix_operations_unlogged",
     operations.c.id,
     postgresql_where=text(
@@ -129,6 +164,29 @@ Index(
     "ix_operations_resume_choice",
     operations.c.resume_checkpoint_id,
     postgresql_where=operations.c.resume_checkpoint_id.is_not(None),
+)
+
+# What a study's attempts wanted: the newest attempt that planned a child decides. It is the study's alone, so that
+# parent and child never lock each other's rows.
+planned = Table(
+    "planned",
+    metadata,
+    Column("parent_id", Uuid, ForeignKey("operations.id"), primary_key=True),
+    Column("child_key", Text, primary_key=True),
+    Column("attempt", Integer, nullable=False),
+    Column("position", Integer, nullable=False),
+    # Where the child stands in the study.
+    Column("about", JSONB, nullable=False),
+)
+
+# What an operation comes to, of its newest attempt that said so.
+results = Table(
+    "results",
+    metadata,
+    Column("operation_id", Uuid, ForeignKey("operations.id"), primary_key=True),
+    Column("attempt", Integer, nullable=False),
+    Column("content", JSONB, nullable=False),
+    _instant("created_at", default_now=True, nullable=False),
 )
 
 # A project as it was submitted. Here and not in files: it is small, and the row that refers to it keeps it.

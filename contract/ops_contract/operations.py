@@ -11,7 +11,9 @@ from ops_contract.agents import Drain
 from ops_contract.energy import DeviceNow, Quality
 from ops_contract.jobs import Code, Job
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
+from ops_contract.plans import ChildResult, TrainingResult
 from ops_contract.reports import Exactness, Fault
+from ops_contract.study_results import GridResult, SweepResult
 from ops_contract.wire import Name, Text, Wire
 
 
@@ -161,7 +163,7 @@ class LineageEntry(Wire):
 
 
 class OperationSummary(Wire):
-    """A row of the list."""
+    """A row of the list. `children`: of a study, how many there are of each status; null before it has planned them."""
 
     id: UUID
     name: str
@@ -172,6 +174,8 @@ class OperationSummary(Wire):
     submitted_by: str
     priority: int
     attempt: int
+    parent_id: UUID | None = None
+    children: dict[Status, int] | None = None
     progress: ProgressView | None
     error: Fault | None
     created_at: datetime
@@ -197,6 +201,27 @@ class Operation(OperationSummary):
     logs: str | None = None
 
 
+class Children(Wire):
+    """A study's children in the order of its plan, each with what it has given so far."""
+
+    items: list[ChildResult]
+    next_cursor: str | None
+
+
+class ResultView(Wire):
+    """What an operation came to, as its attempt `attempt` said it."""
+
+    attempt: int
+    created_at: datetime
+    content: TrainingResult | SweepResult | GridResult
+
+
+class Results(Wire):
+    """None while it has not come to any; one then."""
+
+    items: list[ResultView]
+
+
 class OperationPage(Wire):
     items: list[OperationSummary]
     next_cursor: str | None
@@ -207,6 +232,7 @@ class LiveCounts(Wire):
 
     pending: int
     running: int
+    waiting: int
     cancelling: int
 
 

@@ -84,11 +84,12 @@ class TrainingResult(Wire):
 class ChildResult(Wire):
     """What is known of a child so far.
 
-    `final` are the last values of its metrics; `running_s` the time its attempts ran; `energy_reason` says why
-    `energy_j` is null.
+    `position` is its place in the plan. `final` are the last values of its metrics; `running_s` the time its attempts
+    ran; `energy_reason` says why `energy_j` is null.
     """
 
     key: Sha256
+    position: int
     operation_id: UUID
     name: str
     status: Status

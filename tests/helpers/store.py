@@ -3,13 +3,26 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, Literal
 from uuid import UUID, uuid4
 
 from sqlalchemy import text
 
 from ops_backend.database import Sessions
-from ops_backend.store import claims, energy, fork, leases, queries, reports, submit, transitions, workers
+from ops_backend.store import (
+    children,
+    claims,
+    energy,
+    fork,
+    leases,
+    queries,
+    reports,
+    studies,
+    submit,
+    transitions,
+    workers,
+)
 from ops_backend.store.ledger_views import Rates
 from ops_contract.agents import (
     CREDENTIAL_PREFIX,
@@ -27,6 +40,7 @@ from ops_contract.jobs import Execution, JobSpec
 from ops_contract.ledger import EnergyLedger
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase, Status
 from ops_contract.operations import AttemptView, ForkRequest, Operation, ReplayRequest, ResumeAccepted
+from ops_contract.plans import ChildPlan, ChildResult, GridAbout, Plan
 from ops_contract.reports import CheckpointSaved, Exactness, Fault, Finish, Metrics, Progress, Report, Series, Started
 
 LEASE_S = 60.0
@@ -170,6 +184,20 @@ class Store:
         async with self.sessions.begin() as session:
             await workers.drain(session, incarnation, wish)
 
+    async def look(self) -> None:
+        """What studies and children make of each other, until nothing moves any more."""
+        levels = (studies.replan, studies.reduce, studies.cancel_children, studies.stop)
+        moved = True
+        while moved:
+            moved = False
+            for level in levels:
+                async with self.sessions.begin() as session:
+                    moved = bool(await level(session)) or moved
+
+    async def children(self, id: UUID) -> list[ChildResult]:
+        async with self.sessions.begin() as session:
+            return await children.children(session, id)
+
     async def tick(self, lease_s: float = LEASE_S) -> bool:
         async with self.sessions.begin() as session:
             return await leases.tick(session, lease_s)
@@ -211,6 +239,24 @@ def held(claim: claims.Claim) -> Held:
 def started(step: int = 0, promise: Literal["promised", "best_effort"] = "promised", **environment: Any) -> Started:
     exactness = Exactness(promise=promise)
     return Started(trainer_pid=1, start_step=step, exactness=exactness, environment=environment)
+
+
+def plan(*names: str, **changes: Any) -> Plan:
+    """Children of toy, whose keys follow from their names."""
+    return Plan(
+        children=[
+            ChildPlan.model_validate(
+                {
+                    "key": sha256(name.encode()).hexdigest(),
+                    "name": name,
+                    "about": GridAbout(point={"config.name": name}, cycle=0),
+                    "execution": Execution(),
+                }
+                | changes
+            )
+            for name in names
+        ]
+    )
 
 
 def losses(*points: tuple[int, float], name: str = "loss") -> Metrics:

@@ -1,7 +1,7 @@
 """What users do with operations."""
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated
+from typing import Annotated, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
@@ -24,7 +24,7 @@ from ops_backend.dependencies import (
 from ops_backend.routes.errors import read, refusals
 from ops_backend.routes.files import FILE_ANSWERS, ArtifactResponse
 from ops_backend.routes.raw_bodies import reads
-from ops_backend.store import curves, deletion, output, queries
+from ops_backend.store import children, curves, deletion, output, queries
 from ops_backend.store.curves import LAST_STEP
 from ops_backend.store.fork import fork_if_there, forked_job, replay_if_there
 from ops_backend.store.retention import delete_if_unused, explain_delete
@@ -42,6 +42,7 @@ from ops_contract.operations import (
     Attempts,
     CancelRequest,
     Checkpoints,
+    Children,
     Events,
     ForkRequest,
     MetricNames,
@@ -49,10 +50,12 @@ from ops_contract.operations import (
     Operation,
     OperationPage,
     ReplayRequest,
+    Results,
     ResumeAccepted,
     ResumeRequest,
 )
 from ops_contract.problems import offer
+from ops_contract.studies import MAX_CHILDREN
 from ops_contract.wire import LOG_COMPLETE, LOG_END, LOG_NEXT, LOG_OFFSET, Wire
 
 router = APIRouter(prefix="/operations", tags=["operations"])
@@ -120,13 +123,36 @@ async def list_operations(
     label: Annotated[str | None, Query(description="key or key=value")] = None,
     q: Annotated[str | None, Query(description="part of the name, or the beginning of the id")] = None,
     mine: Annotated[bool, Query(description="those that this token submitted")] = False,
+    parent_id: Annotated[
+        UUID | Literal["none"] | None, Query(description="a study's children; none: what is no study's child")
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=500, description="so many a page")] = 50,
     cursor: Annotated[str | None, Query(description="the `next_cursor` of the page before")] = None,
     if_none_match: Annotated[str | None, Header(description="an `ETag`; 304 while nothing has changed")] = None,
 ) -> Response:
     """Operations, newest first, in pages: `next_cursor` is the `cursor` of the next one, null on the last."""
-    wanted = queries.Filter(_known(status), kind, workload, label, q, user.name if mine else None)
+    wanted = queries.Filter(_known(status), kind, workload, label, q, user.name if mine else None, parent_id)
     return Tagged(await queries.list_page(session, wanted, limit, cursor)).answer(if_none_match)
+
+
+@router.get("/{id}/children", responses=refusals(401, 404, 422))
+async def operation_children(
+    id: UUID,
+    session: SessionDep,
+    _: ReaderDep,
+    limit: Annotated[int, Query(ge=1, le=MAX_CHILDREN, description="so many a page")] = 500,
+    cursor: Annotated[str | None, Query(description="the `next_cursor` of the page before")] = None,
+) -> Children:
+    """A study's children in the order of its plan, with what each has given so far; none of what is no study."""
+    await queries.starts_of(session, id)
+    return await children.page(session, id, limit, cursor)
+
+
+@router.get("/{id}/results", responses=refusals(401, 404))
+async def operation_results(id: UUID, session: SessionDep, _: ReaderDep) -> Results:
+    """What it came to: of a training how much it was trained on what, of a study its rows, fits and statistics."""
+    await queries.starts_of(session, id)
+    return await children.results(session, id)
 
 
 @router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(401, 404, 409))

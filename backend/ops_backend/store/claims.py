@@ -5,10 +5,12 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ops_backend.store.children import children
 from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
 from ops_contract.agents import CheckpointRef, FailureRecord
 from ops_contract.jobs import MOST_THREADS, Job
-from ops_contract.lifecycle import Status
+from ops_contract.lifecycle import Status, StudyPhase
+from ops_contract.plans import ChildResult
 from ops_contract.reports import Fault
 
 # Any number that no other user of the database takes; it spells "claim" in base 36.
@@ -20,7 +22,7 @@ TRY_CLAIM_LOCK = statement(f"SELECT pg_try_advisory_xact_lock({CLAIM_LOCK})")
 
 def _runs(worker: str) -> str:
     """Whether it takes this operation `o`: see `runs_user_code`."""
-    return f"""CASE WHEN o.kind = 'command' OR o.workload LIKE '%:%' THEN {worker}.user_code
+    return f"""CASE WHEN o.workload = 'command' OR o.workload LIKE '%:%' THEN {worker}.user_code
                          ELSE o.workload = ANY ({worker}.workloads)
                               AND ({worker}.user_code OR coalesce(o.job->'env', '{{}}') = '{{}}') END"""
 
@@ -28,6 +30,7 @@ def _runs(worker: str) -> str:
 # A slot is free while the hold it was last given to is not alive. `auto` wants a GPU slot and takes a CPU slot only
 # where no live worker offers this workload a GPU at all: a drained one still does. A frozen number of threads prefers
 # a slot of that many cores.
+# A study only plans and reduces, on any slot: what its job asks for its children need.
 # A lease counts from the claim itself: a transaction that was held up dates its now() back.
 # A fork without a checkpoint of its own is handed its fork point even if that was marked corrupt meanwhile: the worker
 # then refuses it, and the fork fails. Without one it would begin at step 0, which nobody asked for.
@@ -47,12 +50,13 @@ CLAIM = statement(f"""
             SELECT f.incarnation, f.index, f.device, f.cores, f.url, f.secret
               FROM offered f
              WHERE f.free AND {_runs("f")}
-               AND f.cores >= coalesce((o.job->'resources'->>'cores')::int, 1)
-               AND CASE o.job->'execution'->>'accelerator'
+               AND (o.kind = 'study' OR f.cores >= coalesce((o.job->'resources'->>'cores')::int, 1))
+               AND CASE WHEN o.kind = 'study' THEN true ELSE CASE o.job->'execution'->>'accelerator'
                      WHEN 'auto' THEN f.device <> 'cpu' OR NOT EXISTS (
                           SELECT FROM offered g WHERE g.device <> 'cpu' AND {_runs("g")})
-                     ELSE f.device = o.job->'execution'->>'accelerator' END
-             ORDER BY f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index
+                     ELSE f.device = o.job->'execution'->>'accelerator' END END
+             ORDER BY o.kind = 'study' AND f.device = 'cpu' DESC,
+                      f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index
              LIMIT 1
           ) slot
          WHERE o.status = 'pending' AND coalesce(o.not_before <= now(), true)
@@ -72,13 +76,13 @@ CLAIM = statement(f"""
         UPDATE operations o
            SET status = 'running', attempt = o.attempt + 1, event_seq = o.event_seq + 1, not_before = NULL,
                started_at = coalesce(o.started_at, now()),
-               job = CASE WHEN o.job->'execution'->>'threads' IS NULL
+               job = CASE WHEN o.kind <> 'study' AND o.job->'execution'->>'threads' IS NULL
                           THEN jsonb_set(o.job, '{{execution,threads}}', to_jsonb(least(chosen.cores, {MOST_THREADS})))
                           ELSE o.job END
           FROM chosen
          WHERE o.id = chosen.id AND o.status = 'pending'
            AND (NOT EXISTS (SELECT FROM checkpoint) OR EXISTS (SELECT FROM pinned))
-        RETURNING o.id, o.event_seq, o.attempt, 'pending' AS from_status, o.status, o.job, o.accept_changes,
+        RETURNING o.id, o.event_seq, o.attempt, 'pending' AS from_status, o.status, o.job, o.phase, o.accept_changes,
                   chosen.incarnation, chosen.index, chosen.url, chosen.secret, chosen.not_before AS was_due_at
     ), attempted AS (
         INSERT INTO attempts (operation_id, number, incarnation, checkpoint_id, start_step, starts_at_evaluation)
@@ -94,8 +98,8 @@ CLAIM = statement(f"""
     ), told AS (
         {record("'claim'", "jsonb_build_object('worker', incarnation)")}
     )
-    SELECT moved.id AS operation_id, moved.attempt, moved.job, moved.accept_changes, moved.incarnation, moved.index,
-           moved.url, moved.secret,
+    SELECT moved.id AS operation_id, moved.attempt, moved.job, moved.phase AS study_phase, moved.accept_changes,
+           moved.incarnation, moved.index, moved.url, moved.secret,
            pinned.id AS checkpoint_id, pinned.path, pinned.step, pinned.epoch, pinned.phase, pinned.size_bytes,
            pinned.manifest_sha256, parent.job AS parent_job,
            coalesce(extract(epoch FROM clock_timestamp() - greatest(moved.was_due_at, queued.at)), 0)::float8 AS due_s
@@ -154,6 +158,7 @@ class Claim:
     job: Job
     checkpoint: CheckpointRef | None
     parent_job: Job | None
+    children: list[ChildResult] | None
     accept_changes: bool
     record: FailureRecord
     due_s: float  # how long it had been due
@@ -179,6 +184,7 @@ async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
         job=Job.model_validate(row["job"]),
         checkpoint=checkpoint,
         parent_job=Job.model_validate(row["parent_job"]) if row["parent_job"] else None,
+        children=await children(session, row["operation_id"]) if row["study_phase"] == StudyPhase.REDUCE else None,
         accept_changes=row["accept_changes"],
         record=await failure_record(session),
         due_s=row["due_s"],

@@ -19,7 +19,8 @@ CANDIDATES = 10_000
 FORKS_NAMED = 5
 
 # A statement of its own: the next one's snapshot shows the forks that were inserted while this one waited.
-LOCK = statement("SELECT id FROM operations WHERE id = :id FOR UPDATE")
+# A study's children go with it.
+LOCK = statement("SELECT id FROM operations WHERE id = :id OR parent_id = :id ORDER BY id FOR UPDATE")
 
 _TERMINAL = ", ".join(f"'{status}'" for status in sorted(TERMINAL))
 
@@ -31,9 +32,13 @@ _DEPENDENTS = """
 # Foreign keys are checked at the end of the statement, so the order within it does not count.
 DELETE = statement(f"""
     WITH target AS MATERIALIZED (
-        SELECT o.id FROM operations o WHERE o.id = :id AND o.status IN ({_TERMINAL}) AND NOT EXISTS ({_DEPENDENTS})
+        SELECT x.id FROM operations x WHERE (x.id = :id OR x.parent_id = :id) AND NOT EXISTS (
+            SELECT FROM operations o WHERE (o.id = :id OR o.parent_id = :id)
+               AND (o.status NOT IN ({_TERMINAL}) OR EXISTS ({_DEPENDENTS})))
     ), entombed AS (
         INSERT INTO deletions (operation_id) SELECT id FROM target RETURNING operation_id
+    ), wanted AS (DELETE FROM planned x USING target t WHERE x.parent_id = t.id
+    ), given AS (DELETE FROM results x USING target t WHERE x.operation_id = t.id
     ), told AS (DELETE FROM events x USING target t WHERE x.operation_id = t.id
     ), measured AS (DELETE FROM metrics x USING target t WHERE x.operation_id = t.id
     ), used AS (DELETE FROM energy_windows x USING target t WHERE x.operation_id = t.id
@@ -48,7 +53,10 @@ DELETE = statement(f"""
     SELECT operation_id FROM entombed
 """)
 
-EXPLAIN = statement(f"SELECT o.status, ARRAY({_DEPENDENTS}) AS dependents FROM operations o WHERE o.id = :id")
+EXPLAIN = statement(f"""
+    SELECT o.id, o.status, ARRAY({_DEPENDENTS}) AS dependents FROM operations o
+     WHERE o.id = :id OR o.parent_id = :id ORDER BY o.id <> :id, o.status IN ({_TERMINAL})
+""")
 
 # Pinned ones are a fork's.
 GIVE_UP_CHECKPOINTS = statement(f"""
@@ -97,15 +105,17 @@ async def give_up_checkpoints(session: AsyncSession, id: UUID) -> None:
 
 async def explain_delete(session: AsyncSession, id: UUID) -> OpsError:
     """Why `delete_if_ended` deleted nothing."""
-    row = (await session.execute(EXPLAIN, {"id": id})).one_or_none()
-    if row is None:
+    rows = (await session.execute(EXPLAIN, {"id": id})).all()
+    if not rows or rows[0].id != id:
         return not_found(id)
+    row = next((row for row in rows if row.status not in TERMINAL), rows[0])
     if row.status not in TERMINAL:
-        message = f"operation is {row.status}: cancel it first (`ops cancel`), and delete it once it has ended"
+        which = "operation" if row.id == id else f"its child {row.id}"
+        message = f"{which} is {row.status}: cancel it first (`ops cancel`), and delete it once it has ended"
         return OpsError(ErrorCode.NOT_DELETABLE, message, status=row.status)
-    if not row.dependents:
+    needed = sorted({str(dependent) for row in rows for dependent in row.dependents})
+    if not needed:
         return OpsError(ErrorCode.UNAVAILABLE, "a fork or replay of it has just gone; try again")
-    needed = sorted(map(str, row.dependents))
     return OpsError(ErrorCode.NOT_DELETABLE, _needed(needed), status=row.status, needed_by=needed)
 
 

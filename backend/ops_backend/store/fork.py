@@ -109,6 +109,9 @@ async def _forked(
 ) -> tuple[Row[Any], JobSpec, Job]:
     point = await _find(session, id, wish)
     is_command = point.job["kind"] == Kind.COMMAND
+    if point.job["kind"] == Kind.STUDY:
+        message = "a study has no checkpoint to fork: submit a changed one, or fork one of its children (`ops list`)"
+        raise OpsError(ErrorCode.NO_CHECKPOINT, message)
     if point.checkpoint_id is None and (wish.from_checkpoint or not is_command):
         raise _no_checkpoint(wish)
     spec = _forked_spec(point, wish)

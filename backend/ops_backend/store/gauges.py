@@ -15,6 +15,7 @@ from ops_contract.operations import LiveCounts
 OPERATIONS = statement("""
     SELECT count(*) FILTER (WHERE status = 'pending') AS pending,
            count(*) FILTER (WHERE status = 'running') AS running,
+           count(*) FILTER (WHERE status = 'waiting') AS waiting,
            count(*) FILTER (WHERE status = 'cancelling') AS cancelling,
            coalesce(max(due_s), 0)::float8 AS queue_oldest_s
       FROM (SELECT o.status, CASE WHEN coalesce(o.not_before <= now(), true)
@@ -75,7 +76,7 @@ class Gauges:
 
 async def counts(session: AsyncSession) -> LiveCounts:
     live = (await session.execute(OPERATIONS)).one()
-    return LiveCounts(pending=live.pending, running=live.running, cancelling=live.cancelling)
+    return LiveCounts(pending=live.pending, running=live.running, waiting=live.waiting, cancelling=live.cancelling)
 
 
 async def read(session: AsyncSession, lease_s: float) -> Gauges:

@@ -5,7 +5,7 @@ import binascii
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 from sqlalchemy import Row
@@ -13,12 +13,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.storage import LOGS
 from ops_backend.store import energy, ledger
+from ops_backend.store.children import COUNTS
 from ops_backend.store.energy import OUTCOMES, entries
 from ops_backend.store.sql import continues, statement
 from ops_backend.store.story import tell
 from ops_backend.store.transitions import not_found
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Logger
+from ops_contract.lifecycle import TERMINAL
 from ops_contract.operations import (
     Artifacts,
     ArtifactView,
@@ -63,7 +65,7 @@ OPERATIONS = statement(f"""
            c.epoch AS checkpoint_epoch, c.step AS checkpoint_step,
            fork.operation_id AS fork_operation_id, fork.step AS fork_step,
            (SELECT array_agg(x.start_step ORDER BY x.number) FROM attempts x WHERE x.operation_id = o.id) AS starts,
-           {OUTCOMES} AS outcomes, {entries("o", "attempt", "quality", "use")} AS energy
+           {OUTCOMES} AS outcomes, {entries("o", "attempt", "quality", "use")} AS energy, {COUNTS} AS children
       FROM operations o {_PROGRESS}
       LEFT JOIN checkpoints c ON c.id = coalesce(o.resume_checkpoint_id, a.checkpoint_id)
       LEFT JOIN checkpoints fork ON fork.id = o.forked_from_checkpoint_id
@@ -72,7 +74,8 @@ OPERATIONS = statement(f"""
 
 _SUMMARY = f"""
     SELECT o.id, o.name, o.status, o.kind, o.workload, o.labels, o.submitted_by, o.priority, o.attempt, o.error,
-           o.created_at, o.started_at, o.ended_at, a.start_step, told.attempt AS told_attempt, told.progress
+           o.created_at, o.started_at, o.ended_at, o.parent_id, a.start_step, told.attempt AS told_attempt,
+           told.progress, {COUNTS} AS children
       FROM operations o {_PROGRESS}"""
 
 SUMMARIES = statement(f"{_SUMMARY} WHERE o.id = ANY (:ids)")
@@ -86,6 +89,8 @@ LIST = statement(f"""{_SUMMARY}
                  ELSE o.labels->>:label_key = :label_value END)
        AND (CAST(:q AS text) IS NULL OR strpos(lower(o.name), lower(:q)) > 0 OR starts_with(o.id::text, lower(:q)))
        AND (CAST(:submitted_by AS text) IS NULL OR o.submitted_by = :submitted_by)
+       AND (CAST(:parent_id AS uuid) IS NULL OR o.parent_id = :parent_id)
+       AND NOT (:no_children AND o.parent_id IS NOT NULL)
        AND (o.created_at, o.id) < (CAST(:cursor_at AS timestamptz), :cursor_id)
      ORDER BY o.created_at DESC, o.id DESC
      LIMIT :limit
@@ -154,6 +159,7 @@ class Filter:
     label: str | None = None
     q: str | None = None
     submitted_by: str | None = None
+    parent_id: UUID | Literal["none"] | None = None
 
 
 async def get(session: AsyncSession, id: UUID) -> Operation:
@@ -200,6 +206,8 @@ async def list_page(session: AsyncSession, wanted: Filter, limit: int, cursor: s
         "label_value": value or None,
         "q": wanted.q,
         "submitted_by": wanted.submitted_by,
+        "parent_id": wanted.parent_id if isinstance(wanted.parent_id, UUID) else None,
+        "no_children": wanted.parent_id == "none",
         "cursor_at": at,
         "cursor_id": id,
         "limit": limit + 1,
@@ -322,12 +330,15 @@ async def starts_of(session: AsyncSession, id: UUID) -> list[int]:
 
 
 def summary(row: Row[Any]) -> dict[str, Any]:
-    plain = ("id", "name", "status", "kind", "workload", "labels", "submitted_by", "priority", "attempt", "error")
-    times = ("created_at", "started_at", "ended_at")
-    return {name: getattr(row, name) for name in (*plain, *times)} | {"progress": _progress(row)}
+    what = ("id", "name", "status", "kind", "workload", "labels", "submitted_by", "priority", "attempt", "error")
+    family, times = ("parent_id", "children"), ("created_at", "started_at", "ended_at")
+    return {name: getattr(row, name) for name in (*what, *family, *times)} | {"progress": _progress(row)}
 
 
 def _progress(row: Row[Any]) -> ProgressView | None:
+    if row.children is not None:
+        ended, total = sum(row.children.get(status, 0) for status in TERMINAL), sum(row.children.values())
+        return ProgressView(step=ended, steps_total=total, percent=100 * ended / total)
     if row.start_step is None:
         return None
     told = dict(row.progress or {})

@@ -10,6 +10,7 @@ from ops_backend.store import output
 from ops_backend.store.replay import BEFORE, compare
 from ops_backend.store.retention import retire
 from ops_backend.store.sql import plain, record, statement
+from ops_backend.store.studies import insert_children, put_result
 from ops_backend.store.transitions import finish_if_held
 from ops_contract.agents import ReportBatch
 from ops_contract.errors import ErrorCode, OpsError
@@ -23,6 +24,7 @@ from ops_contract.reports import (
     Metrics,
     Note,
     Report,
+    Result,
     Series,
     Started,
 )
@@ -137,6 +139,8 @@ async def accept(session: AsyncSession, id: UUID, attempt: int, batch: ReportBat
         status = await finish_if_held(session, id, attempt, batch.incarnation, last_seq, finish, backoff_s)
         if status is None:
             await _explain(session, key, last_seq)
+        if status is Status.WAITING and finish.plan is not None:
+            await insert_children(session, id, attempt, finish.plan)
         if status is Status.COMPLETED:
             await retire(session, id)
     return Accepted(last_seq, batch.reports[had - batch.first_seq + 1 :], status)
@@ -191,6 +195,8 @@ async def _write(session: AsyncSession, id: UUID, attempt: int, seq: int, report
             await retire(session, id)
         case ArtifactSaved():
             await session.execute(PUT_ARTIFACT, report.model_dump(exclude={"kind"}) | {"id": id, "attempt": attempt})
+        case Result():
+            await put_result(session, id, attempt, report.content)
         case Note():
             await session.execute(NOTE, {"id": id, "attempt": attempt, "detail": {"message": report.message}})
             if report.inexact:

@@ -65,6 +65,8 @@ def tell(event: Row[Any]) -> str:
 
 def _origin(detail: dict[str, Any]) -> str:
     fork, parent = detail.get("forked_from"), detail.get("replay_of")
+    if study := detail.get("study"):
+        return f", a child of study {_short(study)}"
     at = f" at step {fork['step']}" if fork else " from the beginning"
     if parent:
         return f", a replay of {_short(parent)}{at}"

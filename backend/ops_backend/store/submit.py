@@ -44,9 +44,10 @@ MOST_CORES = statement("SELECT max(cores) FROM slots WHERE device = coalesce(CAS
 SUBMIT = statement(f"""
     WITH moved AS (
         INSERT INTO operations (id, name, kind, workload, job, code_sha256, labels, priority, max_retries,
-                                submitted_by, idempotency_key, body_sha256, status, event_seq)
+                                submitted_by, idempotency_key, body_sha256, phase, status, event_seq)
         VALUES (:id, :name, :kind, :workload, :job, :code_sha256, :labels, :priority, :max_retries,
-                :submitted_by, :idempotency_key, :body_sha256, 'pending', 1)
+                :submitted_by, :idempotency_key, :body_sha256,
+                CASE :kind WHEN 'study' THEN 'plan' END, 'pending', 1)
         ON CONFLICT (submitted_by, idempotency_key) DO NOTHING
         RETURNING id, event_seq, attempt, NULL::text AS from_status, status
     )
@@ -128,7 +129,9 @@ def new_operation(spec: JobSpec, job: Job, submitted_by: str, key: str | None, b
 
 
 def _what(job: Job) -> str:
-    """A word for what it runs: `train` of `python train.py` and of `pkg.train:Mine`."""
+    """A word for what it runs: `train` of `python train.py` and of `pkg.train:Mine`, `grid-digits` of a study."""
+    if job.study is not None:
+        return f"{job.study.type}-{_what(job.model_copy(update={'study': None}))}"
     words = [PurePosixPath(word) for word in job.command or []]
     script = next((word.stem for word in words[1:] if word.suffix in (".py", ".sh")), None)
     return (script or (words[0].name if words else job.workload.partition(":")[0].rpartition(".")[2]))[:100]
@@ -150,12 +153,13 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", tol
     await _check_cores(session, spec, f"{path}resources")
     await _check_code(session, spec.code, f"{path}code")
     setup = {name: getattr(spec, name) for name in Setup.model_fields}
+    setup |= {"kind": spec.kind, "study": spec.study}
     if spec.workload is None:
         execution = _command_execution(spec.execution, f"{path}execution")
-        return Job(kind=spec.kind, workload=COMMAND, config={}, execution=execution, **setup)
+        return Job(workload=COMMAND, config={}, execution=execution, **setup)
     if ":" in spec.workload:
         config, execution = _as_told(spec, told, path)
-        return Job(kind=spec.kind, workload=spec.workload, config=config, execution=execution, **setup)
+        return Job(workload=spec.workload, config=config, execution=execution, **setup)
     workload = (await session.execute(FIND_WORKLOAD, {"name": spec.workload})).one_or_none()
     if workload is None:
         known = list(await session.scalars(KNOWN_WORKLOADS))
@@ -166,7 +170,6 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", tol
     if told is not None:
         refuse_problems(told, path)
     return Job(
-        kind=spec.kind,
         workload=spec.workload,
         config=_resolved_config(spec.config, workload.config_schema, f"{path}config"),
         execution=_resolved_execution(spec.execution, workload.reports, f"{path}execution"),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+from sqlalchemy import TextClause
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
@@ -25,7 +26,7 @@ FINISH_DETAIL = f"""CAST(:detail AS jsonb) || CASE WHEN event IN ({CHARGED}) THE
 # hand or when the lineage has no other. Backoff doubles per failure and is spread over ±50 %.
 FINISH = statement(f"""
     WITH {LOCK_HOLDS}, target AS MATERIALIZED (
-        SELECT id, status, attempt, failures, max_retries, resume_checkpoint_id, resume_explicit,
+        SELECT id, kind, status, attempt, failures, max_retries, resume_checkpoint_id, resume_explicit,
                forked_from_checkpoint_id
           FROM operations
          WHERE id = :id AND attempt = :attempt AND status IN ('running', 'cancelling')
@@ -39,6 +40,7 @@ FINISH = statement(f"""
         SELECT t.*, CASE
             WHEN :outcome = 'completed' THEN 'complete'
             WHEN t.status = 'cancelling' THEN 'stop'
+            WHEN :outcome = 'planned' AND t.kind = 'study' THEN 'plan'
             WHEN :outcome IN ('preempted', 'cancelled') THEN 'preempt'
             WHEN :outcome = 'checkpoint_corrupt' THEN 'checkpoint_corrupt'
             WHEN :permanent OR t.failures >= t.max_retries THEN 'fail'
@@ -58,10 +60,11 @@ FINISH = statement(f"""
                    (0.5 + random()) * least({MAX_BACKOFF_S}, :backoff_s * 2.0 ^ least(o.failures, 30))) END,
                resume_checkpoint_id = CASE :outcome WHEN 'checkpoint_corrupt' THEN NULL ELSE o.resume_checkpoint_id END,
                error = CASE WHEN n.status = 'completed' THEN NULL ELSE coalesce(:error, o.error) END,
-               ended_at = CASE n.status WHEN 'pending' THEN NULL ELSE now() END
+               ended_at = CASE WHEN n.status NOT IN ('pending', 'waiting') THEN now() END
           FROM decided d
           CROSS JOIN LATERAL (SELECT CASE
             WHEN d.event = 'complete' THEN 'completed'
+            WHEN d.event = 'plan' THEN 'waiting'
             WHEN d.event = 'stop' THEN 'cancelled'
             WHEN d.event = 'fail' OR d.event = 'checkpoint_corrupt' AND d.nothing_before THEN 'failed'
             ELSE 'pending' END AS status) n
@@ -118,39 +121,48 @@ LOST = statement(f"""
     RETURNING to_status
 """)
 
-REQUEST_CANCEL = statement(f"""
-    WITH target AS MATERIALIZED (
-        SELECT id, status FROM operations
-         WHERE id = :id AND (status IN ('pending', 'running', 'waiting')
-                             OR status = 'cancelling' AND :force AND NOT cancel_force)
-           FOR NO KEY UPDATE
-    ), moved AS (
+
+def cancelling(target: str) -> TextClause:
+    """Cancels the rows of `target`, which yields id, status and force: pending ones at once, others when they stop."""
+    return statement(f"""
+    WITH target AS MATERIALIZED ({target}), moved AS (
         UPDATE operations o
            SET status = CASE t.status WHEN 'pending' THEN 'cancelled' ELSE 'cancelling' END,
                ended_at = CASE t.status WHEN 'pending' THEN now() END,
-               event_seq = o.event_seq + 1, cancel_force = :force, not_before = NULL,
+               event_seq = o.event_seq + 1, cancel_force = t.force, not_before = NULL,
                cancel_reason = coalesce(CAST(:cancel_reason AS text), o.cancel_reason)
           FROM target t WHERE o.id = t.id
-        RETURNING o.id, o.event_seq, o.attempt, t.status AS from_status, o.status
+        RETURNING o.id, o.event_seq, o.attempt, t.status AS from_status, o.status, o.cancel_force AS force
     ), told AS (
         {record("CASE from_status WHEN 'cancelling' THEN 'force' ELSE 'cancel' END")}
     )
-    SELECT moved.status, moved.attempt, w.incarnation, w.url, w.secret
+    SELECT moved.id, moved.status, moved.attempt, moved.force, w.incarnation, w.url, w.secret
       FROM moved
       LEFT JOIN holds h ON h.operation_id = moved.id AND h.attempt = moved.attempt AND h.ended_at IS NULL
       LEFT JOIN workers w ON w.incarnation = h.incarnation
 """)
+
+
+REQUEST_CANCEL = cancelling("""
+        SELECT id, status, CAST(:force AS boolean) AS force FROM operations
+         WHERE id = :id AND (status IN ('pending', 'running', 'waiting')
+                             OR status = 'cancelling' AND :force AND NOT cancel_force)
+           FOR NO KEY UPDATE""")
 
 RESUME_DETAIL = """coalesce((SELECT jsonb_build_object(
     'checkpoint_id', id, 'step', step, 'accept_changes', CAST(:accept_changes AS boolean)) FROM pinned), '{}')"""
 
 # Without a choice of the caller's: the checkpoint of an earlier resume that no attempt has gone past yet, else the
 # newest of the lineage. An abandoned branch cannot be resumed, only forked: its steps no longer count. A command may
-# have none, and runs again.
+# have none, and runs again; a study plans again, and what has its result is not run again. A child of a study that was
+# cancelled would be cancelled at once.
+OF_CANCELLED_STUDY = """
+    SELECT FROM operations s WHERE s.id = o.parent_id AND s.status IN ('cancelling', 'cancelled')"""
+
 RESUME = statement(f"""
     WITH target AS MATERIALIZED (
-        SELECT id, kind, status, resume_checkpoint_id, forked_from_checkpoint_id FROM operations
-         WHERE id = :id AND status IN ('failed', 'cancelled')
+        SELECT id, kind, status, resume_checkpoint_id, forked_from_checkpoint_id FROM operations o
+         WHERE id = :id AND status IN ('failed', 'cancelled') AND NOT EXISTS ({OF_CANCELLED_STUDY})
            FOR NO KEY UPDATE
     ), chosen AS MATERIALIZED (
         SELECT c.id
@@ -168,10 +180,10 @@ RESUME = statement(f"""
                not_before = NULL, error = NULL, ended_at = NULL,
                cancel_force = false, cancel_reason = NULL, exit_unconfirmed = false,
                resume_checkpoint_id = pinned.id, resume_explicit = CAST(:checkpoint_id AS uuid) IS NOT NULL,
-               accept_changes = :accept_changes
+               accept_changes = :accept_changes, phase = CASE t.kind WHEN 'study' THEN 'plan' END
           FROM target t LEFT JOIN pinned ON true
          WHERE o.id = t.id
-           AND (pinned.id IS NOT NULL OR t.kind = 'command' AND CAST(:checkpoint_id AS uuid) IS NULL
+           AND (pinned.id IS NOT NULL OR t.kind IN ('command', 'study') AND CAST(:checkpoint_id AS uuid) IS NULL
                                          AND NOT EXISTS (SELECT FROM chosen))
         RETURNING o.id, o.event_seq, o.attempt, t.status AS from_status, o.status
     ), told AS (
@@ -183,7 +195,7 @@ RESUME = statement(f"""
 """)
 
 EXPLAIN = statement(f"""
-    SELECT o.status,
+    SELECT o.status, o.parent_id, EXISTS ({OF_CANCELLED_STUDY}) AS of_cancelled_study,
            EXISTS (SELECT FROM checkpoints c
                     WHERE (c.operation_id = o.id OR c.id = o.forked_from_checkpoint_id) AND c.status = 'committed'
                       AND (CAST(:checkpoint_id AS uuid) IS NULL OR c.id = :checkpoint_id)) AS has_checkpoint,
@@ -297,6 +309,11 @@ async def explain_resume(session: AsyncSession, id: UUID, from_checkpoint: UUID 
             f"operation is {row.status}; only {_words(RESUMABLE)} ones can be resumed",
             status=row.status,
         )
+    if row.of_cancelled_study:
+        message = (
+            f"its study was cancelled: resume that (`ops resume {row.parent_id}`), which goes on with this one too"
+        )
+        return OpsError(ErrorCode.NOT_RESUMABLE, message, status=row.status, parent_id=str(row.parent_id))
     if not row.has_checkpoint:
         what = "this operation has no such checkpoint" if from_checkpoint else "this operation has no checkpoint"
         return OpsError(ErrorCode.NO_CHECKPOINT, f"{what}; submit it again to start over", status=row.status)

@@ -1,0 +1,100 @@
+"""A study's children, as its newest plan has them: in its order, with what is known of each so far."""
+
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from ops_backend.store import ledger
+from ops_backend.store.energy import OUTCOMES, entries
+from ops_backend.store.sql import statement
+from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.lifecycle import Kind
+from ops_contract.operations import Children, Results, ResultView
+from ops_contract.plans import ChildResult
+from ops_contract.studies import MAX_CHILDREN
+
+# The children `c` of the study `o` that its newest plan wants.
+OF_NEWEST_PLAN = """
+    planned p JOIN operations c ON c.parent_id = p.parent_id AND c.child_key = p.child_key
+     WHERE p.parent_id = o.id AND p.attempt = (SELECT max(x.attempt) FROM planned x WHERE x.parent_id = o.id)"""
+
+# Of each name the last row that counts, and of that the last point: the values of no other are unpacked.
+_FINAL = """
+    SELECT array_agg(last.name) AS names, array_agg(last.values[width_bucket(last.until, last.steps)]) AS values
+      FROM (SELECT DISTINCT ON (m.name) m.name, m.steps, m.values, cut.until
+              FROM (SELECT number AS attempt, coalesce(min(start_step) OVER (
+                               ORDER BY number ROWS BETWEEN 1 FOLLOWING AND UNBOUNDED FOLLOWING) - 1,
+                               9223372036854775807) AS until
+                      FROM attempts WHERE operation_id = c.id) cut
+              JOIN metrics m ON m.operation_id = c.id AND m.attempt = cut.attempt AND m.first_step <= cut.until
+             ORDER BY m.name, m.attempt DESC, m.first_step DESC) last"""
+
+CHILDREN = statement(f"""
+    SELECT wanted.*, final.names, final.values, x.content AS result, ran.running_s,
+           {OUTCOMES.replace("o.id", "wanted.operation_id")} AS outcomes,
+           {entries("c", "attempt", "quality", "use")} AS energy
+      FROM operations o CROSS JOIN LATERAL (
+        SELECT p.child_key AS key, p.position, p.about, c.id AS operation_id, c.name, c.kind, c.status, c.error,
+               c.ended_at
+          FROM {OF_NEWEST_PLAN} AND p.position > :after
+         ORDER BY p.position LIMIT :limit) wanted
+      JOIN operations c ON c.id = wanted.operation_id
+      LEFT JOIN results x ON x.operation_id = c.id
+      LEFT JOIN LATERAL ({_FINAL}) final ON true
+     CROSS JOIN LATERAL (
+        SELECT sum(extract(epoch FROM coalesce(a.ended_at, now()) - a.started_at))::float8 AS running_s
+          FROM attempts a WHERE a.operation_id = c.id) ran
+     WHERE o.id = :id ORDER BY wanted.position
+""")
+
+# How many there are of each status, as a column of the study `o`; null for what is no study.
+COUNTS = f"""
+    CASE WHEN o.kind = 'study' THEN (
+        SELECT jsonb_object_agg(status, n) FROM (SELECT c.status, count(*) AS n FROM {OF_NEWEST_PLAN}
+                                                  GROUP BY c.status) counted) END"""
+
+
+RESULT = statement("SELECT attempt, created_at, content FROM results WHERE operation_id = :id")
+
+
+async def results(session: AsyncSession, id: UUID) -> Results:
+    row = (await session.execute(RESULT, {"id": id})).mappings().one_or_none()
+    return Results(items=[ResultView.model_validate(dict(row))] if row else [])
+
+
+async def page(session: AsyncSession, id: UUID, limit: int, cursor: str | None) -> Children:
+    """Raises 422 for a cursor that is not one of ours."""
+    try:
+        after = -1 if cursor is None else int(cursor)
+        found = await children(session, id, after, limit + 1)
+    except ValueError:
+        raise OpsError(ErrorCode.INVALID, "cursor: not one that this service gave; start without it") from None
+    items = found[:limit]
+    return Children(items=items, next_cursor=str(items[-1].position) if len(found) > limit else None)
+
+
+async def children(session: AsyncSession, id: UUID, after: int = -1, limit: int = MAX_CHILDREN) -> list[ChildResult]:
+    """Those at later positions than `after`."""
+    rows = await session.execute(CHILDREN, {"id": id, "after": after, "limit": limit})
+    return [_child(row) for row in rows]
+
+
+def _child(row: Row[Any]) -> ChildResult:
+    joules = ledger.view(row.energy or [], row.outcomes or [], row.status)
+    return ChildResult(
+        key=row.key,
+        position=row.position,
+        operation_id=row.operation_id,
+        name=row.name,
+        status=row.status,
+        about=row.about,
+        final=dict(zip(row.names or [], row.values or [], strict=True)),
+        training=row.result if row.kind == Kind.TRAINING else None,
+        running_s=row.running_s,
+        energy_j=joules.total_j,
+        energy_reason=joules.reason,
+        error=row.error["message"] if row.error else None,
+        ended_at=row.ended_at,
+    )
