@@ -187,7 +187,7 @@ class Problem(Wire):
 
 
 # Of the JSON of such an answer: it comes from users' code, by way of a worker.
-VALIDATED_MAX_BYTES = 2**20
+VALIDATED_MAX_BYTES = 8 * 2**20
 
 
 class Validated(Wire):

@@ -11,7 +11,7 @@ from ops_contract.agents import Drain
 from ops_contract.energy import DeviceNow, Quality
 from ops_contract.jobs import Code, Job
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
-from ops_contract.plans import ChildResult, TrainingResult
+from ops_contract.plans import ChildResult, Plan, TrainingResult
 from ops_contract.reports import Exactness, Fault
 from ops_contract.study_results import GridResult, SweepResult
 from ops_contract.wire import Name, Text, Wire
@@ -206,6 +206,22 @@ class Children(Wire):
 
     items: list[ChildResult]
     next_cursor: str | None
+
+
+class StudyPreview(Wire):
+    """What a study would run, and take on the `slots` that could run it now.
+
+    Time and energy go by the median of the newest trainings of the same workload, `by_trainings` of them; null with
+    the reason where they are not known.
+    """
+
+    job: Job
+    plan: Plan | None
+    slots: int
+    time_s: float | None = None
+    energy_j: float | None = None
+    by_trainings: int = 0
+    reason: str | None = None
 
 
 class ResultView(Wire):

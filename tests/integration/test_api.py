@@ -408,10 +408,10 @@ async def test_what_has_not_ended_is_counted(api: httpx.AsyncClient, store: Stor
     again = await api.get("/counts", headers={"If-None-Match": counted.headers["etag"]})
     await api.post(f"/operations/{running.operation_id}/cancel")
     last = (await api.get("/counts")).json()
-    assert first == {"pending": 0, "running": 0, "cancelling": 0}
-    assert counted.json() == {"pending": 1, "running": 1, "cancelling": 0}
+    assert first == {"pending": 0, "running": 0, "waiting": 0, "cancelling": 0}
+    assert counted.json() == {"pending": 1, "running": 1, "waiting": 0, "cancelling": 0}
     assert (again.status_code, again.content) == (304, b"")
-    assert last == {"pending": 1, "running": 0, "cancelling": 1}
+    assert last == {"pending": 1, "running": 0, "waiting": 0, "cancelling": 1}
 
 
 async def test_pages_are_newest_first_and_complete(api: httpx.AsyncClient, offered: str) -> None:

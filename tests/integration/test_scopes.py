@@ -44,6 +44,8 @@ ROUTES: dict[str, Iterable[Scope | None]] = {
     "GET /operations": READERS,
     "GET /operations/{id}": READERS,
     "GET /operations/{id}/artifacts": READERS,
+    "GET /operations/{id}/children": READERS,
+    "GET /operations/{id}/results": READERS,
     "GET /operations/{id}/artifacts/{artifact_id}": READERS,
     "GET /operations/{id}/attempts": READERS,
     "GET /operations/{id}/checkpoints": READERS,

@@ -143,11 +143,11 @@ async def test_a_scrape_tells_what_has_happened(api: Api, store: Store) -> None:
     await api.client.post(f"/api/v1/operations/{given_up}/cancel", json={})
     ended = await api.scrape()
 
-    assert running.values("relight_operations", "status") == {"pending": 1, "running": 2, "cancelling": 0}
+    assert running.values("relight_operations", "status") == {"pending": 1, "running": 2, "waiting": 0, "cancelling": 0}
     assert running.value("relight_worker_slots", worker="cpu-box", state="busy") == 1
     assert running.value("relight_gpu_busy", worker="gpu-box", device="cuda", device_uuid="GPU-1") == 1
     assert running.value("relight_dispatch_seconds_count", outcome="accepted") == 2
-    assert ended.values("relight_operations", "status") == {"pending": 1, "running": 0, "cancelling": 0}
+    assert ended.values("relight_operations", "status") == {"pending": 1, "running": 0, "waiting": 0, "cancelling": 0}
     assert ended.value("relight_worker_slots", worker="cpu-box", state="busy") == 0
     assert ended.value("relight_worker_slots", worker="cpu-box", state="free") == 1
     ends = {"completed": 1, "cancelled": 1, "failed": 0}

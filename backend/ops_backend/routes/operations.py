@@ -26,6 +26,7 @@ from ops_backend.routes.files import FILE_ANSWERS, ArtifactResponse
 from ops_backend.routes.raw_bodies import reads
 from ops_backend.store import children, curves, deletion, output, queries
 from ops_backend.store.curves import LAST_STEP
+from ops_backend.store.estimates import preview
 from ops_backend.store.fork import fork_if_there, forked_job, replay_if_there
 from ops_backend.store.retention import delete_if_unused, explain_delete
 from ops_backend.store.submit import once, replay, resolved_job, submit_if_new
@@ -53,6 +54,7 @@ from ops_contract.operations import (
     Results,
     ResumeAccepted,
     ResumeRequest,
+    StudyPreview,
 )
 from ops_contract.problems import offer
 from ops_contract.studies import MAX_CHILDREN
@@ -65,14 +67,16 @@ IdempotencyKey = Annotated[
 ]
 AfterSeq = Annotated[int, Query(ge=0, lt=2**31, description="only later events")]
 
-DryRun = Annotated[bool, Query(description="store nothing, and answer 200 with the resolved job")]
+DryRun = Annotated[
+    bool, Query(description="store nothing, and answer 200 with the resolved job; of a study with its plan too")
+]
 
 
 @router.post(
     "",
     status_code=201,
     response_model=Operation,
-    responses={200: {"model": Operation | Job}, **refusals(401, 409, 422)},
+    responses={200: {"model": Operation | Job | StudyPreview}, **refusals(401, 409, 422)},
     openapi_extra=reads(JobSpec, {"workload": "digits", "execution": {"max_epochs": 20}}, required=True),
 )
 async def submit(
@@ -99,7 +103,9 @@ async def submit(
     told = await _told(sessions, validator, asked)
     async with sessions.begin() as session:
         if dry_run:
-            return as_json(await resolved_job(session, read(JobSpec, body), told=told))
+            job = await resolved_job(session, read(JobSpec, body), told=told)
+            plan = told.plan if told else None
+            return as_json(job if job.study is None else await preview(session, job, plan, settings.lease_s))
 
         async def make() -> UUID | None:
             return await submit_if_new(session, read(JobSpec, body), user.name, idempotency_key, body, told)

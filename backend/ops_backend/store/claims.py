@@ -20,7 +20,7 @@ CLAIM_LOCK = 20_808_214
 TRY_CLAIM_LOCK = statement(f"SELECT pg_try_advisory_xact_lock({CLAIM_LOCK})")
 
 
-def _runs(worker: str) -> str:
+def runs(worker: str) -> str:
     """Whether it takes this operation `o`: see `runs_user_code`."""
     return f"""CASE WHEN o.workload = 'command' OR o.workload LIKE '%:%' THEN {worker}.user_code
                          ELSE o.workload = ANY ({worker}.workloads)
@@ -49,11 +49,11 @@ CLAIM = statement(f"""
           CROSS JOIN LATERAL (
             SELECT f.incarnation, f.index, f.device, f.cores, f.url, f.secret
               FROM offered f
-             WHERE f.free AND {_runs("f")}
+             WHERE f.free AND {runs("f")}
                AND (o.kind = 'study' OR f.cores >= coalesce((o.job->'resources'->>'cores')::int, 1))
                AND CASE WHEN o.kind = 'study' THEN true ELSE CASE o.job->'execution'->>'accelerator'
                      WHEN 'auto' THEN f.device <> 'cpu' OR NOT EXISTS (
-                          SELECT FROM offered g WHERE g.device <> 'cpu' AND {_runs("g")})
+                          SELECT FROM offered g WHERE g.device <> 'cpu' AND {runs("g")})
                      ELSE f.device = o.job->'execution'->>'accelerator' END END
              ORDER BY o.kind = 'study' AND f.device = 'cpu' DESC,
                       f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index

@@ -69,6 +69,7 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "paths": ARRAY(Text),
     "own": Boolean(),
     "permanent": Boolean(),
+    "plans": Boolean(),
     "progress": JSONB(none_as_null=True),
     "q": Text(),
     "reason": Text(),

@@ -13,7 +13,8 @@ FIND_WORKER = statement("""
     SELECT w.incarnation, w.url, w.secret FROM workers w
      WHERE NOT w.draining AND w.drain IS NULL AND w.last_seen_at > now() - make_interval(secs => :lease_s)
        AND (w.user_code OR NOT :user_code)
-       AND (:own OR :workload = ANY (w.workloads) AND (SELECT validates FROM workloads WHERE name = :workload))
+       AND (:own OR :workload = ANY (w.workloads)
+                    AND (:plans OR (SELECT validates FROM workloads WHERE name = :workload)))
        AND EXISTS (SELECT FROM slots s
                     WHERE s.incarnation = w.incarnation AND s.cores >= :cores
                       AND (:device = 'auto' OR s.device = :device))
@@ -33,15 +34,16 @@ class Question:
 
 
 async def question(session: AsyncSession, job: Job, lease_s: float) -> Question | None:
-    """None where no worker knows better than the stored schema, or none is there."""
-    if job.command is not None:
+    """None where no worker knows better than the stored schema, or none is there. A study is planned to be judged."""
+    if job.command is not None and job.study is None:
         return None
     values = {
         "user_code": runs_user_code(job),
         "own": is_users_own(job.workload),
+        "plans": job.study is not None,
         "workload": job.workload,
-        "cores": job.resources.cores or 1,
-        "device": job.execution.accelerator,
+        "cores": 1 if job.study else job.resources.cores or 1,
+        "device": "auto" if job.study else job.execution.accelerator,
         "lease_s": lease_s,
     }
     worker = (await session.execute(FIND_WORKER, values)).one_or_none()
