@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ops_cli import checkpoints, completing, show
+from ops_cli import checkpoints, completing, show, studies
 from ops_cli.code import CodeDir, NoCode, changed_code, with_code
 from ops_cli.connect import Json, LiveId, OperationId, ResumableId, with_client
 from ops_cli.watch import JsonLines, view_for_people, watch_to_end
@@ -197,7 +197,9 @@ def cancel(
     if json:
         print(operation.model_dump_json())
     elif operation.status == "cancelling":
-        saves = "it may save first" if operation.kind == "command" else "it saves a checkpoint first"
+        saves = {"command": "it may save first", "study": "its children save checkpoints first"}.get(
+            operation.kind, "it saves a checkpoint first"
+        )
         print(f"{short} is stopping" + (" at once" if force else f": {saves}"))
         print(f"Next: ops watch {short}; when it has stopped: ops resume {short}")
     else:
@@ -227,7 +229,11 @@ def resume(
     chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
     accepted = client.resume(found, chosen.id if chosen else None, accept_changes)
     came_from, short = accepted.resumed_from, str(found)[:8]
-    said = f"{short} goes on from {show.came_from(came_from)}" if came_from else f"{short} runs again"
+    if came_from:
+        said = f"{short} goes on from {show.came_from(came_from)}"
+    else:
+        is_study = not json and client.get(found).kind == "study"
+        said = f"{short} runs {'what is missing or failed' if is_study else 'again'}"
     print(accepted.model_dump_json() if json else said, flush=True)
     _follow(client, found, watch, json)
 
@@ -281,6 +287,10 @@ def fork(
 
 
 def _submit(client: "Client", job: "JobSpec", dry_run: bool, watch: bool, json: bool) -> None:
+    if dry_run and job.study is not None:
+        preview = client.preview(job)
+        print(preview.model_dump_json()) if json else studies.print_preview(preview)
+        return
     if dry_run:
         _show(client.dry_run(job), json)
         return

@@ -38,15 +38,20 @@ def list_operations(
     query: Annotated[
         str | None, typer.Option("--query", "-q", help="Part of a name, or the beginning of an id.")
     ] = None,
+    parent: Annotated[
+        str | None, typer.Option(metavar="ID", help="The children of this study; all: those of every study too.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1)] = 20,
     json: Json = False,
 ) -> None:
-    """Operations, newest first.
+    """Operations, newest first. A study stands for its children.
 
     \b
     ops list --status running,pending --label team=vision
+    ops list --parent 1f6e
     """
-    found = client.list(status=status, workload=workload, label=label, q=query, limit=limit)
+    parent_id = None if parent == "all" else client.resolve(parent) if parent else "none"
+    found = client.list(status=status, workload=workload, label=label, q=query, parent_id=parent_id, limit=limit)
     items = list(found)
     if json:
         print(show.json_array(items))
@@ -85,6 +90,9 @@ def status(client: "Client", operation_id: OperationId, json: Json = False) -> N
 
 def next_command(operation: "Operation") -> str:
     short = str(operation.id)[:8]
+    if operation.kind == "study" and operation.status not in ("pending", "running"):
+        on = f", ops resume {short}" if operation.status in ("failed", "cancelled") else ""
+        return f"ops sweep show {short}, ops list --parent {short}{on}"
     if operation.status == "failed":
         return f"ops logs {short}, ops resume {short}"
     if operation.status == "cancelled":
@@ -111,11 +119,12 @@ def _waits_for(operation: "Operation", workers: "Sequence[WorkerView]") -> str:
         return undrain or "a worker: none is live; `ops up` starts one, or `ops worker`"
     if not slots:
         return undrain or "a worker that runs its users' code: start one with OPS_USER_CODE=1"
+    asks = operation.kind != "study"  # that only plans and reduces, on any slot
     cores = operation.job.resources.cores or 1
-    if cores > max(slot.cores for slot in slots):
+    if asks and cores > max(slot.cores for slot in slots):
         return undrain or f"a slot of {cores} cores: no live worker offers one"
     wanted = operation.job.execution.accelerator
-    if wanted in ("cuda", "mps") and not any(slot.device == wanted for slot in slots):
+    if asks and wanted in ("cuda", "mps") and not any(slot.device == wanted for slot in slots):
         return undrain or "a GPU: no live worker offers one"
     if all(slot.operation_id for slot in slots):
         return f"a free slot: {len(slots)} of {len(slots)} taken"
@@ -131,6 +140,8 @@ def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, s
         "name": show.plain(operation.name),
         "status": show.coloured(operation.status) + show.plain(_why(operation, now)),
         "waits for": waits_for,
+        "study": _study(operation),
+        "child of": str(operation.parent_id)[:8] if operation.parent_id else "",
         "workload": "" if operation.job.command else show.plain(operation.workload),
         "command": show.plain(shlex.join(operation.job.command or [])),
         "code": _code(operation.job.code),
@@ -151,6 +162,14 @@ def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, s
         "logs": f"{operation.logs}/ in the storage root" if operation.logs else "",
         "labels": show.plain(", ".join(f"{key}={value}" for key, value in operation.labels.items())),
     }
+
+
+def _study(operation: "Operation") -> str:
+    if operation.job.study is None:
+        return ""
+    counts = operation.children or {}
+    told = ", ".join(f"{n} {status}" for status, n in counts.items())
+    return f"{operation.job.study.type}" + (f" of {sum(counts.values())}: {told}" if counts else "")
 
 
 def _code(code: "Code | None") -> str:

@@ -33,6 +33,7 @@ from ops_contract.operations import (
     CancelRequest,
     Checkpoints,
     CheckpointView,
+    Children,
     Cleanup,
     CleanupItem,
     CleanupRequest,
@@ -49,13 +50,19 @@ from ops_contract.operations import (
     ReplayRequest,
     ResumeAccepted,
     ResumeRequest,
+    StudyPreview,
     Workers,
     WorkerView,
     Workloads,
     WorkloadView,
 )
+from ops_contract.operations import (
+    Results as ResultsAnswer,
+)
+from ops_contract.plans import ChildResult, TrainingResult
 from ops_contract.problems import offer
 from ops_contract.reports import Exactness
+from ops_contract.study_results import GridResult, SweepResult
 from ops_contract.tokens import TokenCreated, TokenRequest, Tokens, TokenView
 from ops_contract.webhooks import (
     Deliveries,
@@ -98,9 +105,13 @@ class Unreachable(OpsError):
 
 @dataclass(frozen=True)
 class Results:
-    """`metrics` are the last value of each. `exactness` null: it has not begun."""
+    """`metrics` are the last value of each. `exactness` null: it has not begun.
+
+    `content`: of a training how much it was trained on what, of a study its rows, fits and statistics; null until then.
+    """
 
     operation: Operation
+    content: TrainingResult | SweepResult | GridResult | None
     metrics: Mapping[str, float]
     artifacts: Sequence[ArtifactView]
     exactness: Exactness | None
@@ -177,7 +188,14 @@ class Client:
     def dry_run(self, spec: JobSpec | Mapping[str, Any]) -> Job:
         """What a submit would run, defaults and all, after every check of a submit; nothing is stored."""
         job = spec if isinstance(spec, JobSpec) else JobSpec.model_validate(spec)
+        if job.study is not None:
+            return self.preview(job).job
         return self._parse(self._post("/operations?dry_run=true", job, repeatable=True), Job)
+
+    def preview(self, spec: JobSpec | Mapping[str, Any]) -> StudyPreview:
+        """What a study would run and take, after every check of a submit; nothing is stored."""
+        job = spec if isinstance(spec, JobSpec) else JobSpec.model_validate(spec)
+        return self._parse(self._post("/operations?dry_run=true", job, repeatable=True), StudyPreview)
 
     def get(self, operation_id: UUID | str) -> Operation:
         """Polling is cheap: what has not changed is not sent again."""
@@ -197,14 +215,16 @@ class Client:
         workload: str | None = None,
         label: str | None = None,
         q: str | None = None,
+        parent_id: UUID | str | None = None,
         limit: int | None = None,
     ) -> Iterator[OperationSummary]:
         """Newest first, page by page, at most `limit`.
 
         `status`: one, or several joined by commas. `label`: `key` or `key=value`. `q`: part of a name, or the
-        beginning of an id.
+        beginning of an id. `parent_id`: the children of this study; "none": what is no study's child.
         """
         wanted: dict[str, Any] = {"status": status, "kind": kind, "workload": workload, "label": label, "q": q}
+        wanted["parent_id"] = str(parent_id) if parent_id else None
         left = limit
         while left is None or left > 0:
             wanted["limit"] = min(PAGE, left or PAGE)
@@ -445,7 +465,20 @@ class Client:
         """What has come of it, or has so far: the last value of every metric, its files, its exactness."""
         operation = self.get(operation_id)
         metrics = {each.name: each.last[1] for each in self.metric_summaries(operation_id) if each.last}
-        return Results(operation, metrics, self.artifacts(operation_id), operation.exactness)
+        items = self._get(f"/operations/{operation_id}/results", ResultsAnswer).items
+        content = items[0].content if items else None
+        return Results(operation, content, metrics, self.artifacts(operation_id), operation.exactness)
+
+    def children(self, operation_id: UUID | str) -> Sequence[ChildResult]:
+        """Of a study, in the order of its plan, each with what it has given so far."""
+        items: builtins.list[ChildResult] = []
+        wanted: dict[str, Any] = {}
+        while True:
+            page = self._get(f"/operations/{operation_id}/children", Children, wanted)
+            items += page.items
+            if page.next_cursor is None:
+                return items
+            wanted["cursor"] = page.next_cursor
 
     def log_part(self, operation_id: UUID | str, offset: int = 0, max_bytes: int | None = None) -> LogPart:
         """What its attempts wrote to stdout and stderr, from the first byte there is at or after `offset`.

@@ -132,6 +132,7 @@ async def test_results_are_the_last_values_and_the_files() -> None:
     bodies = {
         f"/api/v1/operations/{done.id}": done,
         f"/api/v1/operations/{done.id}/artifacts": Artifacts(items=[]),
+        f"/api/v1/operations/{done.id}/results": Results(items=[ResultView(attempt=1, created_at=AT, content=TRAINED)]),
     }
     metrics = metric_names({"loss": [(0, 2.0), (5, 1.0)]})
 
@@ -143,3 +144,4 @@ async def test_results_are_the_last_values_and_the_files() -> None:
         results = await api.results(done.id)
 
     assert (results.operation, results.metrics, results.artifacts) == (done, {"loss": 1.0}, [])
+    assert results.content == TRAINED
