@@ -117,6 +117,7 @@ class Dispatcher:
             checkpoint=claim.checkpoint,
             parent_job=claim.parent_job,
             children=claim.children,
+            planned=claim.planned,
             accept_changes=claim.accept_changes,
             record=claim.record,
         )

@@ -10,6 +10,7 @@ from ops_contract.jobs import Job
 from ops_contract.lifecycle import Phase
 from ops_contract.plans import ChildResult, Plan
 from ops_contract.reports import Progress, Report
+from ops_contract.study_results import GridResult, SweepResult
 from ops_contract.wire import Name, Step, Wire
 
 CREDENTIAL_PREFIX = "rlw_"
@@ -152,6 +153,7 @@ class StartTraining(Wire):
     children: list[ChildResult] | None = Field(
         None, description="of a study that is to be reduced: what it planned, in its order; null: it is to plan"
     )
+    planned: SweepResult | GridResult | None = Field(None, description="of such a study: what its plan said of itself")
     record: FailureRecord = Field(FailureRecord(), description="of this service; for checkpoint_every auto")
 
 

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
 import httpx
@@ -12,10 +13,13 @@ import pytest
 from helpers.answers import metric_names, metric_points, operation
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Status
-from ops_contract.operations import Artifacts
+from ops_contract.operations import Artifacts, Results, ResultView
+from ops_contract.plans import TrainingResult
 from relight import AsyncClient
 from relight.client import TRIES, Client
 
+AT = datetime(2026, 1, 1, tzinfo=UTC)
+TRAINED = TrainingResult(steps=6, samples=12, units=12, params=3, embedding_params=0)
 Answer = Callable[[httpx.Request], httpx.Response]
 
 

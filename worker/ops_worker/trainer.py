@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from ops_contract.agents import Problem, Validated, WorkloadOffer
-from ops_contract.jobs import Accelerator
+from ops_contract.jobs import COMMAND, Accelerator, Job
 from ops_contract.lifecycle import Outcome
 from ops_contract.pipe import STACKS_SIGNAL, Description, Hello, RunJob, line
 from ops_contract.reports import Fault, Finish, Note
@@ -72,7 +72,9 @@ def serve(in_fd: int, out_fd: int) -> NoReturn:
     agent = AgentPipe(in_fd, out_fd)
     agent.send(Hello(pid=os.getpid()))
     job = agent.job()
-    agent.finish(artifacts.keep(job, agent.step, agent, run(job, agent)))
+    finish = run(job, agent)
+    # What a study's job keeps is its children's.
+    agent.finish(finish if job.start.job.study else artifacts.keep(job, agent.step, agent, finish))
 
 
 def run(job: RunJob, agent: AgentPipe) -> Finish:
@@ -82,6 +84,8 @@ def run(job: RunJob, agent: AgentPipe) -> Finish:
 
     try:
         enter(job)
+        if job.start.job.study is not None:
+            return _study(job, agent)
         workload_type = find_workload(job.start.job.workload)
         site = Site(Path(job.storage_root), job.device, job.cores)
         if job.start.job.execution.accelerator is Accelerator.AUTO and job.device == "cpu":
@@ -96,6 +100,16 @@ def run(job: RunJob, agent: AgentPipe) -> Finish:
     # SystemExit too: user code may call sys.exit, and that is no reason to end without a word.
     except BaseException as error:
         return Finish(outcome=Outcome.FAILED, error=_unexpected(error))
+
+
+def _study(job: RunJob, agent: AgentPipe) -> Finish:
+    from ops_worker import studies
+
+    return studies.run(job, _studied(job.start.job), agent)
+
+
+def _studied(job: Job) -> AnyWorkload | None:
+    return None if job.workload == COMMAND else find_workload(job.workload)
 
 
 def enter(job: RunJob) -> None:
@@ -159,6 +173,10 @@ def validated(job: RunJob) -> Validated:
     config = job.start.job.config
     try:
         enter(job)
+        if job.start.job.study is not None:
+            from ops_worker import studies
+
+            return studies.judged(job.start.job, _studied(job.start.job))
         workload_type = find_workload(job.start.job.workload)
         if problems := config_problems(workload_type, config):
             return Validated(problems=problems)

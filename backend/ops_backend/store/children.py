@@ -14,6 +14,7 @@ from ops_contract.lifecycle import Kind
 from ops_contract.operations import Children, Results, ResultView
 from ops_contract.plans import ChildResult
 from ops_contract.studies import MAX_CHILDREN
+from ops_contract.study_results import GridResult, SweepResult
 
 # The children `c` of the study `o` that its newest plan wants.
 OF_NEWEST_PLAN = """
@@ -62,6 +63,13 @@ RESULT = statement("SELECT attempt, created_at, content FROM results WHERE opera
 async def results(session: AsyncSession, id: UUID) -> Results:
     row = (await session.execute(RESULT, {"id": id})).mappings().one_or_none()
     return Results(items=[ResultView.model_validate(dict(row))] if row else [])
+
+
+async def planned(session: AsyncSession, id: UUID) -> SweepResult | GridResult | None:
+    """What the study said last: what it skipped and warned of when it planned."""
+    found = (await results(session, id)).items
+    content = found[0].content if found else None
+    return content if isinstance(content, SweepResult | GridResult) else None
 
 
 async def page(session: AsyncSession, id: UUID, limit: int, cursor: str | None) -> Children:

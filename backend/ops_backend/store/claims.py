@@ -5,13 +5,14 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.children import children
+from ops_backend.store.children import children, planned
 from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
 from ops_contract.agents import CheckpointRef, FailureRecord
 from ops_contract.jobs import MOST_THREADS, Job
 from ops_contract.lifecycle import Status, StudyPhase
 from ops_contract.plans import ChildResult
 from ops_contract.reports import Fault
+from ops_contract.study_results import GridResult, SweepResult
 
 # Any number that no other user of the database takes; it spells "claim" in base 36.
 CLAIM_LOCK = 20_808_214
@@ -159,6 +160,7 @@ class Claim:
     checkpoint: CheckpointRef | None
     parent_job: Job | None
     children: list[ChildResult] | None
+    planned: SweepResult | GridResult | None
     accept_changes: bool
     record: FailureRecord
     due_s: float  # how long it had been due
@@ -171,6 +173,7 @@ async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
     row = (await session.execute(CLAIM, {"lease_s": lease_s})).mappings().one_or_none()
     if row is None:
         return None
+    reduces = row["study_phase"] == StudyPhase.REDUCE
     checkpoint = None
     if row["checkpoint_id"] is not None:
         checkpoint = CheckpointRef.model_validate({name: row[name] for name in CheckpointRef.model_fields})
@@ -184,7 +187,8 @@ async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
         job=Job.model_validate(row["job"]),
         checkpoint=checkpoint,
         parent_job=Job.model_validate(row["parent_job"]) if row["parent_job"] else None,
-        children=await children(session, row["operation_id"]) if row["study_phase"] == StudyPhase.REDUCE else None,
+        children=await children(session, row["operation_id"]) if reduces else None,
+        planned=await planned(session, row["operation_id"]) if reduces else None,
         accept_changes=row["accept_changes"],
         record=await failure_record(session),
         due_s=row["due_s"],

@@ -154,6 +154,8 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", tol
     await _check_code(session, spec.code, f"{path}code")
     setup = {name: getattr(spec, name) for name in Setup.model_fields}
     setup |= {"kind": spec.kind, "study": spec.study}
+    if spec.study is not None and (spec.workload is None or ":" in spec.workload):
+        return _study_job(spec, told, path, setup)
     if spec.workload is None:
         execution = _command_execution(spec.execution, f"{path}execution")
         return Job(workload=COMMAND, config={}, execution=execution, **setup)
@@ -167,6 +169,8 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", tol
         raise OpsError(
             ErrorCode.UNKNOWN_WORKLOAD, f"no worker has offered the workload {spec.workload!r}; {hint}", known=known
         )
+    if spec.study is not None:
+        return _study_job(spec, told, path, setup)
     if told is not None:
         refuse_problems(told, path)
     return Job(
@@ -175,6 +179,13 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", tol
         execution=_resolved_execution(spec.execution, workload.reports, f"{path}execution"),
         **setup,
     )
+
+
+def _study_job(spec: JobSpec, told: Validated | None, path: str, setup: dict[str, Any]) -> Job:
+    """As it was written: each child is resolved for itself, and what follows from the base must not stay under it."""
+    if told is not None:
+        refuse_problems(told, path)
+    return Job(workload=spec.workload or COMMAND, config=spec.config, execution=spec.execution, **setup)
 
 
 def invalid(problems: list[Problem]) -> OpsError:
