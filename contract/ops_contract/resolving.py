@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ops_contract.jobs import Execution, SchedulerName
+from ops_contract.jobs import COMMAND_KNOBS, Execution, SchedulerName
 from ops_contract.problems import problems_of
 
 
@@ -40,6 +40,15 @@ def resolved_execution(given: Execution, reports: Mapping[str, str]) -> Executio
     mode = given.checkpoint_mode or reports[monitor]
     top_k = _top_k(given, 1)
     return _with(given, checkpoint_monitor=monitor, checkpoint_mode=mode, checkpoint_save_top_k=top_k)
+
+
+def check_command_knobs(given: Execution) -> None:
+    """Raises Unresolvable for what only the training engine heeds."""
+    plain = Execution().model_dump()
+    ignored = [name for name, value in given.model_dump().items() if name not in COMMAND_KNOBS and value != plain[name]]
+    if ignored:
+        problem = "does nothing for a command: its own code decides; give it as an argument or in env"
+        raise Unresolvable([(name, problem) for name in ignored])
 
 
 def _top_k(given: Execution, with_auto: int) -> int:

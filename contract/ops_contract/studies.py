@@ -70,7 +70,7 @@ class LearningRateRule(Wire):
     """learning_rate · (N / reference_params)^power; `reference_params` is the smallest N of the sweep where null."""
 
     power: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
-    reference_params: float | None = Field(None, gt=0, allow_inf_nan=False)
+    reference_params: float | None = Field(None, ge=1, le=1e15)
 
 
 class IsoFlop(Wire):

@@ -17,7 +17,6 @@ from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import (
     COMMAND,
-    COMMAND_KNOBS,
     Accelerator,
     Code,
     Execution,
@@ -26,7 +25,7 @@ from ops_contract.jobs import (
     Setup,
 )
 from ops_contract.problems import Problem, offer, unknown_field
-from ops_contract.resolving import Unresolvable, resolved_execution
+from ops_contract.resolving import Unresolvable, check_command_knobs, resolved_execution
 
 FIND_REPLAY = statement("""
     SELECT id, body_sha256 FROM operations WHERE submitted_by = :submitted_by AND idempotency_key = :idempotency_key
@@ -223,11 +222,10 @@ async def _check_code(session: AsyncSession, code: Code | None, path: str) -> No
 
 def _command_execution(given: Execution, path: str) -> Execution:
     """Raises 422 for what only the training engine heeds."""
-    plain = Execution().model_dump()
-    ignored = [name for name, value in given.model_dump().items() if name not in COMMAND_KNOBS and value != plain[name]]
-    if ignored:
-        problem = "does nothing for a command: its own code decides; give it as an argument or in env"
-        raise invalid([(f"{path}.{name}", problem) for name in ignored])
+    try:
+        check_command_knobs(given)
+    except Unresolvable as error:
+        raise invalid([(f"{path}.{field}", problem) for field, problem in error.problems]) from error
     # Nobody knows how often a command ought to say something.
     return given if "stall_timeout_s" in given.model_fields_set else given.model_copy(update={"stall_timeout_s": None})
 
