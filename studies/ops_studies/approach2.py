@@ -1,29 +1,30 @@
-"""Approach 2 of Hoffmann et al. 2022 (§ 3.2): a parabola through the runs of each budget, a power law through the vertices.
+"""Approach 2 of Hoffmann et al. 2022 (§ 3.2): a parabola through the runs of each budget, a law through the vertices.
 
-Of a curve L = E + A/N^α + B/D^β the parabola's vertex is not the optimum, for the curve is no parabola in x = log N. But
-L − E under one budget is the same function of x − x_opt under another, times a constant: grids that lie alike about their
-optima (as wide, equally off) move every vertex equally. Then the exponent is exact, and only the coefficient is off. Grids
-that lie otherwise, such as one and the same range of sizes under all budgets, make the exponent wrong too.
+Of a curve L = E + A/N^α + B/D^β the vertex is not quite the optimum, for it is no parabola in log N. But with x the
+distance of log N to the optimum, L − E of one budget is that of another times a constant. So on grids that lie alike
+about the optima of their budgets (as wide, equally far off) every vertex is off by the same factor: the exponent is
+exact, and only the coefficient is wrong. On others, such as the same sizes under every budget, both are.
 
-Noise is taken as a share of the loss, the same in all budgets. Vertices come with the variance that it gives them, weigh by
-it in the power law, and its intervals are Student's.
+The noise is taken to be a share of the loss, the same in all budgets. It gives every vertex a variance, by which it
+weighs in the power law, and intervals are Student's.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import fdtrc, stdtrit
+from scipy.special import fdtrc
 
 from ops_contract.study_results import Approach2, BudgetOptimum, Estimate, PowerLaw
+from ops_studies.estimates import exp, exp_plus_minus, plus_minus, student
 from ops_studies.runs import Cost, Floats, Runs, Slice
 
 MIN_SIZES = 3
-SCATTER_P = 0.01
+SCATTER_P = 0.01  # of the vertices about their line, if the noise within budgets explained it
 
 
 @dataclass(frozen=True)
 class Parabola:
-    """loss = a + b·z + c·z², z = log N − centre; `unscaled` is the covariance of (a, b, c) for residuals of variance 1."""
+    """loss = a + b·z + c·z², z = log N − centre. `spread` is the covariance of (a, b, c) for noise of variance 1."""
 
     slice: Slice
     points: int
@@ -31,9 +32,8 @@ class Parabola:
     low: float
     high: float
     coefficients: Floats
-    unscaled: Floats
-    mean_loss: float
-    squares: float  # of the residuals as shares of the mean loss
+    spread: Floats
+    squares: float  # of the residuals, as shares of the mean loss
     r2: float | None
 
     @classmethod
@@ -49,9 +49,17 @@ class Parabola:
         coefficients = inverse @ (q.T @ loss)
         squares = float(np.square(loss - basis @ coefficients).sum())
         total = float(np.square(loss - mean).sum())
-        r2 = 1 - squares / total if len(x) > 3 and total > 0 else None
-        spread = inverse @ inverse.T
-        return cls(each, len(x), centre, x.min(), x.max(), coefficients, spread, mean, squares / mean**2, r2)
+        return cls(
+            slice=each,
+            points=len(x),
+            centre=centre,
+            low=float(x.min()),
+            high=float(x.max()),
+            coefficients=coefficients,
+            spread=inverse @ inverse.T * mean**2,
+            squares=squares / mean**2,
+            r2=1 - squares / total if len(x) > MIN_SIZES and total > 0 else None,
+        )
 
     @property
     def curvature(self) -> float:
@@ -59,230 +67,210 @@ class Parabola:
 
     @property
     def vertex(self) -> float:
-        """log N; NaN where it opens downwards."""
+        """log N of the minimum; NaN where it opens downwards."""
         _, b, c = self.coefficients
-        return self.centre - b / (2 * c) if c > 0 else float("nan")
+        return float(self.centre - b / (2 * c)) if c > 0 else float("nan")
+
+    @property
+    def inside(self) -> bool:
+        return self.low <= self.vertex <= self.high
 
     @property
     def usable(self) -> bool:
         """A minimum farther outside than the sizes span is none that these runs know of."""
         width = self.high - self.low
-        return self.curvature > 0 and self.low - width <= self.vertex <= self.high + width
+        return self.low - width <= self.vertex <= self.high + width
 
     @property
-    def variance(self) -> float:
-        """Of the vertex, by the delta method, for noise of variance 1 in the loss as a share."""
+    def vertex_variance(self) -> float:
+        """By the delta method, for noise of variance 1."""
         _, b, c = self.coefficients
         gradient = np.array([0.0, -1 / (2 * c), b / (2 * c * c)])
-        return float(gradient @ self.unscaled @ gradient) * self.mean_loss**2
+        return float(gradient @ self.spread @ gradient)
+
+    def vertex_interval(self, noise: float, t: float) -> tuple[float, float] | None:
+        """Fieller's: where the slope b + 2c·z may be 0. None where that has no end, c being hardly above 0."""
+        _, b, c = self.coefficients
+        v = self.spread * noise * t**2
+        quadratic, linear, constant = 4 * (c * c - v[2, 2]), 4 * (b * c - v[1, 2]), b * b - v[1, 1]
+        if not quadratic > 0:
+            return None
+        root = np.sqrt(max(0.0, linear * linear - 4 * quadratic * constant))
+        low, high = (self.centre + (-linear + sign * root) / (2 * quadratic) for sign in (-1, 1))
+        return exp(low), exp(high)
 
     def loss_at(self, log_n: float) -> float:
-        return float(np.polynomial.polynomial.polyval(log_n - self.centre, self.coefficients))
+        return float(self._powers(log_n) @ self.coefficients)
 
     def loss_variance(self, log_n: float) -> float:
-        at = (log_n - self.centre) ** np.arange(3)
-        return float(at @ self.unscaled @ at) * self.mean_loss**2
+        return float(self._powers(log_n) @ self.spread @ self._powers(log_n))
 
-    def vertex_interval(self, variance: float, t: float) -> tuple[float, float] | None:
-        """Fieller's: where b + 2c·z is not significantly other than 0. None if that has no end, as with c near 0."""
-        _, b, c = self.coefficients
-        v = self.unscaled * variance * self.mean_loss**2 * t**2
-        quadratic, half, constant = 4 * (c * c - v[2, 2]), 2 * (b * c - v[1, 2]), b * b - v[1, 1]
-        if quadratic <= 0:
-            return None
-        root = np.sqrt(max(0.0, half * half - quadratic * constant))
-        low, high = ((-half + sign * root) / quadratic for sign in (-1, 1))
-        return float(self.centre + low), float(self.centre + high)
+    def _powers(self, log_n: float) -> Floats:
+        return np.array([1.0, log_n - self.centre, (log_n - self.centre) ** 2])
 
     def about_zero(self) -> tuple[float, float, float]:
-        """The coefficients in powers of log N itself."""
+        """The coefficients of the powers of log N itself."""
         a, b, c = map(float, self.coefficients)
         return a - b * self.centre + c * self.centre**2, b - 2 * c * self.centre, c
 
 
 @dataclass(frozen=True)
-class Line:
-    """log N_opt = level + slope · (log C − centre), and the variance of both."""
+class Law:
+    """log N_opt = level + slope · (log C − centre). Half an interval is `t` standard errors; of a loss `noise_t`."""
 
     level: float
     slope: float
     centre: float
     level_variance: float
     slope_variance: float
-    t: float | None  # None where there is nothing to tell the noise by
-    r2: float | None
-
-    def at(self, log_c: float) -> tuple[float, float]:
-        """The value, and half the width of its interval (NaN without one)."""
-        off = log_c - self.centre
-        half = np.sqrt(self.level_variance + off * off * self.slope_variance) * (np.nan if self.t is None else self.t)
-        return self.level + self.slope * off, float(half)
-
-    @property
-    def slope_half(self) -> float:
-        return float(np.sqrt(self.slope_variance) * (np.nan if self.t is None else self.t))
-
-
-@dataclass(frozen=True)
-class Law:
-    """What Approach 2 says, to be asked for any budget."""
-
-    line: Line
-    cost: Cost
-    usable: list[Parabola]
-    noise: float  # variance of the loss, as a share; NaN if not known
     t: float
+    r2: float | None
+    noise: float
+    noise_t: float
+    parabolas: list[Parabola]
+    cost: Cost
 
     def params(self, log_c: float) -> Estimate:
-        value, half = self.line.at(log_c)
-        return around(value, half)
+        return exp_plus_minus(*self._log_params(log_c))
 
     def tokens(self, log_c: float) -> Estimate:
-        value, half = self.line.at(log_c)
-        return around(log_c - self.cost.log_k - self.cost.m * value, self.cost.m * half)
+        value, half = self._log_params(log_c)
+        return exp_plus_minus(self.cost.log_tokens(log_c, value), self.cost.m * half)
 
     def tokens_per_param(self, log_c: float) -> Estimate:
-        value, half = self.line.at(log_c)
-        return around(log_c - self.cost.log_k - (1 + self.cost.m) * value, (1 + self.cost.m) * half)
+        value, half = self._log_params(log_c)
+        return exp_plus_minus(self.cost.log_tokens(log_c, value) - value, (1 + self.cost.m) * half)
 
     def loss(self, log_c: float) -> Estimate | None:
-        """Between the budgets that were run, on a line in log C and log loss; nothing beyond: it has no E."""
-        at = np.log([each.slice.flops for each in self.usable])
-        if not at[0] - 1e-9 <= log_c <= at[-1] + 1e-9:
-            return None
-        losses = np.array([each.loss_at(each.vertex) for each in self.usable])
-        if losses.min() <= 0:
+        """Between the budgets that were run, on a line in log C and log loss. It has no E to go beyond them by."""
+        at = np.log([each.slice.flops for each in self.parabolas])
+        losses = np.array([each.loss_at(each.vertex) for each in self.parabolas])
+        if not at[0] - 1e-9 <= log_c <= at[-1] + 1e-9 or losses.min() <= 0:
             return None
         shares = np.array([np.interp(log_c, at, one) for one in np.eye(len(at))])
-        variances = np.array([each.loss_variance(each.vertex) for each in self.usable]) / losses**2
-        half = np.sqrt(np.square(shares) @ variances * self.noise) * self.t
-        return around(float(shares @ np.log(losses)), float(half))
+        variances = np.array([each.loss_variance(each.vertex) for each in self.parabolas]) / losses**2
+        half = self.noise_t * np.sqrt(self.noise * (np.square(shares) @ variances))
+        return exp_plus_minus(float(shares @ np.log(losses)), float(half))
+
+    def power_of_params(self) -> PowerLaw:
+        exponent = plus_minus(self.slope, self._slope_half)
+        return PowerLaw(coefficient=self.params(0.0), exponent=exponent, r2=self.r2)
+
+    def power_of_tokens(self) -> PowerLaw:
+        """C = k·N^m·D makes it of the power law of N."""
+        m = self.cost.m
+        exponent = plus_minus(1 - m * self.slope, m * self._slope_half)
+        return PowerLaw(coefficient=self.tokens(0.0), exponent=exponent, r2=self.r2)
+
+    @property
+    def _slope_half(self) -> float:
+        return self.t * float(np.sqrt(self.slope_variance))
+
+    def _log_params(self, log_c: float) -> tuple[float, float]:
+        off = log_c - self.centre
+        half = self.t * np.sqrt(self.level_variance + off * off * self.slope_variance)
+        return self.level + self.slope * off, float(half)
 
 
-def approach2(runs: Runs, cost: Cost) -> tuple[Approach2 | None, Law | None, list[str]]:
-    """Hoffmann et al. 2022, § 3.2. Without two budgets that have a minimum there is no law, and a warning says so."""
-    parabolas = [found for each in runs.slices if (found := Parabola.through(runs, each))]
-    few = len(runs.slices) - len(parabolas)
+def fit(runs: Runs, cost: Cost) -> tuple[Approach2 | None, Law | None, list[str]]:
+    """Without two budgets that have a minimum there is no law, and a warning says so."""
+    parabolas = _parabolas(runs)
     if not parabolas:
-        return None, None, [f"Approach 2 wants {MIN_SIZES} or more sizes of model under one budget: there are fewer"]
-    warnings = [f"{few} of {len(runs.slices)} budgets have fewer than {MIN_SIZES} sizes: no parabola"] if few else []
-    warnings += [told for each in parabolas if (told := _edge(each))]
-    usable = [each for each in parabolas if each.usable]
+        return (
+            None,
+            None,
+            [f"Approach 2 wants {MIN_SIZES} or more sizes under each of two budgets: none has them"],
+        )
+    warnings = [told for each in parabolas if (told := _edge(each))]
+    if few := len(runs.slices) - len(parabolas):
+        warnings.append(f"{few} of {len(runs.slices)} budgets have fewer than {MIN_SIZES} sizes, and so no parabola")
     freedom = sum(each.points - 3 for each in parabolas)
-    noise = sum(each.squares for each in parabolas) / freedom if freedom else float("nan")
-    t = student(freedom) if freedom else float("nan")
+    squares = sum(each.squares for each in parabolas)
+    noise, t = (squares / freedom if freedom else float("nan")), student(freedom)
     optima = [_optimum(each, cost, noise, t) for each in parabolas]
+    usable = [each for each in parabolas if each.usable]
     if len(usable) < 2:
-        told = "Approach 2 wants two or more budgets whose parabola has a minimum near the sizes that were run"
+        told = "Approach 2 wants two or more budgets with a minimum near the sizes that were run: there is no power law"
         return Approach2(optima=optima, params=None, tokens=None), None, [*warnings, told]
-    line, told_of_line = _line(usable, noise * freedom if freedom else 0.0, freedom)
-    law = Law(line, cost, usable, noise, t)
-    return Approach2(optima=optima, params=_power(law), tokens=_power_of_tokens(law)), law, warnings + told_of_line
+    law, of_law = _law(usable, cost, squares, freedom)
+    found = Approach2(optima=optima, params=law.power_of_params(), tokens=law.power_of_tokens())
+    return found, law, warnings + of_law
 
 
-def exponent(runs: Runs) -> float:
-    """The exponent of N_opt alone; NaN without two budgets that have a minimum."""
-    usable = [found for each in runs.slices if (found := Parabola.through(runs, each)) and found.usable]
-    return _line(usable, 0.0, 0)[0].slope if len(usable) > 1 else float("nan")
+def exponent(runs: Runs, cost: Cost) -> float:
+    """Of N_opt, and nothing else; NaN where there is no law."""
+    usable = [each for each in _parabolas(runs) if each.usable]
+    return _law(usable, cost, 0.0, 0)[0].slope if len(usable) > 1 else float("nan")
 
 
-def student(freedom: float) -> float:
-    """Half the width of a 95 % interval, in standard errors."""
-    return float(stdtrit(freedom, 0.975))
+def _parabolas(runs: Runs) -> list[Parabola]:
+    return [found for each in runs.slices if (found := Parabola.through(runs, each))]
 
 
-def around(log_value: float, half: float) -> Estimate:
-    """From a logarithm and half the width of its interval; without one where that is NaN."""
-    with np.errstate(over="ignore"):
-        low, value, high = (float(np.exp(log_value + sign * half)) for sign in (-1, 0, 1))
-        value = float(np.exp(log_value))
-    return Estimate(value=value) if np.isnan(half) else Estimate(value=value, low=low, high=high)
-
-
-def _line(usable: list[Parabola], squares: float, freedom: int) -> tuple[Line, list[str]]:
-    """Weighted least squares. `squares` of residuals about the parabolas with `freedom`: these, and how the vertices
-    scatter about the line, tell the noise together; vertices that scatter more than it explains tell it alone."""
+def _law(usable: list[Parabola], cost: Cost, squares: float, freedom: int) -> tuple[Law, list[str]]:
+    """Weighted least squares. `squares`, with `freedom`, are of the runs about their parabolas: they tell the noise
+    together with the vertices' scatter about the line; where that is more than such noise explains, it tells it alone.
+    """
     x, y = np.log([each.slice.flops for each in usable]), np.array([each.vertex for each in usable])
-    weight = 1 / np.array([each.variance for each in usable])
-    centre = float(np.average(x, weights=weight))
-    level = float(np.average(y, weights=weight))
+    weight = 1 / np.array([each.vertex_variance for each in usable])
+    centre, level = float(np.average(x, weights=weight)), float(np.average(y, weights=weight))
     lever = float(weight @ np.square(x - centre))
     slope = float(weight @ ((x - centre) * (y - level))) / lever
-    scatter, scatter_freedom = float(weight @ np.square(y - level - slope * (x - centre))), len(x) - 2
+    scatter, of_scatter = float(weight @ np.square(y - level - slope * (x - centre))), len(x) - 2
     total = float(weight @ np.square(y - level))
-    r2 = 1 - scatter / total if scatter_freedom and total > 0 else None
+    noise = squares / freedom if freedom else float("nan")
     warnings = []
-    if scatter_freedom == 0:
-        warnings.append("two budgets make a line, whatever the law: run a third to test it")
-    elif freedom and squares > 0:
-        ratio = (scatter / scatter_freedom) / (squares / freedom)
-        if fdtrc(scatter_freedom, freedom, ratio) < SCATTER_P:
-            squares, freedom = 0.0, 0
-            warnings.append(
-                "the budgets' optima lie farther from their power law than the noise within budgets explains: "
-                "the intervals of Approach 2 come from their scatter alone"
-            )
-    freedom += scatter_freedom
-    variance = (squares + scatter) / freedom if freedom else float("nan")
-    t = student(freedom) if freedom else None
-    return Line(level, slope, centre, variance / float(weight.sum()), variance / lever, t, r2), warnings
-
-
-def _power(law: Law) -> PowerLaw:
-    at_one, half = law.line.at(0.0)
-    return PowerLaw(
-        coefficient=around(at_one, half),
-        exponent=_plus_minus(law.line.slope, law.line.slope_half),
-        r2=law.line.r2,
+    pooled, of_pooled = squares + scatter, freedom + of_scatter
+    if of_scatter == 0:
+        warnings.append("two budgets lie on a line whatever the law is: run a third")
+    elif noise > 0 and fdtrc(of_scatter, freedom, scatter / of_scatter / noise) < SCATTER_P:
+        pooled, of_pooled = scatter, of_scatter
+        warnings.append(
+            "the optima of the budgets lie farther from a power law than the noise within budgets explains; "
+            "Approach 2 takes its intervals from that alone"
+        )
+    variance = pooled / of_pooled if of_pooled else float("nan")
+    law = Law(
+        level=level,
+        slope=slope,
+        centre=centre,
+        level_variance=variance / float(weight.sum()),
+        slope_variance=variance / lever,
+        t=student(of_pooled),
+        r2=1 - scatter / total if of_scatter and total > 0 else None,
+        noise=noise,
+        noise_t=student(freedom),
+        parabolas=usable,
+        cost=cost,
     )
-
-
-def _power_of_tokens(law: Law) -> PowerLaw:
-    """C = k·N^m·D: the runs' own cost makes the law of D of that of N."""
-    at_one, half = law.line.at(0.0)
-    return PowerLaw(
-        coefficient=around(-law.cost.log_k - law.cost.m * at_one, law.cost.m * half),
-        exponent=_plus_minus(1 - law.cost.m * law.line.slope, law.cost.m * law.line.slope_half),
-        r2=law.line.r2,
-    )
-
-
-def _plus_minus(value: float, half: float) -> Estimate:
-    return Estimate(value=value) if np.isnan(half) else Estimate(value=value, low=value - half, high=value + half)
+    return law, warnings
 
 
 def _optimum(each: Parabola, cost: Cost, noise: float, t: float) -> BudgetOptimum:
-    """Where there is no minimum near, the best size that was run stands for it."""
-    vertex = each.vertex if each.usable else min((each.low, each.high), key=each.loss_at)
-    log_c = np.log(each.slice.flops)
-    interval = each.vertex_interval(noise, t) if each.usable and not np.isnan(noise) else None
+    """Where no minimum is near, the better end of the sizes that were run stands for it."""
+    log_n = each.vertex if each.usable else min((each.low, each.high), key=each.loss_at)
     return BudgetOptimum(
         budget=each.slice.budget,
         points=each.points,
-        params=float(np.exp(vertex)),
-        tokens=float(np.exp(log_c - cost.log_k - cost.m * vertex)),
-        loss=each.loss_at(vertex),
+        params=exp(log_n),
+        tokens=exp(cost.log_tokens(np.log(each.slice.flops), log_n)),
+        loss=each.loss_at(log_n),
         curvature=each.curvature,
         coefficients=each.about_zero(),
         r2=each.r2,
-        at_edge=not each.low <= each.vertex <= each.high,
+        at_edge=not each.inside,
         usable=each.usable,
-        params_interval=None if interval is None else around_ends(interval),
+        params_interval=each.vertex_interval(noise, t) if each.usable else None,
     )
 
 
-def around_ends(interval: tuple[float, float]) -> tuple[float, float]:
-    with np.errstate(over="ignore"):
-        return float(np.exp(interval[0])), float(np.exp(interval[1]))
-
-
 def _edge(each: Parabola) -> str | None:
-    budget = f"{each.slice.budget:.3g} FLOPs"
-    if each.curvature <= 0:
-        return f"{budget}: the parabola opens downwards; it is left out of the power law. Run more sizes, farther apart"
-    if each.low <= each.vertex <= each.high:
+    if each.inside:
         return None
-    smaller = each.vertex < each.low
-    where = f"the optimum lies {'below' if smaller else 'above'} every size that was run"
-    then = "" if each.usable else ", too far away to be known: it is left out of the power law"
-    return f"{budget}: {where}{then}. Run {'smaller' if smaller else 'larger'} models"
+    budget = f"{each.slice.budget:.3g} FLOPs"
+    left_out = "" if each.usable else "; it is left out of the power law"
+    if each.curvature <= 0:
+        return f"{budget}: the parabola opens downwards{left_out}. Run sizes farther apart, or more of them"
+    if each.vertex < each.low:
+        return f"{budget}: the optimum lies below all sizes that were run{left_out}. Run smaller ones"
+    return f"{budget}: the optimum lies above all sizes that were run{left_out}. Run larger ones"

@@ -1,7 +1,7 @@
 """Approach 3 of Hoffmann et al. 2022 (§ 3.3): L(N, D) = E + A/N^α + B/D^β, fitted to the logarithms of the losses.
 
-The objective is the sum over runs of Huber_δ(LSE(log E, log A − α·log N, log B − β·log D) − log L), δ = 1e-3. Besiroglu et
-al. 2024 found that the original averaged it: with the tolerances that optimizers have by default the fit then ends early.
+The objective is the sum over runs of Huber_δ(LSE(log E, log A − α·log N, log B − β·log D) − log L), δ = 1e-3. Besiroglu
+et al. 2024 found that the original took the mean: with the usual tolerances of an optimizer the fit then ends early.
 Here many fits at once (all starts, all resamples) go down by damped Newton steps until no step makes the sum smaller.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ops_contract.study_results import Approach3, Estimate, Outlier
+from ops_studies.estimates import exp_percentiles, percentiles
 from ops_studies.runs import Cost, Floats, Runs
 
 DELTA = 1e-3
@@ -56,13 +57,18 @@ class Problem:
 
     def objective(self, theta: Floats, weight: Floats) -> Floats:
         r = np.abs(self.log_loss(theta)[0] - self.target)
-        return np.where(r <= DELTA, r * r / 2, DELTA * (r - DELTA / 2)).__mul__(weight).sum(axis=1)
+        total: Floats = (weight * np.where(r <= DELTA, r * r / 2, DELTA * (r - DELTA / 2))).sum(axis=1)
+        return total
+
+    def residual(self, theta: Floats) -> Floats:
+        """Of one fit, in log loss: above 0 where the run is worse than the fit."""
+        r: Floats = self.target - self.log_loss(theta[None])[0][0]
+        return r
 
     def derivatives(self, theta: Floats, weight: Floats) -> tuple[Floats, Floats, Floats]:
-        """Gradient, Hessian, and the Hessian of the parabola above the objective (Huber's weights) that is never
-        indefinite."""
+        """Gradient, Hessian, and one that is never indefinite: of a parabola that touches the objective from above."""
         fitted, (pa, pb, pe) = self.log_loss(theta)
-        r = fitted - self.target
+        r: Floats = fitted - self.target
         slope = weight * np.clip(r, -DELTA, DELTA)
         jacobian = np.stack([pa, pb, pe, -pa * self.x, -pb * self.y], axis=1)
         gradient = (jacobian @ slope[:, :, None])[:, :, 0]
@@ -70,19 +76,13 @@ class Problem:
         inner = weight * (np.abs(r) < DELTA) - slope
         both = np.stack([majorant, inner], axis=1)[:, :, None, :] * jacobian[:, None]
         above, hessian = np.moveaxis(both @ jacobian.transpose(0, 2, 1)[:, None], 1, 0)
-        sa, sb, se = slope * pa, slope * pb, slope * pe
-        for i, j, value in (
-            (0, 0, sa.sum(1)),
-            (0, 3, -sa @ self.x),
-            (3, 3, sa @ self.x**2),
-            (1, 1, sb.sum(1)),
-            (1, 4, -sb @ self.y),
-            (4, 4, sb @ self.y**2),
-            (2, 2, se.sum(1)),
-        ):
-            hessian[:, i, j] += value
-            if i != j:
-                hessian[:, j, i] += value
+        for term, power, share, by in ((0, 3, pa, -self.x), (1, 4, pb, -self.y)):
+            bent = slope * share
+            hessian[:, term, term] += bent.sum(axis=1)
+            hessian[:, term, power] += bent @ by
+            hessian[:, power, term] += bent @ by
+            hessian[:, power, power] += bent @ by**2
+        hessian[:, 2, 2] += (slope * pe).sum(axis=1)
         return gradient, hessian, above
 
     def descend(self, theta: Floats, weight: Floats, iterations: int) -> tuple[Floats, Floats]:
@@ -123,7 +123,8 @@ class Problem:
         factors = np.linalg.solve(square + ridge, basis.sum(axis=1)[:, :, None])[:, :, 0]
         least = 1e-3 * np.exp(self.target.min())
         logs = np.log(np.maximum(factors, least))
-        return np.clip(np.column_stack([logs, alpha, beta]), self.low, self.high)
+        starts: Floats = np.clip(np.column_stack([logs, alpha, beta]), self.low, self.high)
+        return starts
 
     def fit(self) -> tuple[Floats, float, int]:
         """θ, the objective, and how many starts there were."""
@@ -136,10 +137,10 @@ class Problem:
         return theta[best], float(value[best]), len(starts)
 
     def resampled(self, theta: Floats, bootstraps: int, seed: int) -> Floats:
-        """θ of as many fits, each of the runs with random weights, begun at the fit of all.
+        """θ of as many fits, begun at that of all runs.
 
-        Weights of mean 1 instead of numbers of draws (Rubin 1981): a resample of a small grid may have too few runs left to
-        determine five parameters. Their variance n/(n − 5) makes up for the residuals' being smaller than the noise.
+        A resample weighs the runs at random (Rubin 1981) rather than to draw some of them: of a small grid too few
+        would be left for five parameters. The variance n/(n − 5) makes up for residuals' being smaller than the noise.
         """
         n = len(self.x)
         shape = (n - 5) / n
@@ -151,108 +152,102 @@ class Problem:
 
 @dataclass(frozen=True)
 class Curve:
-    """What Approach 3 says, to be asked for any budget. The first row of `theta` is the fit, the others the resamples'."""
+    """The first of each is the fit's, the others its resamples'."""
 
     log_a: Floats
     log_b: Floats
-    e: Floats
+    log_e: Floats
     alpha: Floats
     beta: Floats
     cost: Cost
 
-    def log_params(self, log_c: float) -> Floats:
-        """C = k·N^m·D; dL/dN = 0 along it: N_opt^(α + mβ) = αA/(mβB) · (C/k)^β."""
-        m = self.cost.m
-        ratio = np.log(self.alpha) + self.log_a - np.log(m * self.beta) - self.log_b
-        return (ratio + self.beta * (log_c - self.cost.log_k)) / (self.alpha + m * self.beta)
+    @classmethod
+    def of(cls, problem: Problem, theta: Floats, cost: Cost) -> "Curve":
+        a, b, e, alpha, beta = theta.T
+        return cls(a + alpha * problem.mean_x, b + beta * problem.mean_y, e, alpha, beta, cost)
 
     @property
     def exponent(self) -> float:
+        """Of N_opt."""
         return float(self.beta[0] / (self.alpha[0] + self.cost.m * self.beta[0]))
 
     def params(self, log_c: float) -> Estimate:
-        return _percentiles(np.exp(self.log_params(log_c)))
+        return exp_percentiles(self._log_params(log_c))
 
     def tokens(self, log_c: float) -> Estimate:
-        return _percentiles(np.exp(self._log_tokens(log_c)))
+        return exp_percentiles(self._log_tokens(log_c))
 
     def tokens_per_param(self, log_c: float) -> Estimate:
-        return _percentiles(np.exp(self._log_tokens(log_c) - self.log_params(log_c)))
+        return exp_percentiles(self._log_tokens(log_c) - self._log_params(log_c))
 
     def loss(self, log_c: float) -> Estimate:
-        return _percentiles(self.loss_at(self.log_params(log_c), self._log_tokens(log_c)))
-
-    def loss_at(self, log_n: Floats, log_d: Floats) -> Floats:
-        return self.e + np.exp(self.log_a - self.alpha * log_n) + np.exp(self.log_b - self.beta * log_d)
+        of_params = self.log_a - self.alpha * self._log_params(log_c)
+        of_tokens = self.log_b - self.beta * self._log_tokens(log_c)
+        return exp_percentiles(np.logaddexp(self.log_e, np.logaddexp(of_params, of_tokens)))
 
     def losses_of(self, runs: Runs) -> Floats:
-        """As the fit itself has them."""
-        e, log_a, log_b, alpha, beta = (each[0] for each in (self.e, self.log_a, self.log_b, self.alpha, self.beta))
-        return e + np.exp(log_a - alpha * runs.log_n) + np.exp(log_b - beta * runs.log_d)
+        """As the fit has them."""
+        of_params = self.log_a[0] - self.alpha[0] * runs.log_n
+        of_tokens = self.log_b[0] - self.beta[0] * runs.log_d
+        losses: Floats = np.exp(np.logaddexp(self.log_e[0], np.logaddexp(of_params, of_tokens)))
+        return losses
+
+    def _log_params(self, log_c: float) -> Floats:
+        """Where dL/dN = 0 along C = k·N^m·D: N^(α + mβ) = αA/(mβB) · (C/k)^β."""
+        m = self.cost.m
+        log_ratio = np.log(self.alpha) + self.log_a - np.log(m * self.beta) - self.log_b
+        log_params: Floats = (log_ratio + self.beta * (log_c - self.cost.log_k)) / (self.alpha + m * self.beta)
+        return log_params
 
     def _log_tokens(self, log_c: float) -> Floats:
-        return log_c - self.cost.log_k - self.cost.m * self.log_params(log_c)
+        return self.cost.log_tokens(log_c, self._log_params(log_c))
 
 
-def approach3(
-    runs: Runs, cost: Cost, bootstraps: int, seed: int
-) -> tuple[Approach3 | None, Curve | None, list[str]]:
-    """Hoffmann et al. 2022, § 3.3. Without enough runs there is none, and a warning says so."""
+def fit(runs: Runs, cost: Cost, bootstraps: int, seed: int) -> tuple[Approach3 | None, Curve | None, list[str]]:
+    """Without enough runs there is none, and a warning says so."""
     if reason := too_few(runs):
         return None, None, [f"Approach 3 {reason}"]
     problem = Problem.of(runs)
     theta, objective, starts = problem.fit()
-    fits = np.vstack([theta, problem.resampled(theta, bootstraps, seed)])
-    a, b, e, alpha, beta = fits.T
-    log_a, log_b = a + alpha * problem.mean_x, b + beta * problem.mean_y
-    curve = Curve(log_a, log_b, np.exp(e), alpha, beta, cost)
-    residual = problem.target - problem.log_loss(theta[None])[0][0]
+    curve = Curve.of(problem, np.vstack([theta, problem.resampled(theta, bootstraps, seed)]), cost)
+    residual = problem.residual(theta)
     total = float(np.square(problem.target - problem.target.mean()).sum())
-    with np.errstate(over="ignore"):
-        summary = Approach3(
-            E=_percentiles(curve.e),
-            A=_percentiles(np.exp(log_a)),
-            B=_percentiles(np.exp(log_b)),
-            alpha=_percentiles(alpha),
-            beta=_percentiles(beta),
-            objective=objective,
-            r2=1 - float(residual @ residual) / total if total > 0 else None,
-            rmse_log=float(np.sqrt(np.mean(residual**2))),
-            starts=starts,
-            bootstraps=bootstraps,
-            outliers=_outliers(runs, residual),
-        )
-    return summary, curve, _at_bounds(problem, theta)
+    found = Approach3(
+        E=exp_percentiles(curve.log_e),
+        A=exp_percentiles(curve.log_a),
+        B=exp_percentiles(curve.log_b),
+        alpha=percentiles(curve.alpha),
+        beta=percentiles(curve.beta),
+        objective=objective,
+        r2=1 - float(residual @ residual) / total if total > 0 else None,
+        rmse_log=float(np.sqrt(np.mean(residual**2))),
+        starts=starts,
+        bootstraps=bootstraps,
+        outliers=_outliers(runs, residual),
+    )
+    return found, curve, _at_bounds(problem, theta)
 
 
 def residuals(runs: Runs) -> Floats:
-    """In log loss, of the fit without resamples; there have to be enough runs."""
+    """In log loss. There have to be enough runs."""
     problem = Problem.of(runs)
-    return problem.target - problem.log_loss(problem.fit()[0][None])[0][0]
+    return problem.residual(problem.fit()[0])
 
 
 def too_few(runs: Runs) -> str | None:
-    """Why five parameters cannot be told from these runs."""
+    """Why these runs cannot tell five parameters."""
     if len(runs) < MIN_RUNS:
         return f"wants {MIN_RUNS} or more runs for its five parameters: there are {len(runs)}"
     for name, logs in (("sizes of model", runs.log_n), ("numbers of tokens", runs.log_d)):
         if (found := len(np.unique(np.round(logs, 6)))) < MIN_SPREAD:
             return f"wants {MIN_SPREAD} or more {name}: there are {found}"
     if len(runs.slices) < 2:
-        return "wants runs of two or more budgets: within one it cannot tell E from the rest"
+        return "wants two or more budgets: within one it cannot tell E from the rest"
     return None
 
 
-def _percentiles(values: Floats) -> Estimate:
-    """The first is the fit, the others its resamples."""
-    if len(values) < 2:
-        return Estimate(value=float(values[0]))
-    low, high = np.quantile(values[1:], [0.025, 0.975])
-    return Estimate(value=float(values[0]), low=float(low), high=float(high))
-
-
 def _outliers(runs: Runs, residual: Floats) -> list[Outlier]:
-    """The median of the deviations has the runs for it that five parameters leave."""
+    """The deviations are smaller than the noise, as five parameters went along with it."""
     scale = 1.4826 * float(np.median(np.abs(residual))) * np.sqrt(len(runs) / (len(runs) - 5))
     z = residual / max(scale, FLOAT32)
     far = [i for i in np.argsort(-np.abs(z), kind="stable") if abs(z[i]) > OUTLIER_Z]
@@ -260,10 +255,8 @@ def _outliers(runs: Runs, residual: Floats) -> list[Outlier]:
 
 
 def _at_bounds(problem: Problem, theta: Floats) -> list[str]:
-    """A parameter that went as far as it may is not determined by these runs."""
-    names = ("A", "B", "E", "alpha", "beta")
     stuck = (theta <= problem.low + 1e-9) | (theta >= problem.high - 1e-9)
-    found = [name for name, bound in zip(names, stuck, strict=True) if bound]
+    found = [name for name, at_bound in zip(("A", "B", "E", "alpha", "beta"), stuck, strict=True) if at_bound]
     if not found:
         return []
-    return [f"Approach 3 does not determine {', '.join(found)}: run more budgets, and sizes farther apart"]
+    return [f"these runs do not determine {', '.join(found)} of Approach 3: run more budgets, and sizes farther apart"]

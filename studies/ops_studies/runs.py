@@ -1,8 +1,9 @@
 """What the fits are made from: runs with N, D, C and a loss, and the budgets that they share."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from ops_contract.study_results import SweepRow
 
 Floats = NDArray[np.float64]
+FloatOrFloats = TypeVar("FloatOrFloats", float, Floats)
 
 SAME_BUDGET = 1.1  # runs that say no budget share one where their C differ by less than this factor
 
@@ -56,7 +58,7 @@ class Runs:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def without(self, left_out: Sequence[int]) -> "Runs":
+    def without(self, left_out: NDArray[np.intp]) -> "Runs":
         keep = np.setdiff1d(np.arange(len(self)), left_out)
         ids = tuple(self.ids[i] for i in keep)
         return Runs(ids, *(each[keep] for each in (self.log_n, self.log_d, self.log_c, self.loss, self.budget)))
@@ -101,7 +103,7 @@ class Cost:
         off = log_k - level - slope * runs.log_n
         return cls(float(level), 1 + float(slope), float(np.expm1(np.abs(off).max())))
 
-    def log_tokens(self, log_c: Floats, log_n: Floats) -> Floats:
+    def log_tokens(self, log_c: float, log_n: FloatOrFloats) -> FloatOrFloats:
         return log_c - self.log_k - self.m * log_n
 
 
