@@ -81,7 +81,7 @@ class Runs:
         while len(silent):
             near = self.log_c[silent] <= self.log_c[silent[0]] + np.log(SAME_BUDGET)
             mean = _geometric_mean(self.log_c[silent[near]])
-            yield Slice(mean, mean, silent[near])
+            yield Slice(float(f"{mean:.6g}"), mean, silent[near])
             silent = silent[~near]
 
 
