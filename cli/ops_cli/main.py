@@ -30,6 +30,7 @@ from ops_cli import (
     replay,
     service,
     show,
+    sweep,
     tokens,
     top,
     up,
@@ -47,6 +48,7 @@ SECTIONS = {
     "Watch": "list status top watch logs events attempts",
     "Act": "cancel resume fork replay",
     "Results": "metrics plot compare energy artifacts download export code",
+    "Study": "sweep",
     "Keep in order": "checkpoints delete cleanup workers webhooks tokens audit",
 }
 
@@ -170,6 +172,7 @@ for part in (
     plot,
     energy,
     compare,
+    sweep,
     workers,
     workloads,
     watch,

@@ -68,6 +68,7 @@ COMMANDS = {
     "tokens list": Row(),
     "audit": Row("--since 7d --action token.create"),
     "doctor": Row(server=False),  # it works with the service down, and says what is wrong
+    "sweep fit": Row("runs.csv --params n --tokens d --loss loss --bootstraps 2", server=False),
     "pack": Row("code", server=False),
     "schema": Row(text="it is JSON", server=False),
     "logs": Row(ID, text="what programs wrote, byte for byte"),
@@ -115,6 +116,8 @@ def filled(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
     (tmp_path / "job.yaml").write_text("workload: digits\n")
     (tmp_path / "code").mkdir()
     (tmp_path / "code/a.py").write_text("")
+    runs = "".join(f"{n},{d},{1 + 9 / n + 9 / d}\n" for n in (2, 4, 8, 16) for d in (2, 4, 8, 16))
+    (tmp_path / "runs.csv").write_text("n,d,loss\n" + runs)
     packed = pack(tmp_path / "code")
     job = Job(kind=Kind.COMMAND, workload="command", config={}, execution=Execution(), command=["a"], code=packed.code)
     for id in (ID, OTHER):
