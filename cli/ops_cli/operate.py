@@ -86,6 +86,9 @@ def train(
     settings: Settings = None,
     max_epochs: Annotated[int | None, typer.Option()] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer updates; ends the run before the epochs do.")] = None,
+    max_samples: Annotated[
+        int | None, typer.Option(help="Samples, repeats counted; the last batch is cut to it.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option()] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
@@ -121,6 +124,7 @@ def train(
         "max_retries": max_retries,
         "execution.max_epochs": max_epochs,
         "execution.max_steps": max_steps,
+        "execution.max_samples": max_samples,
         "execution.batch_size": batch_size,
         "execution.learning_rate": learning_rate,
         "execution.seed": seed,

@@ -258,7 +258,7 @@ class Run:
         cursor = self._cursor
         self._reporter.add_step(cursor.step, cursor.epoch, self._learning_rate, samples)
         self._marks.add(samples)
-        self._cursor = replace(cursor, samples_in_epoch=cursor.samples_in_epoch + samples)
+        self._cursor = cursor.after(samples, units=None)  # the loop does not say what it trained on
         if self._updated and not self._checked:
             with self._last_words():
                 check_round_trip(self._live)

@@ -1,6 +1,7 @@
 """The order of the data is a function of seed and epoch; the randomness of a sample is one of where it stands."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,19 @@ def test_fetching_within_an_autocast_is_as_precise_as_without(num_workers: int) 
 def test_a_short_last_batch_says_how_many_samples_it_has() -> None:
     assert [batch.samples for batch in order_of(Recorded(11)).training(0, 0)] == [4, 4, 3]
     assert len(order_of(Recorded(11))) == 3
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_in_which_the_run_ends_is_the_beginning_of_a_whole_one(num_workers: int) -> None:
+    whole = [item for batch in order_of(Recorded(11)).training(1, 0) for item in batch.data[0]]
+    order = replace(order_of(Recorded(11), num_workers=num_workers), max_samples=11 + 6)
+
+    cut = list(order.training(1, 4))
+
+    assert [batch.samples for batch in cut] == [2]
+    assert [item for batch in cut for item in batch.data[0]] == whole[4:6]
+    assert sum(batch.samples for batch in order.training(0, 0)) == 11
+    assert list(order.training(2, 0)) == []
 
 
 def test_nested_batches_move_to_the_device() -> None:

@@ -22,6 +22,7 @@ from ops_contract.lifecycle import Outcome, Phase
 SEED = int(os.environ.get("EXACTNESS_SEED", secrets.randbelow(2**32)))
 KILLS = int(os.environ.get("EXACTNESS_KILLS", "20"))
 EPOCHS, BATCH, BATCHES, VALIDATION_BATCHES = 3, 5, 7, 2
+CUT = 17  # samples of the last epoch, which makes the last of its batches one of two
 
 # Seven batches: a last window of one, by twos as by threes.
 DIMENSIONS: dict[str, list[Any]] = {
@@ -38,6 +39,7 @@ DIMENSIONS: dict[str, list[Any]] = {
     "dtype": ["float32", "bfloat16"],
     "gradient_clip": [None, 0.5],
     "samples": [BATCH * BATCHES, BATCH * BATCHES - 2],
+    "max_samples": [None, "within an epoch", "an epoch's end", "beyond max_epochs"],
 }
 MATRIX = covering_array(DIMENSIONS)
 DEFAULT = 8
@@ -53,6 +55,13 @@ def operation_of(configuration: Configuration, root: Path) -> Operation:
     named = configuration["scheduler"]
     own = {"plateau": "plateau", "by epoch": "multistep"}.get(named, "knobs")
     every = configuration["checkpoint_every"]
+    samples = configuration["samples"]
+    max_samples = {
+        None: None,
+        "within an epoch": (EPOCHS - 1) * samples + CUT,
+        "an epoch's end": EPOCHS * samples,
+        "beyond max_epochs": EPOCHS * samples + CUT,
+    }[configuration["max_samples"]]
     knobs = {name: configuration[name] for name in ("num_workers", "optimizer", "accumulate_grad_batches")}
     knobs |= {"scheduler": named} if own == "knobs" else {}
     knobs |= {"scheduler_milestones": [2, 5]} if named == "multistep" else {}
@@ -66,7 +75,8 @@ def operation_of(configuration: Configuration, root: Path) -> Operation:
             | {
                 "threads": 1,
                 "learning_rate": 0.02,
-                "max_epochs": EPOCHS,
+                "max_epochs": EPOCHS if configuration["max_samples"] in (None, "beyond max_epochs") else EPOCHS + 1,
+                "max_samples": max_samples,
                 "batch_size": BATCH,
                 "gradient_clip": configuration["gradient_clip"],
                 "checkpoint_every": CheckpointEvery(epochs=1) if every == "epoch" else CheckpointEvery(steps=every),
@@ -92,16 +102,22 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return reference
 
 
-def harms(kind: str, steps_in_epoch: int, chance: random.Random) -> list[dict[str, int]]:
+def steps_by_epoch(configuration: Configuration) -> list[int]:
+    last = -(-CUT // BATCH) if configuration["max_samples"] == "within an epoch" else BATCHES
+    return [-(-batches // configuration["accumulate_grad_batches"]) for batches in (*[BATCHES] * (EPOCHS - 1), last)]
+
+
+def harms(kind: str, steps: list[int], chance: random.Random) -> list[dict[str, int]]:
     """What kills the attempts, one after the other. The first one polls before each step and each validation batch."""
-    epoch_polls = steps_in_epoch + VALIDATION_BATCHES
-    epoch = chance.randrange(EPOCHS) * epoch_polls
-    anywhere = {"die_at_poll": epoch + chance.randrange(steps_in_epoch)}
+    begins = [sum(steps[:epoch]) + epoch * VALIDATION_BATCHES for epoch in range(EPOCHS)]
+    epoch = chance.randrange(EPOCHS)
+    anywhere = {"die_at_poll": begins[epoch] + chance.randrange(steps[epoch])}
+    ends = begins[epoch] + steps[epoch]
     return {
         "step": [anywhere],
-        "evaluation": [{"die_at_poll": epoch + steps_in_epoch + chance.randrange(VALIDATION_BATCHES)}],
-        "first of epoch": [{"die_at_poll": chance.randrange(1, EPOCHS) * epoch_polls}],
-        "last of epoch": [{"die_at_poll": epoch + steps_in_epoch - 1}],
+        "evaluation": [{"die_at_poll": ends + chance.randrange(VALIDATION_BATCHES)}],
+        "first of epoch": [{"die_at_poll": chance.choice(begins[1:])}],
+        "last of epoch": [{"die_at_poll": ends - 1}],
         "two in a row": [anywhere, {"die_at_poll": chance.randrange(1, 4)}],
         # Two saves there are at least, of five each and one for the directory; periodic ones may be passed over.
         "save": [{"die_at_fsync": chance.randrange(1 + 5 * 2)}],
@@ -113,7 +129,7 @@ def assert_exact(
     configuration: Configuration, kind: str, chance: random.Random, root: Path, expected: Operation
 ) -> None:
     operation = operation_of(configuration, root)
-    for harm in harms(kind, -(-BATCHES // configuration["accumulate_grad_batches"]), chance):
+    for harm in harms(kind, steps_by_epoch(configuration), chance):
         assert operation.run(**harm) is None, f"{harm} did not kill it"
     assert operation.run() is Outcome.COMPLETED
     assert operation.differences(expected) == [], f"EXACTNESS_SEED={SEED}, killed by {kind}: {configuration}"
@@ -175,6 +191,7 @@ FOUND_BY = {
     "one batch skipped": "loss from step 9",
     "order of another epoch": "loss from step 9",
     "registered state forgotten": "state.history.steps[0]",
+    "units counted from the resume": "cursor.units",
     "monitor forgotten": "monitor.evaluations_since",
 }
 

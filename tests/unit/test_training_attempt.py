@@ -16,12 +16,13 @@ from training_child import Listed, Operation, RandomItems, stopping_after, ticki
 
 from ops_contract.jobs import CheckpointEvery, Execution
 from ops_contract.lifecycle import Outcome
-from ops_contract.reports import Metrics, Note, Started
+from ops_contract.plans import TrainingResult
+from ops_contract.reports import Metrics, Note, Result, Started
 from relight.training import numerics
 from relight.training.attempt import Attempt, Site
 from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
-from relight.workload import MapDataset, Workload
+from relight.workload import MapDataset, WarmupCosine, Workload
 
 
 @pytest.fixture(autouse=True)
@@ -521,13 +522,21 @@ def test_asking_for_speed_makes_it_best_effort(operation: Operation) -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_gradients_of_a_window_are_those_of_its_units(operation: Operation) -> None:
+class PlainFive(Plain):
+    def data(self) -> tuple[MapDataset, MapDataset | None]:
+        return RandomItems(5), None
+
+
+@pytest.mark.parametrize(("workload_type", "max_samples"), [(Plain, None), (PlainFive, 3)])
+def test_gradients_of_a_window_are_those_of_its_units(
+    operation: Operation, workload_type: type[Plain], max_samples: int | None
+) -> None:
     """Three samples in batches of two: the single one weighs a third, as if all three had been one batch."""
     weights, losses = [], []
     for batch_size, batches in ((2, 2), (3, 1)):
         operation = Operation(operation.root, "tiny")
-        operation.execution = Execution(batch_size=batch_size, accumulate_grad_batches=batches)
-        attempt(operation, Plain)
+        operation.execution = Execution(batch_size=batch_size, accumulate_grad_batches=batches, max_samples=max_samples)
+        attempt(operation, workload_type)
         losses.append(operation.curves["loss"][0])
         weights.append(restored_weight(operation))
 
@@ -540,6 +549,142 @@ def restored_weight(operation: Operation) -> Tensor:
     assert ref is not None
     weight: Tensor = restore(operation.root, ref)[1]["model"]["weight"]
     return weight
+
+
+class Counted(Tiny):
+    """Eight samples of three units each; it remembers the batches that it trained on."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def data(self) -> tuple[MapDataset, MapDataset | None]:
+        return RandomItems(8), RandomItems(2)
+
+    def units(self, batch: Tensor) -> int:
+        return 3 * len(batch)
+
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if model.training:
+            self.sizes.append(len(batch))
+        return super().loss(model, batch)
+
+
+def counted(root: Path, **execution: Any) -> Operation:
+    Counted.sizes.clear()
+    knobs = {"max_epochs": 3, "batch_size": 3, "checkpoint_every": {"epochs": 1000}} | execution
+    return Operation(root, "counted", execution=Execution.model_validate(knobs))
+
+
+def results(reports: list[Any]) -> list[TrainingResult]:
+    return [report.content for report in reports if isinstance(report, Result)]
+
+
+@pytest.mark.parametrize(
+    ("max_samples", "accumulate", "sizes", "evaluated"),
+    [
+        (1, 1, [1], [0]),
+        (5, 1, [3, 2], [1]),  # within a batch
+        (8, 1, [3, 3, 2], [2]),  # an epoch
+        (14, 1, [3, 3, 2, 3, 3], [2, 4]),  # a batch's end
+        (13, 2, [3, 3, 2, 3, 2], [1, 2]),  # within a window
+        (9, 2, [3, 3, 2, 1], [1, 2]),
+        (24, 1, [3, 3, 2] * 3, [2, 5, 8]),
+        (25, 2, [3, 3, 2] * 3, [1, 3, 5]),  # beyond max_epochs
+    ],
+)
+def test_a_run_ends_after_exactly_so_many_samples(
+    tmp_path: Path, max_samples: int, accumulate: int, sizes: list[int], evaluated: list[int]
+) -> None:
+    operation = counted(tmp_path, max_samples=max_samples, accumulate_grad_batches=accumulate, scheduler="cosine")
+
+    outcome, reports = attempt(operation, Counted)
+
+    steps, [result] = evaluated[-1] + 1, results(reports)
+    assert (outcome, Counted.sizes) == (Outcome.COMPLETED, sizes)
+    assert sorted(operation.curves["val_loss"]) == evaluated
+    assert (result.steps, result.samples, result.units) == (steps, sum(sizes), 3 * sum(sizes))
+    assert operation.curves["learning_rate"][steps - 1] == 1e-3 * WarmupCosine(steps)(steps - 1), "its own horizon"
+
+
+def test_max_steps_ends_a_run_before_max_samples_does(tmp_path: Path) -> None:
+    attempt(counted(tmp_path, max_samples=7, max_steps=2), Counted)
+
+    assert Counted.sizes == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("max_samples", "accumulate", "num_workers"), [(13, 2, 0), (13, 2, 2), (13, 1, 0), (16, 2, 0), (30, 2, 0)]
+)
+def test_a_run_of_so_many_samples_resumes_exactly_at_every_poll(
+    tmp_path: Path, max_samples: int, accumulate: int, num_workers: int
+) -> None:
+    knobs = {"max_samples": max_samples, "accumulate_grad_batches": accumulate, "num_workers": num_workers}
+    reference = counted(tmp_path, **knobs | {"num_workers": 0})
+    _, reports = attempt(reference, Counted)
+
+    stopped = counted(tmp_path, **knobs)
+    polls = len(reference.curves["loss"]) + len(reference.curves["val_loss"])
+    attempt(stopped, Counted, stop_after=1)
+    for _ in range(polls - 1):  # at each step and each validation batch; the first poll is the attempt's own
+        outcome, later = attempt(stopped, Counted, stop_after=2)
+
+    assert (outcome, stopped.attempts) == (Outcome.COMPLETED, polls)
+    assert stopped.differences(reference) == []
+    assert results(later) == results(reports)
+
+
+def test_a_fork_goes_on_from_where_the_last_batch_was_cut(tmp_path: Path) -> None:
+    """Its batches begin in the middle of others, so that there are more of them."""
+    parent = counted(tmp_path, max_samples=4)
+    attempt(parent, Counted)
+    Counted.sizes.clear()
+    fork = parent.fork(parent.checkpoints[-1], max_samples=15)
+
+    _, reports = attempt(fork, Counted)
+
+    assert Counted.sizes == [3, 1, 3, 3, 1]
+    assert results(reports) == [TrainingResult(steps=7, samples=15, units=45, params=9, embedding_params=0)]
+    again = parent.fork(parent.checkpoints[-1], max_samples=4)
+    assert refused(again, Counted).code == "not_forkable"
+    assert again.reports == []
+
+
+def test_an_attempt_that_only_finishes_says_the_same_result(tmp_path: Path) -> None:
+    operation = counted(tmp_path, max_samples=5)
+
+    _, first = attempt(operation, Counted)
+    _, second = attempt(operation, Counted)
+
+    assert (
+        results(first)
+        == results(second)
+        == [TrainingResult(steps=2, samples=5, units=15, params=9, embedding_params=0)]
+    )
+
+
+def test_a_replay_has_no_result(tmp_path: Path) -> None:
+    operation = counted(tmp_path, max_samples=5)
+    operation.until_step = 2
+
+    assert results(attempt(operation, Counted)[1]) == []
+
+
+def test_units_that_an_older_version_did_not_count_are_null_and_no_guess(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def older(*args: Any) -> Any:
+        manifest, tree = restore(*args)
+        del tree["cursor"]["units"]
+        return manifest, tree
+
+    monkeypatch.setattr("relight.training.attempt.restore", older)
+    found = {}
+    for name, stop_after in {"before the first step": 0, "later": 1}.items():
+        operation = counted(tmp_path, max_samples=5)
+        attempt(operation, Counted, stop_after=stop_after)
+        [found[name]] = results(attempt(operation, Counted)[1])
+
+    assert found["before the first step"].units == 15
+    assert (found["later"].units, found["later"].samples) == (None, 5)
 
 
 def test_started_names_the_process_and_where_it_runs(operation: Operation) -> None:

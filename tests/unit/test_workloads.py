@@ -64,6 +64,17 @@ def test_the_corpus_is_source_without_tests_and_always_the_same() -> None:
     assert b"import" in corpus
 
 
+@pytest.mark.parametrize(("validation_bytes", "held_out"), [(None, 100), (40, 40), (1000, 100)])
+def test_no_more_bytes_are_held_out_than_asked_for(validation_bytes: int | None, held_out: int) -> None:
+    config = {"max_bytes": 1000, "validation_share": 0.1, "validation_bytes": validation_bytes}
+    workload = ByteLM(ByteLMConfig.model_validate(config), ENV)
+
+    training, validation = workload.data()
+
+    assert (len(training.text), len(validation.text)) == (1000 - held_out, held_out)
+    assert bytes([*training.text, *validation.text]) == standard_library_source(1000)
+
+
 def test_windows_cover_the_corpus_without_gaps() -> None:
     windows = Windows(bytes(range(10)), block=3)
 

@@ -460,5 +460,6 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "order of another epoch": lambda tree, live: tree["cursor"].update(epoch=tree["cursor"]["epoch"] - 1),
     "registered state forgotten": lambda tree, live: tree.update(state=live.capture()["state"]),
+    "units counted from the resume": lambda tree, live: tree["cursor"].update(units=0),
     "monitor forgotten": lambda tree, live: tree.update(monitor=live.capture()["monitor"]),
 }

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ops_contract.agents import HoldRef, StartTraining
 from ops_contract.lifecycle import Kind, Outcome
 from ops_contract.pipe import Alive, Hello, Mark, ProgressNow, RunJob, Stop
-from ops_contract.reports import ArtifactSaved, CheckpointSaved, Fault, Finish, Metrics, Note, Report, Started
+from ops_contract.reports import ArtifactSaved, CheckpointSaved, Fault, Finish, Metrics, Note, Report, Result, Started
 from ops_worker.cgroups import oom_kills
 from ops_worker.delivery import Delivery
 from ops_worker.energy.booking import Booking
@@ -299,7 +299,7 @@ class Hold:
         try:
             # What one says that was taken for hung does not count: the signal for its stacks may have woken it.
             while self._finish is None and (messages := await trainer.receive()) and not self._stalled:
-                kinds = Started | Metrics | CheckpointSaved | ArtifactSaved | Note
+                kinds = Started | Metrics | CheckpointSaved | ArtifactSaved | Result | Note
                 reports = [self._completed(m) for m in messages if isinstance(m, kinds)]
                 for message in messages:
                     # Not a checkpoint's report, which comes from the writer's thread.

@@ -16,14 +16,15 @@ from ops_contract.agents import CheckpointRef, StartTraining
 from ops_contract.energy import Use
 from ops_contract.jobs import Execution
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
-from ops_contract.reports import Note, Started
+from ops_contract.plans import TrainingResult
+from ops_contract.reports import Note, Result, Started
 from relight.manifest import Manifest
 from relight.training import changes, numerics
 from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
 from relight.training.final import publish_model
 from relight.training.finishing import finish
-from relight.training.fork import forked_tree
+from relight.training.fork import check_samples_left, forked_tree
 from relight.training.interval import Pace
 from relight.training.loop import Loop, Why
 from relight.training.marks import Marks
@@ -33,6 +34,7 @@ from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter, Sink
 from relight.training.resolving import checked_config, resolved, resolved_knobs
 from relight.training.saving import Saver
+from relight.training.sizing import count_parameters
 from relight.training.source import source_digest, source_files
 from relight.training.state import Cursor, Live
 from relight.workload import Env, MapDataset, Workload
@@ -103,6 +105,7 @@ class Attempt:
         for report in finish(loop.workload, model, root, *where):
             self._sink.report(report)
         self._sink.report(publish_model(root, *where, model))
+        self._sink.report(Result(content=_result(loop)))
         self._marks.mark(loop.cursor)
 
     def _restored(self, ref: CheckpointRef) -> tuple[Manifest, Any]:
@@ -133,7 +136,10 @@ class Attempt:
             raise TrainingFault("no_data", "the workload's training data is empty", permanent=True)
         about = self._about(workload, len(training.dataset))
         accepted = self._accepted(before, about) if before is not None else []
-        steps_total = _steps_total(self._knobs, len(training))
+        begins_at = Cursor() if tree is None else Cursor.from_tree(tree["cursor"])
+        if self._start.parent_job:
+            check_samples_left(begins_at, training.samples, self._start.job)
+        steps_total = _steps_total(self._knobs, training.samples, begins_at)
         until_step = min(steps_total, self._start.job.until_step or steps_total)
         live, scheduler_steps = self._live(workload, steps_total)
         if tree is not None and (parent := self._start.parent_job):
@@ -184,7 +190,15 @@ class Attempt:
     def _order(self, workload: Workload[Any], dataset: MapDataset | None) -> DataOrder | None:
         if dataset is None or len(dataset) == 0:
             return None
-        return DataOrder(dataset, workload.collate, self._knobs.seed, self._knobs.batch_size, self._knobs.num_workers)
+        knobs = self._knobs
+        return DataOrder(
+            dataset,
+            workload.collate,
+            knobs.seed,
+            knobs.batch_size,
+            knobs.num_workers,
+            max_samples=knobs.max_samples,
+        )
 
     def _about(self, workload: Workload[Any], training_samples: int) -> Manifest:
         """The manifest of this attempt's checkpoints, but for where they are taken and their files."""
@@ -231,7 +245,32 @@ class Attempt:
         )
 
 
-def _steps_total(knobs: Execution, batches: int) -> int:
-    """An epoch's last window of batches may be short; it still is a step."""
-    steps = -(-batches // knobs.accumulate_grad_batches) * knobs.max_epochs
-    return min(steps, knobs.max_steps or steps)
+def _steps_total(knobs: Execution, samples_per_epoch: int, at: Cursor) -> int:
+    """Those that are done at the cursor, and those that are left from there: a fork may begin where its parent's last
+    batch was cut, off the batches of a run that was never cut.
+    """
+
+    def steps(samples: int) -> int:
+        """The last window of an epoch, or of the run, may be short; it still is a step."""
+        return -(-samples // (knobs.batch_size * knobs.accumulate_grad_batches))
+
+    most = samples_per_epoch * knobs.max_epochs
+    epochs, rest = divmod(min(most, knobs.max_samples or most), samples_per_epoch)
+    if at.epoch == epochs:
+        left = steps(rest - at.samples_in_epoch)
+    else:
+        whole = epochs - at.epoch - 1
+        left = steps(samples_per_epoch - at.samples_in_epoch) + whole * steps(samples_per_epoch) + steps(rest)
+    total = at.step + (at.phase is Phase.EVALUATE) + left
+    return min(total, knobs.max_steps or total)
+
+
+def _result(loop: Loop) -> TrainingResult:
+    cursor, (params, embedding_params) = loop.cursor, count_parameters(loop.live.model)
+    return TrainingResult(
+        steps=cursor.step,
+        samples=cursor.samples(loop.training.samples),
+        units=cursor.units,
+        params=params,
+        embedding_params=embedding_params,
+    )

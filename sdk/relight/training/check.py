@@ -245,7 +245,8 @@ class _Runs:
     steps: int
 
     def run(self, until_step: int, checkpoint: CheckpointRef | None = None, **execution: Any) -> Run:
-        whole = {"max_steps": 2 * self.steps, "max_epochs": 2 * self.steps, "checkpoint_every": _RARELY}
+        length = {"max_steps": 2 * self.steps, "max_epochs": 2 * self.steps, "max_samples": None}
+        whole = length | {"checkpoint_every": _RARELY}
         knobs = Execution.model_validate(self.execution.model_dump() | whole | execution)
         job = Job(kind=Kind.TRAINING, workload=self.path, config=self.config, execution=knobs, until_step=until_step)
         start = StartTraining(

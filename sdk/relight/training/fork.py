@@ -7,10 +7,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ops_contract.jobs import Job, SchedulerName
+from ops_contract.lifecycle import Phase
 from relight.training.faults import TrainingFault
 from relight.training.state import Cursor, Live
 
-_LENGTH = ("max_epochs", "max_steps", "batch_size", "accumulate_grad_batches")
+_LENGTH = ("max_epochs", "max_steps", "max_samples", "batch_size", "accumulate_grad_batches")
 _HYPER_PARAMETERS = ("learning_rate", "optimizer", "scheduler", "scheduler_milestones")
 _JUDGED_BY = ("checkpoint_monitor", "checkpoint_mode")
 
@@ -31,6 +32,18 @@ def forked_tree(tree: dict[str, Any], live: Live, scheduler_steps: str | None, o
         return {**tree, "optimizer": live.optimizer.state_dict(), "scheduler": _state(live)}
     _advance(live.scheduler, scheduler_steps, cursor)
     return {**tree, "optimizer": _under_new_groups(tree["optimizer"], live.optimizer), "scheduler": _state(live)}
+
+
+def check_samples_left(cursor: Cursor, samples_per_epoch: int, job: Job) -> None:
+    """Raises a permanent TrainingFault where nothing would be left to train, which no row of a checkpoint says.
+
+    What an interrupted evaluation still has to do may be all that is left.
+    """
+    most, consumed = job.execution.max_samples, cursor.samples(samples_per_epoch)
+    if most is not None and most < consumed + (cursor.phase is Phase.UPDATE):
+        raise _not_carried_over(
+            f"at step {cursor.step} {consumed} samples are trained on; give a max_samples above that, or null"
+        )
 
 
 def _differ(old: Job, new: Job, names: tuple[str, ...]) -> bool:

@@ -122,8 +122,7 @@ class Loop:
         self.saver.seal()
         changed = self._apply()
         self.workload.after_step(model, step)
-        consumed = self.cursor.samples_in_epoch + samples
-        self.cursor = replace(self.cursor, samples_in_epoch=consumed, phase=Phase.EVALUATE)
+        self.cursor = replace(self.cursor.after(samples, int(sum(units))), phase=Phase.EVALUATE)
         if changed and not self._round_trip_checked:
             check_round_trip(self.live)
             self._round_trip_checked = True
@@ -152,10 +151,12 @@ class Loop:
         measured = self._evaluate(self.validation) if self.validation and (epoch_ends or last) else {}
         self._schedule(epoch_ends, measured)
         self._monitored = self.live.monitor.judge(measured)
-        self.cursor = Cursor(
+        self.cursor = replace(
+            cursor,
             step=cursor.step + 1,
             epoch=cursor.epoch + epoch_ends,
             samples_in_epoch=0 if epoch_ends else cursor.samples_in_epoch,
+            phase=Phase.UPDATE,
         )
         if self.live.monitor.exhausted and not last:
             self.reporter.end_at(self.cursor.step, self.live.monitor.verdict)

@@ -30,7 +30,8 @@ class Batch(NamedTuple):
 class DataOrder:
     """The batches of a data set. Positions are samples consumed in the epoch.
 
-    `shuffle`, `drop_last` and `pin_memory` are torch's; the first two are of training.
+    `shuffle`, `drop_last` and `pin_memory` are torch's; the first two are of training, and so is `max_samples`, with
+    which it ends, over all epochs.
     """
 
     dataset: MapDataset
@@ -41,6 +42,7 @@ class DataOrder:
     shuffle: bool = True
     drop_last: bool = False
     pin_memory: bool = False
+    max_samples: int | None = None
 
     def __len__(self) -> int:
         """Batches in an epoch; a short last one counts, unless it is dropped."""
@@ -52,10 +54,12 @@ class DataOrder:
         return len(self.dataset) - self.drop_last * (len(self.dataset) % self.batch_size)
 
     def training(self, epoch: int, start_sample: int) -> Iterator[Batch]:
-        """The rest of an epoch in its order; what was consumed is skipped without being read."""
+        """The rest of an epoch in its order, or of the run; what was consumed is skipped without being read."""
         n = len(self.dataset)
         order = shuffled(n, derive(self.seed, Stream.SHUFFLE, epoch)) if self.shuffle else np.arange(n)
         order = order[: self.samples]
+        if self.max_samples is not None:
+            order = order[: max(0, self.max_samples - epoch * self.samples)]
         return self._fetch(order, (epoch,), start_sample, Stream.SAMPLE, Stream.COLLATE)
 
     def validation(self) -> Iterator[Batch]:

@@ -1,7 +1,7 @@
 """All that a training is between two steps, taken from the live objects and put back into them."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -21,20 +21,34 @@ from relight.workload import Stateful
 class Cursor:
     """What is next: the update of `step`, or with phase EVALUATE what follows that update.
 
-    `epoch` counts from 0; `samples_in_epoch` are consumed.
+    `epoch` counts from 0; `samples_in_epoch` are consumed. `units` are those of all updates so far, None where that is
+    not known.
     """
 
     step: int = 0
     epoch: int = 0
     samples_in_epoch: int = 0
     phase: Phase = Phase.UPDATE
+    units: int | None = 0
+
+    def after(self, samples: int, units: int | None) -> Self:
+        """Once so many more are consumed."""
+        total = None if self.units is None or units is None else self.units + units
+        return replace(self, samples_in_epoch=self.samples_in_epoch + samples, units=total)
+
+    def samples(self, samples_per_epoch: int) -> int:
+        """Those that are consumed, of all epochs."""
+        return self.epoch * samples_per_epoch + self.samples_in_epoch
 
     def as_tree(self) -> dict[str, Any]:
         return {**asdict(self), "phase": self.phase.value}
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> Self:
-        return cls(**{**tree, "phase": Phase(tree["phase"])})
+        """In a checkpoint of a version that did not count them the units are not known, but before the first update."""
+        phase = Phase(tree["phase"])
+        begun = tree["step"] > 0 or phase is Phase.EVALUATE
+        return cls(**{"units": None if begun else 0, **tree, "phase": phase})
 
 
 @dataclass(frozen=True)

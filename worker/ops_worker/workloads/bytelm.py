@@ -20,12 +20,23 @@ _NOT_THE_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests",
 class ByteLMConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    max_bytes: int = Field(1_000_000, ge=1, description="length of the corpus, from its start")
+    max_bytes: int = Field(
+        1_000_000, ge=1, description="length of the corpus, from its start; there are about twelve million"
+    )
     validation_share: float = Field(0.05, ge=0, lt=1, description="share of the corpus, from its end, held out")
+    validation_bytes: int | None = Field(
+        None, ge=1, description="at most so many bytes are held out: a short training would only evaluate else"
+    )
     block_size: int = Field(64, ge=1, le=65536, description="bytes of context")
     n_layer: int = Field(2, ge=1, le=1000, description="transformer blocks")
     n_head: int = Field(4, ge=1, le=1000, description="attention heads; divides d_model")
-    d_model: int = Field(64, ge=1, le=65536, description="width")
+    d_model: int = Field(
+        64,
+        ge=1,
+        le=65536,
+        description="width; (256 + block_size) · d_model parameters are embeddings, for the positions are learned and "
+        "the head is the embedding",
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="share dropped in attention and after each sublayer")
 
     @model_validator(mode="after")
@@ -43,7 +54,8 @@ class ByteLM(Workload[ByteLMConfig]):
     def data(self) -> tuple["Windows", "Windows"]:
         corpus = standard_library_source(self.config.max_bytes)
         self._digest = sha256(corpus).hexdigest()
-        split = len(corpus) - int(len(corpus) * self.config.validation_share)
+        held_out = int(len(corpus) * self.config.validation_share)
+        split = len(corpus) - min(held_out, self.config.validation_bytes or held_out)
         block = self.config.block_size
         return Windows(corpus[:split], block), Windows(corpus[split:], block)
 
