@@ -147,10 +147,10 @@ def _ending(children: Sequence[ChildResult]) -> Finish:
     if not missing:
         return Finish(outcome=Outcome.COMPLETED)
     first = missing[0]
-    why = f": {first.error}" if first.error else ""
+    how = f"{first.status}: {first.error}" if first.error else first.status
     message = (
-        f"{len(missing)} of {len(children)} children did not complete, such as {first.name} ({first.status}{why}). What "
-        "the others gave is in its results; a resume runs those that are missing"
+        f"{len(missing)} of {len(children)} children did not complete, such as {first.name} ({how}). What the others "
+        "gave is in its results; a resume runs those that are missing"
     )
     return Finish(outcome=Outcome.FAILED, permanent=True, error=fault("children_failed", message))
 

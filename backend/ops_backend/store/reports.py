@@ -201,8 +201,6 @@ async def _write(session: AsyncSession, id: UUID, attempt: int, seq: int, report
             await session.execute(NOTE, {"id": id, "attempt": attempt, "detail": {"message": report.message}})
             if report.inexact:
                 await session.execute(BREAK_PROMISE, {"id": id, "attempt": attempt, "reason": report.inexact})
-        case Result():
-            pass
         case LogChunk():
             await output.write(session, id, attempt, report)
         case Finish():
