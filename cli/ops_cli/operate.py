@@ -62,7 +62,7 @@ def submit(
 
     text = sys.stdin.read() if file == "-" else _read(Path(file))
     job = job_from_text(text, file, settings or [])
-    _submit(client, with_code(client, job, code, no_code), dry_run, watch, json)
+    submit_job(client, with_code(client, job, code, no_code), dry_run, watch, json)
 
 
 def schema() -> None:
@@ -132,7 +132,7 @@ def train(
         "execution.checkpoint_every": jobs.checkpoint_every(checkpoint_every) if checkpoint_every else None,
     }
     job = jobs.job_from_flags(flags, settings or [])
-    _submit(client, with_code(client, job, code, no_code), dry_run, watch, json)
+    submit_job(client, with_code(client, job, code, no_code), dry_run, watch, json)
 
 
 @with_client
@@ -183,7 +183,7 @@ def run(
         "max_retries": max_retries,
     }
     job = jobs.job_from_flags(flags, [])
-    _submit(client, with_code(client, job, code, no_code), dry_run, watch, json)
+    submit_job(client, with_code(client, job, code, no_code), dry_run, watch, json)
 
 
 @with_client
@@ -290,7 +290,7 @@ def fork(
     _follow(client, operation.id, watch, json)
 
 
-def _submit(client: "Client", job: "JobSpec", dry_run: bool, watch: bool, json: bool) -> None:
+def submit_job(client: "Client", job: "JobSpec", dry_run: bool, watch: bool, json: bool) -> None:
     if dry_run and job.study is not None:
         preview = client.preview(job)
         print(preview.model_dump_json()) if json else studies.print_preview(preview)

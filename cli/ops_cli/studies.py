@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ops_cli import show
+from ops_cli.sweep_fit import print_fit
 
 if TYPE_CHECKING:
     from ops_contract.operations import StudyPreview
@@ -94,6 +95,11 @@ def print_sweep(result: "SweepResult") -> None:
     show.print_rich(table)
     counted = f"N counts embeddings: {result.embeddings}; FLOPs per token: {result.flops}"
     print(f"{counted}.")
+    if result.fit is not None:
+        print()
+        print_fit(result.fit)
+        for warning in result.fit.warnings:
+            print(f"Warning: {show.harmless(warning)}")
     for each in result.joules:
         print(f"Budget {each.budget:.3g}: lowest loss {each.flop_optimal[:8]}, fewest joules {each.joule_optimal[:8]}")
     _print_notes(result.skipped, result.warnings)

@@ -69,7 +69,7 @@ def fit(
     elif markdown:
         print(tables.chinchilla(found), end="")
     else:
-        _print(found)
+        print_fit(found)
 
 
 def _require_scipy() -> None:
@@ -79,7 +79,7 @@ def _require_scipy() -> None:
         raise typer.Exit(ExitCode.FAILED)
 
 
-def _print(found: "SweepFit") -> None:
+def print_fit(found: "SweepFit") -> None:
     _print_facts(found)
     if found.approach3 and found.approach3.outliers:
         print()

@@ -117,12 +117,12 @@ class Service:
     def wait(self, id: UUID, *statuses: str) -> Operation:
         return self.until(id, lambda o: o.status in statuses, f"is {' or '.join(statuses)}")
 
-    def until(self, id: UUID, met: Callable[[Operation], bool], what: str) -> Operation:
+    def until(self, id: UUID, met: Callable[[Operation], bool], what: str, wait_s: float = WAIT_S) -> Operation:
         def look() -> Operation | None:
             operation = self.get(id)
             return operation if met(operation) else None
 
-        return eventually(look, f"operation {what}", lambda: f"{self.get(id)}\n{self.logs()}")
+        return eventually(look, f"operation {what}", lambda: f"{self.get(id)}\n{self.logs()}", wait_s)
 
     def until_logged(self, id: UUID) -> Operation:
         return self.until(id, lambda o: o.logs is not None, "has its files in logs/")
@@ -212,13 +212,13 @@ def start(*workers: Child) -> None:
         eventually(lambda w=worker: w.ready, f"{worker.name} is ready")
 
 
-def eventually(look: Callable[[], T | None], what: str, told: Callable[[], str] = str) -> T:
+def eventually(look: Callable[[], T | None], what: str, told: Callable[[], str] = str, wait_s: float = WAIT_S) -> T:
     """What `look` finds, within a bound that only a failure reaches."""
-    until_s = time.monotonic() + WAIT_S
+    until_s = time.monotonic() + wait_s
     while True:
         if found := look():
             return found
-        assert time.monotonic() < until_s, f"not within {WAIT_S:g} s: {what}\n{told()}"
+        assert time.monotonic() < until_s, f"not within {wait_s:g} s: {what}\n{told()}"
         time.sleep(0.02)
 
 
