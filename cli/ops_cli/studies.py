@@ -17,10 +17,6 @@ LISTED = 40
 
 def print_preview(preview: "StudyPreview") -> None:
     """Its plan, and what that would take."""
-    from ops_cli.jobs import as_yaml
-
-    print(as_yaml(preview.job))
-    print()
     plan = preview.plan
     if plan is not None:
         _print_plan(plan)

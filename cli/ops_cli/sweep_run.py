@@ -49,7 +49,7 @@ def run(
     watch: Watch = False,
     json: Json = False,
 ) -> None:
-    """Train models of several sizes under each budget, and fit what is compute-optimal.
+    """Train several sizes under each budget, and fit the optimum.
 
     With --dry-run: the grid, its FLOPs, and about how long it takes. A grid of other things: ops submit FILE.
 
@@ -89,7 +89,9 @@ def show_study(
     table: Annotated[bool, typer.Option("--csv", help="A sweep's runs, as `ops sweep fit` reads them.")] = False,
     json: Json = False,
 ) -> None:
-    """What a study has given: its runs as they come, then fits or statistics.
+    """What a study has given.
+
+    Its runs as they come; then a sweep's fits, or a grid's means.
 
     \b
     ops sweep show 1f6e --markdown

@@ -41,6 +41,7 @@ from ops_contract.operations import (
     CancelRequest,
     Checkpoints,
     CheckpointView,
+    Children,
     Cleanup,
     CleanupItem,
     CleanupRequest,
@@ -54,14 +55,18 @@ from ops_contract.operations import (
     OperationPage,
     ProgressView,
     ReplayCheck,
+    Results,
+    ResultView,
     ResumeAccepted,
     ResumedFrom,
     SlotView,
+    StudyPreview,
     Workers,
     WorkerView,
     Workloads,
     WorkloadView,
 )
+from ops_contract.plans import ChildResult, Plan
 from ops_contract.reports import Fault
 from ops_contract.tokens import TokenCreated, Tokens, TokenView
 from ops_contract.webhooks import Deliveries, WebhookAnswer, WebhookCreated, Webhooks, WebhookView
@@ -102,6 +107,10 @@ class Api:
     tokens: list[TokenView] = field(default_factory=list)
     audit: list[AuditEntry] = field(default_factory=list)
     audit_asked: list[dict[str, str]] = field(default_factory=list)
+    children: list[ChildResult] = field(default_factory=list)
+    results: list[ResultView] = field(default_factory=list)
+    plan: Plan | None = None
+    asked_for: list[dict[str, str]] = field(default_factory=list)
     snapshot: bytes = b""
     asked: list[str] = field(default_factory=list)
     cleanups: list[CleanupRequest] = field(default_factory=list)
@@ -139,6 +148,10 @@ def app_of(api: Api) -> FastAPI:
     @app.post(f"{API_PREFIX}/operations")
     async def submit(request: Request) -> Response:
         spec = JobSpec.model_validate_json(await request.body())
+        if "dry_run" in request.query_params and spec.study:
+            job = Job(kind=spec.kind, workload="digits", config={}, execution=spec.execution, study=spec.study)
+            reason = "no training of digits has completed here yet to go by"
+            return answer(StudyPreview(job=job, plan=api.plan, slots=2, reason=reason))
         if "dry_run" in request.query_params:
             return answer(operation().job)
         api.submitted.append(await request.json())
@@ -147,7 +160,8 @@ def app_of(api: Api) -> FastAPI:
         return answer(made, 201)
 
     @app.get(f"{API_PREFIX}/operations")
-    async def find(q: str = "", status: str = "", limit: int = 50) -> Response:
+    async def find(request: Request, q: str = "", status: str = "", limit: int = 50) -> Response:
+        api.asked_for.append(dict(request.query_params))
         known = [summary(states[0]) for states in api.states.values()]
         items = [each for each in known if (str(each.id).startswith(q) or q in each.name)]
         items = [each for each in items if not status or each.status in status.split(",")]
@@ -205,6 +219,16 @@ def app_of(api: Api) -> FastAPI:
             raise OpsError(ErrorCode.NOT_DELETABLE, "operation is running: cancel it first")
         api.deleted.append(id)
         return Response(status_code=204)
+
+    @app.get(f"{API_PREFIX}/operations/{{id}}/children")
+    async def children(id: UUID) -> Response:
+        api.now(id)
+        return answer(Children(items=api.children, next_cursor=None))
+
+    @app.get(f"{API_PREFIX}/operations/{{id}}/results")
+    async def results(id: UUID) -> Response:
+        api.now(id)
+        return answer(Results(items=api.results))
 
     @app.get(f"{API_PREFIX}/operations/{{id}}/events")
     async def events(id: UUID, after_seq: int = 0) -> Response:

@@ -68,6 +68,8 @@ COMMANDS = {
     "tokens list": Row(),
     "audit": Row("--since 7d --action token.create"),
     "doctor": Row(server=False),  # it works with the service down, and says what is wrong
+    "sweep run": Row("digits --budget 1e9 --budget 2e9 --size config.channels --sizes 2,4"),
+    "sweep show": Row(ID),
     "sweep fit": Row("runs.csv --params n --tokens d --loss loss --bootstraps 2", server=False),
     "pack": Row("code", server=False),
     "schema": Row(text="it is JSON", server=False),
