@@ -67,13 +67,13 @@ def _scores(service: Service, id: UUID) -> dict[str, list[float]]:
 
 SWEEP = {
     "workload": "bytelm",
-    "config": {"max_bytes": 1_000_000, "validation_bytes": 20_000, "n_layer": 1},
-    "execution": {"batch_size": 16, "learning_rate": 0.003, "scheduler": "cosine", "checkpoint_every": {"steps": 25}},
+    "config": {"max_bytes": 2_000_000, "validation_bytes": 20_000, "n_layer": 1, "n_head": 1},
+    "execution": {"batch_size": 16, "learning_rate": 0.01, "scheduler": "cosine", "checkpoint_every": {"steps": 25}},
     "study": {
         "type": "isoflop",
         "budgets": [3e9, 1e10, 3e10],
         "size": "config.d_model",
-        "sizes": {"low": 8, "high": 96, "multiple_of": 8},
+        "sizes": {"low": 2, "high": 64, "multiple_of": 2},
         "per_budget": 5,
         "predict": [1e11],
     },
