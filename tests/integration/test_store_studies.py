@@ -6,6 +6,7 @@ from uuid import UUID
 import pytest
 
 from helpers.store import Held, Store, at_once, held, losses, plan, saved, started, window
+from ops_backend.store import studies
 from ops_contract.errors import OpsError
 from ops_contract.lifecycle import Outcome, Status
 from ops_contract.plans import TrainingResult
@@ -219,6 +220,39 @@ async def test_a_child_of_a_cancelled_study_is_resumed_with_it_alone(store: Stor
     await store.look()
     assert await store.resume(child.operation_id) is None
     assert (await store.get(child.operation_id)).status == Status.CANCELLED
+
+
+async def test_a_child_that_lives_is_cancelled_also_when_its_study_has_ended_first(store: Store, slots: UUID) -> None:
+    run = await _planned(store, "a")
+    [child] = await _claims(store, 1)
+    child = await store.report(child, started(), saved(child, 1))
+    await store.finish(child, Outcome.FAILED, permanent=True)
+    await store.look()
+    [reducing] = await _claims(store, 1)
+    await store.finish(reducing, Outcome.FAILED, permanent=True)
+    await store.resume(run.operation_id)
+    [again] = await _claims(store, 1)
+    await store.resume(child.operation_id)
+    await store.cancel(run.operation_id)
+    await store.finish(again, Outcome.CANCELLED)
+    assert (await store.get(run.operation_id)).status == Status.CANCELLED
+    await store.look()
+    assert (await store.get(child.operation_id)).status == Status.CANCELLED
+
+
+async def test_a_study_waits_for_what_it_has_planned_again_before_that_is_queued(store: Store, slots: UUID) -> None:
+    run = await _planned(store, "a")
+    [child] = await _claims(store, 1)
+    await store.finish(child, Outcome.FAILED, permanent=True)
+    await store.cancel(run.operation_id)
+    await store.look()
+    await store.resume(run.operation_id)
+    [again] = await _claims(store, 1)
+    await store.finish(again, Outcome.PLANNED, plan=plan("a"))
+    async with store.sessions.begin() as session:
+        assert await studies.reduce(session) == []
+    await store.look()
+    assert (await store.get(child.operation_id)).status == Status.PENDING
 
 
 async def test_a_child_can_be_resumed_by_hand_while_its_study_waits(store: Store, slots: UUID) -> None:

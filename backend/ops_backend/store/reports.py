@@ -140,7 +140,7 @@ async def accept(session: AsyncSession, id: UUID, attempt: int, batch: ReportBat
         if status is None:
             await _explain(session, key, last_seq)
         if status is Status.WAITING and finish.plan is not None:
-            await insert_children(session, id, attempt, finish.plan)
+            await insert_children(session, id, finish.plan)
         if status is Status.COMPLETED:
             await retire(session, id)
     return Accepted(last_seq, batch.reports[had - batch.first_seq + 1 :], status)

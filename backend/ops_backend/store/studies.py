@@ -27,7 +27,7 @@ FIND_PARENT = statement("SELECT job FROM operations WHERE id = :id AND kind = 's
 # has its result keeps it, and one that ended without is moved by REPLAN. Children are queued in the plan's order.
 INSERT_CHILDREN = statement(f"""
     WITH parent AS (
-        SELECT * FROM operations WHERE id = :id AND attempt = :attempt AND status = 'waiting'
+        SELECT * FROM operations WHERE id = :id
     ), wanted AS MATERIALIZED (
         SELECT * FROM jsonb_to_recordset(:children) AS x (id uuid, key text, name text, job jsonb, about jsonb,
                                                            position int)
@@ -135,7 +135,7 @@ class ChildCancelled:
     push: CancelPush | None
 
 
-async def insert_children(session: AsyncSession, id: UUID, attempt: int, plan: Plan) -> None:
+async def insert_children(session: AsyncSession, id: UUID, plan: Plan) -> None:
     """Those of the plan that are not there yet. The study is waiting already, by this very transaction."""
     study = Job.model_validate(await session.scalar(FIND_PARENT, {"id": id}))
     rows = [
@@ -149,7 +149,7 @@ async def insert_children(session: AsyncSession, id: UUID, attempt: int, plan: P
         }
         for position, child in enumerate(plan.children)
     ]
-    await session.execute(INSERT_CHILDREN, {"id": id, "attempt": attempt, "children": rows})
+    await session.execute(INSERT_CHILDREN, {"id": id, "children": rows})
 
 
 def child_job(study: Job, child: ChildPlan) -> Job:
