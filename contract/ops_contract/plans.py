@@ -71,7 +71,8 @@ class TrainingResult(Wire):
     """What a completed training says of itself, once, over all its attempts.
 
     `units` are the tokens or samples really trained on; null where a checkpoint of an older version did not count them.
-    `params` are the distinct parameters of the model, `embedding_params` those of its nn.Embedding modules.
+    `params` are the distinct parameters of the model, frozen ones too, `embedding_params` those of its nn.Embedding
+    modules. A fork counts from step 0 of its lineage on.
     """
 
     steps: Step

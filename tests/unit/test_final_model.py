@@ -17,7 +17,7 @@ from training_child import WORKLOADS, Operation
 
 from ops_contract.jobs import CheckpointEvery, Execution
 from ops_contract.lifecycle import CheckpointType, Outcome
-from ops_contract.reports import ArtifactSaved, CheckpointSaved, Report
+from ops_contract.reports import ArtifactSaved, CheckpointSaved, Report, Result
 from relight.training.checkpoint import restore
 from relight.training.final import publish_model
 from relight.workload import Env
@@ -161,7 +161,8 @@ def test_the_attempt_that_completes_has_published_the_model(tmp_path: Path, kill
     assert outcome is Outcome.COMPLETED
     told = [artifact.path.split("/")[1] for artifact in artifacts(operation)]
     assert told[-1] == f"{operation.attempts}-6-model"  # a kill may come too late, when it has just completed
-    assert isinstance(operation.reports[-1], ArtifactSaved), "after everything else, before the finish"
+    assert isinstance(operation.reports[-2], ArtifactSaved), "after everything else, before the finish"
+    assert isinstance(operation.reports[-1], Result)
     _, tree = restore(tmp_path, ref_of_newest(operation))
     model = safetensors.torch.load_file(tmp_path / artifacts(operation)[-1].path)
     assert {name: value.tolist() for name, value in model.items()} == {

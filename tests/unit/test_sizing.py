@@ -131,6 +131,23 @@ def test_what_does_not_run_on_the_meta_device_runs_on_the_cpu_and_says_so() -> N
     assert "\n" not in "".join(reads.notes + reads_its_loss.notes)
 
 
+class ByteLMReadsItsLoss(ByteLM):
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, extras = super().loss(model, batch)
+        return loss * (1 if loss.item() > 0 else 2), extras
+
+
+def test_attention_costs_the_same_on_every_device() -> None:
+    """The CPU's own kernel for it has no formula, and would count nothing."""
+    on_meta, on_cpu = (
+        Sizer(workload_type, {"max_bytes": 5000}, KNOBS).model({}, count_flops=True)
+        for workload_type in (ByteLM, ByteLMReadsItsLoss)
+    )
+
+    assert (len(on_meta.notes), len(on_cpu.notes)) == (0, 1)
+    assert on_cpu.flops_per_unit == on_meta.flops_per_unit
+
+
 def test_a_large_model_is_not_run_to_count_its_flops() -> None:
     size = sized(ReadsItsLoss, width=10**12)
 

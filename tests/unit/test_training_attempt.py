@@ -633,8 +633,8 @@ def test_a_run_of_so_many_samples_resumes_exactly_at_every_poll(
 
 
 def test_a_fork_goes_on_from_where_the_last_batch_was_cut(tmp_path: Path) -> None:
-    """Its batches begin in the middle of others, so that there are more of them."""
-    parent = counted(tmp_path, max_samples=4)
+    """Its batches begin in the middle of others, so that there are more of them; its schedule goes to its own end."""
+    parent = counted(tmp_path, max_samples=4, scheduler="cosine")
     attempt(parent, Counted)
     Counted.sizes.clear()
     fork = parent.fork(parent.checkpoints[-1], max_samples=15)
@@ -642,6 +642,7 @@ def test_a_fork_goes_on_from_where_the_last_batch_was_cut(tmp_path: Path) -> Non
     _, reports = attempt(fork, Counted)
 
     assert Counted.sizes == [3, 1, 3, 3, 1]
+    assert fork.curves["learning_rate"] == {step: 1e-3 * WarmupCosine(7)(step) for step in range(2, 7)}
     assert results(reports) == [TrainingResult(steps=7, samples=15, units=45, params=9, embedding_params=0)]
     again = parent.fork(parent.checkpoints[-1], max_samples=4)
     assert refused(again, Counted).code == "not_forkable"
