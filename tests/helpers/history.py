@@ -74,7 +74,8 @@ async def violations(database: asyncpg.Connection, storage: Path, damaged: Colle
     found = [*_held_by_the_dead(operations, holds, attempts), *_overlaps(attempts)]
     for operation in operations:
         found += _not_a_path(operation, [e for e in events if e["operation_id"] == operation["id"]])
-    found += _counted_twice(attempts, metrics)
+    planned = await database.fetch("SELECT * FROM planned")
+    found += _counted_twice(attempts, metrics) + _without_children(operations, planned)
     found += [f"a report was accepted after its attempt had ended: {dict(row)}" for row in await database.fetch(LATE)]
     found += [
         f"an attempt was claimed before the one before had ended: {dict(r)}" for r in await database.fetch(OVERLAPS)
@@ -93,6 +94,21 @@ def _held_by_the_dead(operations: Rows, holds: Rows, attempts: Rows) -> list[str
     stuck = [f"operation {o['id']} is stuck {o['status']}" for o in operations if o["id"] not in ended]
     slots = [f"a slot is held by {h['operation_id']}, which has ended" for h in holds if h["ended_at"] is None]
     return stuck + slots + [f"attempt {a['number']} is open" for a in attempts if a["ended_at"] is None]
+
+
+def _without_children(operations: Rows, planned: Rows) -> list[str]:
+    """A study that completed has what it planned last, and every child was planned by its study."""
+    status = {o["id"]: o["status"] for o in operations}
+    children = {(o["parent_id"], o["child_key"]): o["status"] for o in operations if o["parent_id"]}
+    newest = defaultdict(int)
+    for row in planned:
+        newest[row["parent_id"]] = max(newest[row["parent_id"]], row["attempt"])
+    wanted = {(row["parent_id"], row["child_key"]): row["attempt"] for row in planned}
+    return [
+        f"study {study} completed, but its child {key[:8]} is {children.get((study, key))}"
+        for (study, key), attempt in wanted.items()
+        if attempt == newest[study] and status[study] == "completed" and children.get((study, key)) != "completed"
+    ] + [f"a child {key[:8]} of {study} that it never planned" for study, key in children if (study, key) not in wanted]
 
 
 def _overlaps(attempts: Rows) -> list[str]:
