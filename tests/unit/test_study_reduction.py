@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -37,6 +37,7 @@ def test_the_interval_is_students(values: list[float]) -> None:
 
 
 @given(st.lists(finite, min_size=1, max_size=5))
+@example([1.7e308, -1.7e308])
 @settings(max_examples=100, deadline=None)
 def test_no_finite_values_are_too_much(values: list[float]) -> None:
     found = statistic(values)
