@@ -36,6 +36,7 @@ def ended(child: ChildPlan, loss: float | None = None, units: int | None = 1, **
     training = TrainingResult(steps=1, samples=1, units=units, params=1, embedding_params=0)
     known = {
         "key": child.key,
+        "position": 0,
         "operation_id": uuid4(),
         "name": child.name,
         "status": Status.COMPLETED,

@@ -16,7 +16,7 @@ from ops_contract.plans import ChildResult, Plan, Skipped
 from ops_contract.studies import IsoFlop
 from ops_contract.study_results import GridResult, JouleOptimum, SweepFit, SweepResult, SweepRow
 from ops_studies import grid, isoflop
-from ops_studies.intervals import statistic
+from ops_studies.estimates import statistic
 from ops_studies.isoflop import Candidate, Data
 
 # Statistics
@@ -164,7 +164,7 @@ def test_every_child_is_a_row_and_the_fit_is_of_those_that_completed_with_a_fini
         {"loss": 2.0, "status": Status.FAILED, "error": "out of memory", "training": None},
         {},
         {"loss": 2.0, "units": None},
-        {"loss": 2.0, "status": Status.CANCELLED, "training": None},
+        {"loss": 2.0, "status": Status.CANCELLED},
         {"loss": 1.0},
         {"status": Status.RUNNING, "training": None},
     ]
