@@ -47,6 +47,8 @@ def _complete(_: Sphinx, docname: str, source: list[str]) -> None:
     """What stands only as a comment in the source, so that a forge shows the rest of the page."""
     if docname in AT_THE_ROOT:
         source[0] = (DOCS.parent / AT_THE_ROOT[docname]).read_text().replace("](docs/", "](")
+        for page, file in AT_THE_ROOT.items():
+            source[0] = source[0].replace(f"]({file})", f"]({page}.md)")
     source[0] = _MADE.sub(lambda found: getattr(reference, found[1])(), source[0])
 
 

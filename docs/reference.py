@@ -88,8 +88,8 @@ def job() -> str:
     """A job file, field by field."""
     schema = JobSpec.model_json_schema()
     inner = schema.pop("$defs")
-    order = {"The job": schema} | {name: inner[name] for name in ("Execution", "CheckpointEvery", "Resources", "Code")}
-    return _objects(order, "##", inner)
+    parts = ("Execution", "CheckpointEvery", "Resources", "Code", "Grid", "IsoFlop", "SizeRange", "LearningRateRule")
+    return _objects({"The job": schema} | {name: inner[name] for name in parts}, "##", inner)
 
 
 def openapi() -> Json:

@@ -23,7 +23,7 @@ class Grid(Wire):
     that come to the same job run once a cycle.
     """
 
-    type: Literal["grid"] = "grid"
+    type: Literal["grid"] = Field("grid", description="fields over their values")
     axes: dict[FieldPath, Annotated[list[JsonValue], Field(min_length=1)]] = Field(
         {}, description="the values of each field; every combination is a point"
     )
@@ -51,9 +51,9 @@ class Grid(Wire):
 class SizeRange(Wire):
     """Every multiple of `multiple_of` from `low` to `high`."""
 
-    low: int = Field(ge=1, lt=2**31)
-    high: int = Field(ge=1, lt=2**31)
-    multiple_of: int = Field(1, ge=1, lt=2**31)
+    low: int = Field(ge=1, lt=2**31, description="the least that may be one")
+    high: int = Field(ge=1, lt=2**31, description="the largest")
+    multiple_of: int = Field(1, ge=1, lt=2**31, description="such as the number of heads")
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
@@ -69,8 +69,10 @@ class SizeRange(Wire):
 class LearningRateRule(Wire):
     """learning_rate · (N / reference_params)^power; `reference_params` is the smallest N of the sweep where null."""
 
-    power: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
-    reference_params: float | None = Field(None, ge=1, le=1e15)
+    power: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False, description="0 leaves it the same for all")
+    reference_params: float | None = Field(
+        None, ge=1, le=1e15, description="the N that has the job's own learning rate"
+    )
 
 
 class IsoFlop(Wire):
@@ -79,7 +81,7 @@ class IsoFlop(Wire):
     `size` is the field of config that makes the model larger. D is trained really: whole samples, the last batch cut.
     """
 
-    type: Literal["isoflop"] = "isoflop"
+    type: Literal["isoflop"] = Field("isoflop", description="sizes under budgets of FLOPs")
     budgets: list[Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]] = Field(
         min_length=1, max_length=100, description="FLOPs of one training"
     )
@@ -100,7 +102,7 @@ class IsoFlop(Wire):
     ] = Field((0.5, 1000.0), description="sizes with fewer or more tokens per parameter are not admissible")
     min_steps: int = Field(10, ge=1, le=1_000_000, description="nor are those with fewer optimizer updates")
     repeat_data: bool = Field(False, description="train more than one epoch where the data are too few")
-    learning_rate_rule: LearningRateRule = LearningRateRule()
+    learning_rate_rule: LearningRateRule = Field(LearningRateRule(), description="how it changes with the size")
     predict: list[Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]] = Field(
         [], max_length=100, description="further budgets to say the optimum of"
     )

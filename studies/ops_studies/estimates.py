@@ -1,9 +1,13 @@
 """Values with 95 % intervals, from what they are uncertain by."""
 
+import math
+from collections.abc import Sequence
+from statistics import mean, stdev
+
 import numpy as np
 from scipy.special import stdtrit
 
-from ops_contract.study_results import Estimate
+from ops_contract.study_results import Estimate, Statistic
 from ops_studies.runs import Floats
 
 LEVELS = (0.025, 0.975)
@@ -12,6 +16,19 @@ LEVELS = (0.025, 0.975)
 def student(freedom: float) -> float:
     """Half the width of the interval, in standard errors; NaN without a degree of freedom."""
     return float(stdtrit(freedom, LEVELS[1])) if freedom > 0 else float("nan")
+
+
+def statistic(values: Sequence[float]) -> Statistic:
+    """Of finite values, at least one."""
+    n, middle = len(values), float(mean(values))
+    if n == 1:
+        return Statistic(n=n, mean=middle)
+    try:
+        sd = stdev(values)
+    except OverflowError:  # of values near the largest float64
+        sd = math.inf
+    half = student(n - 1) * sd / math.sqrt(n)
+    return Statistic(n=n, mean=middle, sd=sd, low=middle - half, high=middle + half)
 
 
 def plus_minus(value: float, half: float) -> Estimate:

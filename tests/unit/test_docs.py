@@ -20,6 +20,7 @@ from ops_backend.settings import Settings as BackendSettings
 from ops_cli.jobs import job_from_text
 from ops_contract.errors import HTTP_STATUS
 from ops_contract.jobs import CheckpointEvery, Code, Execution, JobSpec, Resources
+from ops_contract.studies import Grid, IsoFlop, LearningRateRule, SizeRange
 from ops_worker.settings import Settings as WorkerSettings
 
 BODILESS = {f"/api/v1/{path}" for path in ("workers/{id}/undrain", "webhooks/{id}/test", "session/links")}
@@ -73,7 +74,9 @@ def test_every_call_and_parameter_of_the_api_is_described() -> None:
                 assert parameter["in"] == "path" or parameter.get("description"), f"{method} {path} {parameter['name']}"
 
 
-@pytest.mark.parametrize("model", [JobSpec, Execution, CheckpointEvery, Resources, Code])
+@pytest.mark.parametrize(
+    "model", [JobSpec, Execution, CheckpointEvery, Resources, Code, Grid, IsoFlop, SizeRange, LearningRateRule]
+)
 def test_every_field_of_a_job_is_described(model: type[BaseModel]) -> None:
     assert [name for name, field in model.model_fields.items() if not field.description] == []
 
