@@ -53,6 +53,8 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise _invalid(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise _invalid(f"{path} is no text in UTF-8: give a .csv or .json") from error
     rows = list(_json_rows(path, text) if path.suffix == ".json" else _csv_rows(path, text))
