@@ -62,11 +62,14 @@ def test_under_10_percent_noise_both_fits_are_better_than_arg_min() -> None:
     assert third < arg_min / 2
 
 
-@pytest.mark.parametrize("share", [0.01, 0.03, 0.1])
-def test_95_percent_intervals_of_approach_2_have_the_truth_in_92_to_98_percent(share: float) -> None:
-    covered = np.mean([covers(by_approach2(runs), EXPONENT) for runs in simulations(centred(), share, 500)])
+@pytest.mark.parametrize(("budgets", "sizes", "share"), [(8, 16, 0.01), (8, 16, 0.03), (8, 16, 0.1), (3, 5, 0.03)])
+def test_95_percent_intervals_of_approach_2_have_the_truth_in_92_to_98_percent(
+    budgets: int, sizes: int, share: float
+) -> None:
+    runs = centred(np.geomspace(BUDGETS[0], BUDGETS[-1], budgets), sizes)
+    covered = np.mean([covers(by_approach2(each), EXPONENT) for each in simulations(runs, share, 500)])
 
-    print(f"\napproach 2, noise {share:.0%}: {covered:.1%} of 500")
+    print(f"\napproach 2, {budgets} × {sizes} runs, noise {share:.0%}: {covered:.1%} of 500")
     assert 0.92 <= covered <= 0.98
 
 

@@ -66,6 +66,17 @@ def test_without_noise_the_exponent_of_approach_2_is_exact_where_grids_lie_alike
     assert abs(factors[0] - 1) > 0.001  # a parabola's vertex is not the optimum
 
 
+def test_an_optimum_is_where_its_parabola_turns() -> None:
+    for optimum in second(fitted(centred(factor=4)))[0].optima:
+        at = np.linspace(np.log(optimum.params) - 0.1, np.log(optimum.params) + 0.1, 3)
+        before, here, after = np.polynomial.polynomial.polyval(at, optimum.coefficients)
+        assert before == pytest.approx(after, rel=1e-9)
+        assert here == pytest.approx(optimum.loss, rel=1e-9)
+        assert here < before
+        assert optimum.params == pytest.approx(scaling.optimal_params(optimum.budget), rel=0.02)
+        assert 6 * optimum.params * optimum.tokens == pytest.approx(optimum.budget, rel=1e-6)
+
+
 def test_without_noise_approach_2_is_off_on_other_grids_by_the_bias_that_it_tells() -> None:
     found = fitted(same_sizes())
     approach, law = second(found)
@@ -160,7 +171,8 @@ def test_an_outlier_is_named_and_stays_and_only_the_user_drops_it() -> None:
 
 
 def test_rounding_makes_no_outliers() -> None:
-    runs = [replace(each, loss=float(np.float32(each.loss))) for each in centred()]
+    runs = centred()
+    runs[::10] = [replace(each, loss=float(np.float32(each.loss))) for each in runs[::10]]
 
     assert third(fitted(runs)).outliers == []
 
@@ -253,7 +265,7 @@ def test_optima_that_scatter_more_than_the_noise_widen_the_interval() -> None:
 
     steady, scattered = fitted(truth), fitted(shifted)
 
-    assert width(second(scattered)[1].exponent) > 5 * width(second(steady)[1].exponent)
+    assert width(second(scattered)[1].exponent) > 30 * width(second(steady)[1].exponent)
     assert "farther from a power law" in " ".join(scattered.warnings)
     assert "farther from a power law" not in " ".join(steady.warnings)
 
@@ -267,7 +279,7 @@ def test_the_interval_of_an_optimum_is_fiellers() -> None:
         assert optimum.params_interval is not None
         low, high = optimum.params_interval
         assert low < optimum.params < high < 1.5 * low
-    assert None in [optimum.params_interval for optimum in much]
+    assert None in [optimum.params_interval for optimum in much if optimum.usable]
 
 
 def test_seeds_are_further_runs_of_a_point() -> None:
