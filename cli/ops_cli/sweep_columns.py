@@ -40,14 +40,11 @@ class Columns:
     def run(self, row: Row) -> Run:
         """Raises OpsError `invalid`. Without tokens or FLOPs, C = 6ND gives them."""
         n, loss = _number(row, self.params), _number(row, self.loss)
-        if self.flops is None:
-            d = _number(row, self.tokens or "")
-            c = 6 * n * d
-        else:
-            c = _number(row, self.flops)
-            d = _number(row, self.tokens) if self.tokens else c / (6 * n)
-        budget = _number(row, self.budget) if self.budget else None
-        return Run(row.name, n, d, c, loss, budget)
+        d = _number(row, self.tokens) if self.tokens else _number(row, self.flops) / (6 * n)
+        c = _number(row, self.flops) if self.flops else 6 * n * d
+        if not (0 < d < math.inf and 0 < c < math.inf):
+            raise _invalid(f"{row.where}: by C = 6ND it has {d:g} tokens and {c:g} FLOPs: no such run can be")
+        return Run(row.name, n, d, c, loss, _number(row, self.budget) if self.budget else None)
 
 
 def read(path: Path) -> tuple[list[Row], list[str]]:
@@ -56,6 +53,8 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise _invalid(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise _invalid(f"{path} is no text in UTF-8: give a .csv or .json") from error
     rows = list(_json_rows(path, text) if path.suffix == ".json" else _csv_rows(path, text))
@@ -111,8 +110,8 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
         yield Row(f"run {number}", cells)
 
 
-def _number(row: Row, column: str) -> float:
-    cell = row.cells.get(column)
+def _number(row: Row, column: str | None) -> float:
+    cell = row.cells.get(column or "")
     try:
         value = float(cell) if isinstance(cell, str | int | float) else math.nan
     except (ValueError, OverflowError):

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 
 def fit(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="Runs, as a .csv with a head or .json.")
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Of runs: a .csv with a head, or a .json.")],
     params: Annotated[str, typer.Option(metavar="COL", help="The column of parameters, N.")] = "model_size",
     tokens: Annotated[str | None, typer.Option(metavar="COL", help="Of tokens trained on, D; else C/6N.")] = None,
     flops: Annotated[str | None, typer.Option(metavar="COL", help="Of FLOPs, C; else 6ND.")] = None,

@@ -55,7 +55,9 @@ class PowerLaw(Wire):
 class BudgetOptimum(Wire):
     """The vertex of the parabola loss = a + b·x + c·x², x = log N, through the runs of one budget.
 
-    `at_edge`: it lies outside of the sizes that were run, or the parabola opens downwards (then `usable` is false).
+    `at_edge`: it lies outside of the sizes that were run, or the parabola opens downwards. Then, or farther out than
+    the sizes span, it is not `usable` for the power law, and the better end of the sizes stands for it. A null interval
+    has no end, as the curvature may be none.
     """
 
     budget: float
@@ -109,7 +111,10 @@ class Approach3(Wire):
 
 
 class Prediction(Wire):
-    """The optimum under a budget, as `approach` says. `extrapolates`: no run had so small or so large a budget."""
+    """The optimum under a budget, as `approach` says. `extrapolates`: no run had so small or so large a budget.
+
+    Approach 2 knows no E: beyond the budgets that were run its loss is null.
+    """
 
     approach: Literal[2, 3]
     budget: float

@@ -31,6 +31,7 @@ class Parabola:
     centre: float
     low: float
     high: float
+    best: float  # log N of the run with the lowest loss
     coefficients: Floats
     spread: Floats
     squares: float  # of the residuals, as shares of the mean loss
@@ -55,6 +56,7 @@ class Parabola:
             centre=centre,
             low=float(x.min()),
             high=float(x.max()),
+            best=float(x[loss.argmin()]),
             coefficients=coefficients,
             spread=inverse @ inverse.T * mean**2,
             squares=squares / mean**2,
@@ -265,9 +267,12 @@ def _optimum(each: Parabola, cost: Cost, noise: float, t: float) -> BudgetOptimu
 
 
 def _edge(each: Parabola) -> str | None:
-    if each.inside:
-        return None
     budget = f"{each.slice.budget:.3g} FLOPs"
+    if each.inside:
+        if each.low < each.best < each.high:
+            return None
+        end, then = ("smallest", "smaller") if each.best == each.low else ("largest", "larger")
+        return f"{budget}: the best run is one of the {end} size; the parabola's minimum is doubtful. Run {then} ones"
     left_out = "" if each.usable else "; it is left out of the power law"
     if each.curvature <= 0:
         return f"{budget}: the parabola opens downwards{left_out}. Run sizes farther apart, or more of them"

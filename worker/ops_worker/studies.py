@@ -124,7 +124,9 @@ def _grid(base: Base, workload_type: AnyWorkload) -> Plan:
 
 
 def _with_digests(base: Base, sizer: Sizer) -> Base:
-    return replace(base, digests={"code": sizer.data.code_digest, "data": sizer.data.data_digest})
+    """Of data that nobody has a digest of at least how many there are."""
+    data = sizer.data.data_digest or f"{sizer.data.samples} samples"
+    return replace(base, digests={"code": sizer.data.code_digest, "data": data})
 
 
 def _checked(workload_type: AnyWorkload, config: dict[str, Any]) -> tuple[dict[str, Any], Sequence[Problem]]:

@@ -1,0 +1,407 @@
+"""What both approaches find in sweeps whose law is known, and what they say when they cannot know."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.optimize import approx_fprime, minimize, minimize_scalar
+
+from helpers import scaling
+from helpers.scaling import ALPHA, BETA, BUDGETS, EXPONENT, A, B, E, centred, noisy, run, same_sizes
+from ops_contract.lifecycle import Status
+from ops_contract.study_results import Approach2, Approach3, Estimate, PowerLaw, Prediction, SweepFit, SweepRow
+from ops_studies import tables
+from ops_studies.approach3 import Problem
+from ops_studies.fits import fit, fit_rows, joule_optima
+from ops_studies.runs import Run, Runs
+
+
+def fitted(runs: Sequence[Run], *predict: float, bootstraps: int = 0, seed: int = 0, drop_worst: int = 0) -> SweepFit:
+    return fit(runs, predict, bootstraps=bootstraps, seed=seed, drop_worst=drop_worst)
+
+
+def second(found: SweepFit) -> tuple[Approach2, PowerLaw]:
+    assert found.approach2 is not None
+    assert found.approach2.params is not None
+    return found.approach2, found.approach2.params
+
+
+def third(found: SweepFit) -> Approach3:
+    assert found.approach3 is not None
+    return found.approach3
+
+
+def predicted(found: SweepFit, approach: int, budget: float) -> Prediction:
+    [prediction] = [each for each in found.predictions if (each.approach, each.budget) == (approach, budget)]
+    return prediction
+
+
+def width(estimate: Estimate) -> float:
+    assert estimate.low is not None
+    assert estimate.high is not None
+    assert estimate.low <= estimate.value <= estimate.high
+    return estimate.high - estimate.low
+
+
+@pytest.mark.parametrize("runs", [centred(), same_sizes()], ids=["centred", "same sizes"])
+def test_without_noise_approach_3_finds_the_law(runs: list[Run]) -> None:
+    found = third(fitted(runs))
+
+    values = [each.value for each in (found.E, found.A, found.B, found.alpha, found.beta)]
+    assert values == pytest.approx([E, A, B, ALPHA, BETA], rel=1e-6)
+    assert (found.r2, found.outliers) == (pytest.approx(1), [])
+
+
+@pytest.mark.parametrize("off", [1, 3, 0.2])
+@pytest.mark.parametrize("factor", [4, 32])
+def test_without_noise_the_exponent_of_approach_2_is_exact_where_grids_lie_alike(factor: float, off: float) -> None:
+    """At the optima of their budgets, or all equally far from them; then every vertex is off by one factor."""
+    approach, law = second(fitted(centred(factor=factor, off=off)))
+
+    assert law.exponent.value == pytest.approx(EXPONENT, rel=1e-6)
+    assert approach.bias == pytest.approx(0, abs=1e-6)
+    factors = [optimum.params / scaling.optimal_params(optimum.budget) for optimum in approach.optima]
+    assert np.ptp(factors) < 1e-6
+    assert abs(factors[0] - 1) > 0.001  # a parabola's vertex is not the optimum
+
+
+def test_an_optimum_is_where_its_parabola_turns() -> None:
+    for optimum in second(fitted(centred(factor=4)))[0].optima:
+        at = np.linspace(np.log(optimum.params) - 0.1, np.log(optimum.params) + 0.1, 3)
+        before, here, after = np.polynomial.polynomial.polyval(at, optimum.coefficients)
+        assert before == pytest.approx(after, rel=1e-9)
+        assert here == pytest.approx(optimum.loss, rel=1e-9)
+        assert here < before
+        assert optimum.params == pytest.approx(scaling.optimal_params(optimum.budget), rel=0.02)
+        assert 6 * optimum.params * optimum.tokens == pytest.approx(optimum.budget, rel=1e-6)
+
+
+def test_without_noise_approach_2_is_off_on_other_grids_by_the_bias_that_it_tells() -> None:
+    found = fitted(same_sizes())
+    approach, law = second(found)
+
+    error = law.exponent.value - EXPONENT
+    assert abs(error) > 0.01
+    assert approach.bias == pytest.approx(error, abs=1e-6)
+    assert f"off by about {error:+.3f}" in " ".join(found.warnings)
+
+
+def test_the_optimum_is_that_of_the_curve() -> None:
+    found = fitted(centred(), 1e24)
+
+    best = predicted(found, 3, 1e24)
+    params = scaling.optimal_params(1e24)
+    tokens = 1e24 / 6 / params
+    assert best.params.value == pytest.approx(params, rel=1e-6)
+    assert best.tokens.value == pytest.approx(tokens, rel=1e-6)
+    assert best.tokens_per_param.value == pytest.approx(tokens / params, rel=1e-6)
+    assert best.loss is not None
+    assert best.loss.value == pytest.approx(scaling.loss(params, tokens), rel=1e-6)
+
+
+def test_where_flops_are_counted_their_growth_with_n_moves_the_optimum() -> None:
+    """C = 40·N^0.9·D, as where attention's share falls with the size."""
+    k, m, budget = 40.0, 0.9, 1e22
+    runs = [run(params, each, k, m) for each in BUDGETS for params in np.geomspace(1e7, 1e11, 12)]
+
+    best = predicted(fitted(runs, budget), 3, budget)
+
+    bounds = (np.log(1e6), np.log(1e13))
+    least = minimize_scalar(lambda x: run(np.exp(x), budget, k, m).loss, bounds=bounds, options={"xatol": 1e-9})
+    assert best.params.value == pytest.approx(np.exp(least.x), rel=1e-4)
+    assert k * best.params.value**m * best.tokens.value == pytest.approx(budget, rel=1e-6)
+    plain = predicted(fitted([replace(each, flops=6 * each.params * each.tokens) for each in runs], budget), 3, budget)
+    assert abs(plain.params.value / best.params.value - 1) > 0.1
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.1])
+def test_the_derivatives_are_those_of_the_sum(share: float) -> None:
+    problem = Problem.of(Runs.of(noisy(centred(BUDGETS[:3], 5), share, seed=1)))
+    theta = np.array([[-0.7, -0.8, 0.5, 0.31, 0.33]])
+    weight = np.random.default_rng(0).gamma(1, size=(1, 15))
+
+    gradient, hessian, above = problem.derivatives(theta, weight)
+
+    numeric = approx_fprime(theta[0], lambda at: problem.objective(at[None], weight)[0], 1e-7)
+    assert gradient[0] == pytest.approx(numeric, rel=1e-3, abs=1e-7)
+    each = [
+        approx_fprime(theta[0], lambda at, i=i: problem.derivatives(at[None], weight)[0][0, i], 1e-8) for i in range(5)
+    ]
+    assert hessian[0] == pytest.approx(np.array(each), rel=1e-3, abs=1e-5)
+    assert np.linalg.eigvalsh(above[0]).min() > -1e-12
+
+
+@pytest.mark.parametrize("share", [0.003, 0.1])
+def test_no_other_optimizer_finds_a_smaller_sum(share: float) -> None:
+    problem = Problem.of(Runs.of(noisy(centred(BUDGETS[:5], 7), share, seed=3)))
+    weight = np.ones((1, 35))
+
+    _, objective, starts = problem.fit()
+
+    def both(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        return problem.objective(theta[None], weight)[0], problem.derivatives(theta[None], weight)[0][0]
+
+    options = {"maxiter": 3000, "ftol": 1e-15, "gtol": 1e-12}
+    bounds = list(zip(problem.low, problem.high, strict=True))
+    others = [
+        minimize(both, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).fun
+        for start in problem.starts()[::7]
+    ]
+    assert starts == 64
+    assert objective <= min(others) * (1 + 1e-9)
+
+
+def test_an_outlier_is_named_and_stays_and_only_the_user_drops_it() -> None:
+    runs = noisy(centred(), 0.01, seed=0)
+    runs[37] = replace(runs[37], loss=runs[37].loss * 1.5)
+
+    kept, dropped = fitted(runs), fitted(runs, drop_worst=1)
+
+    [outlier, *_] = third(kept).outliers
+    assert outlier.experiment_id == runs[37].experiment_id
+    assert outlier.residual == pytest.approx(np.log(1.5), abs=0.05)
+    assert outlier.robust_z > 20
+    assert (kept.points, kept.dropped) == (128, [])
+    assert (dropped.points, dropped.dropped) == (127, [runs[37].experiment_id])
+    assert outlier.experiment_id not in [each.experiment_id for each in third(dropped).outliers]
+    # Huber's loss hardly minds it; a parabola's squares do.
+    assert third(kept).alpha.value == pytest.approx(third(dropped).alpha.value, rel=0.01)
+    assert width(second(kept)[1].exponent) > 3 * width(second(dropped)[1].exponent)
+
+
+def test_rounding_makes_no_outliers() -> None:
+    runs = centred()
+    runs[::10] = [replace(each, loss=float(np.float32(each.loss))) for each in runs[::10]]
+
+    assert third(fitted(runs)).outliers == []
+
+
+@pytest.mark.parametrize(("off", "words"), [(10, "below all sizes that were run. Run smaller"), (0.1, "above all")])
+def test_an_optimum_beyond_the_sizes_is_told_with_what_to_run(off: float, words: str) -> None:
+    found = fitted(centred(factor=4, off=off))
+
+    assert all(optimum.at_edge and optimum.usable for optimum in second(found)[0].optima)
+    assert sum(words in warning for warning in found.warnings) == len(BUDGETS)
+
+
+def test_a_best_run_at_the_end_is_told_though_a_wide_parabola_turns_before_it() -> None:
+    found = fitted(centred(factor=32, off=100))
+
+    assert not any(optimum.at_edge for optimum in second(found)[0].optima)
+    assert sum("the best run is one of the smallest size" in warning for warning in found.warnings) == len(BUDGETS)
+
+
+def test_a_parabola_that_opens_downwards_is_left_out_of_the_law() -> None:
+    """So is one whose minimum lies so far outside that nothing is known of it."""
+    runs = centred()
+    upside_down = [replace(each, loss=6 - each.loss) if each.budget == BUDGETS[2] else each for each in runs]
+    far = [run(scaling.optimal_params(BUDGETS[5]) * each, BUDGETS[5]) for each in (1e4, 1.1e4, 1.2e4, 1.3e4)]
+    others = [each for each in upside_down if each.budget != BUDGETS[5]]
+
+    found = fitted([*others, *far])
+
+    approach, law = second(found)
+    assert [optimum.usable for optimum in approach.optima] == [True, True, False, True, True, False, True, True]
+    assert law.exponent.value == pytest.approx(EXPONENT, rel=1e-6)
+    told = [warning for warning in found.warnings if "left out of the power law" in warning]
+    assert len(told) == 2
+    assert "opens downwards" in told[0]
+
+
+def test_what_lies_beyond_the_budgets_is_told_to() -> None:
+    found = fitted(centred(), 1e19, 1e25)
+
+    assert [(each.budget, each.approach) for each in found.predictions if each.extrapolates] == [(1e25, 2), (1e25, 3)]
+    assert [warning for warning in found.warnings if "extrapolated" in warning and "1e+25 FLOPs" in warning]
+    assert not [warning for warning in found.warnings if "1e+19" in warning]
+    assert predicted(found, 2, 1e25).loss is None  # a parabola knows no E
+    assert predicted(found, 2, 1e19).loss is not None
+
+
+ONE = BUDGETS[0]
+
+
+@pytest.mark.parametrize(
+    ("runs", "second_is_there", "third_is_there", "words"),
+    [
+        ([], False, False, "there is no run"),
+        (centred([ONE], 1), False, False, "there are 1"),
+        (centred([ONE], 2), False, False, "sizes under each of two budgets"),
+        (centred([ONE], 16), True, False, "two or more budgets"),
+        (centred(BUDGETS[:2], 2), False, False, "6 or more runs"),
+        (centred(BUDGETS[:2], 3), True, True, "run a third"),
+        (centred(BUDGETS, 1), False, True, "3 or more sizes"),
+        (centred([ONE], 1) * 20, False, False, "3 or more sizes of model"),
+        ([replace(each, flops=1e18) for each in centred(BUDGETS, 1)], False, False, "do not grow"),
+    ],
+)
+def test_too_few_runs_are_a_reason_and_no_crash(
+    runs: list[Run], second_is_there: bool, third_is_there: bool, words: str
+) -> None:
+    found = fitted(runs, 1e20, bootstraps=3, drop_worst=1 if len(runs) < 5 else 0)
+
+    assert (found.approach2 is not None, found.approach3 is not None) == (second_is_there, third_is_there)
+    assert words in " ".join(found.warnings)
+    assert SweepFit.model_validate_json(found.model_dump_json()).points == len(runs)
+    assert tables.chinchilla(found).startswith("| budget (FLOPs) |")
+
+
+def test_two_budgets_have_intervals_of_the_noise_within_them() -> None:
+    _, law = second(fitted(noisy(centred(BUDGETS[::7]), 0.01, seed=0)))
+
+    assert width(law.exponent) < 0.2
+    assert law.r2 is None
+
+
+def test_optima_that_scatter_more_than_the_noise_widen_the_interval() -> None:
+    """Each budget tuned better or worse than the law: its own noise knows nothing of it."""
+    moved = [1.0, 3.0, 0.5, 2.0, 0.4, 1.5, 0.6, 1.0]
+    truth = noisy(centred(), 0.003, seed=0)
+    shifted = [
+        replace(each, params=each.params * by, tokens=each.tokens / by)
+        for each, by in zip(truth, np.repeat(moved, 16), strict=True)
+    ]
+
+    steady, scattered = fitted(truth), fitted(shifted)
+
+    assert width(second(scattered)[1].exponent) > 30 * width(second(steady)[1].exponent)
+    assert "farther from a power law" in " ".join(scattered.warnings)
+    assert "farther from a power law" not in " ".join(steady.warnings)
+
+
+def test_the_interval_of_an_optimum_is_fiellers() -> None:
+    """Without an end where the curvature may be none, of which the delta method knows nothing."""
+    little = second(fitted(noisy(centred(), 0.001, seed=0)))[0].optima
+    much = second(fitted(noisy(centred(factor=3), 0.1, seed=0)))[0].optima
+
+    for optimum in little:
+        assert optimum.params_interval is not None
+        low, high = optimum.params_interval
+        assert low < optimum.params < high < 1.5 * low
+    assert None in [optimum.params_interval for optimum in much if optimum.usable]
+
+
+def test_seeds_are_further_runs_of_a_point() -> None:
+    runs = centred()
+    once = fitted(noisy(runs, 0.01, seed=0))
+    often = fitted([each for seed in range(9) for each in noisy(runs, 0.01, seed)])
+
+    assert (once.points, often.points) == (128, 9 * 128)
+    assert [optimum.points for optimum in second(often)[0].optima] == [9 * 16] * 8
+    assert width(second(often)[1].exponent) < width(second(once)[1].exponent) / 2
+
+
+def test_runs_that_say_no_budget_share_one_where_their_flops_are_about_the_same() -> None:
+    rng = np.random.default_rng(0)
+    silent = [replace(each, budget=None) for each in centred()]
+    spent = [replace(each, flops=each.flops * rng.uniform(0.98, 1.02)) for each in silent]
+
+    optima = second(fitted(silent))[0].optima
+    assert [optimum.budget for optimum in optima] == pytest.approx(BUDGETS, rel=1e-5)
+    assert [optimum.points for optimum in second(fitted(spent))[0].optima] == [16] * 8
+
+
+def test_resamples_are_the_seeds_own() -> None:
+    runs = noisy(centred(BUDGETS[:3], 5), 0.01, seed=0)
+
+    one, again, other = (third(fitted(runs, bootstraps=40, seed=seed)) for seed in (1, 1, 2))
+    none = third(fitted(runs))
+
+    assert one == again
+    assert one.alpha.value == other.alpha.value == none.alpha.value
+    assert one.alpha.low != other.alpha.low
+    assert width(one.alpha) > 0
+    assert (none.alpha.low, none.bootstraps) == (None, 0)
+
+
+def test_intervals_grow_beyond_the_budgets() -> None:
+    found = fitted(noisy(centred(), 0.01, seed=0), 5e19, 1e26, bootstraps=50)
+
+    for approach in (2, 3):
+        near, far = predicted(found, approach, 5e19), predicted(found, approach, 1e26)
+        assert width(far.params) / far.params.value > 3 * width(near.params) / near.params.value
+        assert width(near.tokens) > 0
+        assert width(near.tokens_per_param) > 0
+        assert near.loss is not None
+        assert 0 < width(near.loss) < 0.2
+
+
+def test_what_the_runs_do_not_determine_is_told() -> None:
+    """Losses without a floor: E is any small number."""
+    runs = [replace(each, loss=each.loss - E) for each in centred()]
+
+    found = fitted(runs)
+
+    assert third(found).E.value < 1e-6
+    assert "do not determine E of Approach 3" in " ".join(found.warnings)
+
+
+def row(name: str, **changes: object) -> SweepRow:
+    known = {"compute_budget": 1e18, "size": 64, "model_size": 10**6, "num_tokens": 10**9, "actual_flops": 6e15}
+    ended = {"experiment_id": name, "final_loss": 2.0, "status": Status.COMPLETED}
+    return SweepRow.model_validate(known | ended | changes)
+
+
+def test_rows_without_a_loss_are_named_and_the_others_fitted() -> None:
+    made = centred(BUDGETS[:3], 5)
+    rows = [
+        row(
+            each.experiment_id,
+            compute_budget=each.flops,
+            model_size=round(each.params),
+            num_tokens=round(each.tokens),
+            actual_flops=6.0 * round(each.params) * round(each.tokens),
+            final_loss=each.loss,
+        )
+        for each in made
+    ]
+    failed = row("f", status=Status.FAILED, final_loss=None, error_message="out of memory")
+    diverged, pending = row("d", final_loss=float("nan")), row("p", status=Status.PENDING, final_loss=None)
+
+    found = fit_rows([*rows, failed, diverged, pending], bootstraps=0)
+
+    assert found.points == 15
+    assert third(found).alpha.value == pytest.approx(ALPHA, rel=1e-3)
+    assert found.warnings[:3] == [
+        "f is not in the fits: out of memory",
+        "d is not in the fits: its loss is nan",
+        "p is not in the fits: it is pending",
+    ]
+
+
+def test_the_joule_optimal_run_is_the_most_frugal_of_those_about_as_good() -> None:
+    rows = [
+        row("best", final_loss=2.0, energy_j=100.0),
+        row("frugal", final_loss=2.019, energy_j=60.0),
+        row("worse", final_loss=2.021, energy_j=1.0),
+        row("unknown", final_loss=2.001),
+        row("diverged", final_loss=float("nan"), energy_j=0.1),
+        row("alone", compute_budget=1e17, energy_j=5.0),
+        row("unmeasured", compute_budget=1e19),
+    ]
+
+    found = [(each.budget, each.flop_optimal, each.joule_optimal) for each in joule_optima(rows)]
+
+    assert found == [(1e17, "alone", "alone"), (1e18, "best", "frugal")]
+
+
+def test_the_table_has_a_row_for_each_optimum() -> None:
+    found = fitted(noisy(centred(BUDGETS[:3], 7), 0.003, seed=0), 1e25, bootstraps=20)
+
+    lines = tables.chinchilla(found).splitlines()
+
+    assert [line.count("|") for line in lines] == [7] * 10
+    assert lines[0] == "| budget (FLOPs) | approach | parameters | tokens | tokens per parameter | loss |"
+    assert lines[2].startswith("| 1e+18 | 2 | ")
+    assert lines[-2].startswith("| 1e+25 (extrapolated) | 2 | ")
+    assert lines[-2].endswith(" | – |")
+    assert lines[-1].count("–") == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0123, "0.0123"), (20.04, "20"), (999.6, "1k"), (1.4e12, "1.4T"), (7e10, "70B"), (4.2e17, "4.2e+17")],
+)
+def test_counts_are_as_models_are_called(value: float, text: str) -> None:
+    assert tables.count(value) == text
