@@ -176,7 +176,7 @@ planned = Table(
     Column("attempt", Integer, nullable=False),
     Column("position", Integer, nullable=False),
     # Where the child stands in the study.
-    Column("about", JSONB, nullable=False),
+    Column("about", JSON, nullable=False),  # not jsonb: a point keeps the order it was written in
 )
 
 # What an operation comes to, of its newest attempt that said so.
@@ -185,7 +185,7 @@ results = Table(
     metadata,
     Column("operation_id", Uuid, ForeignKey("operations.id"), primary_key=True),
     Column("attempt", Integer, nullable=False),
-    Column("content", JSONB, nullable=False),
+    Column("content", JSON, nullable=False),
     _instant("created_at", default_now=True, nullable=False),
 )
 

@@ -145,7 +145,7 @@ def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, s
         "workload": "" if operation.job.command else show.plain(operation.workload),
         "command": show.plain(shlex.join(operation.job.command or [])),
         "code": _code(operation.job.code),
-        "progress": show.progress_line(operation.progress, live=operation.ended_at is None),
+        "progress": show.progress_line(operation, live=operation.ended_at is None),
         "attempt": f"{operation.attempt}, {used} of {operation.max_retries} retries used",
         "resumed": f"from {show.came_from(resumed)}" if resumed else "",
         "forked": f"from step {forked.step} of {str(forked.operation_id)[:8]}" if forked else "",

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from ops_contract.operations import EnergyView, ProgressView, ReplayCheck, ResumedFrom
+    from ops_contract.operations import EnergyView, Operation, ProgressView, ReplayCheck, ResumedFrom
     from ops_contract.reports import Fault
     from ops_contract.wire import Wire
 
@@ -84,8 +84,11 @@ def percent(progress: "ProgressView | None") -> str:
     return "–" if progress is None or progress.percent is None else f"{progress.percent:.0f}%"
 
 
-def progress_line(progress: "ProgressView | None", live: bool = True) -> str:
-    """What is known of it, in words; speed and time left only of a live one."""
+def progress_line(operation: "Operation", live: bool = True) -> str:
+    """What is known of it, in words; speed and time left only of a live one. A study is as far as its children."""
+    progress = operation.progress
+    if operation.children and progress:
+        return f"{percent(progress)}, {steps(progress)} children"
     if progress is None or progress.step is None:
         return "no step yet"
     parts = {

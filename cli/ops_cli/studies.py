@@ -105,9 +105,9 @@ def print_grid(result: "GridResult", metric: str | None) -> None:
     names = [metric] if metric else _shown_metrics(result)
     table = show.table("POINT", "N", *names, right=("N", *names), wide=["POINT"])
     for group in result.groups:
-        told = ", ".join(f"{name.partition('.')[2]}={value}" for name, value in group.point.items()) or "the base"
+        told = ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in group.point.items()) or "the base"
         n = max((each.n for each in group.metrics.values()), default=0)
-        table.add_row(show.cut(told), str(n), *(_statistic(group.metrics.get(name)) for name in names))
+        table.add_row(show.plain(told), str(n), *(_statistic(group.metrics.get(name)) for name in names))
     show.print_rich(table)
     _print_notes(result.skipped, result.warnings)
 

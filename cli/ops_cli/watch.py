@@ -177,7 +177,7 @@ class Lines:
         tenth = int((progress.percent if progress and progress.percent else 0) // LINE_EVERY_PERCENT)
         now = (operation.status, operation.attempt, tenth)
         if now != self._shown.get(operation.id) and operation.ended_at is None:
-            print(f"{headline(operation)}: {show.progress_line(progress)}", flush=True)
+            print(f"{headline(operation)}: {show.progress_line(operation)}", flush=True)
         self._shown[operation.id] = now
         self._away.over()
 
@@ -273,7 +273,7 @@ def figures(operation: "Operation") -> str:
 
 
 def last_lines(operation: "Operation") -> list[str]:
-    lines = [f"{operation.name} {operation.status}: {show.progress_line(operation.progress, live=False)}"]
+    lines = [f"{operation.name} {operation.status}: {show.progress_line(operation, live=False)}"]
     if operation.error:
         lines.append(show.fault(operation.error))
     return [*lines, f"Next: {next_command(operation)}"]

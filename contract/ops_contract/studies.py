@@ -1,6 +1,6 @@
 """What a study varies. Its base is the job itself: each child is that job with a point of the study written over it."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, StringConstraints, model_validator
 
@@ -27,6 +27,9 @@ class Grid(Wire):
     axes: dict[FieldPath, Annotated[list[JsonValue], Field(min_length=1)]] = Field(
         {}, description="the values of each field; every combination is a point"
     )
+    axes_order: list[FieldPath] = Field(
+        [], description="which axis changes slowest, and so on; as they are written where it is empty"
+    )
     alternatives: list[Point] = Field([], description="sets of fields that go together, each combined with the axes")
     experiments: list[Point] = Field([], description="further points, as they are")
     cycles: int = Field(1, ge=1, le=1000, description="how often each point is run")
@@ -41,8 +44,18 @@ class Grid(Wire):
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of shuffle")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_the_order(cls, given: Any) -> Any:
+        """In a list, for what stores a job sorts the names of an object."""
+        if not isinstance(given, dict) or not isinstance(axes := given.get("axes"), dict) or given.get("axes_order"):
+            return given
+        return {**given, "axes_order": list(axes)}
+
     @model_validator(mode="after")
     def _something(self) -> Self:
+        if sorted(self.axes_order) != sorted(self.axes):
+            raise ValueError("axes_order: name each of the axes once, or leave it out")
         if not (self.axes or self.alternatives or self.experiments):
             raise ValueError("give axes, alternatives or experiments: there is nothing to vary")
         return self

@@ -2,7 +2,6 @@
 
 import sqlalchemy as sa
 from alembic import op
-from sqlalchemy.dialects import postgresql
 
 revision = "0020"
 down_revision = "0019"
@@ -81,7 +80,7 @@ def upgrade() -> None:
         sa.Column("child_key", sa.Text(), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("position", sa.Integer(), nullable=False),
-        sa.Column("about", postgresql.JSONB(), nullable=False),
+        sa.Column("about", sa.JSON(), nullable=False),
         sa.ForeignKeyConstraint(["parent_id"], ["operations.id"], name=op.f("fk_planned_parent_id")),
         sa.PrimaryKeyConstraint("parent_id", "child_key", name=op.f("pk_planned")),
     )
@@ -89,7 +88,7 @@ def upgrade() -> None:
         "results",
         sa.Column("operation_id", sa.Uuid(), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=False),
-        sa.Column("content", postgresql.JSONB(), nullable=False),
+        sa.Column("content", sa.JSON(), nullable=False),
         sa.Column("created_at", sa.TIMESTAMP(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.ForeignKeyConstraint(["operation_id"], ["operations.id"], name=op.f("fk_results_operation_id")),
         sa.PrimaryKeyConstraint("operation_id", name=op.f("pk_results")),

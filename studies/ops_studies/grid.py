@@ -74,9 +74,9 @@ def _points(grid: Grid) -> Iterator[Point]:
     count = crossed * math.prod(map(len, grid.axes.values())) * (len(grid.alternatives) or 1)
     _check_count("study.axes", "axes, alternatives and experiments make", count + len(grid.experiments))
     if crossed:
-        for values in product(*grid.axes.values()):
+        for values in product(*(grid.axes[name] for name in grid.axes_order)):
             for alternative in grid.alternatives or [{}]:
-                yield dict(zip(grid.axes, values, strict=True)) | alternative
+                yield dict(zip(grid.axes_order, values, strict=True)) | alternative
     yield from grid.experiments
 
 

@@ -9,8 +9,9 @@ from helpers.store import Held, Store, at_once, held, losses, plan, saved, start
 from ops_backend.store import studies
 from ops_contract.errors import OpsError
 from ops_contract.lifecycle import Outcome, Status
-from ops_contract.plans import TrainingResult
+from ops_contract.plans import GridAbout, TrainingResult
 from ops_contract.reports import Fault, Result
+from ops_contract.studies import Grid
 from ops_contract.study_results import GridResult
 
 GRID = {"type": "grid", "axes": {"config.name": ["a", "b"]}}
@@ -37,6 +38,21 @@ async def test_a_plan_makes_its_children_in_one_transaction_and_the_study_waits(
         assert (operation.name, operation.kind, operation.parent_id) == (name, "training", run.operation_id)
         assert (operation.labels, operation.priority, operation.submitted_by) == ({"team": "x"}, 3, "me")
         assert operation.job.study is None
+
+
+async def test_axes_and_points_keep_the_order_in_which_they_were_written(store: Store, slots: UUID) -> None:
+    """A jsonb column sorts the names of an object by their length."""
+    axes = {"config.long_name": [1, 2], "config.a": [3]}
+    await store.submit(**STUDY | {"study": {"type": "grid", "axes": axes}})
+    claim = await store.claim()
+    assert claim is not None
+    assert isinstance(claim.job.study, Grid)
+    assert claim.job.study.axes_order == list(axes)
+    about = GridAbout(point={"config.long_name": 1, "config.a": 3}, cycle=0)
+    await store.finish(held(claim), Outcome.PLANNED, plan=plan("x", about=about))
+    [child] = await store.children(claim.operation_id)
+    assert isinstance(child.about, GridAbout)
+    assert list(child.about.point) == list(axes)
 
 
 async def test_children_run_in_the_order_of_the_plan_on_all_slots_at_once(store: Store, slots: UUID) -> None:

@@ -29,8 +29,8 @@ INSERT_CHILDREN = statement(f"""
     WITH parent AS (
         SELECT * FROM operations WHERE id = :id
     ), wanted AS MATERIALIZED (
-        SELECT * FROM jsonb_to_recordset(:children) AS x (id uuid, key text, name text, job jsonb, about jsonb,
-                                                           position int)
+        SELECT * FROM json_to_recordset(:children) AS x (id uuid, key text, name text, job jsonb, about json,
+                                                          position int)
     ), planned AS (
         INSERT INTO planned (parent_id, child_key, attempt, position, about)
         SELECT parent.id, wanted.key, parent.attempt, wanted.position, wanted.about FROM parent, wanted
