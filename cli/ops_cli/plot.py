@@ -1,12 +1,11 @@
-"""`ops plot`: a metric of one operation or several, and what the demo's drawing shares with it."""
+"""`ops plot`: a metric of operations, or a study; and what the demo's drawing shares with it."""
 
 import importlib.util
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-from uuid import UUID
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ops_cli.canvas import Curve
+    from ops_contract.operations import Operation
     from relight.client import Client
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -25,6 +25,7 @@ DRAWN_POINTS = 5000  # more than the figure has columns
 ROWS = 18
 
 Points = Sequence[tuple[int, float]]
+Figures = Literal["isoflop", "scaling", "tokens", "energy"]
 
 
 def register(app: typer.Typer) -> None:
@@ -35,37 +36,59 @@ def register(app: typer.Typer) -> None:
 def plot(
     client: "Client",
     operation_ids: OperationIds,
-    metric: Annotated[str, typer.Option(help="One of `ops metrics ID`.")] = "loss",
+    metric: Annotated[
+        str | None,
+        typer.Option(help="One of `ops metrics ID`, or of a grid's runs; else loss.", show_default=False),
+    ] = None,
     to: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf; else it is drawn here.")] = None,
     log: Annotated[bool, typer.Option("--log", help="A logarithmic scale; what is not above 0 is left out.")] = False,
     smooth: Annotated[
         float, typer.Option(min=0, max=0.999, help="The weight of what was before: 0.9 averages about ten points.")
     ] = 0,
+    figure: Annotated[
+        Figures | None, typer.Option(help="Of a sweep; else isoflop here, and all four in a file.", show_default=False)
+    ] = None,
+    axis: Annotated[
+        str | None, typer.Option(help="Of a grid: the field along x, such as execution.learning_rate.")
+    ] = None,
 ) -> None:
-    """Draw a metric of one operation or several.
+    """Draw a metric of one operation or several, or a study.
 
-    In the terminal, or into a file. It is marked where a later attempt went on.
+    In the terminal, or into a file. It is marked where a later attempt went on. A study is drawn while it runs too.
 
     \b
     ops plot 1f6e 9ab2 --metric val_loss
     ops plot 1f6e --log --smooth 0.9 --to loss.svg
+    ops plot STUDY --to sweep.png
     """
     if to is not None:
         if to.suffix not in FORMATS:
             raise typer.BadParameter(f"{to}: give a file that ends in one of {', '.join(FORMATS)}", param_hint="--to")
         require_matplotlib()
-    curves = [_curve(client, client.resolve(each), metric, smooth) for each in operation_ids]
+    operations = [client.get(client.resolve(each)) for each in operation_ids]
+    if any(operation.kind == "study" for operation in operations):
+        if len(operations) > 1 or smooth:
+            raise typer.BadParameter("a study is drawn alone, and not smoothed", param_hint="ID")
+        from ops_cli import study_plot
+
+        study_plot.plot(client, operations[0], study_plot.Choice(metric, to, log, figure, axis))
+        return
+    if figure or axis:
+        raise typer.BadParameter("it is for a study", param_hint="--figure" if figure else "--axis")
+    metric = metric or "loss"
+    curves = [_curve(client, operation, metric, smooth) for operation in operations]
     if to is None:
-        _show(curves, metric, log)
+        print(metric)
+        show_curves(curves, log)
     else:
         print(f"Drawn in {_save(curves, metric, log, to)}")
 
 
-def _curve(client: "Client", id: UUID, metric: str, smooth: float) -> "Curve":
+def _curve(client: "Client", operation: "Operation", metric: str, smooth: float) -> "Curve":
     """Down-sampled by the server; smoothed only from every point."""
     from ops_cli.canvas import Curve
 
-    operation = client.get(id)
+    id = operation.id
     series = client.metrics(id, metric, max_points=None if smooth else DRAWN_POINTS)
     if not series.points:
         raise no_points(client, id, metric)
@@ -85,14 +108,14 @@ def smoothed(points: Points, weight: float) -> Points:
     return result
 
 
-def _show(curves: "Sequence[Curve]", metric: str, log: bool) -> None:
+def show_curves(curves: "Sequence[Curve]", log: bool, log_x: bool = False, across: str = "step") -> None:
     from rich.console import Console
 
     from ops_cli.canvas import draw
 
     console = Console(highlight=False)
-    print(metric)
-    for line in draw(curves, console.width, min(max(console.height - len(curves) - 5, 6), ROWS), log):
+    rows = min(max(console.height - len(curves) - 5, 6), ROWS)
+    for line in draw(curves, console.width, rows, log, log_x, across):
         console.print(line)
 
 
@@ -132,5 +155,5 @@ def save(figure: "Figure", path: Path) -> Path:
     return path.resolve()
 
 
-def columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+def columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [step for step, _ in points], [value for _, value in points]

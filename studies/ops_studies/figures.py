@@ -54,7 +54,7 @@ def _panel(axes: "Axes", panel: Panel) -> None:
         axes.fill_between(band.x, band.low, band.high, color=colour[band.colour], alpha=0.15, lw=0)
     for line in panel.lines:
         axes.plot(*zip(*line.points, strict=True), color=colour[line.colour], lw=1.3, ls="--" if line.dashed else "-")
-    names = {NAMES[each.mark]: each.mark for each in panel.points if each.points and each.mark in NAMES}
+    marks = {points.mark for points in panel.points if points.points}
     for points in panel.points:
         if not points.points:
             continue
@@ -63,8 +63,8 @@ def _panel(axes: "Axes", panel: Panel) -> None:
         if any(points.intervals):
             known = [interval or (math.nan, math.nan) for interval in points.intervals]
             axes.vlines(x, [low for low, _ in known], [high for _, high in known], color=colour[points.colour], lw=1)
-    for name, mark in names.items():
-        axes.plot([], [], color="grey", ls="none", label=name, **MARKS[mark])
+    for mark in (mark for mark in NAMES if mark in marks):
+        axes.plot([], [], color="grey", ls="none", label=NAMES[mark], **MARKS[mark])
     axes.set(xscale="log" if panel.log_x else "linear", yscale="log" if panel.log_y else "linear")
     if panel.log_y:
         axes.yaxis.set_major_formatter(LogFormatter())

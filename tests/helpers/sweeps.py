@@ -40,7 +40,7 @@ def sweep_result(fitted: bool = True) -> SweepResult:
     rows[3] = rows[3].model_copy(
         update={"status": Status.FAILED, "final_loss": None, "error_message": "CUDA out of memory", "energy_j": None}
     )
-    rows[4] = rows[4].model_copy(update={"energy_j": None, "energy_reason": "device_lost"})
+    rows[0] = rows[0].model_copy(update={"energy_j": None, "energy_reason": "device_lost"})
     joules = [_joules(_of(rows, budget)) for budget in BUDGETS]
     return SweepResult(
         flops="6N",

@@ -1,0 +1,147 @@
+"""A study as a drawing: here or in a file, from its result, or from what its children have given so far."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import typer
+
+from ops_cli import show
+from ops_cli.plot import Figures, save, show_curves
+from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.lifecycle import Status
+from ops_contract.plans import ChildResult, GridAbout, IsoFlopAbout
+from ops_contract.problems import offer
+from ops_contract.studies import IsoFlop
+from ops_contract.study_results import GridGroup, GridResult, Statistic, SweepResult, SweepRow
+from ops_studies import figures, plots
+
+if TYPE_CHECKING:
+    from ops_cli.canvas import Curve
+    from ops_contract.operations import Operation
+    from relight.client import Client
+
+PREFERRED = ("val_loss", "loss")  # metrics of a grid, where none is asked for
+
+
+@dataclass(frozen=True)
+class Choice:
+    metric: str | None
+    to: Path | None
+    log: bool
+    figure: Figures | None
+    axis: str | None
+
+
+def plot(client: "Client", study: "Operation", choice: Choice) -> None:
+    """Raises OpsError where nothing has a result yet."""
+    result = client.study_result(study.id) if study.status == Status.COMPLETED else None
+    result = result or so_far(client, study)
+    if isinstance(result, SweepResult):
+        if choice.metric or choice.axis:
+            raise typer.BadParameter("it is for a grid", param_hint="--metric" if choice.metric else "--axis")
+        found = plots.sweep(result)
+        here = [found[choice.figure]] if choice.figure else list(found.values())
+        there = found[choice.figure or "isoflop"]
+        if not any(points.points for points in found["isoflop"].points):
+            raise _nothing_yet(study)
+    else:
+        if choice.figure:
+            raise typer.BadParameter("it is for a sweep", param_hint="--figure")
+        there = _grid(study, result, choice)
+        here = [there]
+    if choice.to is None:
+        _show(there, choice.log)
+    else:
+        print(f"Drawn in {save(figures.draw(here), choice.to)}")
+
+
+def so_far(client: "Client", study: "Operation") -> SweepResult | GridResult:
+    """From the children, without a fit: the loss of a sweep is the metric that its trainings monitor."""
+    children = client.children(study.id)
+    if not isinstance(study.job.study, IsoFlop):
+        return GridResult(rows=[], groups=_groups(children))
+    monitor = client.get(children[0].operation_id).job.execution.checkpoint_monitor if children else None
+    rows = [_row(each, each.about, monitor or "loss") for each in children if isinstance(each.about, IsoFlopAbout)]
+    return SweepResult(flops=study.job.study.flops, embeddings=study.job.study.embeddings, rows=rows)
+
+
+def _row(child: ChildResult, about: IsoFlopAbout, monitor: str) -> SweepRow:
+    return SweepRow(
+        experiment_id=child.name,
+        compute_budget=about.budget,
+        size=about.size,
+        model_size=about.params,
+        num_tokens=child.training.units if child.training else None,
+        final_loss=child.final.get(monitor),
+        energy_j=child.energy_j,
+        energy_reason=child.energy_reason,
+        seed=about.seed,
+        status=child.status,
+    )
+
+
+def _groups(children: Sequence[ChildResult]) -> list[GridGroup]:
+    """Means alone: an interval is said once all cycles are there."""
+    done = [(each.about.point, each) for each in children if isinstance(each.about, GridAbout) and _is_done(each)]
+    done.sort(key=lambda pair: plots.named(pair[0]))
+    groups = []
+    for _, same in groupby(done, key=lambda pair: plots.named(pair[0])):
+        cycles = list(same)
+        values: dict[str, list[float]] = {}
+        for name, value in (item for _, child in cycles for item in child.final.items()):
+            if math.isfinite(value):
+                values.setdefault(name, []).append(value)
+        metrics = {name: Statistic(n=len(each), mean=fmean(each)) for name, each in values.items()}
+        groups.append(GridGroup(point=cycles[0][0], metrics=metrics))
+    return groups
+
+
+def _is_done(child: ChildResult) -> bool:
+    return child.status == Status.COMPLETED
+
+
+def _grid(study: "Operation", result: GridResult, choice: Choice) -> plots.Panel:
+    metrics, axes = plots.grid_metrics(result), plots.grid_axes(result)
+    if not metrics or not axes:
+        raise _nothing_yet(study)
+    metric = choice.metric or next((each for each in PREFERRED if each in metrics), metrics[0])
+    axis = choice.axis or axes[0]
+    for wanted, known, what in ((metric, metrics, "metrics"), (axis, axes, "axes")):
+        if wanted not in known:
+            raise OpsError(ErrorCode.NOT_FOUND, f"{wanted}: nothing of it; of its {what} {offer(wanted, known)}")
+    return plots.grid(result, metric, axis)
+
+
+def _nothing_yet(study: "Operation") -> OpsError:
+    return OpsError(
+        ErrorCode.NOT_FOUND, f"no child of {study.name} has a result yet; `ops watch {str(study.id)[:8]}` follows it"
+    )
+
+
+def _show(panel: plots.Panel, log: bool) -> None:
+    print(show.harmless(f"{panel.title}: {panel.y} against {panel.x}"))
+    show_curves(list(_curves(panel)), log or panel.log_y, panel.log_x, show.harmless(panel.x))
+    for note in (*_ticks(panel), *panel.notes):
+        print(show.harmless(note))
+
+
+def _curves(panel: plots.Panel) -> "list[Curve]":
+    """One of each colour: its lines one after another, and all that is marked."""
+    from ops_cli.canvas import Curve
+
+    curves = []
+    for colour in sorted({points.colour for points in panel.points}):
+        own = [points for points in panel.points if points.colour == colour]
+        label = next((points.label for points in own if points.label), "")
+        line = [point for each in panel.lines if each.colour == colour for point in (*each.points, (1.0, math.nan))]
+        curves.append(Curve(show.harmless(label), line, marks=[point for points in own for point in points.points]))
+    return curves
+
+
+def _ticks(panel: plots.Panel) -> list[str]:
+    return [f"{panel.x}: {', '.join(f'{i} is {tick}' for i, tick in enumerate(panel.ticks))}"] if panel.ticks else []
