@@ -76,8 +76,8 @@ def _panel(axes: "Axes", panel: Panel) -> None:
     for setter, text in ((axes.set_title, panel.title), (axes.set_xlabel, panel.x), (axes.set_ylabel, panel.y)):
         setter(text, parse_math=False)
     _legend(axes)
-    if panel.notes:
-        axes.text(0, -0.16, "\n".join(panel.notes), transform=axes.transAxes, va="top", size=7, parse_math=False)
+    if told := [text for text in (panel.legend, *panel.notes) if text]:
+        axes.text(0, -0.16, "\n".join(told), transform=axes.transAxes, va="top", size=7, parse_math=False)
 
 
 def _legend(axes: "Axes") -> None:

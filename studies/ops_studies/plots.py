@@ -53,7 +53,10 @@ class Points:
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing. `notes` say in words what it does not show; `ticks` name 0, 1, … of an axis without numbers."""
+    """One drawing. `notes` say in words what it does not show; `ticks` name 0, 1, … of an axis without numbers.
+
+    `legend` says how to read it, where there are bands and dashes.
+    """
 
     title: str
     x: str
@@ -64,6 +67,7 @@ class Panel:
     log_x: bool = True
     log_y: bool = False
     ticks: Sequence[str] = ()
+    legend: str = ""
     notes: Sequence[str] = ()
 
 
@@ -261,9 +265,6 @@ def _law(
 
 
 def _laws_panel(title: str, y: str, result: SweepResult, laws: Sequence[_Law]) -> Panel:
-    notes = [
-        "line: approach 2; dashed: approach 3; bands: 95 %; hollow: extrapolated" if result.fit else "not fitted yet"
-    ]
     return Panel(
         title,
         "compute C (FLOPs)",
@@ -272,7 +273,8 @@ def _laws_panel(title: str, y: str, result: SweepResult, laws: Sequence[_Law]) -
         [line for law in laws for line in law.lines if len(line.points) > 1],
         [band for law in laws for band in law.bands],
         log_y=True,
-        notes=notes,
+        legend="line: approach 2, dashed: approach 3, bands: 95 %, hollow: extrapolated" if result.fit else "",
+        notes=[] if result.fit else ["not fitted yet"],
     )
 
 

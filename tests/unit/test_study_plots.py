@@ -116,7 +116,7 @@ def test_the_figure_draws_what_the_panels_say() -> None:
         for series in (*panel.points, *panel.lines):
             assert tuple(series.points) in drawn
         assert len(axes.collections) == len(panel.bands)
-        assert [text.get_text() for text in axes.texts] == (["\n".join(panel.notes)] if panel.notes else [])
+        assert "\n".join(text.get_text() for text in axes.texts) == panel.legend + "\n".join(panel.notes)
     [one] = figures.of_sweep(sweep_result(), "energy").axes
     names = [text.get_text() for text in one.get_legend().get_texts()]
     assert names == ["1e15 FLOPs", "1e16 FLOPs", "1e17 FLOPs", "FLOP-optimal", "joule-optimal"]
