@@ -16,7 +16,9 @@ export function cancel(operation, done) {
       ? "It waits, so it is cancelled at once."
       : operation.kind === "command"
         ? "Its program gets a SIGTERM, and a while to end."
-        : "It saves a checkpoint at the very next step, and ends.";
+        : operation.kind === "study"
+          ? "Its children are cancelled with it: those that run save a checkpoint at the very next step. What is done stays."
+          : "It saves a checkpoint at the very next step, and ends.";
   confirm({
     title: `Cancel ${operation.name}?`,
     body: [
@@ -40,7 +42,8 @@ export function force(operation, done) {
     body: h(
       "p",
       {},
-      "Its process is killed now, without saving. What it did since its last checkpoint is lost. It can be resumed from there.",
+      operation.kind === "study" ? "The processes of its children are" : "Its process is",
+      " killed now, without saving. What was done since the last checkpoint is lost. It can be resumed from there.",
     ),
     action: "Stop at once",
     danger: true,
@@ -76,9 +79,11 @@ export async function resume(operation, attempts, done, chosen = "") {
     render(
       happens,
       !from
-        ? operation.kind === "command"
-          ? "It has no checkpoint, so its program runs again from the beginning."
-          : "It has no checkpoint to go on from, so this will be refused."
+        ? operation.kind === "study"
+          ? "What is missing or failed runs, each child from its last checkpoint; what is done is kept."
+          : operation.kind === "command"
+            ? "It has no checkpoint, so its program runs again from the beginning."
+            : "It has no checkpoint to go on from, so this will be refused."
         : [
             `It goes on from step ${count(from.step)}, epoch ${count(from.epoch)}, as soon as a slot is free.`,
             redone > 0 &&
@@ -123,7 +128,7 @@ export function remove(operation) {
     body: h(
       "p",
       {},
-      `Operation ${short(operation.id)} goes for good: its history, metrics, logs, checkpoints and artifacts. Nothing brings it back.`,
+      `Operation ${short(operation.id)} goes for good${ofStudy(operation)}: its history, metrics, logs, checkpoints and artifacts. Nothing brings it back.`,
     ),
     action: "Delete for good",
     danger: true,
@@ -146,6 +151,11 @@ export function removeCheckpoint(operation, checkpoint, done) {
       await done();
     },
   });
+}
+
+function ofStudy({ children }) {
+  const number = Object.values(children ?? {}).reduce((sum, each) => sum + each, 0);
+  return number ? ` with its ${plural(number, "child", "children")}` : "";
 }
 
 const named = each =>

@@ -1,93 +1,29 @@
-/** Curves as a drawing, by plotly, which is loaded when the first ones are wanted. */
+/** Curves over steps as a drawing. */
 
+import { Canvas, colour, COLOURS, CONFIG, escaped, LINES, looks, style } from "./canvas.js";
 import { smoothed } from "./curve.js";
 import { h, render } from "./dom.js";
 import { count, measured, plural } from "./format.js";
 
-let loading;
-
-function plotly() {
-  loading ??= new Promise((resolve, reject) => {
-    const script = h("script", { src: document.documentElement.dataset.plotly });
-    script.onload = () => resolve(window.Plotly);
-    script.onerror = () => {
-      loading = null;
-      script.remove();
-      reject(new Error("the file that draws curves could not be loaded"));
-    };
-    document.head.append(script);
-  });
-  return loading;
-}
-
-/** Begins to load what draws, while the points are on their way; a failure is said where something is drawn. */
-export function prepare() {
-  plotly().catch(() => {});
-}
-
-/** Told apart in both themes, and by their dashes. */
-const LINES = ["solid", "dash", "dot", "dashdot", "longdash"];
-export const COLOURS = 8;
-export const colour = index => style(`--line-${index % COLOURS}`);
-const style = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-
 const FEW = 60; // points that are drawn as points
-const CONFIG = { displayModeBar: false, responsive: true, doubleClick: false };
 
-export class Chart {
+export class Chart extends Canvas {
   /** @param {string} name @param {(range: [number, number] | null) => void} zoomed */
   constructor(name, zoomed) {
-    this.canvas = h("div", { class: "canvas", keep: true, role: "img", "aria-label": `${name}, not drawn yet` });
-    this.note = h("p", { class: "note", keep: true });
-    this.element = h(
-      "figure",
-      { class: "chart", key: name, keep: true },
-      h("figcaption", {}, h("h3", {}, name)),
-      this.canvas,
-      this.note,
-    );
-    this.name = name;
+    super(name);
     this.zoomed = zoomed;
-    this.visible = false;
-    this.watcher = new IntersectionObserver(
-      ([entry]) => {
-        this.visible = entry.isIntersecting;
-        if (this.visible && this.wanted) this.draw(...this.wanted);
-      },
-      { rootMargin: "200px" },
-    );
-    this.watcher.observe(this.element);
   }
 
   /**
-   * Draws what is seen; the rest when it is scrolled to.
-   *
    * @param {{label: string, index: number, curve: import("./curve.js").Curve}[]} lines
    * @param {{smoothing: number, log: boolean, range: [number, number] | null}} view
    */
-  async draw(lines, view) {
-    this.wanted = [lines, view];
-    if (!this.visible || this.drawing) return;
-    this.drawing = true;
-    try {
-      const Plotly = await plotly();
-      while (this.wanted && this.visible) {
-        const [now, how] = this.wanted;
-        this.wanted = null;
-        await this.#paint(Plotly, now, how);
-      }
-    } catch (error) {
-      render(this.note, error.message);
-    }
-    this.drawing = false;
-  }
-
-  async #paint(Plotly, lines, view) {
+  async paint(Plotly, lines, view) {
     const drawn = lines.filter(({ curve }) => curve.points.steps.length);
     await Plotly.react(
       this.canvas,
       drawn.flatMap(line => traces(line, view, lines.length > 1)),
-      layout(drawn, view),
+      laidOut(drawn, view),
       CONFIG,
     );
     if (!this.listening) {
@@ -103,12 +39,6 @@ export class Chart {
     }
     this.canvas.setAttribute("aria-label", `${this.name}. ${drawn.map(spoken).join(" ")}`);
     render(this.note, notes(drawn, view));
-  }
-
-  stop() {
-    this.watcher.disconnect();
-    this.visible = false;
-    if (this.listening) window.Plotly?.purge(this.canvas);
   }
 }
 
@@ -173,24 +103,17 @@ function odd(steps, values, index) {
     .filter(({ x }) => x.length);
 }
 
-function layout(lines, view) {
+function laidOut(lines, view) {
   const { log, range } = view;
-  const grid = style("--line");
   const ink = style("--quiet");
-  const axis = { gridcolor: grid, zeroline: false, linecolor: grid, tickcolor: grid, automargin: true };
+  const { layout, axis } = looks();
   const starts = lines.flatMap(({ curve, index }) =>
     curve.starts.slice(1).map(([step, attempt]) => ({ step, attempt, index })),
   );
   return {
-    margin: { l: 8, r: 12, t: 14, b: 8 },
-    height: 240,
-    paper_bgcolor: "transparent",
-    plot_bgcolor: "transparent",
-    font: { family: style("--sans"), size: 11, color: ink },
+    ...layout,
     hovermode: "x unified",
-    hoverlabel: { bgcolor: style("--raised"), bordercolor: grid, font: { color: style("--ink") } },
     dragmode: "zoom",
-    showlegend: false,
     xaxis: {
       ...axis,
       ...(range ? { range: [...range], autorange: false } : { autorange: true }),
@@ -280,9 +203,4 @@ function spoken({ label, curve }) {
   const { steps, values } = curve.points;
   const last = steps.length - 1;
   return `${label}: ${measured(values[0])} at step ${count(steps[0])}, ${measured(values[last])} at step ${count(steps[last])}.`;
-}
-
-/** Plotly reads a few tags in the names it is given. */
-function escaped(text) {
-  return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll("%", "&#37;");
 }

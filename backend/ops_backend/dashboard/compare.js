@@ -120,9 +120,12 @@ export function compare(main, _, query) {
   function differing() {
     const flat = all.map(({ job }) =>
       Object.fromEntries(
-        ["config", "execution"]
+        ["config", "execution", "env", "resources"]
           .flatMap(part => Object.entries(job[part]).map(([name, value]) => [`${part}.${name}`, value]))
-          .concat([["workload", job.workload]]),
+          .concat([
+            ["workload", job.workload],
+            ["command", job.command?.join(" ")],
+          ]),
       ),
     );
     return [...new Set(flat.flatMap(Object.keys))]

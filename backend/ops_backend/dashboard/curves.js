@@ -1,7 +1,8 @@
 /** The curves of one operation or of several, in one view: the same zoom, smoothing and scale for all. */
 
 import { Away, get } from "./api.js";
-import { Chart, colour, prepare } from "./chart.js";
+import { colour, prepare } from "./canvas.js";
+import { Chart } from "./chart.js";
 import { Curve } from "./curve.js";
 import { h, render } from "./dom.js";
 import { plural } from "./format.js";

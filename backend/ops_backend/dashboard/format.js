@@ -71,5 +71,32 @@ export const short = id => id.slice(0, 8);
 /** `not_measured` → `not measured`. */
 export const words = code => code.replaceAll("_", " ");
 
+/** Of a study, whose steps are its children. */
+export const ofChildren = ({ step, steps_total }) => `${count(step)} of ${plural(steps_total, "child", "children")}`;
+
 /** One thing, or several. */
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
+
+/** As models and data sets are called: 70B, 1.4T. */
+export function big(value, digits = 3) {
+  if (value === null || value === undefined) return UNKNOWN;
+  const x = toNumber(value);
+  const rounded = Number(x.toPrecision(digits));
+  const [size, unit] = [
+    [1e12, "T"],
+    [1e9, "B"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ].find(([size]) => rounded >= size && rounded < 1e16) ?? [1, ""];
+  return Number.isFinite(x) ? `${Number((x / size).toPrecision(digits))}${unit}`.replace("e+", "e") : measured(x);
+}
+
+/** 1e15, 2.5e12. */
+export const flops = budget => Number(budget.toPrecision(3)).toExponential().replace("e+", "e");
+
+/** A value with its interval, where there is one. */
+export function within(estimate, write = measured) {
+  if (!estimate) return UNKNOWN;
+  const { value, low, high } = estimate;
+  return low === null || high === null ? write(value) : `${write(value)} (${write(low)}–${write(high)})`;
+}

@@ -2,7 +2,7 @@
 
 import { get, query as search } from "./api.js";
 import { h, render } from "./dom.js";
-import { ago, count, duration, measured, percent, secondsBetween, short, UNKNOWN } from "./format.js";
+import { ago, count, duration, measured, ofChildren, percent, secondsBetween, short, UNKNOWN } from "./format.js";
 import { problem } from "./notice.js";
 import { poll } from "./poll.js";
 import { adjust, go, link } from "./router.js";
@@ -11,7 +11,8 @@ import { chip, icon, STATUSES } from "./status.js";
 
 const POLL_MS = 2000;
 const PAGE = 50;
-const FILTERS = ["status", "kind", "workload", "label", "q", "mine"];
+const FILTERS = ["status", "kind", "workload", "label", "q", "mine", "parent_id"];
+const EVERY = "all"; // parent_id: children too
 const TYPING_MS = 250;
 
 export function list(main, _, query) {
@@ -25,7 +26,8 @@ export function list(main, _, query) {
   let typing;
 
   const ask = async () => {
-    const wanted = Object.fromEntries(query);
+    const { parent_id = "none", ...wanted } = Object.fromEntries(query);
+    if (parent_id !== EVERY) wanted.parent_id = parent_id;
     const [found, counted] = await Promise.all([
       get(`/operations${search({ ...wanted, limit: PAGE })}`, gone.signal),
       get("/counts", gone.signal),
@@ -69,6 +71,7 @@ export function list(main, _, query) {
       ),
       filters(),
       failed && problem(failed, polling.now),
+      ofStudy(),
       page === null ? h("p", { class: "quiet" }, "Loading…") : page.items.length ? table() : nothing(),
       page !== null && paging(),
     );
@@ -145,6 +148,7 @@ export function list(main, _, query) {
           option("", "Every kind"),
           option("training"),
           option("command"),
+          option("study"),
         ),
         h(
           "label",
@@ -155,6 +159,16 @@ export function list(main, _, query) {
             onchange: event => narrow({ mine: event.target.checked ? "true" : null }),
           }),
           "Mine",
+        ),
+        h(
+          "label",
+          { class: "check", title: "What studies have planned is seen on their pages too" },
+          h("input", {
+            type: "checkbox",
+            checked: query.get("parent_id") === EVERY,
+            onchange: event => narrow({ parent_id: event.target.checked ? EVERY : null }),
+          }),
+          "Children of studies",
         ),
         FILTERS.some(name => query.has(name)) &&
           h(
@@ -167,6 +181,18 @@ export function list(main, _, query) {
             "Clear filters",
           ),
       ),
+    );
+  }
+
+  function ofStudy() {
+    const study = query.get("parent_id");
+    if (!study || study === EVERY) return null;
+    return h(
+      "p",
+      { class: "remark" },
+      "The children of study ",
+      h("a", { href: link(`operations/${study}`) }, short(study)),
+      ", newest first.",
     );
   }
 
@@ -222,7 +248,7 @@ export function list(main, _, query) {
           h("span", { class: "why" }, operation.error.message),
       ),
       h("td", { "data-label": "Workload" }, operation.workload),
-      h("td", { class: "progress" }, progressCell(status, progress)),
+      h("td", { class: "progress" }, progressCell(operation)),
       h("td", { class: "number", "data-label": "Loss" }, measured(progress?.loss)),
       h("td", { class: "number", "data-label": "Attempt" }, operation.attempt || UNKNOWN),
       h(
@@ -234,7 +260,7 @@ export function list(main, _, query) {
     );
   }
 
-  function progressCell(status, progress) {
+  function progressCell({ status, kind, progress }) {
     if (!progress) return h("span", { class: "quiet" }, UNKNOWN);
     const eta = status === "running" && progress.eta_s !== null ? `, ${duration(progress.eta_s)} left` : "";
     return [
@@ -247,7 +273,11 @@ export function list(main, _, query) {
       h(
         "span",
         { class: "small" },
-        progress.percent === null ? `step ${count(progress.step)}` : `${percent(progress.percent)}${eta}`,
+        kind === "study"
+          ? ofChildren(progress)
+          : progress.percent === null
+            ? `step ${count(progress.step)}`
+            : `${percent(progress.percent)}${eta}`,
       ),
     ];
   }

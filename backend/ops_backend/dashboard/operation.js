@@ -11,12 +11,15 @@ import { adjust } from "./router.js";
 import { may } from "./session.js";
 import { CANCELLABLE, RESUMABLE, TERMINAL } from "./status.js";
 import { stream } from "./stream.js";
+import { study } from "./study.js";
 import { summary } from "./summary.js";
 import { artifacts, attempts, checkpoints, events, job } from "./tables.js";
 import { logs } from "./logs.js";
 import { timeline } from "./timeline.js";
 
 const TABS = ["curves", "attempts", "checkpoints", "events", "logs", "job", "artifacts", "energy"];
+// A study trains nothing by itself.
+const OF_STUDY = ["study", "attempts", "events", "logs", "job"];
 // Those that are read when they are looked at, and where.
 const PARTS = { checkpoints: "checkpoints", artifacts: "artifacts", energy: "energy" };
 // Besides the stream: for what it does not tell (checkpoints, artifacts), and for when there is none.
@@ -34,12 +37,13 @@ export function operation(main, [id], query) {
   let tried = null; // attempts
   let failed = null;
   let deleted = false;
-  let tab = tabOf(query);
+  let wanted = query.get("tab");
+  let tab = null; // known when it is known what the operation is
   let living = null; // what in the open tab lives by itself: curves, logs
   let stands = false; // whether the stream does
 
   const head = h("div", { keep: true });
-  const panel = h("div", { id: "panel", role: "tabpanel", tabindex: "0", "aria-labelledby": `tab-${tab}`, keep: true });
+  const panel = h("div", { id: "panel", role: "tabpanel", tabindex: "0", keep: true });
 
   /** @param {boolean} [all] also what looks unchanged */
   async function ask(all) {
@@ -48,6 +52,7 @@ export function operation(main, [id], query) {
     const moved = all === true || !tried || tab === "attempts" || gist(found) !== gist(before);
     if (moved) tried = (await get(`${path}/attempts`, gone.signal)).items;
     [answer, shown, failed] = [found, found, null];
+    tab = tabOf();
     if (moved || found !== before || (tab in PARTS && !parts[tab])) await part();
     if (!stands) living?.more?.([id]);
     draw();
@@ -57,6 +62,9 @@ export function operation(main, [id], query) {
   const gist = one => one && [one.attempt, one.status, one.failures, one.exactness?.promise].join();
 
   const refresh = () => ask(true);
+
+  const tabs = () => (shown?.kind === "study" ? OF_STUDY : TABS);
+  const tabOf = () => (tabs().includes(wanted) ? wanted : tabs()[0]);
 
   /** What the open tab needs. */
   async function part() {
@@ -111,7 +119,7 @@ export function operation(main, [id], query) {
   });
 
   function select(name) {
-    adjust({ tab: name === "curves" ? null : name });
+    adjust({ tab: name === tabs()[0] ? null : name });
   }
 
   function open() {
@@ -120,6 +128,7 @@ export function operation(main, [id], query) {
     render(panel);
     panel.setAttribute("aria-labelledby", `tab-${tab}`);
     if (tab === "curves") living = curves(panel, [{ id, label: shown?.name ?? id }], stands);
+    else if (tab === "study") living = study(panel, () => shown);
     else if (tab === "logs") living = logs(panel, id, () => !shown || !TERMINAL.has(shown.status));
   }
 
@@ -143,7 +152,7 @@ export function operation(main, [id], query) {
       );
     document.title = `${shown.name}: ${shown.status} · Relight`;
     const fresh = !panel.isConnected;
-    render(main, head, tabs(), panel);
+    render(main, head, tabList(), panel);
     render(head, summary(shown, tried, buttons()), failed && problem(failed, polling.now), timeline(shown, tried));
     if (fresh) open();
     const made = {
@@ -157,18 +166,19 @@ export function operation(main, [id], query) {
     if (made) render(panel, made());
   }
 
-  function tabs() {
+  function tabList() {
+    const all = tabs();
     const move = event => {
       const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
       if (!by) return;
       event.preventDefault();
-      select(TABS[(TABS.indexOf(tab) + by + TABS.length) % TABS.length]);
+      select(all[(all.indexOf(tab) + by + all.length) % all.length]);
       document.getElementById(`tab-${tab}`).focus();
     };
     return h(
       "div",
       { class: "tabs", role: "tablist", "aria-label": "Parts of the operation", onkeydown: move },
-      TABS.map(name =>
+      all.map(name =>
         h(
           "button",
           {
@@ -232,8 +242,9 @@ export function operation(main, [id], query) {
     },
     update([other], changed) {
       if (other !== id) return false;
-      if (tabOf(changed) !== tab) {
-        tab = tabOf(changed);
+      wanted = changed.get("tab");
+      if (tab && tabOf() !== tab) {
+        tab = tabOf();
         open();
         draw();
         part().then(draw, error => {
@@ -246,9 +257,7 @@ export function operation(main, [id], query) {
       c: press("c"),
       r: press("r"),
       f: press("f"),
-      ...Object.fromEntries(TABS.map((name, i) => [String(i + 1), () => select(name)])),
+      ...Object.fromEntries(TABS.map((_, i) => [String(i + 1), () => tabs()[i] && select(tabs()[i])])),
     },
   };
 }
-
-const tabOf = query => (TABS.includes(query.get("tab")) ? query.get("tab") : "curves");

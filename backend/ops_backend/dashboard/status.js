@@ -2,7 +2,7 @@
 
 import { h, svg } from "./dom.js";
 
-export const STATUSES = ["pending", "running", "cancelling", "completed", "failed", "cancelled"];
+export const STATUSES = ["pending", "running", "waiting", "cancelling", "completed", "failed", "cancelled"];
 export const TERMINAL = new Set(["completed", "failed", "cancelled"]);
 export const CANCELLABLE = new Set(["pending", "running", "waiting"]);
 export const RESUMABLE = new Set(["failed", "cancelled"]);

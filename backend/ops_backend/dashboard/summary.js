@@ -1,7 +1,20 @@
 /** The head of an operation's page: what it is, how far it is, and what can be said of its exactness and energy. */
 
 import { h } from "./dom.js";
-import { ago, count, duration, joules, measured, percent, plural, secondsBetween, short, UNKNOWN, words } from "./format.js";
+import {
+  ago,
+  count,
+  duration,
+  joules,
+  measured,
+  ofChildren,
+  percent,
+  plural,
+  secondsBetween,
+  short,
+  UNKNOWN,
+  words,
+} from "./format.js";
 import { say } from "./notice.js";
 import { link } from "./router.js";
 import { chip, TERMINAL } from "./status.js";
@@ -12,7 +25,7 @@ export function summary(operation, attempts, buttons) {
     h(
       "div",
       { class: "heading" },
-      h("div", {}, h("p", { class: "crumbs" }, h("a", { href: "#/" }, "Operations")), h("h1", {}, name)),
+      h("div", {}, crumbs(operation), h("h1", {}, name)),
       h("div", { class: "buttons" }, buttons),
     ),
     h(
@@ -36,15 +49,28 @@ export function summary(operation, attempts, buttons) {
     h(
       "div",
       { class: "tiles" },
-      progressTile(operation),
-      lossTile(operation),
-      timeTile(operation),
-      attemptsTile(operation, attempts),
-      exactnessTile(operation),
-      energyTile(operation),
+      operation.kind === "study"
+        ? [childrenTile(operation), timeTile(operation), attemptsTile(operation, attempts)]
+        : [
+            progressTile(operation),
+            lossTile(operation),
+            timeTile(operation),
+            attemptsTile(operation, attempts),
+            exactnessTile(operation),
+            energyTile(operation),
+          ],
     ),
     origin(operation),
   ];
+}
+
+function crumbs({ parent_id }) {
+  return h(
+    "p",
+    { class: "crumbs" },
+    h("a", { href: "#/" }, "Operations"),
+    parent_id && [" / ", h("a", { href: link(`operations/${parent_id}`) }, `study ${short(parent_id)}`)],
+  );
 }
 
 function tile(title, value, ...more) {
@@ -64,14 +90,19 @@ function progressTile({ status, progress }) {
   return tile(
     "Progress",
     label,
-    progress.percent !== null &&
-      h(
-        "span",
-        { class: `bar wide is-${status}`, "aria-hidden": "true" },
-        h("span", { style: { width: `${progress.percent}%` } }),
-      ),
+    bar(status, progress),
     `step ${count(progress.step)}${of}${progress.epoch === null ? "" : `, epoch ${count(progress.epoch)}`}`,
   );
+}
+
+const bar = (status, { percent }) =>
+  percent !== null &&
+  h("span", { class: `bar wide is-${status}`, "aria-hidden": "true" }, h("span", { style: { width: `${percent}%` } }));
+
+/** How many have ended; its tab has how. */
+function childrenTile({ status, progress }) {
+  if (!progress) return tile("Children", UNKNOWN, status === "pending" ? "waits for a slot to be planned" : "not planned yet");
+  return tile("Children", ofChildren(progress), bar(status, progress), "have ended");
 }
 
 const lossTile = ({ progress }) =>
@@ -126,7 +157,12 @@ function energyTile({ energy }) {
   return tile("Energy", joules(total_j), quality && words(quality), lost_j > 0 && `${joules(lost_j)} lost`);
 }
 
-function fault({ status, error, cancel_reason, exit_unconfirmed }) {
+const resuming = kind =>
+  kind === "study"
+    ? "Resume runs what is missing or failed, and keeps what is done."
+    : "Resume tries again from its last checkpoint.";
+
+function fault({ status, kind, error, cancel_reason, exit_unconfirmed }) {
   return [
     error &&
       status !== "completed" &&
@@ -148,7 +184,7 @@ function fault({ status, error, cancel_reason, exit_unconfirmed }) {
             h("summary", {}, "Last lines of its output"),
             h("pre", { class: "tail", tabindex: "0" }, text(error.details.log_tail)),
           ),
-        status === "failed" && h("p", { class: "small" }, "Resume tries again from its last checkpoint."),
+        status === "failed" && h("p", { class: "small" }, resuming(kind)),
       ),
     cancel_reason && h("p", { class: "remark", key: "reason" }, `Cancelled: ${cancel_reason}`),
     exit_unconfirmed &&

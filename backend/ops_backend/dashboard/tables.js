@@ -28,7 +28,7 @@ export const empty = text => h("p", { class: "empty" }, text);
 export const loading = () => h("p", { class: "quiet" }, "Loading…");
 
 export function table(caption, heads, rows) {
-  const head = ([text, number]) => h("th", { scope: "col", class: number && "number" }, text);
+  const head = ([text, number, props]) => h("th", { scope: "col", class: number && "number", ...props }, text);
   return h(
     "div",
     { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
