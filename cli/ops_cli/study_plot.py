@@ -39,8 +39,9 @@ class Choice:
 
 def plot(client: "Client", study: "Operation", choice: Choice) -> None:
     """Raises OpsError where nothing has a result yet."""
-    result = client.study_result(study.id) if study.status == Status.COMPLETED else None
-    result = result or so_far(client, study)
+    result = client.results(study.id).content
+    if not isinstance(result, SweepResult | GridResult) or not result.rows:
+        result = so_far(client, study)
     if isinstance(result, SweepResult):
         if choice.metric or choice.axis:
             raise typer.BadParameter("it is for a grid", param_hint="--metric" if choice.metric else "--axis")

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 from test_cli import Api, Ops, api, ops
@@ -13,9 +13,10 @@ from helpers.sweeps import grid_result, sweep_result
 from ops_cli.exits import ExitCode
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status
-from ops_contract.operations import Operation
+from ops_contract.operations import Operation, ResultView
 from ops_contract.plans import ChildResult, GridAbout, IsoFlopAbout
 from ops_contract.studies import Grid, IsoFlop
+from ops_contract.study_results import GridResult, SweepResult
 from ops_studies import figures, plots
 
 __all__ = ["api", "ops"]  # fixtures
@@ -29,6 +30,10 @@ def study(spec: IsoFlop | Grid, status: Status = Status.COMPLETED) -> Operation:
     return operation(kind=Kind.STUDY, job=job, name="a study", status=status)
 
 
+def holds_result(api: Api, content: SweepResult | GridResult) -> None:
+    api.results = [ResultView(attempt=1, created_at="2026-01-01T00:00:00Z", content=content)]
+
+
 def child(position: int, about: IsoFlopAbout | GridAbout, **known: Any) -> ChildResult:
     plain = {"key": f"{position:064x}", "position": position, "operation_id": uuid4(), "name": f"child {position}"}
     return ChildResult.model_validate(plain | {"about": about, "status": Status.COMPLETED} | known)
@@ -38,7 +43,7 @@ def test_a_sweep_in_the_terminal_is_its_curves_with_the_runs_as_marks(
     api: Api, ops: Ops, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     id = api.holds(study(SWEEP))
-    api.study_result = sweep_result()
+    holds_result(api, sweep_result())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
     ran = ops("plot", id)
@@ -55,7 +60,7 @@ def test_a_sweep_in_the_terminal_is_its_curves_with_the_runs_as_marks(
 
 def test_each_figure_in_the_terminal_says_what_it_is(api: Api, ops: Ops) -> None:
     id = api.holds(study(SWEEP))
-    api.study_result = sweep_result()
+    holds_result(api, sweep_result())
     for name, panel in plots.sweep(sweep_result()).items():
         ran = ops("plot", id, "--figure", name)
         assert ran.code == ExitCode.DONE, ran.err
@@ -70,7 +75,7 @@ def test_a_file_has_four_figures_or_the_one_that_is_asked_for(
     draw = figures.draw
     monkeypatch.setattr(figures, "draw", lambda all: drawn.append([each.title for each in all]) or draw(all))
     id = api.holds(study(SWEEP))
-    api.study_result = sweep_result()
+    holds_result(api, sweep_result())
 
     assert ops("plot", id, "--to", tmp_path / f"all{suffix}").code == ExitCode.DONE
     assert ops("plot", id, "--figure", "energy", "--to", tmp_path / f"one{suffix}").code == ExitCode.DONE
@@ -83,7 +88,7 @@ def test_a_file_has_four_figures_or_the_one_that_is_asked_for(
 
 def test_a_sweep_that_runs_is_drawn_from_what_its_children_monitor(api: Api, ops: Ops) -> None:
     id = api.holds(study(SWEEP, Status.WAITING))
-    api.study_result = sweep_result()  # of an attempt before
+    holds_result(api, sweep_result(fitted=False).model_copy(update={"rows": []}))  # what its plan said of itself
     for i in range(5):
         about = IsoFlopAbout(
             budget=1e15, size=64 * (i + 1), params=1000 * (i + 1), flops_per_token=6e3, tokens=100, seed=0
@@ -102,7 +107,7 @@ def test_a_sweep_that_runs_is_drawn_from_what_its_children_monitor(api: Api, ops
 
 def test_a_grid_is_a_metric_against_an_axis(api: Api, ops: Ops, tmp_path: Path) -> None:
     id = api.holds(study(GRID))
-    api.study_result = grid_result()
+    holds_result(api, grid_result())
 
     ran = ops("plot", id)
     assert ran.out.splitlines()[0] == "val_loss: val_loss against config.d_model"
@@ -131,7 +136,7 @@ def test_what_does_not_fit_a_study_is_refused_with_what_to_do(api: Api, ops: Ops
     sweep, grid, training = api.holds(study(SWEEP)), api.holds(study(GRID)), api.holds(operation())
     ran = ops("plot", sweep)
     assert (ran.code, "no child of a study has a result yet" in ran.err) == (ExitCode.NOT_FOUND, True)
-    api.study_result = sweep_result()
+    holds_result(api, sweep_result())
     for words in (
         (sweep, training),
         (sweep, "--smooth", "0.5"),
@@ -140,18 +145,5 @@ def test_what_does_not_fit_a_study_is_refused_with_what_to_do(api: Api, ops: Ops
     ):
         assert ops("plot", *words).code == ExitCode.USAGE, words
     assert ops("plot", training, "--figure", "energy").code == ExitCode.USAGE
-    api.study_result = grid_result()
+    holds_result(api, grid_result())
     assert ops("plot", grid, "--figure", "energy").code == ExitCode.USAGE
-
-
-def test_a_client_reads_all_pages_of_children_and_a_result_once_there_is_one(api: Api) -> None:
-    from relight.client import Client
-
-    id = api.holds(study(GRID))
-    api.children = [child(i, GridAbout(point={"config.d_model": i}, cycle=0)) for i in range(5)]
-    with Client(api.url, "t") as client:
-        assert [each.position for each in client.children(id)] == [0, 1, 2, 3, 4]
-        assert client.study_result(id) is None
-        api.study_result = grid_result()
-        assert client.study_result(id) == grid_result()
-    assert isinstance(id, UUID)

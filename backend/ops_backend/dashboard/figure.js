@@ -43,7 +43,8 @@ export class Figure extends Canvas {
 
   /** @param {Panel} panel */
   async paint(Plotly, panel) {
-    const traces = [...(panel.bands ?? []).flatMap(band), ...(panel.lines ?? []).map(line), ...panel.points.map(points)];
+    const { bands = [], lines = [] } = panel;
+    const traces = [...bands.flatMap(band), ...lines.map(line), ...panel.points.map(points)];
     await Plotly.react(this.canvas, traces, laidOut(panel), CONFIG);
     this.canvas.setAttribute("aria-label", `${this.name}. ${panel.spoken}`);
     render(

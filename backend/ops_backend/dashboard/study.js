@@ -29,7 +29,7 @@ export function study(root, now) {
   const view = { status: "", most: SHOWN, metric: null, axis: null, sort: null, falls: false };
   let children = null;
   let monitor = null; // the metric that is a sweep's loss
-  let result = null; // once it is reduced
+  let said = null; // what its attempts said of it: what is skipped with the plan, and rows once it is reduced
   let seen = ""; // what was read last
   let readAt = 0;
   let failed = null;
@@ -40,9 +40,8 @@ export function study(root, now) {
     const state = JSON.stringify([status, attempt, counts]);
     if (state === seen && TERMINAL.has(status)) return;
     if (children && Date.now() - readAt < (POLL_MS * children.length) / PAGE) return;
-    children = await allChildren();
-    if (status === "completed") result = (await get(`${path}/results`, gone.signal)).items[0]?.content ?? null;
-    else result = null;
+    const [found, { items }] = await Promise.all([allChildren(), get(`${path}/results`, gone.signal)]);
+    [children, said] = [found, items[0]?.content ?? null];
     if (monitor === null && children.length && children[0].about.budget)
       monitor =
         (await get(`/operations/${children[0].operation_id}`, gone.signal)).job.execution.checkpoint_monitor ?? "loss";
@@ -73,7 +72,8 @@ export function study(root, now) {
   function draw() {
     if (!children) return render(root, failed ? problem(failed, polling.now) : loading());
     const isSweep = now().job.study.type === "isoflop";
-    const known = result ?? soFar(children, monitor, isSweep);
+    const reduced = said?.rows.length > 0;
+    const known = reduced ? said : { ...said, ...soFar(children, monitor, isSweep) };
     render(
       root,
       h(
@@ -81,7 +81,7 @@ export function study(root, now) {
         { class: "job study" },
         failed && problem(failed, polling.now),
         !children.length ? empty(unplanned()) : counts(),
-        children.length > 0 && (isSweep ? sweepParts(known) : gridParts(known)),
+        children.length > 0 && (isSweep ? sweepParts(known, reduced) : gridParts(known, reduced)),
         remarks(known),
         children.length > 0 && section("Children", childrenTable(isSweep)),
       ),
@@ -98,7 +98,8 @@ export function study(root, now) {
     const states = STATUSES.map(status => [status, children.filter(each => each.status === status).length]);
     const known = children.filter(each => each.energy_j !== null);
     const energy_j = known.reduce((sum, each) => sum + each.energy_j, 0);
-    const reasons = [...new Set(children.filter(each => each.energy_j === null).map(each => each.energy_reason))];
+    const unknown = children.filter(each => each.energy_j === null);
+    const reasons = [...new Set(unknown.map(each => words(each.energy_reason ?? "no reason given")))];
     const begun = filtered()
       .filter(each => each.status !== "pending")
       .slice(0, COMPARED)
@@ -112,9 +113,7 @@ export function study(root, now) {
         {},
         known.length === children.length
           ? `${joules(energy_j)} in all`
-          : known.length
-            ? `at least ${joules(energy_j)}; of ${plural(children.length - known.length, "child", "children")} not known: ${reasons.map(each => words(each ?? "no reason given")).join(", ")}`
-            : `energy unknown: ${reasons.map(each => words(each ?? "no reason given")).join(", ")}`,
+          : `${known.length ? `at least ${joules(energy_j)}; ` : ""}energy of ${plural(unknown.length, "child", "children")} unknown: ${reasons.join(", ")}`,
       ),
       begun.length > 1 &&
         h("a", { href: link("compare", { ids: begun.join(",") }) }, `Compare ${begun.length} children`),
@@ -122,23 +121,25 @@ export function study(root, now) {
     );
   }
 
-  function sweepParts(sweep) {
-    if (!plots.anyLoss(sweep)) return section("Plots", empty("No child has a result yet. The plots appear here with the first one."));
+  function sweepParts(sweep, reduced) {
+    if (!plots.anyLoss(sweep))
+      return section("Plots", empty("No child has a result yet. The plots appear here with the first one."));
+    const panels = {
+      "IsoFLOP curves": plots.isoflop(sweep),
+      ...(sweep.fit && {
+        "Scaling laws": plots.scaling(sweep),
+        "Tokens per parameter": plots.tokensPerParameter(sweep),
+      }),
+      "Energy against loss": plots.energy(sweep),
+    };
     return [
-      section("Plots", drawn({
-        "IsoFLOP curves": plots.isoflop(sweep),
-        ...(sweep.fit && {
-          "Scaling laws": plots.scaling(sweep),
-          "Tokens per parameter": plots.tokensPerParameter(sweep),
-        }),
-        "Energy against loss": plots.energy(sweep),
-      }), !sweep.fit && h("p", { class: "small quiet" }, result ? "There is no fit; the remarks say why." : "Parabolas, scaling laws and predictions come once all children have ended.")),
+      section("Plots", drawn(panels), !reduced && later("Parabolas, scaling laws and predictions come")),
       sweep.fit?.predictions.length > 0 && section("Predictions", predictions(sweep.fit.predictions)),
       sweep.fit && (sweep.fit.approach2 || sweep.fit.approach3) && section("Fits", fits(sweep)),
     ];
   }
 
-  function gridParts({ groups }) {
+  function gridParts({ groups }, reduced) {
     const metrics = [...new Set(groups.flatMap(group => Object.keys(group.metrics)))].sort(byInterest);
     if (!metrics.length)
       return section("Results", empty("No child has a result yet. The table appears here with the first one."));
@@ -146,17 +147,22 @@ export function study(root, now) {
     const metric = metrics.includes(view.metric) ? view.metric : metrics[0];
     const axis = axes.includes(view.axis) ? view.axis : axes[0];
     return [
-      section("Results", groupsTable(groups, axes, metrics), !result && h("p", { class: "small quiet" }, "Of what has completed so far; intervals come once all children have ended.")),
-      axes.length > 0 && section(
-        "Plot",
-        h(
-          "div",
-          { class: "curve-tools", role: "group", "aria-label": "What is drawn" },
-          choice("Metric", metrics, metric, value => change({ metric: value })),
-          choice("Against", axes, axis, value => change({ axis: value })),
-        ),
-        drawn({ [`${metric} against ${axis}`]: plots.grid(groups, metric, axis) }),
+      section(
+        "Results",
+        groupsTable(groups, axes, metrics),
+        !reduced && later("This is of what has completed so far. Intervals come"),
       ),
+      axes.length > 0 &&
+        section(
+          "Plot",
+          h(
+            "div",
+            { class: "curve-tools", role: "group", "aria-label": "What is drawn" },
+            choice("Metric", metrics, metric, value => change({ metric: value })),
+            choice("Against", axes, axis, value => change({ axis: value })),
+          ),
+          drawn({ [`${metric} against ${axis}`]: plots.grid(groups, metric, axis) }),
+        ),
     ];
   }
 
@@ -232,7 +238,9 @@ export function study(root, now) {
     const heads = [
       ["Child"],
       ["Status"],
-      ...(isSweep ? [["Budget", true], ["N", true], ["D", true], [monitor, true]] : [["Point"], ["Cycle", true], ["Last values"]]),
+      ...(isSweep
+        ? [["Budget", true], ["N", true], ["D", true], [monitor, true]]
+        : [["Point"], ["Cycle", true], ["Last values"]]),
       ["Ran", true],
       ["Energy", true],
       ["Why"],
@@ -255,11 +263,7 @@ export function study(root, now) {
       ),
       table("Children, in the order of the plan", heads, those.slice(0, view.most).map(child => row(child, isSweep))),
       those.length > view.most &&
-        h(
-          "button",
-          { type: "button", onclick: () => change({ most: Infinity }) },
-          `Show all ${count(those.length)}`,
-        ),
+        h("button", { type: "button", onclick: () => change({ most: Infinity }) }, `Show all ${count(those.length)}`),
     ];
   }
 
@@ -310,6 +314,7 @@ export function study(root, now) {
   };
 }
 
+const later = what => h("p", { class: "small quiet" }, `${what} once all children have ended.`);
 const section = (title, ...content) => h("section", { key: title }, h("h2", {}, title), content);
 const short = field => field.slice(field.lastIndexOf(".") + 1).replaceAll("_", " ");
 
@@ -350,10 +355,7 @@ function predictions(all) {
       h(
         "tr",
         { key: `${each.budget} ${each.approach}` },
-        number([
-          `${flops(each.budget)}`,
-          each.extrapolates && h("span", { class: "small quiet" }, " extrapolated"),
-        ]),
+        number([flops(each.budget), each.extrapolates && h("span", { class: "small quiet" }, " extrapolated")]),
         number(each.approach),
         [each.params, each.tokens, each.tokens_per_param].map(estimate => number(within(estimate, big))),
         number(within(each.loss)),
@@ -403,7 +405,7 @@ function remarks({ warnings = [], skipped = [], fit }) {
     Warnings: [...warnings, ...(fit?.warnings ?? [])],
     Outliers: (fit?.approach3?.outliers ?? []).map(
       each =>
-        `${each.experiment_id}: ${measured(each.robust_z)} robust standard deviations off the fit; it is in it all the same`,
+        `${each.experiment_id}: ${measured(each.robust_z)} robust standard deviations off the fit, of which it is a part`,
     ),
     "Left out of the fits as asked": fit?.dropped ?? [],
     Skipped: skipped.map(each => `${each.what}: ${each.reason}`),
@@ -437,8 +439,8 @@ const lastValues = final =>
     .join(", ") || UNKNOWN;
 
 function byInterest(a, b) {
-  const rank = name =>
-    name === "val_loss" ? 0 : name === "loss" ? 1 : ["wall_time_seconds", "energy_j"].includes(name) ? 4 : name.startsWith("val") ? 2 : 3;
+  const ranks = { val_loss: 0, loss: 1, wall_time_seconds: 4, energy_j: 5 };
+  const rank = name => ranks[name] ?? (name.startsWith("val") ? 2 : 3);
   return rank(a) - rank(b) || a.localeCompare(b);
 }
 

@@ -189,7 +189,8 @@ export function grid(groups, metric, axis) {
   for (const { point, metrics } of groups) {
     const found = metrics[metric];
     if (!found || !(axis in point) || !finite(found.mean)) continue;
-    const place = isScale ? point[axis] : values.findIndex(each => JSON.stringify(each) === JSON.stringify(point[axis]));
+    const same = value => JSON.stringify(value) === JSON.stringify(point[axis]);
+    const place = isScale ? point[axis] : values.findIndex(same);
     const interval = finite(found.low) && finite(found.high) ? [found.low, found.high] : null;
     const label = named(point, axis);
     others.set(label, [...(others.get(label) ?? []), { at: [place, found.mean], interval }]);

@@ -101,7 +101,7 @@ const bar = (status, { percent }) =>
 
 /** How many have ended; its tab has how. */
 function childrenTile({ status, progress }) {
-  if (!progress) return tile("Children", UNKNOWN, status === "pending" ? "waits for a slot to be planned" : "not planned yet");
+  if (!progress) return tile("Children", UNKNOWN, status === "pending" ? "waits for a slot" : "not planned yet");
   return tile("Children", ofChildren(progress), bar(status, progress), "have ended");
 }
 
