@@ -9,11 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from helpers.browser import Tab, chromium, needs_chromium
+from helpers.browser import Tab, chromium, needs_chromium, serious
 from helpers.databases import Databases, connect, embedded_postgres
 from helpers.service import Service, running_service
 from helpers.showcase import LARGE, STORMY, fill
@@ -132,16 +131,6 @@ def test_who_may_only_read_is_offered_nothing_else(browser: Browser, lab: Servic
     lab.client.revoke_token(reader.id)
     expect(page.get_by_role("heading", name="Log in to Relight")).to_be_visible()
     tab.close()
-
-
-def serious(page: Page) -> list[str]:
-    found = Axe().run(page).response["violations"]
-    return [
-        f"{each['id']}: {node['html'][:200]} {node['failureSummary']}"
-        for each in found
-        if each["impact"] in ("serious", "critical")
-        for node in each["nodes"]
-    ]
 
 
 def test_nothing_is_wider_than_a_phone(browser: Browser, lab: Service) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, expect, sync_playwright
 
 from helpers.service import WAIT_S
 
 CHROMIUM = shutil.which("chromium")
+HOSTILE = "<img src=x onerror=hacked=1>"
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
 
 expect.set_options(timeout=WAIT_S * 1000)
@@ -75,3 +77,14 @@ class Tab:
     def _request(self, request: Request) -> None:
         if urlsplit(request.url).scheme in ("http", "https") and not request.url.startswith(self.url + "/"):
             self.complaints.append(f"left the host: {request.url}")
+
+
+def serious(page: Page) -> list[str]:
+    """What axe finds."""
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{each['id']}: {node['html'][:200]} {node['failureSummary']}"
+        for each in found
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]

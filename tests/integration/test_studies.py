@@ -146,6 +146,17 @@ async def test_a_cancel_over_http_ends_study_and_children(api: httpx.AsyncClient
     assert (resumed.status_code, resumed.json()["resumed_from"]) == (202, None)
 
 
+async def test_a_study_that_nobody_holds_is_counted_while_it_lives(api: httpx.AsyncClient, store: Store) -> None:
+    await store.worker(slots=2)
+    run = await _planned(store, "a", "b")
+    child = await _claim(store)
+    counts = {"pending": 1, "running": 1, "waiting": 1, "cancelling": 0}
+    assert (await api.get("/counts")).json() == counts
+    await api.post(f"/operations/{run.operation_id}/cancel", json={})
+    await _until(api, child, "cancelling")
+    assert (await api.get("/counts")).json() == {"pending": 0, "running": 0, "waiting": 0, "cancelling": 2}
+
+
 async def test_a_study_is_deleted_with_its_children_once_all_have_ended(api: httpx.AsyncClient, store: Store) -> None:
     await store.worker(slots=2)
     run = await _planned(store, "a", "b")

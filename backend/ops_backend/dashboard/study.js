@@ -96,11 +96,12 @@ export function study(root, now) {
 
   function counts() {
     const states = STATUSES.map(status => [status, children.filter(each => each.status === status).length]);
-    const known = children.filter(each => each.energy_j !== null);
+    const begun = children.filter(each => each.status !== "pending");
+    const known = begun.filter(each => each.energy_j !== null);
     const energy_j = known.reduce((sum, each) => sum + each.energy_j, 0);
-    const unknown = children.filter(each => each.energy_j === null);
+    const unknown = begun.filter(each => each.energy_j === null);
     const reasons = [...new Set(unknown.map(each => words(each.energy_reason ?? "no reason given")))];
-    const begun = filtered()
+    const compared = filtered()
       .filter(each => each.status !== "pending")
       .slice(0, COMPARED)
       .map(each => each.operation_id);
@@ -108,15 +109,11 @@ export function study(root, now) {
       "p",
       { class: "facts", key: "counts" },
       states.filter(([, n]) => n).map(([status, n]) => chip(status, `${count(n)} ${status}`)),
-      h(
-        "span",
-        {},
-        known.length === children.length
-          ? `${joules(energy_j)} in all`
-          : `${known.length ? `at least ${joules(energy_j)}; ` : ""}energy of ${plural(unknown.length, "child", "children")} unknown: ${reasons.join(", ")}`,
-      ),
-      begun.length > 1 &&
-        h("a", { href: link("compare", { ids: begun.join(",") }) }, `Compare ${begun.length} children`),
+      known.length > 0 && h("span", {}, `${unknown.length ? "at least " : ""}${joules(energy_j)}`),
+      unknown.length > 0 &&
+        h("span", {}, `energy of ${plural(unknown.length, "child", "children")} unknown: ${reasons.join(", ")}`),
+      compared.length > 1 &&
+        h("a", { href: link("compare", { ids: compared.join(",") }) }, `Compare ${compared.length} children`),
       h("a", { href: link("", { parent_id: id }) }, "As a list"),
     );
   }
@@ -240,7 +237,7 @@ export function study(root, now) {
       ["Status"],
       ...(isSweep
         ? [["Budget", true], ["N", true], ["D", true], [monitor, true]]
-        : [["Point"], ["Cycle", true], ["Last values"]]),
+        : [["Cycle", true], ["Last values"]]),
       ["Ran", true],
       ["Energy", true],
       ["Why"],
@@ -282,11 +279,7 @@ export function study(root, now) {
             number(trained === null ? [h("span", { class: "quiet" }, "planned "), big(about.tokens)] : big(trained)),
             number(measured(final[monitor])),
           ]
-        : [
-            h("td", {}, plots.named(about.point)),
-            number(count(about.cycle)),
-            h("td", {}, lastValues(final)),
-          ],
+        : [number(count(about.cycle)), h("td", {}, lastValues(final))],
       number(duration(child.running_s)),
       number(joules(child.energy_j)),
       h(
@@ -316,7 +309,7 @@ export function study(root, now) {
 
 const later = what => h("p", { class: "small quiet" }, `${what} once all children have ended.`);
 const section = (title, ...content) => h("section", { key: title }, h("h2", {}, title), content);
-const short = field => field.slice(field.lastIndexOf(".") + 1).replaceAll("_", " ");
+const short = field => field.slice(field.lastIndexOf(".") + 1);
 
 /** What the children have given, in the shape of a result: without fits and intervals. */
 function soFar(children, monitor, isSweep) {
@@ -379,9 +372,9 @@ function fits({ flops, embeddings, fit }) {
     "N counts": `embeddings ${embeddings}`,
     runs: count(fit.points),
     ...(approach2 && {
-      "approach 2: N ∝ C^": within(approach2.params?.exponent),
-      "approach 2: D ∝ C^": within(approach2.tokens?.exponent),
-      "approach 2: bias of the exponent": measured(approach2.bias),
+      "approach 2: a of N ∝ C^a": within(approach2.params?.exponent),
+      "approach 2: b of D ∝ C^b": within(approach2.tokens?.exponent),
+      "approach 2: bias of a": measured(approach2.bias),
     }),
     ...(approach3 && {
       ...Object.fromEntries(
@@ -428,7 +421,7 @@ function remarks({ warnings = [], skipped = [], fit }) {
 function statistic(found) {
   if (!found) return UNKNOWN;
   const half = found.low === null || found.low === undefined ? null : (found.high - found.low) / 2;
-  return `${measured(found.mean)}${half === null ? "" : ` ± ${measured(half)}`}`;
+  return `${measured(found.mean)}${half === null ? "" : ` ± ${measured(Number(half.toPrecision(2)))}`}`;
 }
 
 const lastValues = final =>

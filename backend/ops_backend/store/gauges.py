@@ -10,8 +10,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ops_backend.store.sql import statement
 from ops_contract.operations import LiveCounts
 
-# By the two partial indexes, of the queue and of live holds: operations that have ended may be millions. The last event
-# of a pending one is that which made it pending. A join, not looked up one by one, would read all events of all time.
+# By partial indexes of the queue, live holds and studies: operations that have ended may be millions. The last event of
+# a pending one is that which made it pending. A join, not looked up one by one, would read all events of all time.
 OPERATIONS = statement("""
     SELECT count(*) FILTER (WHERE status = 'pending') AS pending,
            count(*) FILTER (WHERE status = 'running') AS running,
@@ -26,7 +26,11 @@ OPERATIONS = statement("""
              WHERE o.status = 'pending'
             UNION ALL
             SELECT status, NULL FROM operations
-             WHERE id IN (SELECT operation_id FROM holds WHERE ended_at IS NULL)) live
+             WHERE id IN (SELECT operation_id FROM holds WHERE ended_at IS NULL)
+            UNION ALL
+            SELECT status, NULL FROM operations o
+             WHERE kind = 'study' AND status IN ('waiting', 'cancelling')
+               AND NOT EXISTS (SELECT FROM holds h WHERE h.operation_id = o.id AND h.ended_at IS NULL)) live
 """)
 
 # By name: a worker that has been started again is the same one to who watches it, and two of a name are one series.
