@@ -1,7 +1,6 @@
 """The dashboard of a lab: many operations and points; looked at by axe, on a phone, and for the pictures."""
 
 import asyncio
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from helpers.browser import Tab, chromium, needs_chromium, serious
+from helpers.browser import Tab, chromium, needs_chromium, picture, pictures, serious
 from helpers.databases import Databases, connect, embedded_postgres
 from helpers.service import Service, running_service
 from helpers.showcase import LARGE, STORMY, fill
@@ -21,8 +19,6 @@ from ops_contract.tokens import Scope, TokenRequest
 pytestmark = [needs_chromium, pytest.mark.slow, pytest.mark.usefixtures("lab")]
 
 LEASE_S = 20.0
-SCREENSHOTS = Path(__file__).parents[2] / "docs" / "screenshots"
-PICTURE_BYTES = 150_000
 KILOBYTE = 1000
 TABS = ("curves", "attempts", "checkpoints", "events", "logs", "job", "artifacts", "energy")
 VIEWS = {
@@ -251,9 +247,7 @@ def test_a_database_that_is_away_is_said_and_waited_for(tab: Tab, lab_database: 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pictures(browser: Browser, lab: Service, scheme: str, tmp_path: Path) -> None:
-    """Kept where the documentation shows them with SCREENSHOTS=1."""
-    keep = SCREENSHOTS if os.environ.get("SCREENSHOTS") else tmp_path
-    keep.mkdir(exist_ok=True)
+    keep = pictures(tmp_path)
     with a_tab(browser, lab, color_scheme=scheme) as tab:
         picture(show(tab, "/", "Operations"), keep / f"list-{scheme}.png")
         page = show(tab, f"/operations/{STORMY}", "pretrain-small-stormy")
@@ -264,13 +258,6 @@ def test_pictures(browser: Browser, lab: Service, scheme: str, tmp_path: Path) -
     with a_tab(browser, lab, color_scheme=scheme, viewport={"width": 390, "height": 844}) as phone:
         picture(show(phone, "/", "Operations"), keep / f"phone-list-{scheme}.png")
         picture(show(phone, f"/operations/{STORMY}?tab=events", "pretrain-small-stormy"), keep / f"phone-{scheme}.png")
-
-
-def picture(page: Page, path: Path) -> None:
-    page.screenshot(path=path)
-    with Image.open(path) as taken:
-        taken.convert("RGB").quantize(256).save(path, optimize=True)
-    assert path.stat().st_size < PICTURE_BYTES
 
 
 class Count:

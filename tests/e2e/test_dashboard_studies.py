@@ -5,13 +5,14 @@ import re
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from helpers.browser import HOSTILE, Tab, chromium, needs_chromium, serious
+from helpers.browser import HOSTILE, Tab, chromium, needs_chromium, picture, pictures, serious
 from helpers.databases import Databases
 from helpers.service import Service, running_service
 from helpers.store import Store
@@ -257,3 +258,11 @@ def test_axe_finds_nothing_serious_and_nothing_is_wider_than_a_phone(
             page = show(tab, studies, name, drawings)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
             assert serious(page) == [], name
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pictures(browser: Browser, studies: Service, scheme: str, tmp_path: Path) -> None:
+    with a_tab(browser, studies, color_scheme=scheme, viewport={"width": 1280, "height": 960}) as tab:
+        page = show(tab, studies, SWEEP, 4)
+        page.get_by_role("tablist").evaluate("tabs => tabs.scrollIntoView()")
+        picture(page, pictures(tmp_path) / f"study-{scheme}.png")

@@ -1,18 +1,23 @@
 """The dashboard in the system's own Chromium, as a user has it."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, expect, sync_playwright
 
 from helpers.service import WAIT_S
 
 CHROMIUM = shutil.which("chromium")
+SCREENSHOTS = Path(__file__).parents[2] / "docs" / "screenshots"
+PICTURE_BYTES = 150_000
 HOSTILE = "<img src=x onerror=hacked=1>"
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
 
@@ -88,3 +93,17 @@ def serious(page: Page) -> list[str]:
         if each["impact"] in ("serious", "critical")
         for node in each["nodes"]
     ]
+
+
+def pictures(tmp_path: Path) -> Path:
+    """Where they are kept; with SCREENSHOTS=1 where the documentation shows them."""
+    keep = SCREENSHOTS if os.environ.get("SCREENSHOTS") else tmp_path
+    keep.mkdir(exist_ok=True)
+    return keep
+
+
+def picture(page: Page, path: Path) -> None:
+    page.screenshot(path=path)
+    with Image.open(path) as taken:
+        taken.convert("RGB").quantize(256).save(path, optimize=True)
+    assert path.stat().st_size < PICTURE_BYTES

@@ -14,6 +14,7 @@ const SHAPES = [
   ["hexagon", "⬢"],
   ["cross", "✚"],
 ];
+const LEGEND = 16; // more names than these hide what they name
 const shape = index => SHAPES[index % SHAPES.length];
 
 /** How a point is marked beside its colour. */
@@ -47,9 +48,11 @@ export class Figure extends Canvas {
     const traces = [...bands.flatMap(band), ...lines.map(line), ...panel.points.map(points)];
     await Plotly.react(this.canvas, traces, laidOut(panel), CONFIG);
     this.canvas.setAttribute("aria-label", `${this.name}. ${panel.spoken}`);
+    const labelled = panel.points.filter(({ label }) => label);
     render(
       this.legend,
-      panel.points.filter(({ label }) => label).map(({ index, label }) => h("li", {}, sign(index), label)),
+      labelled.slice(0, LEGEND).map(({ index, label }) => h("li", {}, sign(index), label)),
+      labelled.length > LEGEND && h("li", {}, `and ${labelled.length - LEGEND} more`),
       panel.points.some(({ mark }) => mark === "flop_optimal") && h("li", {}, "◯ FLOP-optimal"),
       panel.points.some(({ mark }) => mark === "joule_optimal") && h("li", {}, "★ joule-optimal"),
     );

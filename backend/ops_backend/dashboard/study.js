@@ -1,21 +1,22 @@
 /** A study: what its children have given so far, as a table and as plots, and what it came to. It lives by polling. */
 
-import { Away, get, query } from "./api.js";
+import { get, query } from "./api.js";
 import { prepare } from "./canvas.js";
 import { h, render } from "./dom.js";
 import { Figure } from "./figure.js";
-import { big, count, duration, flops, joules, measured, plural, toNumber, UNKNOWN, within, words } from "./format.js";
+import { big, count, duration, flops, joules, measured, plural, toNumber, UNKNOWN, words } from "./format.js";
 import { problem } from "./notice.js";
 import { poll } from "./poll.js";
 import { link } from "./router.js";
 import { chip, STATUSES, TERMINAL } from "./status.js";
+import { fits, predictions, remarks, section } from "./study_facts.js";
 import * as plots from "./study_plots.js";
 import { empty, loading, number, table } from "./tables.js";
 
 const POLL_MS = 3000;
 const PAGE = 500;
 const SHOWN = 100; // rows at first
-export const COMPARED = 20;
+const COMPARED = 20; // as many as that page takes
 
 /**
  * @param {HTMLElement} root
@@ -308,7 +309,6 @@ export function study(root, now) {
 }
 
 const later = what => h("p", { class: "small quiet" }, `${what} once all children have ended.`);
-const section = (title, ...content) => h("section", { key: title }, h("h2", {}, title), content);
 const short = field => field.slice(field.lastIndexOf(".") + 1);
 
 /** What the children have given, in the shape of a result: without fits and intervals. */
@@ -339,83 +339,6 @@ function soFar(children, monitor, isSweep) {
       metrics: Object.fromEntries(Object.entries(values).map(([name, all]) => [name, mean(all)])),
     })),
   };
-}
-
-function predictions(all) {
-  const rows = [...all]
-    .sort((a, b) => a.budget - b.budget || a.approach - b.approach)
-    .map(each =>
-      h(
-        "tr",
-        { key: `${each.budget} ${each.approach}` },
-        number([flops(each.budget), each.extrapolates && h("span", { class: "small quiet" }, " extrapolated")]),
-        number(each.approach),
-        [each.params, each.tokens, each.tokens_per_param].map(estimate => number(within(estimate, big))),
-        number(within(each.loss)),
-      ),
-    );
-  const heads = [
-    ["Budget (FLOPs)", true],
-    ["Approach", true],
-    ["Parameters", true],
-    ["Tokens", true],
-    ["Tokens per parameter", true],
-    ["Loss", true],
-  ];
-  return table("Compute-optimal, with 95 % intervals", heads, rows);
-}
-
-function fits({ flops, embeddings, fit }) {
-  const { approach2, approach3 } = fit;
-  const said = {
-    "FLOPs per token": flops,
-    "N counts": `embeddings ${embeddings}`,
-    runs: count(fit.points),
-    ...(approach2 && {
-      "approach 2: a of N ∝ C^a": within(approach2.params?.exponent),
-      "approach 2: b of D ∝ C^b": within(approach2.tokens?.exponent),
-      "approach 2: bias of a": measured(approach2.bias),
-    }),
-    ...(approach3 && {
-      ...Object.fromEntries(
-        ["E", "A", "B", "alpha", "beta"].map(name => [`approach 3: ${name}`, within(approach3[name])]),
-      ),
-      "approach 3: R²": measured(approach3.r2),
-      "approach 3: root mean square of log loss": measured(approach3.rmse_log),
-      "approach 3: resamples": count(approach3.bootstraps),
-    }),
-  };
-  return h(
-    "dl",
-    { class: "pairs" },
-    Object.entries(said).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
-  );
-}
-
-/** All that the result wants to be known of itself. */
-function remarks({ warnings = [], skipped = [], fit }) {
-  const lists = {
-    Warnings: [...warnings, ...(fit?.warnings ?? [])],
-    Outliers: (fit?.approach3?.outliers ?? []).map(
-      each =>
-        `${each.experiment_id}: ${measured(each.robust_z)} robust standard deviations off the fit, of which it is a part`,
-    ),
-    "Left out of the fits as asked": fit?.dropped ?? [],
-    Skipped: skipped.map(each => `${each.what}: ${each.reason}`),
-  };
-  return Object.entries(lists)
-    .filter(([, all]) => all.length)
-    .map(([title, all]) =>
-      section(
-        title,
-        h(
-          "ul",
-          { class: "remarks" },
-          all.slice(0, SHOWN).map(text => h("li", {}, text)),
-          all.length > SHOWN && h("li", {}, `and ${count(all.length - SHOWN)} more`),
-        ),
-      ),
-    );
 }
 
 function statistic(found) {

@@ -209,7 +209,7 @@ export function grid(groups, metric, axis) {
     lines: series.map(({ index, points }) => ({ index, points })),
     notes: without ? [`${plural(without, "point")} left out: without ${metric} or ${axis}`] : [],
     spoken: series
-      .map(each => `${each.label}: ${each.points.map(([x, y]) => `${measured(y)} at ${measured(x)}`).join(", ")}`)
+      .map(each => `${each.label && `${each.label}: `}${each.points.map(([x, y]) => `${measured(y)} at ${measured(x)}`).join(", ")}`)
       .join("; "),
   };
 }
