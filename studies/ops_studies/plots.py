@@ -94,10 +94,8 @@ def isoflop(result: SweepResult) -> Panel:
         lines.append(Line(colour, parabola(optimum, min(sizes), max(sizes)), dashed=not optimum.usable))
         if optimum.usable:
             points.append(Points(colour, [(optimum.params, optimum.loss)], "optimum"))
-        else:
-            notes.append(f"{flops(budget)}: no optimum, its parabola opens downwards")
-        if optimum.usable and optimum.at_edge:
-            notes.append(f"{flops(budget)}: its optimum lies outside of the sizes that were run")
+        if doubt := _doubt(optimum):
+            notes.append(f"{flops(budget)}: {doubt}")
     return Panel("IsoFLOP curves", "parameters N", "loss (nats)", points, lines, notes=[*notes, *_without_loss(result)])
 
 
@@ -107,6 +105,13 @@ def parabola(optimum: BudgetOptimum, low: float, high: float) -> list[Point]:
     start, end = math.log(low), math.log(high)
     places = [start + (end - start) * i / (PARABOLA_POINTS - 1) for i in range(PARABOLA_POINTS)]
     return [(math.exp(x), a + b * x + c * x * x) for x in places]
+
+
+def _doubt(optimum: BudgetOptimum) -> str | None:
+    if optimum.usable:
+        return "its optimum lies outside of the sizes that were run" if optimum.at_edge else None
+    opens = "opens downwards" if optimum.curvature <= 0 else "is lowest far outside of the sizes that were run"
+    return f"no optimum, its parabola {opens}"
 
 
 def scaling(result: SweepResult) -> Panel:
@@ -254,6 +259,7 @@ def _law(
     for approach in (2, 3):
         told = _distinct(each for each in result.fit.predictions if each.approach == approach) if result.fit else []
         drawn = [(each.budget, of_prediction(each), each.extrapolates) for each in told]
+        drawn = [each for each in drawn if 0 < each[1].value < math.inf]
         beyond = [(c, estimate.value) for c, estimate, extrapolates in drawn if extrapolates]
         law.lines.append(Line(colour, [(c, estimate.value) for c, estimate, _ in drawn], dashed=approach == 3))
         law.points.append(Points(colour, beyond, "extrapolated"))

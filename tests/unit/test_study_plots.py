@@ -47,11 +47,13 @@ def test_isoflop_curves_are_every_run_and_the_parabola_that_was_fitted() -> None
 
 
 def test_a_parabola_without_a_minimum_has_no_vertex_and_one_at_the_edge_is_said() -> None:
-    panel = plots.isoflop(refitted(sweep_result(), usable=False, at_edge=True))
+    panel = plots.isoflop(refitted(sweep_result(), usable=False, at_edge=True, curvature=-1.0))
     assert [line.dashed for line in panel.lines] == [True, False, False]
     assert len(marked(panel, "optimum")) == 2
     assert panel.notes[0] == "1e15 FLOPs: no optimum, its parabola opens downwards"
 
+    [said] = plots.isoflop(refitted(sweep_result(), usable=False, at_edge=True)).notes[:1]
+    assert said == "1e15 FLOPs: no optimum, its parabola is lowest far outside of the sizes that were run"
     far = optimum(BUDGETS[0])[0] * 30
     panel = plots.isoflop(refitted(sweep_result(), at_edge=True, params=far))
     assert panel.notes[0] == "1e15 FLOPs: its optimum lies outside of the sizes that were run"

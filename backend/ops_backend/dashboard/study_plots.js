@@ -36,11 +36,17 @@ export function isoflop(result) {
       const best = `optimum of ${label}`;
       points.push({ index, mark: "optimum", points: [[optimum.params, optimum.loss]], names: [best] });
       spoken.push(`lowest at N ${measured(optimum.params)}, loss ${measured(optimum.loss)}`);
-      if (optimum.at_edge) notes.push(`${label}: its optimum lies outside of the sizes that were run`);
-    } else notes.push(`${label}: no optimum, its parabola opens downwards`);
+    }
+    const doubt = doubtOf(optimum);
+    if (doubt) notes.push(`${label}: ${doubt}`);
   });
   notes.push(...withoutLoss(result));
   return { x: "parameters N", y: "loss (nats)", logX: true, points, lines, notes, spoken: `${spoken.join(", ")}.` };
+}
+
+function doubtOf({ usable, at_edge, curvature }) {
+  if (usable) return at_edge && "its optimum lies outside of the sizes that were run";
+  return `no optimum, its parabola ${curvature <= 0 ? "opens downwards" : "is lowest far outside of the sizes that were run"}`;
 }
 
 /** The fitted loss: a + b·x + c·x², x = ln N. */
@@ -88,6 +94,7 @@ function laws(result, y, quantities) {
       const told = (result.fit?.predictions ?? [])
         .filter(each => each.approach === approach)
         .map(each => ({ ...ofPrediction(each), budget: each.budget, extrapolates: each.extrapolates }))
+        .filter(({ value }) => finite(value) && value > 0)
         .sort((a, b) => a.budget - b.budget);
       const at = each => [each.budget, toNumber(each.value)];
       lines.push({ index, points: told.map(at), dashed: approach === 3 });
