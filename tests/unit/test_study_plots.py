@@ -141,11 +141,11 @@ def test_a_grid_is_means_with_intervals_over_an_axis_of_numbers_or_of_names() ->
         rows=[],
         groups=[
             GridGroup(point={"config.name": name}, metrics={"loss": Statistic(n=1, mean=mean)} if mean else {})
-            for name, mean in (("_b$x$", 1.0), (True, 2.0), ("c", None))
+            for name, mean in (("$\\frac$", 1.0), (True, 2.0), ("c", None))
         ],
     )
     panel = plots.grid(named, "loss", "config.name")
-    assert panel.ticks == ["_b$x$", "true", "c"]
+    assert panel.ticks == ["$\\frac$", "true", "c"]
     assert panel.points[0].points == [(0.0, 1.0), (1.0, 2.0)]
     assert panel.notes == ["1 of 3 points left out: without loss or config.name"]
     [axes] = figures.draw([panel]).axes

@@ -271,7 +271,7 @@ export function study(root, now) {
     return h(
       "tr",
       { key: child.operation_id },
-      h("td", {}, h("a", { href: link(`operations/${child.operation_id}`) }, child.name)),
+      h("td", { class: "words" }, h("a", { href: link(`operations/${child.operation_id}`) }, child.name)),
       h("td", {}, chip(child.status)),
       isSweep
         ? [
@@ -280,12 +280,12 @@ export function study(root, now) {
             number(trained === null ? [h("span", { class: "quiet" }, "planned "), big(about.tokens)] : big(trained)),
             number(measured(final[monitor])),
           ]
-        : [number(count(about.cycle)), h("td", {}, lastValues(final))],
+        : [number(count(about.cycle)), h("td", { class: "words" }, lastValues(final))],
       number(duration(child.running_s)),
       number(joules(child.energy_j)),
       h(
         "td",
-        {},
+        { class: "words" },
         child.error && child.status !== "completed" && h("p", { class: "bad" }, child.error),
         child.energy_j === null &&
           child.status !== "pending" &&
