@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -46,19 +46,19 @@ def plot(client: "Client", study: "Operation", choice: Choice) -> None:
         if choice.metric or choice.axis:
             raise typer.BadParameter("it is for a grid", param_hint="--metric" if choice.metric else "--axis")
         found = plots.sweep(result)
-        here = [found[choice.figure]] if choice.figure else list(found.values())
-        there = found[choice.figure or "isoflop"]
+        panels = [found[choice.figure]] if choice.figure else list(found.values())
         if not any(points.points for points in found["isoflop"].points):
             raise _nothing_yet(study)
     else:
         if choice.figure:
             raise typer.BadParameter("it is for a sweep", param_hint="--figure")
-        there = _grid(study, result, choice)
-        here = [there]
+        panels = [_grid(study, result, choice)]
+    if choice.log:
+        panels = [replace(panel, log_y=True) for panel in panels]
     if choice.to is None:
-        _show(there, choice.log)
+        _show(panels[0])
     else:
-        print(f"Drawn in {save(figures.draw(here), choice.to)}")
+        print(f"Drawn in {save(figures.draw(panels), choice.to)}")
 
 
 def so_far(client: "Client", study: "Operation") -> SweepResult | GridResult:
@@ -124,9 +124,9 @@ def _nothing_yet(study: "Operation") -> OpsError:
     )
 
 
-def _show(panel: plots.Panel, log: bool) -> None:
+def _show(panel: plots.Panel) -> None:
     print(show.harmless(f"{panel.title}: {panel.y} against {panel.x}"))
-    show_curves(list(_curves(panel)), log or panel.log_y, panel.log_x, show.harmless(panel.x))
+    show_curves(list(_curves(panel)), panel.log_y, panel.log_x, show.harmless(panel.x))
     for note in (*_ticks(panel), *panel.notes):
         print(show.harmless(note))
 

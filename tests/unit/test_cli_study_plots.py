@@ -71,17 +71,22 @@ def test_each_figure_in_the_terminal_says_what_it_is(api: Api, ops: Ops) -> None
 def test_a_file_has_four_figures_or_the_one_that_is_asked_for(
     api: Api, ops: Ops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    drawn: list[list[str]] = []
+    drawn: list[list[tuple[str, bool]]] = []
     draw = figures.draw
-    monkeypatch.setattr(figures, "draw", lambda all: drawn.append([each.title for each in all]) or draw(all))
+    monkeypatch.setattr(
+        figures, "draw", lambda all: drawn.append([(each.title, each.log_y) for each in all]) or draw(all)
+    )
     id = api.holds(study(SWEEP))
     holds_result(api, sweep_result())
 
     assert ops("plot", id, "--to", tmp_path / f"all{suffix}").code == ExitCode.DONE
     assert ops("plot", id, "--figure", "energy", "--to", tmp_path / f"one{suffix}").code == ExitCode.DONE
 
+    assert ops("plot", id, "--figure", "isoflop", "--log", "--to", tmp_path / f"log{suffix}").code == ExitCode.DONE
+
     titles = [panel.title for panel in plots.sweep(sweep_result()).values()]
-    assert drawn == [titles, ["Energy against loss"]]
+    assert [[title for title, _ in figure] for figure in drawn] == [titles, ["Energy against loss"], ["IsoFLOP curves"]]
+    assert drawn[2][0][1]
     begins = {".png": b"\x89PNG", ".svg": b"<?xml"}[suffix]
     assert all((tmp_path / f"{name}{suffix}").read_bytes().startswith(begins) for name in ("all", "one"))
 
