@@ -81,7 +81,6 @@ def test_a_file_has_four_figures_or_the_one_that_is_asked_for(
 
     assert ops("plot", id, "--to", tmp_path / f"all{suffix}").code == ExitCode.DONE
     assert ops("plot", id, "--figure", "energy", "--to", tmp_path / f"one{suffix}").code == ExitCode.DONE
-
     assert ops("plot", id, "--figure", "isoflop", "--log", "--to", tmp_path / f"log{suffix}").code == ExitCode.DONE
 
     titles = [panel.title for panel in plots.sweep(sweep_result()).values()]
