@@ -18,7 +18,7 @@ import pytest
 from helpers.agents import AgentProcess, running_agent
 from helpers.fake_api import FakeApi
 from helpers.openapi import openapi_of_this_code
-from helpers.store import Held, Store, credential_of, saved, started
+from helpers.store import Held, Store, credential_of, plan, saved, started
 from ops_backend.app import create_app
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings
@@ -26,6 +26,7 @@ from ops_backend.validator import Validator
 from ops_contract.agents import VALIDATED_MAX_BYTES, Validate, Validated, WorkloadOffer
 from ops_contract.jobs import Code, Execution, Job
 from ops_contract.lifecycle import Kind
+from ops_contract.plans import Plan
 from ops_contract.reports import Resolved
 from relight.archive import Entry, write_archive
 
@@ -125,6 +126,26 @@ async def test_a_metric_that_the_users_workload_does_not_report_is_refused(backe
     answer = await backend.submit(execution={"checkpoint_monitor": "accuracy"})
 
     assert answer.json()["error"]["details"]["errors"][0]["field"] == "execution.checkpoint_monitor"
+
+
+async def test_a_study_is_planned_to_be_judged_and_stored_as_it_was_written(backend: Backend) -> None:
+    """An offered workload too, whose schema alone would do for a training."""
+    await backend.worker()
+    planned = plan("a", "b")
+    backend.answer = lambda: httpx.Response(200, text=Validated(plan=planned).model_dump_json())
+    study = {"workload": "deep", "study": {"type": "grid", "axes": {"config.depth": [1, 2]}}}
+
+    dry = await backend.http.post("/operations?dry_run=true", json=study)
+    made = await backend.http.post("/operations", json=study)
+
+    assert Plan.model_validate(dry.json()["plan"]) == planned
+    assert (made.status_code, made.json()["job"]["config"]) == (201, {})
+    assert made.json()["job"]["execution"]["checkpoint_save_top_k"] is None
+    assert [job["study"]["axes_order"] for job in backend.asked] == [["config.depth"]] * 2
+    problems = [{"field": "study.size", "problem": "does not change how many parameters the model has"}]
+    backend.answer = lambda: httpx.Response(200, json={"problems": problems})
+    refused = await backend.http.post("/operations", json=study)
+    assert (refused.status_code, refused.json()["error"]["details"]["errors"]) == (422, problems)
 
 
 class Trickling(httpx.AsyncByteStream):
