@@ -101,7 +101,7 @@ def test_a_sweep_is_reduced_by_what_was_trained_and_fails_with_the_child_that_ha
     planned = run(tmp_path, SWEEP)[0].plan
     assert planned
     children = [_child(planned, place, val_loss=3 - place / 10) for place in range(len(planned.children))]
-    lost = {"status": Status.FAILED, "final": {}, "training": None, "error": "no luck"}
+    lost: dict[str, Any] = {"status": Status.FAILED, "final": {}, "training": None, "error": "no luck"}
     children[0] = children[0].model_copy(update=lost)
 
     finish, agent = run(tmp_path, SWEEP, children=children)
