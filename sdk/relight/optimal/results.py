@@ -173,13 +173,17 @@ class ResultsFile:
 
     def add(self, child: ChildPlan, row: SweepRow) -> None:
         self._rows[child.key] = Row(**row.model_dump(), key=child.key)
-        self._write(self._result(fitted=False))
+        counted = {"flops": self._study.flops, "embeddings": self._study.embeddings}
+        plan = self._plan
+        self._write(SweepResult(**counted, rows=self._so_far(), skipped=plan.skipped, warnings=plan.warnings))
         if self._is_done(child.key):
             shutil.rmtree(self.run_directory(child), ignore_errors=True)
 
     def finish(self, warnings: Sequence[str]) -> SweepResults:
         """Fitted."""
-        result = self._result(fitted=True, warnings=warnings)
+        fit = partial(fits.fit_rows, predict=self._study.predict)
+        plan, told = self._plan, [*self._plan.warnings, *warnings]
+        result = isoflop.result(self._study, self._so_far(), fit, fits.joule_optima, plan.skipped, told)
         self._write(result)
         return SweepResults(result, self.path)
 
@@ -187,14 +191,8 @@ class ResultsFile:
         row = self._rows.get(key)
         return row is not None and row.final_loss is not None
 
-    def _result(self, fitted: bool, warnings: Sequence[str] = ()) -> SweepResult:
-        fit = partial(fits.fit_rows, predict=self._study.predict)
-        every = [SweepRow(**row.model_dump(exclude={"key"})) for row in self._current()]
-        told = [*self._plan.warnings, *warnings]
-        found = isoflop.result(
-            self._study, every, fit if fitted else _no_fit, fits.joule_optima, self._plan.skipped, told
-        )
-        return found if fitted else found.model_copy(update={"fit": None})
+    def _so_far(self) -> list[SweepRow]:
+        return [SweepRow(**row.model_dump(exclude={"key"})) for row in self._current()]
 
     def _current(self) -> list[Row]:
         """As this plan has them: another one may have called them otherwise, or counted N and FLOPs otherwise."""
@@ -246,7 +244,3 @@ def _as_planned(row: Row, child: ChildPlan) -> Row:
     counted = None if row.num_tokens is None else about.flops_per_token * row.num_tokens
     named = {"experiment_id": child.name, "compute_budget": about.budget, "model_size": about.params}
     return row.model_copy(update={**named, "actual_flops": counted})
-
-
-def _no_fit(rows: list[SweepRow]) -> SweepFit:
-    return SweepFit(points=len(rows))
