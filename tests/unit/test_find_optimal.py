@@ -288,6 +288,20 @@ def test_sizes_of_which_no_model_can_be_made_are_left_out() -> None:
     assert "16 heads do not divide it" in given.skipped[0].reason
 
 
+def test_sizes_are_not_tried_with_models_that_take_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Real(Net):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.head.weight.sum().item()  # which the meta device has not
+
+    found = relight.find_optimal(Real, "width", compute_budgets=[1e8])
+    assert isinstance(found, SweepPlan)
+    assert "on the meta device" in str(found)
+    monkeypatch.setattr("relight.optimal.contract._LARGEST_REAL", 1000)
+    with pytest.raises(ValueError, match="are too large to try sizes with.*give model_sizes"):
+        relight.find_optimal(Real, "width", compute_budgets=[1e8])
+
+
 def with_num_params(says: Callable[[Net], int]) -> type[Net]:
     return type("Counts", (Net,), {"num_params": says})
 

@@ -21,6 +21,7 @@ from relight.workload import Env
 
 _SAMPLES = 2  # BatchNorm refuses one
 _LARGEST = 2**20
+_LARGEST_REAL = 200_000_000  # parameters, with memory
 
 # Of a size, on the meta device where it can be built there, so that nothing has memory, however large.
 Build = Callable[[int], nn.Module]
@@ -65,37 +66,42 @@ def check_sizes(build: Build, size_param: str, sizes: Sequence[int]) -> int:
 
 
 def found_sizes(build: Build, size_param: str, study: IsoFlop) -> list[int]:
-    """Numbers of at most four significant bits (…, 8, 9, … 15, 16, 18, …), of which N = 6·N·D/6D is admissible.
+    """Numbers of at most four significant bits (…, 14, 15, 16, 18, …) that make models of a size that budgets admit.
 
     Widths often have to be multiples of something, and these are of large powers of two. What cannot be built is not
     among them.
     """
     low, high = study.tokens_per_param
     smallest, largest = (math.sqrt(c / 6 / r) for c, r in ((min(study.budgets), high), (max(study.budgets), low)))
-    found, nearest, failure = [], math.inf, None
+    counts: list[int] = []
+    found, failure = [], None
     for size in _ladder():
         try:
-            params, embedding_params = count_parameters(build(size))
+            model = build(size)
         except NoModule:
             raise
         except Exception as error:
             failure = failure or error
             continue
-        n = params - (embedding_params if study.embeddings == "excluded" else 0)
-        if n > largest:
-            nearest = min(nearest, n)
+        params, embedding_params = count_parameters(model)
+        if params > _LARGEST_REAL and not any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                f"models of {params:,} parameters are too large to try sizes with, for this one cannot be built on "
+                "torch's meta device; give model_sizes"
+            )
+        counts.append(params - (embedding_params if study.embeddings == "excluded" else 0))
+        if counts[-1] > largest:
             break
-        if n >= smallest:
+        if counts[-1] >= smallest:
             found.append(size)
-        else:
-            nearest = n
     if found:
         return found
-    if failure is not None and math.isinf(nearest):
+    if not counts:
         raise ValueError(f"no {size_param} was found of which a model can be made; give model_sizes") from failure
     raise ValueError(
         f"no {size_param} gives between {smallest:,.0f} and {largest:,.0f} parameters, which is what these budgets are "
-        f"for; the nearest found has {nearest:,.0f}. Give other compute_budgets, model_kwargs, or model_sizes"
+        f"for: those that were tried have {min(counts):,} to {max(counts):,}. Give other compute_budgets or "
+        "model_kwargs, or model_sizes"
     )
 
 
