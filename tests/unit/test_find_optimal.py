@@ -28,6 +28,7 @@ from ops_contract.jobs import Job, JobSpec
 from ops_contract.lifecycle import Kind, Outcome
 from ops_contract.plans import ChildPlan
 from ops_contract.study_results import SweepRow
+from ops_studies import fits
 from ops_worker import studies
 from relight.importing import import_workload
 from relight.optimal import runs
@@ -39,6 +40,14 @@ from relight.training.place import locked
 
 IN_THE_SECOND = 80  # of its calls: the first training has 67, and two are made before it
 ONE = {"compute_budgets": BUDGETS[:1], "model_sizes": [4, 8]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples() -> Iterator[None]:
+    """Intervals are not what is tested here."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fits, "fit_rows", partial(fits.fit_rows, bootstraps=20))
+        yield
 
 
 @pytest.fixture
@@ -103,6 +112,14 @@ def test_its_file_is_what_sweep_fit_reads(whole: SweepResults) -> None:
     assert left_out == []
     assert json.loads(whole.path.read_text())["fit"]["points"] == len(rows)
     assert list((whole.path.parent / "runs").iterdir()) == []
+
+
+def test_its_plots_are_written_beside_it(whole: SweepResults, trained: list[str]) -> None:
+    find(whole.path.parent, predict=[1e8], plots=True)
+    drawn = {file.stem: file.read_bytes()[:8] for file in whole.path.parent.glob("*.png")}
+    assert "isoflop" in drawn
+    assert set(drawn.values()) == {b"\x89PNG\r\n\x1a\n"}
+    assert trained == []
 
 
 def test_called_again_it_trains_only_what_is_missing(whole: SweepResults, trained: list[str]) -> None:
@@ -298,7 +315,7 @@ def test_sizes_are_not_tried_with_models_that_take_memory(monkeypatch: pytest.Mo
     assert isinstance(found, SweepPlan)
     assert "on the meta device" in str(found)
     monkeypatch.setattr("relight.optimal.contract._LARGEST_REAL", 1000)
-    with pytest.raises(ValueError, match="are too large to try sizes with.*give model_sizes"):
+    with pytest.raises(ValueError, match=r"are too large to try sizes with.*give model_sizes"):
         relight.find_optimal(Real, "width", compute_budgets=[1e8])
 
 

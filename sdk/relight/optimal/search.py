@@ -1,6 +1,5 @@
 """`relight.find_optimal`: an IsoFLOP sweep in this process, planned, trained and fitted as the service does it."""
 
-import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,8 @@ from ops_contract.problems import problems_of
 from ops_contract.studies import IsoFlop
 
 try:
+    from ops_studies import figures
+    from ops_studies import plots as panels
     from ops_studies.isoflop import Data
     from ops_studies.points import Unplannable
 except ModuleNotFoundError as error:
@@ -257,8 +258,6 @@ def _no_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def _draw(found: SweepResults) -> None:
-    """One PNG for each panel, where what draws them is there."""
-    if importlib.util.find_spec("ops_studies.figures"):
-        figures, panels = (importlib.import_module(f"ops_studies.{name}") for name in ("figures", "plots"))
-        for name in panels.sweep(found.result):
-            figures.of_sweep(found.result, name).savefig(found.path.with_name(f"{name}.png"))
+    """One PNG for each panel."""
+    for name in panels.sweep(found.result):
+        figures.of_sweep(found.result, name).savefig(found.path.with_name(f"{name}.png"))
