@@ -7,10 +7,11 @@ if TYPE_CHECKING:
     from relight.async_client import AsyncClient
     from relight.client import Client
     from relight.command_reports import report
+    from relight.optimal.search import find_optimal
     from relight.run import Run
     from relight.workload import Env, LoopControl, LoopWorkload, Workload
 
-__all__ = ["AsyncClient", "Client", "Env", "LoopControl", "LoopWorkload", "Run", "Workload", "report"]
+__all__ = ["AsyncClient", "Client", "Env", "LoopControl", "LoopWorkload", "Run", "Workload", "find_optimal", "report"]
 
 _HOMES = {
     "AsyncClient": "relight.async_client",
@@ -20,6 +21,7 @@ _HOMES = {
     "LoopWorkload": "relight.workload",
     "Run": "relight.run",
     "Workload": "relight.workload",
+    "find_optimal": "relight.optimal.search",
     "report": "relight.command_reports",
 }
 

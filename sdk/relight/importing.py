@@ -4,6 +4,7 @@ import importlib
 import inspect
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, TypeGuard
@@ -19,13 +20,7 @@ _MAX_SAID_CHARS = 1_000
 
 def import_workload(path: str) -> AnyWorkload:
     """`module:Class`, nested attributes too. Raises a permanent TrainingFault `import_failed` that says what to do."""
-    name, _, attributes = path.partition(":")
-    module = _module(name, path)
-    found: Any = module
-    for attribute in attributes.split("."):
-        if not hasattr(found, attribute):
-            raise _failed(f"{path}: {_place(module)} has no {attribute!r}; {_offered(module)}")
-        found = getattr(found, attribute)
+    module, found = _found(path, _offered)
     if not _is_workload(found):
         raise _failed(f"{path} is not a subclass of relight.Workload or relight.LoopWorkload; {_offered(module)}")
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
@@ -33,6 +28,13 @@ def import_workload(path: str) -> AnyWorkload:
     if not _is_model(getattr(found, "Config", None)):
         raise _failed(f"{path} needs a class attribute Config, a pydantic BaseModel with its settings")
     return found
+
+
+def imported(path: str) -> Any:
+    """What a `module:attr` names. Raises as `import_workload` does."""
+    if ":" not in path:
+        raise _failed(f"{path}: write module:attr, the name of a module and of what it has")
+    return _found(path, lambda module: "is it spelled so?")[1]
 
 
 def config_problems(workload_type: AnyWorkload, config: dict[str, Any]) -> list[Problem]:
@@ -56,6 +58,17 @@ def with_defaults(workload_type: AnyWorkload, config: dict[str, Any]) -> dict[st
 def checks_by_code(config_type: type[BaseModel]) -> bool:
     """Whether it has validators of its own, or types with some, that its JSON Schema cannot say."""
     return _has_function(config_type.__pydantic_core_schema__)
+
+
+def _found(path: str, offered: Callable[[ModuleType], str]) -> tuple[ModuleType, Any]:
+    name, _, attributes = path.partition(":")
+    module = _module(name, path)
+    found: Any = module
+    for attribute in attributes.split("."):
+        if not hasattr(found, attribute):
+            raise _failed(f"{path}: {_place(module)} has no {attribute!r}; {offered(module)}")
+        found = getattr(found, attribute)
+    return module, found
 
 
 def _module(name: str, path: str) -> ModuleType:

@@ -119,6 +119,15 @@ def _hashed(path: Path) -> FileEntry:
     return FileEntry(size_bytes=chunks.size_bytes, sha256=chunks.hexdigests())
 
 
+def replace_file(path: Path, content: str) -> None:
+    """Durably, in place of what is there: whoever reads it, after a power cut too, has the one or the other whole."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(content)
+    sync(new)
+    new.replace(path)
+    sync(path.parent)
+
+
 def sync(path: Path) -> None:
     """A file, or the names in a directory, are on disk when this returns."""
     file = os.open(path, os.O_RDONLY)

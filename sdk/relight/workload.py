@@ -86,6 +86,10 @@ class Workload(ABC, Generic[C]):
         """Names the data: a run is not resumed on other data. Called after `data`."""
         return None
 
+    def sources(self) -> Iterable[Any]:
+        """Classes and functions whose files the code digest is of, with what these import of their own: this class."""
+        return (type(self),)
+
     def collate(self, items: list[Any]) -> Any:
         """A batch of items, in their order. It may draw random numbers: it is pure in (seed, epoch, batch)."""
         from torch.utils.data import default_collate

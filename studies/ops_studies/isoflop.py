@@ -122,8 +122,19 @@ def reduce(
     skipped: Sequence[Skipped] = (),
     warnings: Sequence[str] = (),
 ) -> SweepResult:
+    """What its children come to."""
+    return result(study, rows(children, monitor), fit, joules, skipped, warnings)
+
+
+def result(
+    study: IsoFlop,
+    every: Sequence[SweepRow],
+    fit: Callable[[list[SweepRow]], SweepFit],
+    joules: Callable[[list[SweepRow]], list[JouleOptimum]],
+    skipped: Sequence[Skipped] = (),
+    warnings: Sequence[str] = (),
+) -> SweepResult:
     """`fit` and `joules` are given the completed rows with a finite loss and counted tokens; which are not is told."""
-    every = rows(children, monitor)
     usable = [row for row in every if _is_usable(row)]
     told = [
         f"{row.experiment_id} is not in the fits: {row.error_message or f'it is {row.status}'}"
@@ -133,7 +144,7 @@ def reduce(
     return SweepResult(
         flops=study.flops,
         embeddings=study.embeddings,
-        rows=every,
+        rows=list(every),
         fit=fit(usable) if usable else None,
         joules=joules(usable),
         skipped=list(skipped),

@@ -6,23 +6,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from ops_contract.agents import Problem, Validated
+from ops_contract.agents import Validated
 from ops_contract.energy import Use
 from ops_contract.jobs import Job
 from ops_contract.lifecycle import Outcome, Status
 from ops_contract.pipe import Mark, RunJob
-from ops_contract.plans import ChildResult, Plan, Skipped
+from ops_contract.plans import ChildResult, Plan
 from ops_contract.reports import Exactness, Finish, Result, Started
 from ops_contract.resolving import resolved_execution
 from ops_contract.studies import IsoFlop
 from ops_contract.study_results import GridResult, SweepResult
 from ops_studies import fits, grid, isoflop
-from ops_studies.isoflop import Candidate, Data
 from ops_studies.points import Base, Unplannable
-from relight.importing import config_problems, with_defaults
 from relight.pipe import AgentPipe
+from relight.training import planning
 from relight.training.faults import TrainingFault, fault
 from relight.training.sizing import Sizer
 from relight.training.source import source_digest, source_files
@@ -56,8 +54,9 @@ def plan(job: Job, workload_type: AnyWorkload | None, alive: Callable[[], None] 
     if workload_type is None:
         planned = grid.plan(Base(job))
     else:
-        base = Base(job, partial(_checked, workload_type), workload_type.reports)
-        planned = _sweep(base, workload_type, alive) if isinstance(job.study, IsoFlop) else _grid(base, workload_type)
+        base = planning.base(job, workload_type)
+        is_sweep = isinstance(job.study, IsoFlop)
+        planned = planning.sweep(base, workload_type, alive) if is_sweep else _grid(base, workload_type)
     if (size := len(planned.model_dump_json())) > MAX_PLAN_BYTES:
         problem = f"its plan takes {size:,} bytes, more than the {MAX_PLAN_BYTES:,} that can be sent: vary less at once"
         raise Unplannable.of("study", problem)
@@ -89,50 +88,13 @@ def reduce(
     return isoflop.reduce(job.study, children, monitor, fit, fits.joule_optima, skipped, warnings)
 
 
-def _sweep(base: Base, workload_type: AnyWorkload, alive: Callable[[], None]) -> Plan:
-    study = base.job.study
-    assert isinstance(study, IsoFlop)
-    sized, skipped = isoflop.sizes(base)
-    if not sized:
-        raise Unplannable.because(skipped)
-    sizer = Sizer(workload_type, next(iter(sized.values())).config, base.job.execution)
-    if not sizer.data.validates:
-        problem = "it has no validation data, and a sweep compares held-out losses: let data() return some"
-        raise Unplannable.of("workload", problem)
-    candidates, notes = [], dict[str, None]()
-    for size, job in sized.items():
-        alive()
-        model = sizer.model(job.config, count_flops=study.flops == "counted")
-        notes |= dict.fromkeys(model.notes)
-        if study.flops == "counted" and model.flops_per_unit is None:
-            skipped.append(Skipped(what=f"{study.size}={size}", reason=f"no FLOPs are counted: {model.flops_reason}"))
-            continue
-        counted = model.flops_per_unit or 0.0
-        candidates.append(Candidate.of(study, size, model.params, model.embedding_params, counted))
-    data = Data(sizer.data.samples, sizer.data.units_per_sample)
-    planned = isoflop.plan(_with_digests(base, sizer), candidates, data, skipped)
-    return planned.model_copy(update={"warnings": [*planned.warnings, *notes]})
-
-
 def _grid(base: Base, workload_type: AnyWorkload) -> Plan:
     """The data are those of its first valid point; what a point's own config says of them is in its key anyway."""
     if issubclass(workload_type, LoopWorkload):
         code = source_digest(source_files(workload_type))
         return grid.plan(replace(base, digests={"code": code, "data": None}))
     first = grid.plan(base).children[0]
-    return grid.plan(_with_digests(base, Sizer(workload_type, first.config, first.execution)))
-
-
-def _with_digests(base: Base, sizer: Sizer) -> Base:
-    """Of data that nobody has a digest of at least how many there are."""
-    data = sizer.data.data_digest or f"{sizer.data.samples} samples"
-    return replace(base, digests={"code": sizer.data.code_digest, "data": data})
-
-
-def _checked(workload_type: AnyWorkload, config: dict[str, Any]) -> tuple[dict[str, Any], Sequence[Problem]]:
-    if problems := config_problems(workload_type, config):
-        return config, problems
-    return with_defaults(workload_type, config), []
+    return grid.plan(planning.with_digests(base, Sizer(workload_type, first.config, first.execution)))
 
 
 def _announced(job: Job, planned: Plan) -> SweepResult | GridResult:

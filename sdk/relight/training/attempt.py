@@ -202,7 +202,7 @@ class Attempt:
 
     def _about(self, workload: Workload[Any], training_samples: int) -> Manifest:
         """The manifest of this attempt's checkpoints, but for where they are taken and their files."""
-        code_files = source_files(type(workload))
+        code_files = source_files(*workload.sources())
         return Manifest(
             operation_id=self._start.operation_id,
             attempt=self._start.attempt,

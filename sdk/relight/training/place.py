@@ -34,7 +34,7 @@ from ops_contract.reports import (
 from ops_contract.wire import Name, Wire
 from relight.manifest import CheckpointCorrupt, CheckpointMissing, Manifest
 from relight.pipe import AgentPipe
-from relight.publish import sync
+from relight.publish import replace_file, sync
 from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
 from relight.training.loop import Why
@@ -152,8 +152,11 @@ class Directory:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         self.root.mkdir(parents=True, exist_ok=True)
+        self.metrics = self.root / _METRICS
         (self.root / ".gitignore").write_text("*\n")  # it lies beside the code, and is none
-        self._lock: int = _locked(self.root)
+        self._lock: int = locked(
+            self.root, "another Run is at work in {}; wait for its end (or close() it), or give Run another directory"
+        )
         self._index = _read_index(self.root / _INDEX)
         self.operation_id, self.attempt = self._index.operation_id, self._index.attempt + 1
         self.record = FailureRecord()
@@ -168,7 +171,7 @@ class Directory:
             try:
                 found = restore(self.root, _ref(newest))
             except (CheckpointMissing, CheckpointCorrupt) as error:
-                say(f"the checkpoint of step {newest.step} is left out: {error}")
+                self.say(f"the checkpoint of step {newest.step} is left out: {error}")
                 index = index.model_copy(update={"checkpoints": before, "damaged": [*index.damaged, newest.path]})
         if found is None and index.damaged:
             raise TrainingFault(
@@ -180,15 +183,18 @@ class Directory:
         # Its number is taken before anything is published under it.
         self._write(index.model_copy(update={"attempt": self.attempt}))
         self._sweep()
-        say(self._told(found[0] if found else None))
+        self.say(self._told(found[0] if found else None))
         return found
+
+    def newest(self) -> CheckpointRef | None:
+        return _ref(self._index.checkpoints[-1]) if self._index.checkpoints else None
 
     def report(self, report: Report) -> None:
         match report:
             case Started():
                 self._cut_metrics(report.start_step)
                 for reason in report.exactness.reasons:
-                    say(f"exactness is best effort: {reason}")
+                    self.say(f"exactness is best effort: {reason}")
             case Metrics():
                 self._add_metrics(report)
             case CheckpointSaved():
@@ -197,7 +203,7 @@ class Directory:
                 self._write(self._index.model_copy(update={"model": report}))
                 self._sweep()
             case Note():
-                say(report.message)
+                self.say(report.message)
             case Finish() | LogChunk() | Result():
                 pass  # the exception says it, and the terminal has it
             case _:
@@ -217,13 +223,17 @@ class Directory:
         return model is not None and model.step == step and (self.root / model.path).is_file()
 
     def leave(self) -> NoReturn:
-        say(f"stopped before step {self._index.checkpoints[-1].step}; the same command goes on from there")
+        self.say(f"stopped before step {self._index.checkpoints[-1].step}; the same command goes on from there")
         raise SystemExit(128 + self._signals.got)
 
     def over(self) -> None:
         self._signals.give_back()
         model = self.root / self._index.model.path if self._index.model else None
-        say(f"done after {self._index.checkpoints[-1].step} steps; metrics in {self.root / _METRICS}, model in {model}")
+        step = self._index.checkpoints[-1].step
+        self.say(f"done after {step} steps; metrics in {self.metrics}, model in {model}")
+
+    def say(self, message: str) -> None:
+        say(message)
 
     def close(self) -> None:
         self._signals.give_back()
@@ -239,7 +249,7 @@ class Directory:
     def _cut_metrics(self, start_step: int) -> None:
         """What predecessors reported from there on is reported again; what a power cut tore is of no checkpoint."""
         end = 0
-        with open(self.root / _METRICS, "a+b") as file:
+        with open(self.metrics, "a+b") as file:
             file.seek(0)
             for text in file:
                 if (step := _step_of(text)) is None or step >= start_step:
@@ -253,22 +263,18 @@ class Directory:
             for step, value in zip(series.steps, series.floats(), strict=True):
                 steps.setdefault(step, {"step": step})[series.name] = _plain(value)
         lines = "".join(json.dumps(steps[step]) + "\n" for step in sorted(steps))
-        with open(self.root / _METRICS, "ab", buffering=0) as file:
+        with open(self.metrics, "ab", buffering=0) as file:
             file.write(lines.encode())
 
     def _add_checkpoint(self, saved: CheckpointSaved) -> None:
         # What was reported before it is part of it: a power cut must not leave a checkpoint without its past.
-        sync(self.root / _METRICS)
+        sync(self.metrics)
         self._write(self._index.model_copy(update={"checkpoints": [*self._index.checkpoints[1 - _KEPT :], saved]}))
         self._sweep()
 
     def _write(self, index: Index) -> None:
         self._index = index
-        new = self.root / f"{_INDEX}.new"
-        new.write_text(index.model_dump_json(indent=1))
-        sync(new)
-        new.replace(self.root / _INDEX)
-        sync(self.root)
+        replace_file(self.root / _INDEX, index.model_dump_json(indent=1))
 
     def _sweep(self) -> None:
         """Remove what the index does not name: what it gave up, and what a crash left. Nothing is being published."""
@@ -311,8 +317,11 @@ def say(message: str) -> None:
     print(f"relight: {message}", file=sys.stderr, flush=True)
 
 
-def _locked(root: Path) -> int:
-    """Raises a permanent TrainingFault. Waits a moment: loader processes outlive a killed trainer by a little."""
+def locked(root: Path, refusal: str) -> int:
+    """A descriptor that holds the directory. Raises a permanent TrainingFault, with the refusal formatted by its path.
+
+    Waits a moment: loader processes outlive a killed trainer by a little.
+    """
     lock = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     until_s = time.monotonic() + _LOCKED_S
     while True:
@@ -322,12 +331,7 @@ def _locked(root: Path) -> int:
         except BlockingIOError:
             if time.monotonic() > until_s:
                 os.close(lock)
-                raise TrainingFault(
-                    "directory_in_use",
-                    f"another Run is at work in {root}; wait for its end (or close() it), or give Run another "
-                    "directory",
-                    permanent=True,
-                ) from None
+                raise TrainingFault("directory_in_use", refusal.format(root), permanent=True) from None
             time.sleep(0.05)
 
 

@@ -89,14 +89,14 @@ class Sizer:
             units_per_sample=self._units / self._batch.samples,
             validates=validation is not None and len(validation) > 0,
             data_digest=_users("data_digest()", workload.data_digest),
-            code_digest=source_digest(source_files(workload_type)),
+            code_digest=source_digest(source_files(*_users("sources()", workload.sources))),
         )
 
     def model(self, config: dict[str, Any], count_flops: bool) -> ModelSize:
         checked = checked_config(self._workload_type, config)
         model, notes = self._built(checked)
         params, embedding_params = count_parameters(model)
-        notes += _own_count(model, params, embedding_params)
+        notes += own_count(model, params, embedding_params)
         flops, reason = self._flops_per_unit(checked, params, notes) if count_flops else (None, "they were not counted")
         return ModelSize(params, embedding_params, flops, reason, tuple(notes))
 
@@ -166,7 +166,7 @@ def _units(workload: Workload[Any], batch: Batch) -> int:
     return units
 
 
-def _own_count(model: nn.Module, params: int, embedding_params: int) -> list[str]:
+def own_count(model: nn.Module, params: int, embedding_params: int) -> list[str]:
     """What is counted is N, for that is what a training reports of itself; a model that says otherwise is told."""
     if not callable(own := getattr(model, "num_params", None)):
         return []

@@ -10,21 +10,23 @@ import ast
 import inspect
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 _INSTALLED = ("site-packages", "dist-packages")  # what lies beside a module there is not its author's
 
 
-def source_files(workload_type: type) -> dict[str, str]:
-    """SHA-256 by path, relative to the directory that the workload's top-level name lies in; empty without a source."""
-    try:
-        source = inspect.getsourcefile(workload_type)
-    except (TypeError, OSError):
-        return {}
-    if source is None:
-        return {}
-    return _Reachable(Path(source).resolve(), workload_type.__module__).digests()
+def source_files(*sources: Any) -> dict[str, str]:
+    """SHA-256 by path, relative to the directory that the top-level name of each class or function lies in; nothing for
+    one without a source."""
+    found: dict[str, str] = {}
+    for each in sources:
+        with suppress(TypeError, OSError):
+            if source := inspect.getsourcefile(each):
+                found |= _Reachable(Path(source).resolve(), each.__module__).digests()
+    return found
 
 
 def script_files() -> dict[str, str]:
