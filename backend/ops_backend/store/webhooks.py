@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ops_backend.store.children import COUNTS
 from ops_backend.store.queries import events, summary
 from ops_backend.store.sql import statement
 from ops_contract.errors import ErrorCode, OpsError
@@ -109,10 +110,10 @@ CLAIM = statement("""
 """)
 
 # As it was at that end: a resume that came since has cleared error and end of the operation's own row.
-ENDED = statement("""
+ENDED = statement(f"""
     SELECT o.id, o.name, o.kind, o.workload, o.labels, o.submitted_by, o.priority, o.created_at, o.started_at,
            e.to_status AS status, e.at AS ended_at, e.attempt, a.start_step,
-           told.attempt AS told_attempt, told.progress,
+           told.attempt AS told_attempt, told.progress, o.parent_id, {COUNTS} AS children,
            CASE WHEN e.to_status = 'completed' THEN NULL WHEN o.ended_at = e.at THEN o.error ELSE a.error END AS error
       FROM events e
       JOIN operations o ON o.id = e.operation_id
