@@ -126,7 +126,14 @@ async def check_what_a_page_and_a_drawing_have(url: str) -> None:
 async def check_plans(url: str) -> None:
     """No name is found by reading its rows, and no list by sorting all operations."""
     filters = {"status": None, "kind": None, "workload": None, "label_key": None, "label_value": None, "q": None}
-    wanted = filters | {"submitted_by": None, "cursor_at": "infinity", "cursor_id": UUID(int=2**128 - 1), "limit": 51}
+    wanted = filters | {
+        "submitted_by": None,
+        "parent_id": None,
+        "no_children": False,
+        "cursor_at": "infinity",
+        "cursor_id": UUID(int=2**128 - 1),
+        "limit": 51,
+    }
     for narrowed in ({}, {"q": "run"}, {"status": "running"}, {"label_key": "team"}, {"workload": "toy"}):
         read = await scanned(url, queries.LIST, wanted | narrowed)
         assert read.get("operations", 0) < 200, narrowed

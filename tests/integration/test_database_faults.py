@@ -59,7 +59,17 @@ async def proxied(database_url: str) -> AsyncIterator[tuple[PostgresProxy, str]]
 @pytest.fixture(autouse=True)
 def no_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would claim what a test claims itself."""
-    for loop in ("Dispatcher", "Reaper", "Sweeper", "OrphanSweeper", "Exporter", "Announcer", "Auditor", "Streams"):
+    for loop in (
+        "Dispatcher",
+        "Reaper",
+        "Family",
+        "Sweeper",
+        "OrphanSweeper",
+        "Exporter",
+        "Announcer",
+        "Auditor",
+        "Streams",
+    ):
         monkeypatch.setattr(f"ops_backend.app.{loop}.run", asyncio.Event().wait)
 
 

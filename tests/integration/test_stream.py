@@ -46,7 +46,7 @@ PATIENCE_S = 30.0
 @pytest.fixture(autouse=True)
 def no_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would claim what a test claims itself."""
-    for loop in ("Dispatcher", "Reaper", "Sweeper", "OrphanSweeper", "Exporter", "Announcer", "Auditor"):
+    for loop in ("Dispatcher", "Reaper", "Family", "Sweeper", "OrphanSweeper", "Exporter", "Announcer", "Auditor"):
         monkeypatch.setattr(f"ops_backend.app.{loop}.run", asyncio.Event().wait)
 
 
