@@ -144,7 +144,7 @@ TAMPERINGS = {
     "output over output": """INSERT INTO logs (operation_id, attempt, start, stored, data)
         SELECT operation_id, number, n, n, 'ab' FROM attempts, (VALUES (2^40), (2^40 + 1)) v(n) WHERE number = 1""",
     "a study that completed without a child": "UPDATE operations SET status = 'failed' WHERE parent_id IS NOT NULL",
-    "a child that was made twice": "UPDATE operations SET child_key = 'x' WHERE parent_id IS NOT NULL",
+    "a child that was made twice": "UPDATE operations SET child_key = id::text WHERE parent_id IS NOT NULL",
     "a checkpoint that does not load": "UPDATE checkpoints SET manifest_sha256 = repeat('0', 64)",
     "a good checkpoint that is called corrupt": "UPDATE checkpoints SET status = 'corrupt'",
 }

@@ -15,7 +15,7 @@ import pytest
 
 from helpers.agents import AgentProcess, eventually, running_agent
 from helpers.fake_api import FakeApi, FakeHold
-from ops_contract.agents import Validate, Validated
+from ops_contract.agents import VALIDATED_MAX_BYTES, Validate, Validated
 from ops_contract.jobs import Code, Execution, Job
 from ops_contract.lifecycle import Kind, Outcome
 from ops_worker.confinement import MAX_OPEN_FILES, clean_environment
@@ -208,7 +208,7 @@ async def test_what_a_judged_module_prints_is_not_kept(agent: AgentProcess, tmp_
 
 async def test_an_answer_that_is_too_long_is_none(agent: AgentProcess, tmp_path: Path) -> None:
     question = Validate(
-        incarnation=agent.incarnation, job=job("mine:Probe", {"to": str(tmp_path), "says_bytes": 2**21})
+        incarnation=agent.incarnation, job=job("mine:Probe", {"to": str(tmp_path), "says_bytes": VALIDATED_MAX_BYTES})
     )
     answer = await agent.post("/validate", question)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")

@@ -106,7 +106,17 @@ async def serving(database_url: str) -> AsyncIterator[Api]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
     with pytest.MonkeyPatch.context() as patch:
-        for loop in ("Dispatcher", "Reaper", "Sweeper", "OrphanSweeper", "Exporter", "Announcer", "Auditor", "Streams"):
+        for loop in (
+            "Dispatcher",
+            "Reaper",
+            "Family",
+            "Sweeper",
+            "OrphanSweeper",
+            "Exporter",
+            "Announcer",
+            "Auditor",
+            "Streams",
+        ):
             patch.setattr(f"ops_backend.app.{loop}.run", asyncio.Event().wait)
         async with (
             app.router.lifespan_context(app),
