@@ -45,6 +45,7 @@ def submit(service: Service, project: Path) -> UUID:
     return service.client.submit(job | {"code": service.client.upload(pack(project))}).id
 
 
+@pytest.mark.slow
 def test_editing_and_deleting_the_source_between_kill_and_resume_leaves_the_curve_unchanged(
     service: Service, project: Path
 ) -> None:

@@ -67,7 +67,7 @@ def test_each_figure_in_the_terminal_says_what_it_is(api: Api, ops: Ops) -> None
         assert ran.out.startswith(panel.title)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
+@pytest.mark.parametrize("suffix", [pytest.param(".png", marks=pytest.mark.slow), ".svg"])
 def test_a_file_has_four_figures_or_the_one_that_is_asked_for(
     api: Api, ops: Ops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:

@@ -114,6 +114,7 @@ def test_its_file_is_what_sweep_fit_reads(whole: SweepResults) -> None:
     assert list((whole.path.parent / "runs").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_its_plots_are_written_beside_it(whole: SweepResults, trained: list[str]) -> None:
     find(whole.path.parent, predict=[1e8], plots=True)
     drawn = {file.stem: file.read_bytes()[:8] for file in whole.path.parent.glob("*.png")}
@@ -156,6 +157,7 @@ def test_nothing_stale_is_taken_for_it(
     assert losses(changed) != {name: losses(whole)[name] for name in trained}
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(whole: SweepResults, tmp_path: Path) -> None:
     killed = processes.Process(target=dying, args=(tmp_path, IN_THE_SECOND, signal.SIGKILL))
     killed.start()

@@ -132,6 +132,7 @@ def test_the_derivatives_are_those_of_the_sum(share: float) -> None:
     assert np.linalg.eigvalsh(above[0]).min() > -1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.003, 0.1])
 def test_no_other_optimizer_finds_a_smaller_sum(share: float) -> None:
     problem = Problem.of(Runs.of(noisy(centred(BUDGETS[:5], 7), share, seed=3)))
