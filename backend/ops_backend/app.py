@@ -121,7 +121,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.streams = streams = Streams(requests, settings.poll_s, settings.max_streams)
         app.state.webhook_sender = sender = WebhookSender(names)
         reaper = Reaper(sessions, settings.lease_s, settings.tick_s, telemetry, dispatcher.wake)
-        family = Family(sessions, settings.poll_s, telemetry, dispatcher.wake, dispatcher.push_cancel)
+        family = Family(sessions, settings.tick_s, telemetry, dispatcher.wake, dispatcher.push_cancel)
         sweeper = Sweeper(sessions, settings.storage_root, settings.tick_s)
         orphans = OrphanSweeper(sessions, settings.storage_root, settings.orphan_sweep_s)
         exporter = Exporter(patient, settings.storage_root, settings.tick_s)

@@ -22,13 +22,13 @@ class Family:
     def __init__(
         self,
         sessions: Sessions,
-        poll_s: float,
+        tick_s: float,
         telemetry: Telemetry,
         wake: Callable[[], Awaitable[None]],
         push_cancel: PushCancel,
     ) -> None:
         self._sessions = sessions
-        self._poll_s = poll_s
+        self._tick_s = tick_s
         self._telemetry = telemetry
         self._wake = wake
         self._push_cancel = push_cancel
@@ -40,10 +40,13 @@ class Family:
                 await self.look()
             except Exception:
                 log.exception("studies: cannot look after them; trying again")
-            await asyncio.sleep(self._poll_s)
+            await asyncio.sleep(self._tick_s)
 
     async def look(self) -> None:
         """Each statement in a transaction of its own: none locks what another one waits for."""
+        async with self._sessions.begin() as session:
+            if not await studies.stirs(session):
+                return
         queued = False
         for level in (studies.replan, studies.reduce):
             async with self._sessions.begin() as session:

@@ -252,8 +252,10 @@ async def test_a_child_that_lives_is_cancelled_also_when_its_study_has_ended_fir
     await store.cancel(run.operation_id)
     await store.finish(again, Outcome.CANCELLED)
     assert (await store.get(run.operation_id)).status == Status.CANCELLED
+    assert await _stirs(store)
     await store.look()
     assert (await store.get(child.operation_id)).status == Status.CANCELLED
+    assert not await _stirs(store)
 
 
 async def test_a_study_waits_for_what_it_has_planned_again_before_that_is_queued(store: Store, slots: UUID) -> None:
@@ -318,6 +320,11 @@ async def test_a_study_completes_with_its_result(store: Store, slots: UUID) -> N
     assert (await store.get(run.operation_id)).status == Status.COMPLETED
     [row] = await store.fetch("SELECT attempt, content FROM results WHERE operation_id = :id", id=run.operation_id)
     assert (row.attempt, row.content["warnings"]) == (2, ["w"])
+
+
+async def _stirs(store: Store) -> bool:
+    async with store.sessions.begin() as session:
+        return await studies.stirs(session)
 
 
 async def _planned(store: Store, *names: str) -> Held:

@@ -53,6 +53,13 @@ PUT_RESULT = statement("""
     ON CONFLICT (operation_id) DO UPDATE SET attempt = excluded.attempt, content = excluded.content, created_at = now()
 """)
 
+# Whether any of the levels may have something to move: all that is asked while there is no study.
+STIRS = statement(f"""
+    SELECT EXISTS (SELECT FROM operations WHERE kind = 'study' AND status IN ('waiting', 'cancelling'))
+        OR EXISTS (SELECT FROM operations c JOIN operations s ON s.id = c.parent_id
+                    WHERE c.parent_id IS NOT NULL AND c.status IN ({_LIVE}) AND s.status = 'cancelled')
+""")
+
 # A child of the plan that a waiting study has made since the child ran last, and without a result.
 _PLANNED_AGAIN = """
     planned p JOIN operations c ON c.parent_id = p.parent_id AND c.child_key = p.child_key
@@ -164,6 +171,10 @@ async def put_result(
     session: AsyncSession, id: UUID, attempt: int, content: TrainingResult | SweepResult | GridResult
 ) -> None:
     await session.execute(PUT_RESULT, {"id": id, "attempt": attempt, "content": plain(content)})
+
+
+async def stirs(session: AsyncSession) -> bool:
+    return bool(await session.scalar(STIRS))
 
 
 async def replan(session: AsyncSession) -> list[UUID]:
