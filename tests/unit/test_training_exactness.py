@@ -210,9 +210,9 @@ def test_saving_by_time_equals_saving_never(uninterrupted: Callable[..., Operati
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"precision": "bf16", "num_workers": 2},
+        pytest.param({"precision": "bf16", "num_workers": 2}, marks=pytest.mark.slow),
         {"precision": "16", "gradient_clip": 1.0, "checkpoint_every": {"steps": 1}},
-        {"precision": "16", "checkpoint_every": "auto"},
+        pytest.param({"precision": "16", "checkpoint_every": "auto"}, marks=pytest.mark.slow),
     ],
 )
 def test_mixed_precision_and_time_resume_exactly(
@@ -230,7 +230,7 @@ def test_mixed_precision_and_time_resume_exactly(
     assert operation.bits()["loss"] != uninterrupted("zoo").bits()["loss"]
 
 
-@pytest.mark.parametrize("num_workers", [2, 4])
+@pytest.mark.parametrize("num_workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_loader_processes_do_not_change_a_bit(
     make: Maker, uninterrupted: Callable[..., Operation], num_workers: int
 ) -> None:
@@ -243,7 +243,7 @@ def test_loader_processes_do_not_change_a_bit(
     assert_equal(operation, uninterrupted("zoo"))
 
 
-@pytest.mark.parametrize("workload", ["bytelm", "zoo"])
+@pytest.mark.parametrize("workload", [pytest.param("bytelm", marks=pytest.mark.slow), "zoo"])
 def test_a_stop_at_any_boundary_saves_right_there_and_resumes_exactly(
     make: Maker, uninterrupted: Callable[..., Operation], workload: str
 ) -> None:
