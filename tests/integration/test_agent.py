@@ -339,8 +339,7 @@ async def test_a_start_that_cannot_be_confirmed_before_its_deadline_never_runs(s
     shared.api.beats_fail = False
     await eventually(lambda: other.finish)
 
-    assert hold.accepted == []
-    assert hold.beats == 0
+    assert hold.accepted == []  # a beat may still have named it while it went
 
 
 async def test_refusals_have_the_one_shape(shared):
