@@ -60,8 +60,9 @@ class Family:
             cancelled = await studies.cancel_children(session)
         for child in cancelled:
             self._telemetry.moved(child.status)
-            if child.push is not None:
-                await self._push_cancel(child.id, child.push, studies.CANCELLED_STUDY, child.force)
+        # Beside each other: a worker that does not answer keeps nobody else's waiting.
+        told = ((child.id, child.push, studies.CANCELLED_STUDY, child.force) for child in cancelled if child.push)
+        await asyncio.gather(*(self._push_cancel(*each) for each in told))
         async with self._sessions.begin() as session:
             stopped = await studies.stop(session)
         for id in stopped:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ops_contract.jobs import Job, JobSpec
     from relight.client import Client
 
+WorkloadName = Annotated[
+    str,
+    typer.Argument(help="One of `ops workloads`, or module:Class of your own.", autocompletion=completing.workloads()),
+]
 Watch = Annotated[bool, typer.Option("--watch", help="Follow it to its end; ctrl-C detaches.")]
 AcceptChanges = Annotated[
     bool, typer.Option("--accept-changes", help="Go on though code or data are no longer the checkpoint's.")
@@ -77,12 +81,7 @@ def schema() -> None:
 @with_client
 def train(
     client: "Client",
-    workload: Annotated[
-        str,
-        typer.Argument(
-            help="One of `ops workloads`, or module:Class of your own.", autocompletion=completing.workloads()
-        ),
-    ],
+    workload: WorkloadName,
     settings: Settings = None,
     max_epochs: Annotated[int | None, typer.Option()] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer updates; ends the run before the epochs do.")] = None,

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ops_cli import completing, show, studies
+from ops_cli import show, studies
 from ops_cli.code import CodeDir, NoCode, with_code
 from ops_cli.connect import Json, OperationId, with_client
-from ops_cli.operate import DryRun, Pairs, Settings, Watch, submit_job
+from ops_cli.operate import DryRun, Pairs, Settings, Watch, WorkloadName, submit_job
 
 if TYPE_CHECKING:
     from ops_contract.study_results import SweepResult
@@ -19,12 +19,7 @@ if TYPE_CHECKING:
 @with_client
 def run(
     client: "Client",
-    workload: Annotated[
-        str,
-        typer.Argument(
-            help="One of `ops workloads`, or module:Class of your own.", autocompletion=completing.workloads()
-        ),
-    ],
+    workload: WorkloadName,
     budget: Annotated[list[float], typer.Option(metavar="C", help="FLOPs of one training; repeat it: three or more.")],
     size: Annotated[str, typer.Option(metavar="FIELD", help="What makes the model larger: config.d_model.")],
     sizes: Annotated[str, typer.Option(metavar="SIZES", help="32,48,64 or LOW:HIGH[:STEP].")],

@@ -13,6 +13,7 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy import text
 
+from helpers.loops import stop_loops
 from helpers.openapi import openapi_of_this_code
 from helpers.postgres_proxy import PostgresProxy, postgres_proxy
 from helpers.store import Held, Store, at_once, losses, no_wake, saved, shown_by, started
@@ -59,18 +60,7 @@ async def proxied(database_url: str) -> AsyncIterator[tuple[PostgresProxy, str]]
 @pytest.fixture(autouse=True)
 def no_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would claim what a test claims itself."""
-    for loop in (
-        "Dispatcher",
-        "Reaper",
-        "Family",
-        "Sweeper",
-        "OrphanSweeper",
-        "Exporter",
-        "Announcer",
-        "Auditor",
-        "Streams",
-    ):
-        monkeypatch.setattr(f"ops_backend.app.{loop}.run", asyncio.Event().wait)
+    stop_loops(monkeypatch)
 
 
 async def report(api: httpx.AsyncClient, held: Held, *reports: Report) -> httpx.Response:

@@ -18,6 +18,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 from prometheus_client.samples import Sample
 
+from helpers.loops import stop_loops
 from helpers.postgres_proxy import postgres_proxy
 from helpers.store import LEASE_S, Held, Store, losses, no_wake, shown_by, started, window
 from ops_backend.app import create_app
@@ -106,18 +107,7 @@ async def serving(database_url: str) -> AsyncIterator[Api]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
     with pytest.MonkeyPatch.context() as patch:
-        for loop in (
-            "Dispatcher",
-            "Reaper",
-            "Family",
-            "Sweeper",
-            "OrphanSweeper",
-            "Exporter",
-            "Announcer",
-            "Auditor",
-            "Streams",
-        ):
-            patch.setattr(f"ops_backend.app.{loop}.run", asyncio.Event().wait)
+        stop_loops(patch)
         async with (
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as client,

@@ -19,6 +19,7 @@ from sqlalchemy import event as sql_event
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from helpers.loops import stop_loops
 from helpers.postgres_proxy import postgres_proxy
 from helpers.sse import Dashboard, Said, aread
 from helpers.store import Held, Store, held, losses, saved, started
@@ -46,8 +47,7 @@ PATIENCE_S = 30.0
 @pytest.fixture(autouse=True)
 def no_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would claim what a test claims itself."""
-    for loop in ("Dispatcher", "Reaper", "Family", "Sweeper", "OrphanSweeper", "Exporter", "Announcer", "Auditor"):
-        monkeypatch.setattr(f"ops_backend.app.{loop}.run", asyncio.Event().wait)
+    stop_loops(monkeypatch, but=("Streams",))
 
 
 def api_on(database_url: str, **settings: Any) -> FastAPI:

@@ -16,10 +16,9 @@ from ops_contract.plans import ChildResult
 from ops_contract.studies import MAX_CHILDREN
 from ops_contract.study_results import GridResult, SweepResult
 
-# The children `c` of the study `o` that its newest plan wants.
-OF_NEWEST_PLAN = """
-    planned p JOIN operations c ON c.parent_id = p.parent_id AND c.child_key = p.child_key
-     WHERE p.parent_id = o.id AND p.attempt = (SELECT max(x.attempt) FROM planned x WHERE x.parent_id = o.id)"""
+# What the newest plan of a study wants.
+_NEWEST_PLAN = """
+    p.parent_id = {study} AND p.attempt = (SELECT max(x.attempt) FROM planned x WHERE x.parent_id = {study})"""
 
 # Of each name the last row that counts, and of that the last point: the values of no other are unpacked.
 _FINAL = """
@@ -28,34 +27,37 @@ _FINAL = """
               FROM (SELECT number AS attempt, coalesce(min(start_step) OVER (
                                ORDER BY number ROWS BETWEEN 1 FOLLOWING AND UNBOUNDED FOLLOWING) - 1,
                                9223372036854775807) AS until
-                      FROM attempts WHERE operation_id = c.id) cut
-              JOIN metrics m ON m.operation_id = c.id AND m.attempt = cut.attempt AND m.first_step <= cut.until
+                      FROM attempts WHERE operation_id = o.id) cut
+              JOIN metrics m ON m.operation_id = o.id AND m.attempt = cut.attempt AND m.first_step <= cut.until
              ORDER BY m.name, m.attempt DESC, m.first_step DESC) last"""
 
+# What is read of each child, as operation `o`, is read of those of the page alone.
 CHILDREN = statement(f"""
-    SELECT wanted.*, final.names, final.values, x.content AS result, ran.running_s,
-           {OUTCOMES.replace("o.id", "wanted.operation_id")} AS outcomes,
-           {entries("c", "attempt", "quality", "use")} AS energy
-      FROM operations o CROSS JOIN LATERAL (
-        SELECT p.child_key AS key, p.position, p.about, c.id AS operation_id, c.name, c.kind, c.status, c.error,
-               c.ended_at
-          FROM {OF_NEWEST_PLAN} AND p.position > :after
-         ORDER BY p.position LIMIT :limit) wanted
-      JOIN operations c ON c.id = wanted.operation_id
-      LEFT JOIN results x ON x.operation_id = c.id
+    WITH wanted AS MATERIALIZED (
+        SELECT p.child_key AS key, p.position, p.about, c.id
+          FROM planned p JOIN operations c ON c.parent_id = p.parent_id AND c.child_key = p.child_key
+         WHERE {_NEWEST_PLAN.format(study=":id")} AND p.position > :after
+         ORDER BY p.position LIMIT :limit
+    )
+    SELECT wanted.key, wanted.position, wanted.about, o.id AS operation_id, o.name, o.kind, o.status, o.error,
+           o.ended_at, final.names, final.values, x.content AS result, ran.running_s,
+           {OUTCOMES} AS outcomes, {entries("o", "attempt", "quality", "use")} AS energy
+      FROM wanted JOIN operations o USING (id)
+      LEFT JOIN results x ON x.operation_id = o.id
       LEFT JOIN LATERAL ({_FINAL}) final ON true
      CROSS JOIN LATERAL (
         SELECT sum(extract(epoch FROM coalesce(a.ended_at, now()) - a.started_at))::float8 AS running_s
-          FROM attempts a WHERE a.operation_id = c.id) ran
-     WHERE o.id = :id ORDER BY wanted.position
+          FROM attempts a WHERE a.operation_id = o.id) ran
+     ORDER BY wanted.position
 """)
 
 # How many there are of each status, as a column of the study `o`; null for what is no study.
 COUNTS = f"""
     CASE WHEN o.kind = 'study' THEN (
-        SELECT jsonb_object_agg(status, n) FROM (SELECT c.status, count(*) AS n FROM {OF_NEWEST_PLAN}
-                                                  GROUP BY c.status) counted) END"""
-
+        SELECT jsonb_object_agg(status, n) FROM (
+            SELECT c.status, count(*) AS n
+              FROM planned p JOIN operations c ON c.parent_id = p.parent_id AND c.child_key = p.child_key
+             WHERE {_NEWEST_PLAN.format(study="o.id")} GROUP BY c.status) counted) END"""
 
 RESULT = statement("SELECT attempt, created_at, content FROM results WHERE operation_id = :id")
 

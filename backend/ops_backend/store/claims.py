@@ -52,10 +52,10 @@ CLAIM = statement(f"""
               FROM offered f
              WHERE f.free AND {runs("f")}
                AND (o.kind = 'study' OR f.cores >= coalesce((o.job->'resources'->>'cores')::int, 1))
-               AND CASE WHEN o.kind = 'study' THEN true ELSE CASE o.job->'execution'->>'accelerator'
+               AND (o.kind = 'study' OR CASE o.job->'execution'->>'accelerator'
                      WHEN 'auto' THEN f.device <> 'cpu' OR NOT EXISTS (
                           SELECT FROM offered g WHERE g.device <> 'cpu' AND {runs("g")})
-                     ELSE f.device = o.job->'execution'->>'accelerator' END END
+                     ELSE f.device = o.job->'execution'->>'accelerator' END)
              ORDER BY o.kind = 'study' AND f.device = 'cpu' DESC,
                       f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index
              LIMIT 1

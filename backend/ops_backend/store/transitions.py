@@ -152,13 +152,13 @@ REQUEST_CANCEL = cancelling("""
 RESUME_DETAIL = """coalesce((SELECT jsonb_build_object(
     'checkpoint_id', id, 'step', step, 'accept_changes', CAST(:accept_changes AS boolean)) FROM pinned), '{}')"""
 
+OF_CANCELLED_STUDY = """
+    SELECT FROM operations s WHERE s.id = o.parent_id AND s.status IN ('cancelling', 'cancelled')"""
+
 # Without a choice of the caller's: the checkpoint of an earlier resume that no attempt has gone past yet, else the
 # newest of the lineage. An abandoned branch cannot be resumed, only forked: its steps no longer count. A command may
 # have none, and runs again; a study plans again, and what has its result is not run again. A child of a study that was
 # cancelled would be cancelled at once.
-OF_CANCELLED_STUDY = """
-    SELECT FROM operations s WHERE s.id = o.parent_id AND s.status IN ('cancelling', 'cancelled')"""
-
 RESUME = statement(f"""
     WITH target AS MATERIALIZED (
         SELECT id, kind, status, resume_checkpoint_id, forked_from_checkpoint_id FROM operations o
