@@ -14,11 +14,11 @@ from ops_cli import show
 from ops_cli.plot import Figures, save, show_curves
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Status
-from ops_contract.plans import ChildResult, GridAbout, IsoFlopAbout
+from ops_contract.plans import ChildResult, GridAbout
 from ops_contract.problems import offer
 from ops_contract.studies import IsoFlop
-from ops_contract.study_results import GridGroup, GridResult, Statistic, SweepResult, SweepRow
-from ops_studies import figures, plots
+from ops_contract.study_results import GridGroup, GridResult, Statistic, SweepResult
+from ops_studies import figures, isoflop, plots
 
 if TYPE_CHECKING:
     from ops_cli.canvas import Curve
@@ -67,23 +67,8 @@ def so_far(client: "Client", study: "Operation") -> SweepResult | GridResult:
     if not isinstance(study.job.study, IsoFlop):
         return GridResult(rows=[], groups=_groups(children))
     monitor = client.get(children[0].operation_id).job.execution.checkpoint_monitor if children else None
-    rows = [_row(each, each.about, monitor or "loss") for each in children if isinstance(each.about, IsoFlopAbout)]
+    rows = isoflop.rows(children, monitor or "loss")
     return SweepResult(flops=study.job.study.flops, embeddings=study.job.study.embeddings, rows=rows)
-
-
-def _row(child: ChildResult, about: IsoFlopAbout, monitor: str) -> SweepRow:
-    return SweepRow(
-        experiment_id=child.name,
-        compute_budget=about.budget,
-        size=about.size,
-        model_size=about.params,
-        num_tokens=child.training.units if child.training else None,
-        final_loss=child.final.get(monitor),
-        energy_j=child.energy_j,
-        energy_reason=child.energy_reason,
-        seed=about.seed,
-        status=child.status,
-    )
 
 
 def _groups(children: Sequence[ChildResult]) -> list[GridGroup]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import groupby, product
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from ops_contract.jobs import Execution, Job, SchedulerName
 from ops_contract.lifecycle import Status
@@ -100,6 +99,8 @@ def spread(params: Sequence[int], count: int) -> list[int]:
 
     Their logarithms are those nearest to evenly spaced ones from the first to the last, in the sum of squares.
     """
+    from scipy.optimize import linear_sum_assignment  # here: who reads rows may have no scipy
+
     if len(params) <= count:
         return list(range(len(params)))
     logs = np.log(params)
