@@ -48,7 +48,10 @@ next_block # metrics
 says '"loss"'
 next_block # output
 [ "$(sed -n 's/^relight-log-next: *//Ip' headers.txt | tr -d '\r')" -ge "$(stat -c %s output.txt)" ] || fail "the log's next offset is before its end"
-python - "$port" >received.jsonl <<'END' &
+next_block # a study, to its end
+[ "$(grep -c 'completed' "$root/said")" = 4 ] || fail "not all four children of the study have completed"
+says '"n":2'
+python - "$port" >received.jsonl 2>receiver.log <<'END' &
 import http.server, sys
 
 
