@@ -48,9 +48,6 @@ next_block # metrics
 says '"loss"'
 next_block # output
 [ "$(sed -n 's/^relight-log-next: *//Ip' headers.txt | tr -d '\r')" -ge "$(stat -c %s output.txt)" ] || fail "the log's next offset is before its end"
-next_block # a study, to its end
-[ "$(grep -c 'completed' "$root/said")" = 4 ] || fail "not all four children of the study have completed"
-says '"n":2'
 python - "$port" >received.jsonl 2>receiver.log <<'END' &
 import http.server, sys
 
@@ -80,6 +77,9 @@ says "$ID.delivered.204"
 next_block # the model, in two parts
 says 'model.safetensors: OK'
 python -c "from safetensors.numpy import load_file; assert load_file('model.safetensors')"
+next_block # a study, to its end
+[ "$(grep -c 'completed' "$root/said")" = 4 ] || fail "not all four children of the study have completed"
+says '"n":2'
 next_block # the scrape
 says 'status="completed"'
 no_block_is_left
