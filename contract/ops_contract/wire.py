@@ -1,8 +1,9 @@
 """How values travel: one base model, exact float64 arrays, non-finite numbers as strings."""
 
 import base64
+import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, StringConstraints
@@ -62,3 +63,19 @@ def unpack_float64(packed: str) -> list[float]:
     if len(raw) % 8:
         raise ValueError(f"{len(raw)} bytes are not a whole number of float64 values")
     return list(struct.unpack(f"<{len(raw) // 8}d", raw))
+
+
+def canonical(value: Any) -> str:
+    """JSON that equal values share: sorted names, and 1.0 written as 1, as in RFC 8785.
+
+    A database or a browser that the job went through may have made one of the other.
+    """
+    return json.dumps(_numbers_as_one(value), sort_keys=True, separators=(",", ":"))
+
+
+def _numbers_as_one(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _numbers_as_one(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers_as_one(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -9,8 +9,8 @@ from ops_contract.lifecycle import Kind, Status
 from ops_contract.plans import ChildResult, GridAbout, Plan, Skipped
 from ops_contract.studies import MAX_CHILDREN, Grid, Point
 from ops_contract.study_results import GridGroup, GridResult, GridRow
+from ops_contract.wire import canonical
 from ops_studies.estimates import statistic
-from ops_studies.keys import canonical
 from ops_studies.orders import arranged, williams_rows
 from ops_studies.points import Base, Refused, Unplannable, named
 

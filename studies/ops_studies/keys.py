@@ -1,11 +1,10 @@
 """The key of a child: SHA-256 of all that decides what it gives, so that nothing stale is taken for it."""
 
 import hashlib
-import json
 from collections.abc import Mapping
-from typing import Any
 
 from ops_contract.jobs import Job
+from ops_contract.wire import canonical
 
 # Raised where the same job comes to mean something else: what was run under the one before is then run again.
 VERSION = 1
@@ -25,19 +24,3 @@ def content_key(job: Job, digests: Mapping[str, str | None], repeat: int = 0) ->
         "version": VERSION,
     }
     return hashlib.sha256(canonical(content).encode()).hexdigest()
-
-
-def canonical(value: Any) -> str:
-    """JSON that equal values share: sorted names, and 1.0 written as 1, as in RFC 8785.
-
-    A database or a browser that the job went through may have made one of the other.
-    """
-    return json.dumps(_numbers_as_one(value), sort_keys=True, separators=(",", ":"))
-
-
-def _numbers_as_one(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _numbers_as_one(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_numbers_as_one(inner) for inner in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
