@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from ops_contract.lifecycle import Kind
+from ops_contract.measurements import MEASUREMENT
 from ops_contract.studies import IsoFlop, Study
 from ops_contract.wire import Name, Sha256, Text, Wire
 
@@ -166,6 +167,9 @@ class Execution(Wire):
     stall_timeout_s: float | None = Field(
         1800.0, gt=0, allow_inf_nan=False, description="no step or validation batch for so long fails the attempt"
     )
+    timeout_s: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="an attempt that takes longer is killed, and has failed"
+    )
     logger: Logger = Field(Logger.CSV, description="the files that are written when the operation has ended")
 
     @field_validator("devices")
@@ -263,7 +267,7 @@ class Setup(Wire):
 
 
 class JobSpec(Setup):
-    """The body of POST /operations: a workload to train, or a command to run; with `study`, many of them that differ.
+    """The body of POST /operations: a workload to train, a command to run, or a measurement; with `study` many of them.
 
     `workload` is one that a worker offers, or `module:Class` of the snapshot or of the worker's environment. `config`
     belongs to the workload and is checked against its schema.
@@ -291,11 +295,17 @@ class JobSpec(Setup):
     @model_validator(mode="before")
     @classmethod
     def _a_job_says_what_it_is(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "kind" not in given:
+        if not isinstance(given, dict):
+            return given
+        if given.get("kind") == Kind.MEASUREMENT and given.get("command") is None:
+            return {**given, "workload": given.get("workload") or MEASUREMENT}
+        if "kind" not in given:
             if given.get("study") is not None:
                 return {**given, "kind": Kind.STUDY}
             if given.get("command") is not None:
                 return {**given, "kind": Kind.COMMAND}
+            if given.get("workload") == MEASUREMENT:
+                return {**given, "kind": Kind.MEASUREMENT}
         return given
 
     @model_validator(mode="after")
@@ -306,10 +316,12 @@ class JobSpec(Setup):
             raise ValueError("give a workload to train, or a command to run")
         if self.kind is not Kind.STUDY and (self.kind is Kind.COMMAND) != (self.command is not None):
             raise ValueError("command and kind command go together")
+        if self.kind is not Kind.STUDY and (self.kind is Kind.MEASUREMENT) != (self.workload == MEASUREMENT):
+            raise ValueError(f"workload {MEASUREMENT} and kind measurement go together")
         if self.command is not None and (self.workload or self.config):
             raise ValueError("a command has neither workload nor config; it gets arguments and env")
-        if self.command is not None and isinstance(self.study, IsoFlop):
-            raise ValueError("an isoflop study trains a workload; a grid can vary a command")
+        if isinstance(self.study, IsoFlop) and (self.command is not None or self.workload == MEASUREMENT):
+            raise ValueError("an isoflop study trains a workload; a grid can vary a command, or a measurement")
         if both := set(self.env) & set(self.secrets):
             raise ValueError(f"env and secrets both name {', '.join(sorted(both))}")
         if self.code is not None and self.workload is not None and ":" not in self.workload:
@@ -317,8 +329,13 @@ class JobSpec(Setup):
         return self
 
 
-# Of `execution`, what a command heeds; the rest is the training engine's.
-COMMAND_KNOBS = frozenset({"accelerator", "devices", "threads", "stall_timeout_s", "logger"})
+# Of `execution`, what a command and a measurement heed; the rest is the training engine's.
+PLAIN_KNOBS = frozenset({"accelerator", "devices", "threads", "stall_timeout_s", "timeout_s", "logger"})
+
+
+def kind_of(workload: str) -> Kind:
+    """Of what runs it, a study's children too."""
+    return {COMMAND: Kind.COMMAND, MEASUREMENT: Kind.MEASUREMENT}.get(workload, Kind.TRAINING)
 
 
 def is_users_own(workload: str) -> bool:
@@ -327,7 +344,10 @@ def is_users_own(workload: str) -> bool:
 
 
 class Job(Setup):
-    """The resolved job as stored, shown and sent to workers: defaults and all. A command's workload is `command`."""
+    """The resolved job as stored, shown and sent to workers: defaults and all.
+
+    A command's workload is `command`, a measurement's `measurement`.
+    """
 
     kind: Kind
     workload: str

@@ -11,6 +11,7 @@ class Kind(StrEnum):
     """What an operation does."""
 
     TRAINING = "training"
+    MEASUREMENT = "measurement"  # of the energy of LLM inference; it resumes by running again
     COMMAND = "command"  # any program; it resumes by running again, from a checkpoint of relight.Run if it made one
     STUDY = "study"  # plans children, waits for them, and reduces what they give
 

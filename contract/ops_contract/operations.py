@@ -11,9 +11,9 @@ from ops_contract.agents import Drain
 from ops_contract.energy import DeviceNow, Quality
 from ops_contract.jobs import Code, Job
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
-from ops_contract.plans import ChildResult, Plan, TrainingResult
-from ops_contract.reports import Exactness, Fault
-from ops_contract.study_results import GridResult, SweepResult
+from ops_contract.measurements import MeasurementProgress
+from ops_contract.plans import ChildResult, Plan
+from ops_contract.reports import Exactness, Fault, ResultContent
 from ops_contract.wire import Name, Text, Wire
 
 
@@ -25,6 +25,7 @@ class ProgressView(Wire):
     loss: float | None = None
     samples_per_s: float | None = None
     eta_s: float | None = None
+    measurement: MeasurementProgress | None = None
 
 
 class EnergyView(Wire):
@@ -229,7 +230,7 @@ class ResultView(Wire):
 
     attempt: int
     created_at: datetime
-    content: TrainingResult | SweepResult | GridResult
+    content: ResultContent
 
 
 class Results(Wire):

@@ -86,7 +86,7 @@ class ChildResult(Wire):
     """What is known of a child so far.
 
     `position` is its place in the plan. `final` are the last values of its metrics; `running_s` the time its attempts
-    ran; `energy_reason` says why `energy_j` is null.
+    ran; `energy_reason` says why `energy_j` is null. Of a measurement, `final` are the figures of its result.
     """
 
     key: Sha256

@@ -9,13 +9,17 @@ from pydantic import Field, StringConstraints, model_validator
 
 from ops_contract.jobs import Execution, InnerPath
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
+from ops_contract.measurements import MeasurementProgress, MeasurementResult
 from ops_contract.plans import Plan, TrainingResult
 from ops_contract.study_results import GridResult, SweepResult
 from ops_contract.wire import Name, Sha256, Step, Text, Wire, pack_float64, unpack_float64
 
 
 class Progress(Wire):
-    """Where the run stands. Steps count optimizer updates; `loss` is that of the last step. A command has no epochs."""
+    """Where the run stands. Steps count optimizer updates; `loss` is that of the last step. A command has no epochs.
+
+    Those of a measurement are the prompts of its window.
+    """
 
     step: Step
     steps_total: Step | None = None
@@ -23,6 +27,7 @@ class Progress(Wire):
     loss: float | None = None
     samples_per_s: float | None = None
     eta_s: float | None = None
+    measurement: MeasurementProgress | None = None
 
 
 class Exactness(Wire):
@@ -160,11 +165,14 @@ class LogChunk(Wire):
         return base64.b64decode(self.data, validate=True)
 
 
+ResultContent = TrainingResult | MeasurementResult | SweepResult | GridResult
+
+
 class Result(Wire):
     """What the operation comes to. A later one, of this attempt or another, takes its place."""
 
     kind: Literal["result"] = "result"
-    content: TrainingResult | SweepResult | GridResult
+    content: ResultContent
 
 
 class Fault(Wire):

@@ -5,8 +5,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ops_contract.jobs import COMMAND_KNOBS, Execution, SchedulerName
+from ops_contract.jobs import PLAIN_KNOBS, Execution, SchedulerName
+from ops_contract.lifecycle import Kind
 from ops_contract.problems import problems_of
+
+_DOES_NOTHING = {
+    Kind.COMMAND: "does nothing for a command: its own code decides; give it as an argument or in env",
+    Kind.MEASUREMENT: "does nothing for a measurement: how it is measured is in config",
+}
 
 
 class Unresolvable(Exception):
@@ -42,12 +48,12 @@ def resolved_execution(given: Execution, reports: Mapping[str, str]) -> Executio
     return _with(given, checkpoint_monitor=monitor, checkpoint_mode=mode, checkpoint_save_top_k=top_k)
 
 
-def check_command_knobs(given: Execution) -> None:
+def check_plain_knobs(given: Execution, kind: Kind) -> None:
     """Raises Unresolvable for what only the training engine heeds."""
     plain = Execution().model_dump()
-    ignored = [name for name, value in given.model_dump().items() if name not in COMMAND_KNOBS and value != plain[name]]
+    ignored = [name for name, value in given.model_dump().items() if name not in PLAIN_KNOBS and value != plain[name]]
     if ignored:
-        problem = "does nothing for a command: its own code decides; give it as an argument or in env"
+        problem = _DOES_NOTHING[kind]
         raise Unresolvable([(name, problem) for name in ignored])
 
 

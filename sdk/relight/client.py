@@ -59,10 +59,9 @@ from ops_contract.operations import (
 from ops_contract.operations import (
     Results as ResultsAnswer,
 )
-from ops_contract.plans import ChildResult, TrainingResult
+from ops_contract.plans import ChildResult
 from ops_contract.problems import offer
-from ops_contract.reports import Exactness
-from ops_contract.study_results import GridResult, SweepResult
+from ops_contract.reports import Exactness, ResultContent
 from ops_contract.tokens import TokenCreated, TokenRequest, Tokens, TokenView
 from ops_contract.webhooks import (
     Deliveries,
@@ -107,11 +106,12 @@ class Unreachable(OpsError):
 class Results:
     """`metrics` are the last value of each. `exactness` null: it has not begun.
 
-    `content`: of a training how much it was trained on what, of a study its rows, fits and statistics; null until then.
+    `content`: of a training how much it was trained on what, of a measurement its figures, of a study its rows, fits
+    and statistics; null until then.
     """
 
     operation: Operation
-    content: TrainingResult | SweepResult | GridResult | None
+    content: ResultContent | None
     metrics: Mapping[str, float]
     artifacts: Sequence[ArtifactView]
     exactness: Exactness | None

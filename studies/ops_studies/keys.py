@@ -15,7 +15,9 @@ def content_key(job: Job, digests: Mapping[str, str | None], repeat: int = 0) ->
 
     Where the same job is to be run several times, `repeat` tells them apart.
     """
-    content = job.model_dump(mode="json", exclude={"study", "until_step", "code"})
+    content = job.model_dump(
+        mode="json", exclude={"study": True, "until_step": True, "code": True, "execution": {"timeout_s"}}
+    )
     content |= {
         "secrets": sorted(set(job.secrets)),
         "snapshot": job.code.sha256 if job.code else None,  # what git said of it is for people

@@ -11,9 +11,10 @@ from pydantic import JsonValue, ValidationError
 
 from ops_contract.agents import Problem
 from ops_contract.jobs import COMMAND, Execution, Job, JobSpec, Setup
+from ops_contract.lifecycle import Kind
 from ops_contract.plans import ChildPlan, GridAbout, IsoFlopAbout, Skipped
 from ops_contract.problems import problems_of
-from ops_contract.resolving import Unresolvable, check_command_knobs, resolved_execution
+from ops_contract.resolving import Unresolvable, check_plain_knobs, resolved_execution
 from ops_contract.studies import Point
 from ops_studies.keys import content_key
 
@@ -74,7 +75,7 @@ class Base:
             raise Refused(_in_words(problems_of(error, JobSpec))) from error
         try:
             if self.job.workload == COMMAND:
-                check_command_knobs(spec.execution)
+                check_plain_knobs(spec.execution, Kind.COMMAND)
                 return self._job(spec, spec.config, spec.execution)
             config, problems = self.check(spec.config)
             if problems:

@@ -11,10 +11,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import plain, record, statement
 from ops_backend.store.transitions import CancelPush, cancelling
-from ops_contract.jobs import COMMAND, Job
-from ops_contract.lifecycle import LIVE, Kind, Status
-from ops_contract.plans import ChildPlan, Plan, TrainingResult
-from ops_contract.study_results import GridResult, SweepResult
+from ops_contract.jobs import Job, kind_of
+from ops_contract.lifecycle import LIVE, Status
+from ops_contract.plans import ChildPlan, Plan
+from ops_contract.reports import ResultContent
 
 _LIVE = ", ".join(f"'{status}'" for status in sorted(LIVE))
 CANCELLED_STUDY = "its study was cancelled"
@@ -162,14 +162,15 @@ async def insert_children(session: AsyncSession, id: UUID, plan: Plan) -> None:
 def child_job(study: Job, child: ChildPlan) -> Job:
     """Whose code, secrets and working directory it has is the study's alone to say, not its planner's."""
     changed = child.model_dump(include={"config", "command", "env", "resources"})
-    kind = Kind.COMMAND if study.workload == COMMAND else Kind.TRAINING
-    base = study.model_dump(exclude={"study"}) | changed | {"kind": kind, "execution": child.execution.model_dump()}
+    base = (
+        study.model_dump(exclude={"study"})
+        | changed
+        | {"kind": kind_of(study.workload), "execution": child.execution.model_dump()}
+    )
     return Job.model_validate(base)
 
 
-async def put_result(
-    session: AsyncSession, id: UUID, attempt: int, content: TrainingResult | SweepResult | GridResult
-) -> None:
+async def put_result(session: AsyncSession, id: UUID, attempt: int, content: ResultContent) -> None:
     await session.execute(PUT_RESULT, {"id": id, "attempt": attempt, "content": plain(content)})
 
 

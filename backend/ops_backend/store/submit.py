@@ -24,8 +24,9 @@ from ops_contract.jobs import (
     JobSpec,
     Setup,
 )
+from ops_contract.lifecycle import Kind
 from ops_contract.problems import Problem, offer, unknown_field
-from ops_contract.resolving import Unresolvable, check_command_knobs, resolved_execution
+from ops_contract.resolving import Unresolvable, check_plain_knobs, resolved_execution
 
 FIND_REPLAY = statement("""
     SELECT id, body_sha256 FROM operations WHERE submitted_by = :submitted_by AND idempotency_key = :idempotency_key
@@ -223,7 +224,7 @@ async def _check_code(session: AsyncSession, code: Code | None, path: str) -> No
 def _command_execution(given: Execution, path: str) -> Execution:
     """Raises 422 for what only the training engine heeds."""
     try:
-        check_command_knobs(given)
+        check_plain_knobs(given, Kind.COMMAND)
     except Unresolvable as error:
         raise invalid([(f"{path}.{field}", problem) for field, problem in error.problems]) from error
     # Nobody knows how often a command ought to say something.
