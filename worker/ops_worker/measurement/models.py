@@ -43,7 +43,7 @@ def read_config(model: str | RandomModel) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise Unusable(f"transformers has no model of type {config.model_type} that generates text: choose another")
+        raise Unusable(f"{config.model_type} is no model of transformers that continues text: choose another")
     if getattr(config, "quantization_config", None):
         raise Unusable("its weights are quantised, which `precision` does not describe: give one with plain weights")
     return config
