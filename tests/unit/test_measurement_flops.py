@@ -1,4 +1,4 @@
-"""FLOPs of a generation are counted from short ones, and are those that torch's own counter finds in the whole of it."""
+"""FLOPs are counted from short generations, and are those that torch finds in the whole of a long one."""
 
 from typing import Any
 

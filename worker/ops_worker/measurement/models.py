@@ -145,6 +145,14 @@ def _here(model: str, name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
+def revision(model: str | RandomModel) -> str | None:
+    """The commit of what a hub's name stood for here; null: it is no such name, or not fetched yet."""
+    if isinstance(model, RandomModel) or _directory(model):
+        return None
+    cached = _here(model, "config.json")
+    return cached.parent.name if cached else None
+
+
 def read_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 

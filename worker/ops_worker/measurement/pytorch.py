@@ -67,7 +67,7 @@ class PytorchEngine:
         return {
             "model_type": config.model_type,
             "weights": "random" if isinstance(self._config.model, RandomModel) else "safetensors",
-            "revision": getattr(config, "_commit_hash", None),
+            "revision": models.revision(self._config.model),
             "params": sum(parameter.numel() for parameter in sketch.parameters()),
             "positions": models.positions(config),
             **{name: getattr(text, name, None) for name in shape},
