@@ -110,8 +110,9 @@ class FakeEngine:
         self._fails = fails
         self._before = before
 
-    def check(self) -> Checked:
+    def check(self, gpu_free_bytes: int | None) -> Checked:
         self._called("check")
+        self.gpu_free_bytes = gpu_free_bytes
         return self._checked
 
     def environment(self) -> dict[str, Any]:

@@ -226,6 +226,16 @@ def test_the_state_is_of_the_window(host: Host) -> None:
     assert (use.power_max_w, use.memory_used_max_bytes) == (300, 700 * 2**20)
 
 
+def test_the_engine_is_told_what_the_driver_says_is_free(host: Host) -> None:
+    rig = host(f"device GPU-a\n{STEPS}\nused 0 700")
+    engine = FakeEngine(rig, config())
+    rig.measurement(engine).run()
+
+    [gpu] = rig.instruments.gpus
+    assert gpu.memory_total_bytes is not None
+    assert engine.gpu_free_bytes == gpu.memory_total_bytes - 700 * 2**20
+
+
 def test_progress_shows_watts_and_degrees_as_last_read(host: Host) -> None:
     rig = host(f"device GPU-a\n{STEPS}\ntemperature 0 30 20 45")
     seen: list[Any] = []

@@ -39,7 +39,7 @@ def engine(model: str | RandomModel = RANDOM, **more: Any) -> PytorchEngine:
 
 def loaded(model: str | RandomModel = RANDOM, **more: Any) -> PytorchEngine:
     found = engine(model, **more)
-    assert found.check().failures == []
+    assert found.check(None).failures == []
     found.load()
     return found
 
@@ -256,11 +256,11 @@ def test_closing_lets_the_model_go() -> None:
 
 
 def refused(found: PytorchEngine) -> list[str]:
-    return list(found.check().failures)
+    return list(found.check(None).failures)
 
 
 def test_random_weights_are_warned_of() -> None:
-    assert engine().check() == Checked(
+    assert engine().check(None) == Checked(
         [], ["the weights are random: what the model says is noise, and the length of the output is forced"]
     )
 
@@ -417,14 +417,13 @@ def test_a_prompts_file_without_prompts_is_refused(stored: Path, tmp_path: Path,
     assert why in told
 
 
-def test_memory_is_for_weights_and_cache_and_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_for_weights_and_cache_and_prompts() -> None:
     params = VOCABULARY * 32 + 64 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 64  # tokens, positions, layers, last norm
     cache = 2 * 2 * 32 * 14 * 2  # keys and values, layers, width, positions, sequences
     needed = 4 * (params + cache) + 16 * 5 * 8
-    monkeypatch.setattr(requirements, "free_bytes", lambda _: needed)
-    assert refused(engine()) == []
-    monkeypatch.setattr(requirements, "free_bytes", lambda _: needed - 1)
-    assert refused(engine())[0].startswith(f"{params:,} parameters in float32, 2 cached sequences and the prompts need")
+    assert requirements.check(config(), "cpu", needed).failures == []
+    (told,) = requirements.check(config(), "cpu", needed - 1).failures
+    assert told.startswith(f"{params:,} parameters in float32, 2 cached sequences and the prompts need")
 
 
 def test_transformers_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,21 +437,20 @@ def test_compile_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_float16_on_a_cpu_is_warned_of(stored: Path) -> None:
-    (told,) = engine(str(stored), precision="float16").check().warnings
+    (told,) = engine(str(stored), precision="float16").check(None).warnings
     assert told.startswith("float16 on a CPU is slow")
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (told,) = PytorchEngine(config(), "cuda").check().failures
+    (told,) = PytorchEngine(config(), "cuda").check(None).failures
     assert "finds no CUDA device here" in told
 
 
 def test_bfloat16_that_a_device_would_emulate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"is_available": True, "is_bf16_supported": False, "get_device_name": "Tesla T4"}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (2**34, 2**34))
-    assert PytorchEngine(config(precision="bfloat16"), "cuda").check().failures == [
+    assert PytorchEngine(config(precision="bfloat16"), "cuda").check(None).failures == [
         "Tesla T4 has no bfloat16: take float16"
     ]
-    assert PytorchEngine(config(precision="float16"), "cuda").check().failures == []
+    assert PytorchEngine(config(precision="float16"), "cuda").check(None).failures == []

@@ -24,8 +24,11 @@ class Checked:
 class Engine(Protocol):
     """Called by one thread, in this order; any exception of its own fails the measurement."""
 
-    def check(self) -> Checked:
-        """Whether it can be imported, its model reached, held in memory, and run as it is configured."""
+    def check(self, gpu_free_bytes: int | None) -> Checked:
+        """Whether it can be imported, its model reached, held in memory, and run as it is configured.
+
+        It allocates nothing on a GPU, whose idle power is yet to be measured: what is free there is the driver's word.
+        """
 
     def environment(self) -> dict[str, Any]:
         """Versions, the model's config in short, the types and the attention that are really used; before `load`."""

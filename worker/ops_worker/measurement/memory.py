@@ -1,11 +1,10 @@
-"""The memory that a model needs where it runs, and what there is of it."""
+"""The memory that a model needs where it runs."""
 
 from typing import Any
 
 import torch
 
 from ops_contract.measurements import MeasurementConfig
-from ops_worker.energy.preflight import memory_available
 from ops_worker.measurement.flops import windows
 
 
@@ -24,10 +23,3 @@ def _cached(model_config: Any, length: int) -> int:
     kept = getattr(text, "num_key_value_heads", None) or heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return sum(2 * kept * width * min(length, window or length) for window in windows(model_config))
-
-
-def free_bytes(device: str) -> int | None:
-    """Null: the system does not say."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
-    return memory_available()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ops_contract.measurements import FlopsRecord, MeasurementConfig, RandomModel
+from ops_worker.energy.preflight import memory_available
 from ops_worker.measurement import models, requirements, tasks
 from ops_worker.measurement.engines import Checked, Generated
 from ops_worker.measurement.flops import Ran, count
@@ -34,8 +35,9 @@ class PytorchEngine:
         self._lengths: dict[int, int] = {}  # what a batch generated, of its longest sequence
         self._peak_resets = False
 
-    def check(self) -> Checked:
-        return requirements.check(self._config, self._device)
+    def check(self, gpu_free_bytes: int | None) -> Checked:
+        free = gpu_free_bytes if self._on_cuda else memory_available()
+        return requirements.check(self._config, self._device, free)
 
     def environment(self) -> dict[str, Any]:
         models.quiet()

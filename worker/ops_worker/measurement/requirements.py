@@ -10,18 +10,19 @@ import torch
 from ops_contract.measurements import MeasurementConfig, RandomModel
 from ops_worker.measurement import models, tasks
 from ops_worker.measurement.engines import Checked
-from ops_worker.measurement.memory import free_bytes, needed_bytes
+from ops_worker.measurement.memory import needed_bytes
 from ops_worker.measurement.models import Unusable
 
 GIB = 2**30
 
 
-def check(config: MeasurementConfig, device: str) -> Checked:
+def check(config: MeasurementConfig, device: str, free_bytes: int | None) -> Checked:
+    """`free_bytes` of the device's memory; null: the system does not say."""
     failures = [*_device(config, device), *_attention(config, device), *_compiler(config, device), *_prompts(config)]
     if importlib.util.find_spec("transformers") is None:
         failures.append("transformers is not installed: `pip install 'relight[llm]'`")
     else:
-        failures += _model(config, device)
+        failures += _model(config, device, free_bytes)
     return Checked(failures, _warnings(config, device))
 
 
@@ -66,7 +67,7 @@ def _prompts(config: MeasurementConfig) -> Iterator[str]:
         yield f"the prompts file {prompts_file} cannot be read: {error}"
 
 
-def _model(config: MeasurementConfig, device: str) -> Iterator[str]:
+def _model(config: MeasurementConfig, device: str, free_bytes: int | None) -> Iterator[str]:
     models.quiet()
     try:
         model_config = models.read_config(config.model)
@@ -76,7 +77,7 @@ def _model(config: MeasurementConfig, device: str) -> Iterator[str]:
     yield from _positions(config, model_config)
     if isinstance(config.model, str):
         yield from _files(config, config.model)
-    yield from _size(config, model_config, device)
+    yield from _size(config, model_config, device, free_bytes)
 
 
 def _positions(config: MeasurementConfig, model_config: Any) -> Iterator[str]:
@@ -95,7 +96,7 @@ def _files(config: MeasurementConfig, model: str) -> Iterator[str]:
             yield str(problem)
 
 
-def _size(config: MeasurementConfig, model_config: Any, device: str) -> Iterator[str]:
+def _size(config: MeasurementConfig, model_config: Any, device: str, free: int | None) -> Iterator[str]:
     # Flash attention has been judged above; whether the model can be built is another question.
     attention = "eager" if config.attention == "flash_attention_2" else config.attention
     try:
@@ -103,7 +104,7 @@ def _size(config: MeasurementConfig, model_config: Any, device: str) -> Iterator
     except Unusable as problem:
         yield str(problem)
         return
-    needed, free = needed_bytes(config, model_config, params), free_bytes(device)
+    needed = needed_bytes(config, model_config, params)
     if free is not None and needed > free:
         what = f"{params:,} parameters in {config.precision}, {config.batch_size} cached sequences and the prompts"
         room = f"{device} has {free / GIB:.1f} GiB free"
