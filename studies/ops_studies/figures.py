@@ -63,6 +63,11 @@ def _panel(axes: "Axes", panel: Panel) -> None:
         if any(points.intervals):
             known = [interval or (math.nan, math.nan) for interval in points.intervals]
             axes.vlines(x, [low for low, _ in known], [high for _, high in known], color=colour[points.colour], lw=1)
+        if any(points.x_intervals):
+            known = [interval or (math.nan, math.nan) for interval in points.x_intervals]
+            axes.hlines(y, [low for low, _ in known], [high for _, high in known], color=colour[points.colour], lw=1)
+        for place, name in zip(points.points, points.names, strict=False):
+            axes.annotate(name, place, (5, 5), textcoords="offset points", size=7, parse_math=False)
     for mark in (mark for mark in NAMES if mark in marks):
         axes.plot([], [], color="grey", ls="none", label=NAMES[mark], **MARKS[mark])
     axes.set(xscale="log" if panel.log_x else "linear", yscale="log" if panel.log_y else "linear")
