@@ -75,7 +75,9 @@ def not_measured(result: GridResult) -> Iterator[str]:
     for row in result.rows:
         if row.status is Status.FAILED:
             yield f"{row.name} failed: {row.error_message or 'no reason given'}"
-    others = Counter(row.status for row in result.rows if row.status not in (Status.COMPLETED, Status.FAILED))
-    if others:
-        told = ", ".join(f"{count} {status}" for status, count in sorted(others.items()))
-        yield f"not measured: {told}"
+    others = Counter(
+        f"{row.status}{f' ({row.error_message})' if row.error_message else ''}"
+        for row in result.rows
+        if row.status not in (Status.COMPLETED, Status.FAILED)
+    )
+    yield from (f"not measured: {count} {why}" for why, count in sorted(others.items()))
