@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from relight.client import Client
 
 NOT_KNOWN = "not known"
+SHORT_FROM = 1e7  # FLOPs and bytes in full say no more
 
 
 @with_client
@@ -44,10 +45,12 @@ def show_measured(client: "Client", operation_id: OperationId, json: Json = Fals
 
 
 def _print_measurement(result: "MeasurementResult") -> None:
-    table = show.table("FIGURE", "VALUE", "±", "UNIT", "SOURCE", "WHY", right=("VALUE", "±"), wide=["SOURCE", "WHY"])
+    table = show.table("FIGURE", "VALUE", "±", "UNIT", "SOURCE", right=("VALUE", "±"), wide=["SOURCE"])
     for name, figure in result.figures.items():
         table.add_row(name, *_cells(figure))
     show.print_rich(table)
+    for reason, names in _unknown(result).items():
+        print(show.harmless(f"Not known: {', '.join(names)}: {reason}"))
     if result.devices:
         print()
         _print_devices(result)
@@ -62,10 +65,22 @@ def _print_measurement(result: "MeasurementResult") -> None:
 
 
 def _cells(figure: "Figure") -> tuple[str, ...]:
-    value = NOT_KNOWN if figure.value is None else show.number(figure.value)
-    bound = "–" if figure.uncertainty is None else show.number(figure.uncertainty)
-    said = (figure.unit, figure.source, figure.reason or "")
-    return (value, bound, *map(show.plain, said))
+    value = NOT_KNOWN if figure.value is None else _short(figure.value)
+    bound = "–" if figure.uncertainty is None else _short(figure.uncertainty)
+    return value, bound, show.plain(figure.unit), show.plain(figure.source)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if abs(value) >= SHORT_FROM else show.number(value)
+
+
+def _unknown(result: "MeasurementResult") -> dict[str, list[str]]:
+    """By their reason, which they often share."""
+    found: dict[str, list[str]] = {}
+    for name, figure in result.figures.items():
+        if figure.reason is not None:
+            found.setdefault(figure.reason, []).append(name)
+    return found
 
 
 def _print_devices(result: "MeasurementResult") -> None:
@@ -91,8 +106,8 @@ def _facts(result: "MeasurementResult") -> dict[str, str]:
     aged = f", {show.duration(baseline.age_s)} old" if baseline.age_s is not None else ""
     drifted = f", drift {100 * baseline.drift:.1f} %" if baseline.drift is not None else ""
     settled = {None: "", True: ", settled", False: ", not settled"}[warmup.converged]
-    reasons = ", ".join(f"{why} {show.duration(s)}" for why, s in slowed.reasons.items()).replace("_", " ")
-    throttled = f"for {show.duration(slowed.duration_s)}: {reasons}" if slowed.throttled else "never"
+    reasons = ", ".join(f"{why} {s:.3g} s" for why, s in slowed.reasons.items()).replace("_", " ")
+    throttled = f"for {_of(slowed.duration_s, 's')}: {reasons}" if slowed.throttled else "never"
     return {
         "tokens": f"{result.tokens_in:,} in, {result.tokens_out:,} out, of {result.n_prompts:,} prompts",
         "idle power": (idle or NOT_KNOWN) + aged + drifted + (f" ({baseline.reason})" if baseline.reason else ""),

@@ -10,7 +10,7 @@ from test_cli import Api, api
 from helpers.answers import operation
 from helpers.measurements import DONE, NO_METER, measurement_result, measurement_study, without_joules
 from ops_contract.lifecycle import Status
-from ops_contract.measurements import MeasurementResult, RandomModel
+from ops_contract.measurements import MeasurementPhase, MeasurementResult, RandomModel
 from ops_contract.operations import ResultView
 from ops_contract.reports import Fault
 from ops_contract.study_results import GridResult
@@ -126,7 +126,9 @@ def test_a_field_that_there_is_not_is_refused_before_anything_is_sent(api: Api) 
 
 def test_a_phase_is_said_with_as_much_as_is_known() -> None:
     assert phase_line(DONE) == "window, 32 of 64 prompts, 311.5 W, 64 °C"
-    unknown = DONE.model_copy(update={"power_w": None, "temperature_c": None, "total": None, "phase": "thermal_floor"})
+    unknown = DONE.model_copy(
+        update={"power_w": None, "temperature_c": None, "total": None, "phase": MeasurementPhase.THERMAL_FLOOR}
+    )
     assert phase_line(unknown) == "thermal floor, 32 prompts"
 
 
