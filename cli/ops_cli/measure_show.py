@@ -1,7 +1,7 @@
 """`ops measure show`: every figure of a measurement, or the points of a study side by side."""
 
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from ops_cli import show, studies
 from ops_cli.connect import Json, OperationId, with_client
@@ -46,7 +46,7 @@ def show_measured(client: "Client", operation_id: OperationId, json: Json = Fals
 
 def _print_measurement(result: "MeasurementResult") -> None:
     table = show.table("FIGURE", "VALUE", "±", "UNIT", "SOURCE", right=("VALUE", "±"), wide=["SOURCE"])
-    for name, figure in result.figures.items():
+    for name, figure in _in_order(result):
         table.add_row(name, *_cells(figure))
     show.print_rich(table)
     for reason, names in _unknown(result).items():
@@ -70,6 +70,13 @@ def _cells(figure: "Figure") -> tuple[str, ...]:
     return value, bound, show.plain(figure.unit), show.plain(figure.source)
 
 
+def _in_order(result: "MeasurementResult") -> "list[tuple[str, Figure]]":
+    """Of the contract: a database sorts the names of an object."""
+    from ops_contract.measurements import FigureName
+
+    return [(name, result.figures[name]) for name in get_args(FigureName) if name in result.figures]
+
+
 def _short(value: float) -> str:
     return f"{value:.4g}" if abs(value) >= SHORT_FROM else show.number(value)
 
@@ -77,7 +84,7 @@ def _short(value: float) -> str:
 def _unknown(result: "MeasurementResult") -> dict[str, list[str]]:
     """By their reason, which they often share."""
     found: dict[str, list[str]] = {}
-    for name, figure in result.figures.items():
+    for name, figure in _in_order(result):
         if figure.reason is not None:
             found.setdefault(figure.reason, []).append(name)
     return found
@@ -101,7 +108,10 @@ def _of(value: float | None, unit: str) -> str:
 
 
 def _facts(result: "MeasurementResult") -> dict[str, str]:
+    from ops_contract.measurements import MeasurementPhase
+
     baseline, warmup, slowed = result.baseline, result.warmup, result.thermal_throttle
+    took = [f"{phase} {result.phases_s[phase]:.1f} s" for phase in MeasurementPhase if phase in result.phases_s]
     idle = ", ".join(f"{device} {_of(power, 'W')}" for device, power in baseline.power_w.items())
     aged = f", {show.duration(baseline.age_s)} old" if baseline.age_s is not None else ""
     drifted = f", drift {100 * baseline.drift:.1f} %" if baseline.drift is not None else ""
@@ -113,7 +123,7 @@ def _facts(result: "MeasurementResult") -> dict[str, str]:
         "idle power": (idle or NOT_KNOWN) + aged + drifted + (f" ({baseline.reason})" if baseline.reason else ""),
         "warm-up": f"{warmup.batches} batches{settled}" + (f", cv {warmup.cv:.3f}" if warmup.cv is not None else ""),
         "slowed": NOT_KNOWN if slowed.throttled is None else throttled,
-        "phases": ", ".join(f"{phase} {s:.1f} s" for phase, s in result.phases_s.items()).replace("_", " "),
+        "phases": ", ".join(took).replace("_", " "),
         "samples": result.series or "none",
         "config": result.config_hash[:16],
     }
