@@ -69,7 +69,7 @@ def measurement_result(with_meter: bool = True) -> MeasurementResult:
         ),
         phases_s={MeasurementPhase.LOAD: 3.25, MeasurementPhase.WARMUP: 11.5, MeasurementPhase.WINDOW: WINDOW_S},
         environment={"torch": "2.9.1", "transformers": "5.24.0", "gpu": {"persistence_mode": True}},
-        series="series.parquet" if with_meter else None,
+        series="files/series.parquet" if with_meter else None,
         warnings=["random weights: what it costs is real, what it says is noise"],
     )
 

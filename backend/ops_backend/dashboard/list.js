@@ -147,6 +147,7 @@ export function list(main, _, query) {
           { "aria-label": "Kind", onchange: event => narrow({ kind: event.target.value }) },
           option("", "Every kind"),
           option("training"),
+          option("measurement"),
           option("command"),
           option("study"),
         ),
@@ -275,7 +276,9 @@ export function list(main, _, query) {
         { class: "small" },
         kind === "study"
           ? ofChildren(progress)
-          : progress.percent === null
+          : progress.measurement && status === "running"
+            ? `${words(progress.measurement.phase)}${eta}`
+            : progress.percent === null
             ? `step ${count(progress.step)}`
             : `${percent(progress.percent)}${eta}`,
       ),

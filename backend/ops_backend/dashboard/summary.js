@@ -10,6 +10,7 @@ import {
   ofChildren,
   percent,
   plural,
+  progressed,
   secondsBetween,
   short,
   UNKNOWN,
@@ -49,18 +50,23 @@ export function summary(operation, attempts, buttons) {
     h(
       "div",
       { class: "tiles" },
-      operation.kind === "study"
-        ? [childrenTile(operation), timeTile(operation), attemptsTile(operation, attempts)]
-        : [
-            progressTile(operation),
-            lossTile(operation),
-            timeTile(operation),
-            attemptsTile(operation, attempts),
-            exactnessTile(operation),
-            energyTile(operation),
-          ],
+      tiles(operation, attempts),
     ),
     origin(operation),
+  ];
+}
+
+function tiles(operation, attempts) {
+  if (operation.kind === "study")
+    return [childrenTile(operation), timeTile(operation), attemptsTile(operation, attempts)];
+  const measures = operation.kind === "measurement";
+  return [
+    measures ? phaseTile(operation) : progressTile(operation),
+    measures ? powerTile(operation) : lossTile(operation),
+    timeTile(operation),
+    attemptsTile(operation, attempts),
+    !measures && exactnessTile(operation),
+    energyTile(operation),
   ];
 }
 
@@ -103,6 +109,24 @@ const bar = (status, { percent }) =>
 function childrenTile({ status, progress }) {
   if (!progress) return tile("Children", UNKNOWN, status === "pending" ? "waits for a slot" : "not planned yet");
   return tile("Children", ofChildren(progress), bar(status, progress), "have ended");
+}
+
+function phaseTile({ status, progress }) {
+  const told = progress?.measurement;
+  if (!told) return tile("Phase", UNKNOWN, status === "pending" ? "waits for a slot" : null);
+  const ended = TERMINAL.has(status);
+  return tile("Phase", ended ? status : words(told.phase), !ended && told.unit && progressed(told));
+}
+
+function powerTile({ status, progress }) {
+  const told = TERMINAL.has(status) ? null : progress?.measurement;
+  const { power_w = null, temperature_c = null } = told ?? {};
+  return tile(
+    "Power now",
+    power_w === null ? UNKNOWN : `${measured(power_w)} W`,
+    temperature_c !== null && `${Math.round(temperature_c)} °C`,
+    told && power_w === null && "no meter tells it",
+  );
 }
 
 const lossTile = ({ progress }) =>
