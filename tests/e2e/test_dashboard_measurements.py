@@ -21,7 +21,7 @@ from ops_contract.jobs import Execution
 from ops_contract.lifecycle import Outcome, Status
 from ops_contract.measurements import MeasurementPhase, MeasurementResult
 from ops_contract.plans import ChildPlan, GridAbout, Plan
-from ops_contract.reports import ArtifactSaved, Fault, Progress, Result
+from ops_contract.reports import ArtifactSaved, Fault, Note, Progress, Result
 from ops_contract.study_results import GridResult
 
 pytestmark = [needs_chromium, pytest.mark.slow, pytest.mark.usefixtures("service")]
@@ -104,7 +104,8 @@ async def _computes(store: Store) -> None:
     query = "SELECT operation_id, incarnation FROM holds WHERE ended_at IS NULL"
     [(id, incarnation)] = await store.fetch(query)
     told = DONE.model_copy(update={"phase": MeasurementPhase.COMPUTE, "unit": None, "power_w": None})
-    await store.report(Held(id, 1, incarnation, seq=2), progress=Progress(step=64, steps_total=64, measurement=told))
+    now = Progress(step=64, steps_total=64, measurement=told)
+    await store.report(Held(id, 1, incarnation, seq=2), Note(message="it computes"), progress=now)
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +154,8 @@ def test_one_that_runs_shows_its_phase_watts_and_degrees_and_goes_on(tab: Tab, s
 def test_one_that_is_done_shows_every_figure_with_unit_bound_and_source(tab: Tab, service: Service) -> None:
     page = show(tab, service, MEASURED)
     table = page.get_by_role("region", name="Figures")
-    expect(table.get_by_role("row", name="j_per_output_token ")).to_contain_text("0.9375 J/token")
-    expect(table.get_by_role("row", name="j_per_output_token ")).to_contain_text("± 0.003000 J/token")
+    expect(table.get_by_role("row", name="energy per generated token j_")).to_contain_text("0.9375 J/token")
+    expect(table.get_by_role("row", name="energy per generated token j_")).to_contain_text("± 0.003 J/token")
     expect(table.get_by_role("row", name="mfu")).to_contain_text("21.00 %")
     expect(table.get_by_role("row", name="peak_memory_bytes")).to_contain_text("1.20 GB")
     names = table.locator("code").all_text_contents()
@@ -169,7 +170,7 @@ def test_one_that_is_done_shows_every_figure_with_unit_bound_and_source(tab: Tab
 
 def test_a_figure_that_is_not_known_is_no_number_and_says_why(tab: Tab, service: Service) -> None:
     page = show(tab, service, UNMETERED)
-    row = page.get_by_role("region", name="Figures").get_by_role("row", name="energy of the window")
+    row = page.get_by_role("region", name="Figures").get_by_role("row", name="energy of the window energy_j")
     expect(row).to_contain_text("not known")
     expect(row).to_contain_text(NO_METER)
     assert "0" not in row.locator("td.number").all_text_contents()

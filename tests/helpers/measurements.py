@@ -22,6 +22,7 @@ from ops_contract.study_results import GridGroup, GridResult, GridRow, Statistic
 
 NO_METER = "no meter: this machine has no GPU, no readable RAPL, and OPS_CPU_POWER_W is not set"
 WINDOW_S, TOKENS_OUT = 12.5, 4096
+PHASES_S = dict(zip(MeasurementPhase, (0.4, 30.0, 5.0, 3.25, 11.5, 60.2, WINDOW_S, 1.1, 0.9), strict=True))
 DONE = MeasurementProgress(
     phase=MeasurementPhase.WINDOW, done=32, total=64, unit="prompts", power_w=311.5, temperature_c=64
 )
@@ -30,15 +31,15 @@ DONE = MeasurementProgress(
 def measurement_result(with_meter: bool = True) -> MeasurementResult:
     """64 prompts of 128 tokens, 64 generated of each, in a window of 12.5 s."""
     figures: dict[FigureName, Figure] = {
-        "tokens_per_s": Figure(value=TOKENS_OUT / WINDOW_S, unit="tokens/s", source="count, clock", uncertainty=0.03),
+        "tokens_per_s": Figure(value=TOKENS_OUT / WINDOW_S, unit="token/s", source="count, clock", uncertainty=0.03),
         "window_s": Figure(value=WINDOW_S, unit="s", source="clock", uncertainty=0.001),
         "latency_p50_s": Figure(value=1.5625, unit="s", source="clock"),
         "first_token_p50_s": Figure(value=0.042, unit="s", source="clock"),
-        "flops": Figure(value=3.1e12, unit="FLOPs", source="modules"),
+        "flops": Figure(value=3.1e12, unit="FLOP", source="modules"),
         "mfu": Figure(value=0.21, unit="1", source="modules, clock")
         if with_meter
-        else Figure(value=None, unit="1", source="modules, clock", reason="the peak of this CPU is not known"),
-        "peak_memory_bytes": Figure(value=1.2e9, unit="bytes", source="allocator"),
+        else Figure(value=None, unit="1", source="peak of the device", reason="the peak of this CPU is not known"),
+        "peak_memory_bytes": Figure(value=1.2e9, unit="B", source="allocator"),
         "energy_j": _joules("J", 3840.0, 12.0) if with_meter else _unknown("J"),
         "energy_adjusted_j": _joules("J", 3090.0, 15.0) if with_meter else _unknown("J"),
         "j_per_output_token": _joules("J/token", 0.9375, 0.003) if with_meter else _unknown("J/token"),
@@ -47,7 +48,10 @@ def measurement_result(with_meter: bool = True) -> MeasurementResult:
     slowed = {"sw_power_cap": 1.25} if with_meter else {}
     return MeasurementResult(
         config_hash="ab" * 32,
-        methodology={"energy": "the GPU's own counter at both edges of the window", "latency": "of every batch"},
+        methodology={
+            "energy": "The meter's cumulative joules at the two ends of the window, interpolated between the readings.",
+            "latency": "Of a batch, from its submission until the device is done.",
+        },
         n_prompts=64,
         tokens_in=64 * 128,
         tokens_out=TOKENS_OUT,
@@ -67,7 +71,7 @@ def measurement_result(with_meter: bool = True) -> MeasurementResult:
         flops=FlopsRecord(
             prefill=2.0e12, decode=1.1e12, parts={"linear": 2.6e12, "attention": 5e11}, params=124_439_808
         ),
-        phases_s={MeasurementPhase.LOAD: 3.25, MeasurementPhase.WARMUP: 11.5, MeasurementPhase.WINDOW: WINDOW_S},
+        phases_s=PHASES_S,
         environment={"torch": "2.9.1", "transformers": "5.24.0", "gpu": {"persistence_mode": True}},
         series="files/series.parquet" if with_meter else None,
         warnings=["random weights: what it costs is real, what it says is noise"],

@@ -2,7 +2,18 @@
 
 import { get, query as search } from "./api.js";
 import { h, render } from "./dom.js";
-import { ago, count, duration, measured, ofChildren, percent, secondsBetween, short, UNKNOWN } from "./format.js";
+import {
+  ago,
+  count,
+  duration,
+  measured,
+  ofChildren,
+  percent,
+  secondsBetween,
+  short,
+  UNKNOWN,
+  words,
+} from "./format.js";
 import { problem } from "./notice.js";
 import { poll } from "./poll.js";
 import { adjust, go, link } from "./router.js";
@@ -279,8 +290,8 @@ export function list(main, _, query) {
           : progress.measurement && status === "running"
             ? `${words(progress.measurement.phase)}${eta}`
             : progress.percent === null
-            ? `step ${count(progress.step)}`
-            : `${percent(progress.percent)}${eta}`,
+              ? `step ${count(progress.step)}`
+              : `${percent(progress.percent)}${eta}`,
       ),
     ];
   }

@@ -1,4 +1,4 @@
-/** A measurement: the phase that it is in; then every figure with its unit, its bound and its source, or why it is not known. */
+/** A measurement: its phases; then every figure with its unit, bound and source, or why it is not known. */
 
 import { url } from "./api.js";
 import { h } from "./dom.js";
@@ -7,26 +7,18 @@ import { TERMINAL } from "./status.js";
 import { remarks, section } from "./study_facts.js";
 import { empty, number, pairs, table } from "./tables.js";
 
-const PHASES = [
-  "preflight",
-  "gap",
-  "baseline",
-  "load",
-  "warmup",
-  "thermal_floor",
-  "window",
-  "first_token",
-  "compute",
-];
+const PHASES = "preflight gap baseline load warmup thermal_floor window first_token compute".split(" ");
+const SIGNS = { done: "✓", now: "▶", ended: "■", later: "○" };
+const SPOKEN = { done: "done", now: "now", ended: "ended here", later: "to come" };
 
 // In the order of the contract: a database sorts the names of an object.
 const FIGURES = {
   tokens_per_s: "generated tokens per second",
   total_tokens_per_s: "tokens per second, prompts included",
   j_per_output_token: "energy per generated token",
-  j_per_output_token_adjusted: "the same above idle",
+  j_per_output_token_adjusted: "energy per generated token, above idle",
   energy_j: "energy of the window",
-  energy_adjusted_j: "the same above idle",
+  energy_adjusted_j: "energy of the window, above idle",
   power_mean_w: "mean power",
   window_s: "window",
   latency_p50_s: "latency of a batch, median",
@@ -78,9 +70,9 @@ function stepper({ status }, told, result) {
         return h(
           "li",
           { key: phase, class: `phase ${state}`, "aria-current": state === "now" && "step" },
-          h("span", { class: "sign", "aria-hidden": "true" }, { done: "✓", now: "▶", ended: "■", later: "○" }[state]),
+          h("span", { class: "sign", "aria-hidden": "true" }, SIGNS[state]),
           words(phase),
-          h("span", { class: "hidden" }, `, ${{ done: "done", now: "now", ended: "ended here", later: "to come" }[state]}`),
+          h("span", { class: "hidden" }, `, ${SPOKEN[state]}`),
           result && h("span", { class: "small quiet" }, took === undefined ? " –" : ` ${duration(took)}`),
         );
       }),
@@ -91,7 +83,7 @@ function stepper({ status }, told, result) {
 
 function now(told) {
   const { phase, done, total, unit, power_w, temperature_c } = told;
-  const share = total ? Math.min(100, (100 * done) / total) : null;
+  const share = unit && total ? Math.min(100, (100 * done) / total) : null;
   return [
     share !== null &&
       h(
@@ -124,12 +116,20 @@ function parts(operation, result, artifacts) {
     section("Figures", figures(result), samples(operation, result, artifacts)),
     result.devices.length > 0 && section("Devices", devices(result.devices)),
     remarks(result),
-    section("How it was measured", facts(result), pairs(result.methodology)),
+    section("How it was measured", facts(result), method(result.methodology)),
     section("Environment", pairs(result.environment)),
   ];
 }
 
+const method = said =>
+  h(
+    "dl",
+    { class: "pairs method" },
+    Object.entries(said).map(([what, how]) => h("div", {}, h("dt", {}, words(what)), h("dd", {}, how))),
+  );
+
 function figures({ figures }) {
+  const unknown = Object.values(figures).some(({ value }) => value === null);
   const rows = Object.entries(FIGURES)
     .filter(([name]) => name in figures)
     .map(([name, label]) => {
@@ -139,19 +139,26 @@ function figures({ figures }) {
         { key: name },
         h("td", { class: "words" }, label, h("br"), h("code", { class: "small quiet" }, name)),
         number(value === null ? h("span", { class: "quiet" }, "not known") : figure(name, value, unit)),
-        number(value === null || uncertainty === null ? UNKNOWN : `± ${figure(name, uncertainty, unit)}`),
+        number(value === null || uncertainty === null ? UNKNOWN : bound(name, uncertainty, unit)),
         h("td", {}, words(source)),
-        h("td", { class: "wide" }, reason ?? ""),
+        unknown && h("td", { class: "wide" }, reason ?? ""),
       );
     });
-  const heads = [["Figure"], ["Value", true], ["Bound of its error", true], ["Source"], ["Why not known"]];
+  const heads = [["Figure"], ["Value", true], ["Bound of its error", true], ["Source"]];
+  if (unknown) heads.push(["Why not known"]);
   return table("Figures", heads, rows);
 }
 
 function figure(name, value, unit) {
-  if (unit === "bytes") return bytes(value);
+  if (unit === "B") return bytes(value);
   if (name === "mfu") return `${measured(100 * value)} %`;
   return unit === "1" ? measured(value) : `${measured(value)} ${unit}`;
+}
+
+/** Two digits: more of it say nothing. */
+function bound(name, uncertainty, unit) {
+  const short = Number(uncertainty.toPrecision(2));
+  return `± ${unit === "B" || name === "mfu" ? figure(name, short, unit) : `${short} ${unit}`}`;
 }
 
 function samples({ id }, { series }, artifacts) {
@@ -161,14 +168,16 @@ function samples({ id }, { series }, artifacts) {
   return h("p", {}, "The samples of the window: ", h("a", { href, download: series.split("/").at(-1) }, series), ".");
 }
 
+const quiet = text => h("span", { class: "small quiet" }, text);
+
 function devices(all) {
   const rows = all.map(each =>
     h(
       "tr",
       { key: each.device },
-      h("td", { class: "words" }, each.name ?? each.device, each.name && h("span", { class: "small quiet" }, ` ${each.device}`)),
+      h("td", { class: "words" }, each.name ?? each.device, each.name && quiet(` ${each.device}`)),
       h("td", {}, words(`${each.source}, ${each.quality}`)),
-      number([of(each.energy_j, "J"), each.error_j !== null && h("span", { class: "small quiet" }, ` ± ${measured(each.error_j)}`)]),
+      number([of(each.energy_j, "J"), each.error_j !== null && quiet(` ± ${measured(each.error_j)}`)]),
       number(of(each.energy_adjusted_j, "J")),
       number(of(each.baseline_w, "W")),
       number(of(each.power_max_w, "W")),
@@ -195,12 +204,13 @@ const slowed = reasons => list(Object.entries(reasons).map(([why, s]) => `${word
 
 function facts({ config_hash, n_prompts, tokens_in, tokens_out, thermal_throttle, baseline, warmup, flops }) {
   const { throttled, duration_s, reasons } = thermal_throttle;
+  const slow = throttled ? `${duration(duration_s)}: ${slowed(reasons)}` : "never";
   const idle = Object.entries(baseline.power_w).map(([device, power]) => `${device} ${of(power, "W")}`);
   return pairs({
     prompts: count(n_prompts),
     "tokens in": count(tokens_in),
     "tokens out": count(tokens_out),
-    "slowed by heat or power": throttled === null ? UNKNOWN : throttled ? `${duration(duration_s)}: ${slowed(reasons)}` : "never",
+    "slowed by heat or power": throttled === null ? UNKNOWN : slow,
     "idle power": list([
       idle.join(", ") || UNKNOWN,
       baseline.origin === "cache" && `${duration(baseline.age_s)} old`,
@@ -212,7 +222,11 @@ function facts({ config_hash, n_prompts, tokens_in, tokens_out, thermal_throttle
       warmup.converged !== null && (warmup.converged ? "settled" : "not settled"),
       warmup.cv !== null && `coefficient of variation ${measured(warmup.cv)}`,
     ]),
-    ...(flops && { parameters: count(flops.params), "FLOPs of the prompts": measured(flops.prefill), "FLOPs of decoding": measured(flops.decode) }),
+    ...(flops && {
+      parameters: count(flops.params),
+      "FLOPs of the prompts": measured(flops.prefill),
+      "FLOPs of decoding": measured(flops.decode),
+    }),
     "hash of the config": config_hash.slice(0, 16),
   });
 }

@@ -160,7 +160,8 @@ export function study(root, now) {
       section(
         "Results",
         groupsTable(groups, axes, metrics, front),
-        front.length > 0 && h("p", { class: "small" }, "★ on the Pareto front: no other has as many tokens per second for as few joules."),
+        front.length > 0 &&
+          h("p", { class: "small" }, "★ on the Pareto front: no other has as many tokens per second for as few joules."),
         whyUnknown && !front.length && h("p", { class: "small" }, `No joules per token are known: ${whyUnknown}.`),
         !reduced && later("This is of what has completed so far. Intervals come"),
       ),

@@ -201,14 +201,16 @@ export function throughput(groups) {
     points: points.filter(each => each.points.length),
     lines: front.length > 1 ? [{ index: 1, points: stairs(front.map(at)) }] : [],
     notes: without ? [`${plural(without, "point")} left out: joules per token are not known`] : [],
-    spoken: `Pareto front: ${front.map(group => `${named(group.point) || "base"} with ${at(group).map(measured).join(" tokens/s for ")} J`).join("; ")}.`,
+    spoken: `Pareto front: ${front.map(group => `${named(group.point) || "base"}, ${spoken(at(group))}`).join("; ")}.`,
   };
 }
+
+const spoken = ([speed, joules]) => `${measured(speed)} tokens per second for ${measured(joules)} joules each`;
 
 /** The least energy at which so many tokens per second, or more, were seen: what lies between two is not. */
 function stairs(front) {
   const ordered = [...front].sort(([a], [b]) => a - b);
-  return ordered.flatMap(([x, y], i) => (i + 1 < ordered.length ? [[x, y], [x, ordered[i + 1][1]]] : [[x, y]]));
+  return ordered.flatMap(([x, y], i) => [[x, y], ...(i + 1 < ordered.length ? [[x, ordered[i + 1][1]]] : [])]);
 }
 
 /** A point in words, by the last names of its fields. */

@@ -60,9 +60,11 @@ function tiles(operation, attempts) {
   if (operation.kind === "study")
     return [childrenTile(operation), timeTile(operation), attemptsTile(operation, attempts)];
   const measures = operation.kind === "measurement";
+  const live = !TERMINAL.has(operation.status);
+  const ofTraining = () => [progressTile(operation), lossTile(operation)];
+  const ofMeasurement = () => live && [phaseTile(operation), powerTile(operation)];
   return [
-    measures ? phaseTile(operation) : progressTile(operation),
-    measures ? powerTile(operation) : lossTile(operation),
+    measures ? ofMeasurement() : ofTraining(),
     timeTile(operation),
     attemptsTile(operation, attempts),
     !measures && exactnessTile(operation),
@@ -114,12 +116,11 @@ function childrenTile({ status, progress }) {
 function phaseTile({ status, progress }) {
   const told = progress?.measurement;
   if (!told) return tile("Phase", UNKNOWN, status === "pending" ? "waits for a slot" : null);
-  const ended = TERMINAL.has(status);
-  return tile("Phase", ended ? status : words(told.phase), !ended && told.unit && progressed(told));
+  return tile("Phase", words(told.phase), told.unit && progressed(told));
 }
 
-function powerTile({ status, progress }) {
-  const told = TERMINAL.has(status) ? null : progress?.measurement;
+function powerTile({ progress }) {
+  const told = progress?.measurement;
   const { power_w = null, temperature_c = null } = told ?? {};
   return tile(
     "Power now",
