@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, expect
 from e2e.test_dashboard_studies import a_tab, drawn, pairs, with_store
 from helpers.browser import Tab, chromium, needs_chromium, picture, pictures, serious
 from helpers.databases import Databases
-from helpers.measurements import DONE, NO_METER, measurement_result, measurement_study, without_joules
+from helpers.measured import DONE, NO_METER, measurement_result, measurement_study, without_joules
 from helpers.service import Service, running_service
 from helpers.store import Held, Store, held, started
 from ops_contract.agents import WorkloadOffer
@@ -26,7 +26,13 @@ from ops_contract.study_results import GridResult
 
 pytestmark = [needs_chromium, pytest.mark.slow, pytest.mark.usefixtures("service")]
 
-MEASURED, UNMETERED, RUNNING, STUDY, BLIND = "on a GPU", "without a meter", "runs", "sizes", "sizes without a meter"
+MEASURED, UNMETERED, RUNNING, STUDY, BLIND = (
+    "gpt2 on a GPU",
+    "without a meter",
+    "runs",
+    "sizes",
+    "sizes without a meter",
+)
 OFFER = WorkloadOffer(name="measurement", config_schema={"type": "object"})
 GRID: dict[str, Any] = {"type": "grid", "axes": {"config.batch_size": [1, 8]}, "cycles": 3}
 JOB: dict[str, Any] = {"workload": "measurement", "config": {"model": "gpt2"}, "execution": {}, "max_retries": 0}

@@ -15,7 +15,7 @@ from test_cli import Api, Ops, Ran, api, left_by, ops, worker
 from typer.main import get_command
 
 from helpers.answers import operation
-from helpers.measurements import measurement_result
+from helpers.measured import measurement_result
 from ops_cli.exits import ExitCode
 from ops_cli.main import SECTIONS, app
 from ops_contract.errors import ErrorCode, OpsError

@@ -9,7 +9,7 @@ import pytest
 from test_cli import Api, Ops, api, ops
 
 from helpers.answers import operation
-from helpers.measurements import DONE, NO_METER, measurement_result, measurement_study, without_joules
+from helpers.measured import DONE, NO_METER, measurement_result, measurement_study, without_joules
 from ops_cli.exits import ExitCode
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status

@@ -8,7 +8,7 @@ import pytest
 from test_cli import Api, api
 
 from helpers.answers import operation
-from helpers.measurements import DONE, NO_METER, measurement_result, measurement_study, without_joules
+from helpers.measured import DONE, NO_METER, measurement_result, measurement_study, without_joules
 from ops_contract.lifecycle import Status
 from ops_contract.measurements import MeasurementPhase, MeasurementResult, RandomModel
 from ops_contract.operations import ResultView

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from helpers.measurements import measurement_study, without_joules
+from helpers.measured import measurement_study, without_joules
 from ops_contract.study_results import GridGroup, GridResult, Statistic
 from ops_studies import comparison, figures, pareto, plots
 

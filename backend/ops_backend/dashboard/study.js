@@ -231,7 +231,12 @@ export function study(root, now) {
     ];
     return table(
       "Points, over their cycles",
-      [...(front.length ? [["Front"]] : []), ...axes.map(name => head(name)), ["Cycles", true], ...metrics.map(name => head(name, true))],
+      [
+        ...(front.length ? [["Front"]] : []),
+        ...axes.map(name => head(name)),
+        ["Cycles", true],
+        ...metrics.map(name => head(name, true)),
+      ],
       sorted.map(group =>
         h(
           "tr",
