@@ -153,7 +153,7 @@ def test_a_figure_that_is_not_known_has_its_reason_and_no_number(api: Api, ops: 
     [row, *_] = [line for line in ran.out.splitlines() if line.startswith("energy_j ")]
     assert "not known" in row
     assert " 0 " not in row
-    joules = "energy_j, energy_adjusted_j, j_per_output_token, j_per_output_token_adjusted"
+    joules = "j_per_output_token, j_per_output_token_adjusted, energy_j, energy_adjusted_j"
     assert f"Not known: {joules}: {NO_METER}" in ran.out
     shown = json.loads(ops("measure", "show", ID, "--json").out)
     assert shown["figures"]["energy_j"] == measurement_result(with_meter=False).figures["energy_j"].model_dump()
