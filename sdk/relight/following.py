@@ -1,5 +1,6 @@
 """Following an operation: what changed since the last look, what it prints, a server that is away, and a bar."""
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,10 +150,10 @@ class Bar:
 
 def phase_line(told: MeasurementProgress) -> str:
     """`window, 32 of 64 prompts, 311.5 W, 64 °C`: as much of it as is known."""
-    of = f" of {told.total:.4g}" if told.total is not None else ""
+    of = f" of {told.total:,.0f}" if told.total is not None else ""
     parts = {
         told.phase.replace("_", " "): True,
-        f"{told.done:.4g}{of} {told.unit}": told.unit is not None,
+        f"{math.floor(told.done):,}{of} {told.unit}": told.unit is not None,
         f"{told.power_w or 0:.4g} W": told.power_w is not None,
         f"{told.temperature_c or 0:.0f} °C": told.temperature_c is not None,
     }

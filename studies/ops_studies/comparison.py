@@ -66,8 +66,13 @@ def said(value: Statistic | None) -> str:
     if value is None:
         return UNKNOWN
     if value.low is None or value.high is None:
-        return f"{value.mean:.4g}"
-    return f"{value.mean:.4g} ± {(value.high - value.low) / 2:.2g}"
+        return _short(value.mean, 4)
+    return f"{_short(value.mean, 4)} ± {_short((value.high - value.low) / 2, 2)}"
+
+
+def _short(value: float, digits: int) -> str:
+    """In full rather than with an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
 
 
 def not_measured(result: GridResult) -> Iterator[str]:

@@ -80,6 +80,12 @@ def test_the_table_says_means_intervals_the_front_and_what_has_no_figures() -> N
     ]
 
 
+def test_large_figures_are_said_in_full() -> None:
+    assert comparison.said(Statistic(n=2, mean=12345.6, low=6345.6, high=18345.6)) == "12,346 ± 6,000"
+    assert comparison.said(Statistic(n=1, mean=0.21784)) == "0.2178"
+    assert comparison.said(None) == "–"
+
+
 def test_without_joules_nothing_is_on_the_front_and_nothing_is_zero() -> None:
     result = without_joules(measurement_study())
     assert not plots.any_joules(result)
