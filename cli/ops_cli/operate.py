@@ -200,9 +200,11 @@ def cancel(
     if json:
         print(operation.model_dump_json())
     elif operation.status == "cancelling":
-        saves = {"command": "it may save first", "study": "its children save checkpoints first"}.get(
-            operation.kind, "it saves a checkpoint first"
-        )
+        saves = {
+            "command": "it may save first",
+            "measurement": "it ends after its batch",
+            "study": "its children save checkpoints first",
+        }.get(operation.kind, "it saves a checkpoint first")
         print(f"{short} is stopping" + (" at once" if force else f": {saves}"))
         print(f"Next: ops watch {short}; when it has stopped: ops resume {short}")
     else:

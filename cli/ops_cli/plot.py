@@ -54,7 +54,8 @@ def plot(
 ) -> None:
     """Draw a metric of one operation or several, or a study.
 
-    In the terminal, or into a file. It is marked where a later attempt went on. A study is drawn while it runs too.
+    In the terminal, or into a file. It is marked where a later attempt went on. A study is drawn while it runs too;
+    one of measurements as joules per token against tokens per second, with the Pareto front.
 
     \b
     ops plot 1f6e 9ab2 --metric val_loss

@@ -92,7 +92,8 @@ def next_command(operation: "Operation") -> str:
     short = str(operation.id)[:8]
     if operation.kind == "study" and operation.status not in ("pending", "running"):
         on = f", ops resume {short}" if operation.status in ("failed", "cancelled") else ""
-        return f"ops sweep show {short}, ops list --parent {short}{on}"
+        of = "measure" if operation.workload == "measurement" else "sweep"
+        return f"ops {of} show {short}, ops list --parent {short}{on}"
     if operation.status == "failed":
         return f"ops logs {short}, ops resume {short}"
     if operation.status == "cancelled":
@@ -100,6 +101,8 @@ def next_command(operation: "Operation") -> str:
     if operation.status == "completed" and operation.replay_of:
         return f"ops attempts {short}"
     if operation.status == "completed":
+        if operation.kind == "measurement":
+            return f"ops measure show {short}"
         if operation.kind == "command":
             return f"ops logs {short}, ops metrics {short}, ops artifacts {short}"
         return f"ops metrics {short}, ops checkpoints list {short}"

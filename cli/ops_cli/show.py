@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from ops_contract.measurements import MeasurementProgress
     from ops_contract.operations import EnergyView, Operation, ProgressView, ReplayCheck, ResumedFrom
     from ops_contract.reports import Fault
     from ops_contract.wire import Wire
@@ -89,6 +90,8 @@ def progress_line(operation: "Operation", live: bool = True) -> str:
     progress = operation.progress
     if operation.children and progress:
         return f"{percent(progress)}, {steps(progress)} children"
+    if progress and progress.measurement and live:
+        return phase(progress.measurement)
     if progress is None or progress.step is None:
         return "no step yet"
     parts = {
@@ -100,6 +103,12 @@ def progress_line(operation: "Operation", live: bool = True) -> str:
         f"{duration(progress.eta_s)} left": progress.eta_s if live else None,
     }
     return ", ".join(text for text, value in parts.items() if value is not None)
+
+
+def phase(told: "MeasurementProgress") -> str:
+    from relight.following import phase_line
+
+    return phase_line(told)
 
 
 def energy(view: "EnergyView") -> str:

@@ -20,7 +20,7 @@ def print_preview(preview: "StudyPreview") -> None:
     plan = preview.plan
     if plan is not None:
         _print_plan(plan)
-        _print_notes(plan.skipped, plan.warnings)
+        print_notes(plan.skipped, plan.warnings)
     slots = f"{preview.slots} slot{'' if preview.slots == 1 else 's'}"
     if preview.time_s is not None:
         by = f"by the last {preview.by_trainings} of this workload here"
@@ -98,7 +98,7 @@ def print_sweep(result: "SweepResult") -> None:
             print(f"Warning: {show.harmless(warning)}")
     for each in result.joules:
         print(f"Budget {each.budget:.3g}: lowest loss {each.flop_optimal[:8]}, fewest joules {each.joule_optimal[:8]}")
-    _print_notes(result.skipped, result.warnings)
+    print_notes(result.skipped, result.warnings)
 
 
 def print_grid(result: "GridResult", metric: str | None) -> None:
@@ -109,7 +109,7 @@ def print_grid(result: "GridResult", metric: str | None) -> None:
         n = max((each.n for each in group.metrics.values()), default=0)
         table.add_row(show.plain(told), str(n), *(_statistic(group.metrics.get(name)) for name in names))
     show.print_rich(table)
-    _print_notes(result.skipped, result.warnings)
+    print_notes(result.skipped, result.warnings)
 
 
 def _shown_metrics(result: "GridResult") -> list[str]:
@@ -131,7 +131,7 @@ def _count(value: int | None) -> str:
     return "–" if value is None else f"{value:,}"
 
 
-def _print_notes(skipped: "Sequence[Skipped]", warnings: Sequence[str]) -> None:
+def print_notes(skipped: "Sequence[Skipped]", warnings: Sequence[str]) -> None:
     for each in skipped[:LISTED]:
         print(f"Skipped {show.harmless(each.what)}: {show.harmless(each.reason)}")
     if len(skipped) > LISTED:

@@ -14,18 +14,19 @@ from ops_cli import show
 from ops_cli.plot import Figures, save, show_curves
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Status
+from ops_contract.measurements import MEASUREMENT, MeasurementResult
 from ops_contract.plans import ChildResult, GridAbout
 from ops_contract.problems import offer
 from ops_contract.studies import IsoFlop
 from ops_contract.study_results import GridGroup, GridResult, Statistic, SweepResult
-from ops_studies import figures, isoflop, plots
+from ops_studies import figures, isoflop, pareto, plots
 
 if TYPE_CHECKING:
     from ops_cli.canvas import Curve
     from ops_contract.operations import Operation
     from relight.client import Client
 
-PREFERRED = ("val_loss", "loss")  # metrics of a grid, where none is asked for
+PREFERRED = ("val_loss", "loss", "tokens_per_s")  # metrics of a grid, where none is asked for
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def plot(client: "Client", study: "Operation", choice: Choice) -> None:
     else:
         if choice.figure:
             raise typer.BadParameter("it is for a sweep", param_hint="--figure")
-        panels = [_grid(study, result, choice)]
+        panels = [_measured(client, study, result, choice) or _grid(study, result, choice)]
     if choice.log:
         panels = [replace(panel, log_y=True) for panel in panels]
     if choice.to is None:
@@ -91,6 +92,25 @@ def _is_done(child: ChildResult) -> bool:
     return child.status == Status.COMPLETED
 
 
+def _measured(client: "Client", study: "Operation", result: GridResult, choice: Choice) -> plots.Panel | None:
+    """Energy against throughput, of measurements where joules are known; where they are not, it is said why."""
+    if study.workload != MEASUREMENT or choice.metric or choice.axis:
+        return None
+    if plots.any_joules(result):
+        return plots.throughput(result)
+    if result.groups:
+        print(show.harmless(f"No joules per token are known: {_why_unknown(client, study)}."))
+    return None
+
+
+def _why_unknown(client: "Client", study: "Operation") -> str:
+    """As the first run that completed has it; they ran on the same machines."""
+    done = next((each for each in client.children(study.id) if _is_done(each)), None)
+    content = client.results(done.operation_id).content if done else None
+    figure = content.figures.get(pareto.ENERGY) if isinstance(content, MeasurementResult) else None
+    return (figure and figure.reason) or "no run says why"
+
+
 def _grid(study: "Operation", result: GridResult, choice: Choice) -> plots.Panel:
     metrics, axes = plots.grid_metrics(result), plots.grid_axes(result)
     if not metrics or not axes:
@@ -112,7 +132,7 @@ def _nothing_yet(study: "Operation") -> OpsError:
 def _show(panel: plots.Panel) -> None:
     print(show.harmless(f"{panel.title}: {panel.y} against {panel.x}"))
     show_curves(list(_curves(panel)), panel.log_y, panel.log_x, show.harmless(panel.x))
-    for note in (*_ticks(panel), *panel.notes):
+    for note in (*_named(panel), *_ticks(panel), *panel.notes):
         print(show.harmless(note))
 
 
@@ -127,6 +147,15 @@ def _curves(panel: plots.Panel) -> "list[Curve]":
         line = [point for each in panel.lines if each.colour == colour for point in (*each.points, (1.0, math.nan))]
         curves.append(Curve(show.harmless(label), line, marks=[point for points in own for point in points.points]))
     return curves
+
+
+def _named(panel: plots.Panel) -> list[str]:
+    """What has a name in a figure has a line here."""
+    return [
+        f"{points.label}: {name}, {x:.4g} {panel.x}, {y:.4g} {panel.y}"
+        for points in panel.points
+        for (x, y), name in zip(points.points, points.names, strict=False)
+    ]
 
 
 def _ticks(panel: plots.Panel) -> list[str]:

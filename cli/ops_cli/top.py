@@ -246,6 +246,10 @@ def _figures(operation: "OperationSummary") -> tuple[str, ...]:
     told = operation.progress
     if told is None:
         return ("–",) * 5
+    if now := told.measurement:
+        watts = "–" if now.power_w is None else f"{show.number(now.power_w)} W"
+        degrees = "–" if now.temperature_c is None else f"{now.temperature_c:.0f} °C"
+        return show.percent(told), now.phase.replace("_", " "), degrees, watts, show.duration(told.eta_s)
     step = "–" if told.step is None else str(told.step)
     speed = f"{show.number(told.samples_per_s)}/s" if told.samples_per_s is not None else "–"
     return show.percent(told), step, show.number(told.loss), speed, show.duration(told.eta_s)

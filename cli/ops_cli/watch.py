@@ -161,7 +161,7 @@ class JsonLines:
 
 
 class Lines:
-    """For a log file: a line when the status or the attempt changes, and at every tenth of the way."""
+    """For a log file: a line when the status, the attempt or the phase changes, and at every tenth of the way."""
 
     def __init__(self) -> None:
         self._shown: dict[UUID, object] = {}
@@ -175,7 +175,8 @@ class Lines:
     def show(self, operation: "Operation") -> None:
         progress = operation.progress
         tenth = int((progress.percent if progress and progress.percent else 0) // LINE_EVERY_PERCENT)
-        now = (operation.status, operation.attempt, tenth)
+        phase = progress.measurement.phase if progress and progress.measurement else None
+        now = (operation.status, operation.attempt, phase, tenth)
         if now != self._shown.get(operation.id) and operation.ended_at is None:
             print(f"{headline(operation)}: {show.progress_line(operation)}", flush=True)
         self._shown[operation.id] = now
@@ -259,6 +260,8 @@ def headline(operation: "Operation") -> str:
 
 def figures(operation: "Operation") -> str:
     progress = operation.progress
+    if progress is not None and progress.measurement is not None:
+        return show.phase(progress.measurement)
     if progress is None or progress.step is None:
         return "no step yet"
     loss, speed, left = progress.loss, progress.samples_per_s, progress.eta_s

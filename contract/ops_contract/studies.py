@@ -43,6 +43,12 @@ class Grid(Wire):
         "backwards. latin_square: orders in which every point follows every other equally often (Williams 1949)",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="of shuffle")
+    stop_after_failures: int | None = Field(
+        None,
+        ge=1,
+        description="when so many children in a row have failed, those that wait are not run; null: never. A resume "
+        "of the study runs them all again",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -7,11 +7,23 @@ if TYPE_CHECKING:
     from relight.async_client import AsyncClient
     from relight.client import Client
     from relight.command_reports import report
+    from relight.measuring import measure
     from relight.optimal.search import find_optimal
     from relight.run import Run
     from relight.workload import Env, LoopControl, LoopWorkload, Workload
 
-__all__ = ["AsyncClient", "Client", "Env", "LoopControl", "LoopWorkload", "Run", "Workload", "find_optimal", "report"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "Env",
+    "LoopControl",
+    "LoopWorkload",
+    "Run",
+    "Workload",
+    "find_optimal",
+    "measure",
+    "report",
+]
 
 _HOMES = {
     "AsyncClient": "relight.async_client",
@@ -22,6 +34,7 @@ _HOMES = {
     "Run": "relight.run",
     "Workload": "relight.workload",
     "find_optimal": "relight.optimal.search",
+    "measure": "relight.measuring",
     "report": "relight.command_reports",
 }
 

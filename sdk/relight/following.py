@@ -1,5 +1,6 @@
 """Following an operation: what changed since the last look, what it prints, a server that is away, and a bar."""
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any, Self
 
 from ops_contract.errors import OpsError
 from ops_contract.lifecycle import TERMINAL
+from ops_contract.measurements import MeasurementProgress
 from ops_contract.operations import Operation
 
 
@@ -121,6 +123,8 @@ class Bar:
         step, total, loss = (told.step, told.steps_total, told.loss) if told else (None, None, None)
         figures = f"step {step}" + (f"/{total}" if total else "") if step is not None else "no step yet"
         figures += f" loss {loss:.4g}" if loss is not None else ""
+        if told and told.measurement:
+            figures = phase_line(told.measurement)
         name = operation.name.replace("[", r"\[")
         self._progress.update(
             self._task, description=f"{name} {operation.status}", total=total, completed=step or 0, figures=figures
@@ -142,3 +146,15 @@ class Bar:
             self._shown = import_module("IPython.display").display(self._progress, display_id=True)
         else:
             self._shown.update(self._progress)
+
+
+def phase_line(told: MeasurementProgress) -> str:
+    """`window, 32 of 64 prompts, 311.5 W, 64 °C`: as much of it as is known."""
+    of = f" of {told.total:,.0f}" if told.total is not None else ""
+    parts = {
+        told.phase.replace("_", " "): True,
+        f"{math.floor(told.done):,}{of} {told.unit}": told.unit is not None,
+        f"{told.power_w or 0:.4g} W": told.power_w is not None,
+        f"{told.temperature_c or 0:.0f} °C": told.temperature_c is not None,
+    }
+    return ", ".join(text for text, is_known in parts.items() if is_known)

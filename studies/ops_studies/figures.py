@@ -63,6 +63,9 @@ def _panel(axes: "Axes", panel: Panel) -> None:
         if any(points.intervals):
             known = [interval or (math.nan, math.nan) for interval in points.intervals]
             axes.vlines(x, [low for low, _ in known], [high for _, high in known], color=colour[points.colour], lw=1)
+        if any(points.x_intervals):
+            known = [interval or (math.nan, math.nan) for interval in points.x_intervals]
+            axes.hlines(y, [low for low, _ in known], [high for _, high in known], color=colour[points.colour], lw=1)
     for mark in (mark for mark in NAMES if mark in marks):
         axes.plot([], [], color="grey", ls="none", label=NAMES[mark], **MARKS[mark])
     axes.set(xscale="log" if panel.log_x else "linear", yscale="log" if panel.log_y else "linear")
@@ -75,9 +78,19 @@ def _panel(axes: "Axes", panel: Panel) -> None:
         axes.set_xticks(range(len(panel.ticks)), panel.ticks, parse_math=False)
     for setter, text in ((axes.set_title, panel.title), (axes.set_xlabel, panel.x), (axes.set_ylabel, panel.y)):
         setter(text, parse_math=False)
+    _names(axes, panel)
     _legend(axes)
     if told := [text for text in (panel.legend, *panel.notes) if text]:
         axes.text(0, -0.16, "\n".join(told), transform=axes.transAxes, va="top", size=7, parse_math=False)
+
+
+def _names(axes: "Axes", panel: Panel) -> None:
+    """Towards the middle, so that they stay within."""
+    low, high = axes.get_xlim()
+    for points in panel.points:
+        for (x, y), name in zip(points.points, points.names, strict=False):
+            side = ("right", -7) if x > (low + high) / 2 else ("left", 7)
+            axes.annotate(name, (x, y), (side[1], 5), textcoords="offset points", ha=side[0], size=7, parse_math=False)
 
 
 def _legend(axes: "Axes") -> None:

@@ -11,12 +11,24 @@ from typing import Literal
 from pydantic import JsonValue
 
 from ops_contract.lifecycle import Status
-from ops_contract.study_results import BudgetOptimum, Estimate, GridResult, Prediction, SweepResult, SweepRow
+from ops_contract.study_results import (
+    BudgetOptimum,
+    Estimate,
+    GridGroup,
+    GridResult,
+    Prediction,
+    Statistic,
+    SweepResult,
+    SweepRow,
+)
+from ops_studies import pareto
 
 Point = tuple[float, float]
+Interval = tuple[float, float]
 Mark = Literal["run", "optimum", "extrapolated", "flop_optimal", "joule_optimal"]
 
 PARABOLA_POINTS = 61
+NAMED = 16  # more names than these hide what they name
 LOG_FROM = 30.0  # an axis whose values span this factor is logarithmic
 
 
@@ -42,13 +54,15 @@ class Band:
 
 @dataclass(frozen=True)
 class Points:
-    """`intervals` of y, one for each point; None where one is not known."""
+    """`intervals` of y, and `x_intervals`, one for each point; None where one is not known. `names` stand beside."""
 
     colour: int
     points: Sequence[Point]
     mark: Mark = "run"
     label: str = ""
-    intervals: Sequence[tuple[float, float] | None] = ()
+    intervals: Sequence[Interval | None] = ()
+    x_intervals: Sequence[Interval | None] = ()
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -167,23 +181,68 @@ def grid(result: GridResult, metric: str, axis: str) -> Panel:
     is_scale = len(numbers) == len(values)
     log = is_scale and min(numbers) > 0 and max(numbers) / min(numbers) >= LOG_FROM
     place = {_key(v): float(v) if is_scale else float(i) for i, v in enumerate(values)}  # type: ignore[arg-type]
-    others: dict[str, list[tuple[Point, tuple[float, float] | None]]] = {}
+    others: dict[str, list[tuple[Point, Interval | None]]] = {}
     for group in result.groups:
         found = group.metrics.get(metric)
         if found is None or axis not in group.point or not math.isfinite(found.mean):
             continue
-        interval = None if found.low is None or found.high is None else (found.low, found.high)
-        others.setdefault(named(group.point, axis), []).append(((place[_key(group.point[axis])], found.mean), interval))
+        at = place[_key(group.point[axis])], found.mean
+        others.setdefault(named(group.point, axis), []).append((at, _interval(found)))
     points, lines = list[Points](), list[Line]()
     for colour, (label, known) in enumerate(others.items()):
         known.sort()
-        at = [point for point, _ in known]
-        points.append(Points(colour, at, label=label, intervals=[interval for _, interval in known]))
-        lines.append(Line(colour, at))
+        series = [point for point, _ in known]
+        points.append(Points(colour, series, label=label, intervals=[interval for _, interval in known]))
+        lines.append(Line(colour, series))
     ticks = [] if is_scale else [said(value) for value in values]
     without = sum(metric not in group.metrics or axis not in group.point for group in result.groups)
     notes = [f"{without} of {len(result.groups)} points left out: without {metric} or {axis}"] if without else []
     return Panel(metric, axis, metric, points, lines, log_x=log, ticks=ticks, notes=notes)
+
+
+def throughput(result: GridResult) -> Panel:
+    """Joules per generated token against tokens per second, with the Pareto front: what nobody betters in both."""
+    on_front = pareto.of_groups(result.groups)
+    points, lines = list[Points](), list[Line]()
+    for colour, label, wanted in ((0, "bettered by another", False), (1, "Pareto front", True)):
+        groups = [group for group, on in zip(result.groups, on_front, strict=True) if on is wanted]
+        if known := [(place, group) for group in groups if (place := pareto.place(group)) is not None]:
+            points.append(_measured(colour, label, known, wanted or len(result.groups) <= NAMED))
+        if wanted and len(known) > 1:
+            lines.append(Line(colour, _stairs([place for place, _ in known])))
+    without = sum(pareto.place(group) is None for group in result.groups)
+    notes = [f"{without} of {len(result.groups)} points left out: joules per token are not known"] if without else []
+    return Panel(
+        "Energy against throughput", "tokens/s", "J per generated token", points, lines, log_x=False, notes=notes
+    )
+
+
+def any_joules(result: GridResult) -> bool:
+    return any(pareto.place(group) is not None for group in result.groups)
+
+
+def _measured(colour: int, label: str, known: Sequence[tuple[Point, GridGroup]], is_named: bool) -> Points:
+    metrics = [group.metrics for _, group in known]
+    return Points(
+        colour,
+        [place for place, _ in known],
+        "optimum" if colour else "run",
+        label,
+        intervals=[_interval(each[pareto.ENERGY]) for each in metrics],
+        x_intervals=[_interval(each[pareto.THROUGHPUT]) for each in metrics],
+        names=[named(group.point) or "base" for _, group in known] if is_named else (),
+    )
+
+
+def _stairs(front: Sequence[Point]) -> list[Point]:
+    """The least energy at which so many tokens per second, or more, were seen: what lies between two is not."""
+    ordered = sorted(set(front))
+    corners = [((x, y), (x, next_y)) for (x, y), (_, next_y) in pairwise(ordered)]
+    return [point for pair in corners for point in pair] + ordered[-1:]
+
+
+def _interval(found: Statistic) -> Interval | None:
+    return None if found.low is None or found.high is None else (found.low, found.high)
 
 
 def named(point: Mapping[str, JsonValue], but: str = "") -> str:

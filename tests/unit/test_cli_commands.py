@@ -15,11 +15,13 @@ from test_cli import Api, Ops, Ran, api, left_by, ops, worker
 from typer.main import get_command
 
 from helpers.answers import operation
+from helpers.measured import measurement_result
 from ops_cli.exits import ExitCode
 from ops_cli.main import SECTIONS, app
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status
+from ops_contract.operations import ResultView
 from ops_contract.tokens import TokenView
 from ops_contract.webhooks import WebhookView
 from relight.packing import pack
@@ -71,6 +73,8 @@ COMMANDS = {
     "sweep run": Row("digits --budget 1e9 --budget 2e9 --size config.channels --sizes 2,4"),
     "sweep show": Row(ID),
     "sweep fit": Row("runs.csv --params n --tokens d --loss loss --bootstraps 2", server=False),
+    "measure run": Row("gpt2 --batch-size 1,8 --cycles 3"),
+    "measure show": Row(ID),
     "pack": Row("code", server=False),
     "schema": Row(text="it is JSON", server=False),
     "logs": Row(ID, text="what programs wrote, byte for byte"),
@@ -128,6 +132,7 @@ def filled(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
     api.curves = {"loss": [(0, 1.0), (1, float("nan"))]}
     api.artifacts = [left_by(UUID(ID), "files/a.pt", b"weights")]
     api.workers = [worker(name="w", url=api.url)]
+    api.results = [ResultView(attempt=1, created_at=AT, content=measurement_result())]
     known = {"id": WEBHOOK, "url": "http://h/", "format": "json", "statuses": ["failed"], "failures": 0}
     none = dict.fromkeys(("label", "stopped_at", "last", "next_try_at"))
     told = {"description": "", "created_at": AT}

@@ -16,6 +16,8 @@ export function cancel(operation, done) {
       ? "It waits, so it is cancelled at once."
       : operation.kind === "command"
         ? "Its program gets a SIGTERM, and a while to end."
+        : operation.kind === "measurement"
+          ? "It ends after the batch that it is in; what it has measured is gone."
         : operation.kind === "study"
           ? "Its children are cancelled with it: those that run save a checkpoint at the very next step. What is done stays."
           : "It saves a checkpoint at the very next step, and ends.";
@@ -83,6 +85,8 @@ export async function resume(operation, attempts, done, chosen = "") {
           ? "What is missing or failed runs, each child from its last checkpoint; what is done is kept."
           : operation.kind === "command"
             ? "It has no checkpoint, so its program runs again from the beginning."
+            : operation.kind === "measurement"
+              ? "It is measured again, from the beginning."
             : "It has no checkpoint to go on from, so this will be refused."
         : [
             `It goes on from step ${count(from.step)}, epoch ${count(from.epoch)}, as soon as a slot is free.`,

@@ -28,7 +28,7 @@ const MARKS = {
 
 /**
  * @typedef {{index: number, points: [number, number][], mark?: keyof MARKS, names?: string[], label?: string,
- *   intervals?: ([number, number] | null)[]}} Points
+ *   intervals?: ([number, number] | null)[], xIntervals?: ([number, number] | null)[]}} Points
  * @typedef {{index: number, points: [number, number][], dashed?: boolean}} Line
  * @typedef {{index: number, x: number[], low: number[], high: number[]}} Band
  * @typedef {{x: string, y: string, logX?: boolean, logY?: boolean, ticks?: string[], points: Points[], lines?: Line[],
@@ -66,9 +66,8 @@ export class Figure extends Canvas {
 const sign = index =>
   h("span", { class: "sign", style: { color: colour(index) }, "aria-hidden": "true" }, shape(index)[1]);
 
-function points({ index, points, mark = "run", names, label = "", intervals }) {
+function points({ index, points, mark = "run", names, label = "", intervals, xIntervals }) {
   const [x, y] = [points.map(([x]) => x), points.map(([, y]) => y)];
-  const known = intervals?.map((interval, i) => interval ?? [y[i], y[i]]);
   return {
     type: "scatter",
     mode: "markers",
@@ -77,17 +76,25 @@ function points({ index, points, mark = "run", names, label = "", intervals }) {
     text: (names ?? points.map(() => label)).map(escaped),
     hovertemplate: "%{text}<br>%{x:.4s}, %{y:.5g}<extra></extra>",
     marker: { color: colour(index), ...MARKS[mark](index) },
-    error_y: known && {
+    error_x: errors(x, xIntervals, index),
+    error_y: errors(y, intervals, index),
+    cliponaxis: false,
+  };
+}
+
+function errors(values, intervals, index) {
+  const known = intervals?.map((interval, i) => interval ?? [values[i], values[i]]);
+  return (
+    known && {
       type: "data",
       symmetric: false,
-      array: known.map(([, high], i) => high - y[i]),
-      arrayminus: known.map(([low], i) => y[i] - low),
+      array: known.map(([, high], i) => high - values[i]),
+      arrayminus: known.map(([low], i) => values[i] - low),
       color: colour(index),
       thickness: 1.2,
       width: 4,
-    },
-    cliponaxis: false,
-  };
+    }
+  );
 }
 
 function line({ index, points, dashed }) {

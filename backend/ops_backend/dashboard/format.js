@@ -74,6 +74,11 @@ export const words = code => code.replaceAll("_", " ");
 /** Of a study, whose steps are its children. */
 export const ofChildren = ({ step, steps_total }) => `${count(step)} of ${plural(steps_total, "child", "children")}`;
 
+/** Of a phase of a measurement: 32 of 64 prompts. */
+export function progressed({ done, total, unit }) {
+  return `${count(Math.floor(done))}${total === null ? "" : ` of ${count(total)}`} ${unit}`;
+}
+
 /** One thing, or several. */
 export const plural = (number, one, many = `${one}s`) => `${count(number)} ${number === 1 ? one : many}`;
 

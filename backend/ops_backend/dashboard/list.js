@@ -2,7 +2,18 @@
 
 import { get, query as search } from "./api.js";
 import { h, render } from "./dom.js";
-import { ago, count, duration, measured, ofChildren, percent, secondsBetween, short, UNKNOWN } from "./format.js";
+import {
+  ago,
+  count,
+  duration,
+  measured,
+  ofChildren,
+  percent,
+  secondsBetween,
+  short,
+  UNKNOWN,
+  words,
+} from "./format.js";
 import { problem } from "./notice.js";
 import { poll } from "./poll.js";
 import { adjust, go, link } from "./router.js";
@@ -147,6 +158,7 @@ export function list(main, _, query) {
           { "aria-label": "Kind", onchange: event => narrow({ kind: event.target.value }) },
           option("", "Every kind"),
           option("training"),
+          option("measurement"),
           option("command"),
           option("study"),
         ),
@@ -275,9 +287,11 @@ export function list(main, _, query) {
         { class: "small" },
         kind === "study"
           ? ofChildren(progress)
-          : progress.percent === null
-            ? `step ${count(progress.step)}`
-            : `${percent(progress.percent)}${eta}`,
+          : progress.measurement && status === "running"
+            ? `${words(progress.measurement.phase)}${eta}`
+            : progress.percent === null
+              ? `step ${count(progress.step)}`
+              : `${percent(progress.percent)}${eta}`,
       ),
     ];
   }

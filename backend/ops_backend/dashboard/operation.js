@@ -15,13 +15,20 @@ import { study } from "./study.js";
 import { summary } from "./summary.js";
 import { artifacts, attempts, checkpoints, events, job } from "./tables.js";
 import { logs } from "./logs.js";
+import { measurement } from "./measurement.js";
 import { timeline } from "./timeline.js";
 
 const TABS = ["curves", "attempts", "checkpoints", "events", "logs", "job", "artifacts", "energy"];
 // A study trains nothing by itself.
 const OF_STUDY = ["study", "attempts", "events", "logs", "job"];
+const OF_MEASUREMENT = ["measurement", "attempts", "events", "logs", "job", "artifacts", "energy"];
 // Those that are read when they are looked at, and where.
-const PARTS = { checkpoints: "checkpoints", artifacts: "artifacts", energy: "energy" };
+const PARTS = {
+  checkpoints: ["checkpoints"],
+  artifacts: ["artifacts"],
+  energy: ["energy"],
+  measurement: ["results", "artifacts"],
+};
 // Besides the stream: for what it does not tell (checkpoints, artifacts), and for when there is none.
 const POLL_MS = 3000;
 const TICK_MS = 1000;
@@ -30,7 +37,7 @@ export function operation(main, [id], query) {
   document.title = "Operation · Relight";
   const gone = new AbortController();
   const path = `/operations/${encodeURIComponent(id)}`;
-  const parts = {}; // of each tab that was opened: what the API said
+  const parts = {}; // what the API said, of the tabs that were opened
   const told = []; // events
   let answer = null; // of the last poll
   let shown = null; // the same, with what the stream has said since
@@ -53,7 +60,7 @@ export function operation(main, [id], query) {
     if (moved) tried = (await get(`${path}/attempts`, gone.signal)).items;
     [answer, shown, failed] = [found, found, null];
     tab = tabOf();
-    if (moved || found !== before || (tab in PARTS && !parts[tab])) await part();
+    if (moved || found !== before || PARTS[tab]?.some(name => !parts[name])) await part();
     if (!stands) living?.more?.([id]);
     draw();
   }
@@ -63,14 +70,14 @@ export function operation(main, [id], query) {
 
   const refresh = () => ask(true);
 
-  const tabs = () => (shown?.kind === "study" ? OF_STUDY : TABS);
+  const tabs = () => ({ study: OF_STUDY, measurement: OF_MEASUREMENT })[shown?.kind] ?? TABS;
   const tabOf = () => (tabs().includes(wanted) ? wanted : tabs()[0]);
 
   /** What the open tab needs. */
   async function part() {
-    if (tab in PARTS) {
-      const found = await get(`${path}/${PARTS[tab]}`, gone.signal);
-      parts[tab] = found.items ?? found;
+    for (const name of PARTS[tab] ?? []) {
+      const found = await get(`${path}/${name}`, gone.signal);
+      parts[name] = found.items ?? found;
     }
     if (tab === "events") await moreEvents();
   }
@@ -162,6 +169,7 @@ export function operation(main, [id], query) {
       job: () => job(shown),
       artifacts: () => artifacts(shown, parts.artifacts),
       energy: () => energy(parts.energy),
+      measurement: () => measurement(shown, parts.results, parts.artifacts),
     }[tab];
     if (made) render(panel, made());
   }

@@ -31,6 +31,7 @@ export function study(root, now) {
   let children = null;
   let monitor = null; // the metric that is a sweep's loss
   let said = null; // what its attempts said of it: what is skipped with the plan, and rows once it is reduced
+  let whyUnknown = null; // of measurements: why no joules are known
   let seen = ""; // what was read last
   let readAt = 0;
   let failed = null;
@@ -46,8 +47,17 @@ export function study(root, now) {
     if (monitor === null && children.length && children[0].about.budget)
       monitor =
         (await get(`/operations/${children[0].operation_id}`, gone.signal)).job.execution.checkpoint_monitor ?? "loss";
+    whyUnknown ??= await whyNoJoules();
     [seen, readAt, failed] = [state, Date.now(), null];
     draw();
+  }
+
+  /** As the first of the measurements that have completed has it; null where joules are known, or nothing is. */
+  async function whyNoJoules() {
+    const done = now().workload === "measurement" ? children.filter(each => each.status === "completed") : [];
+    if (!done.length || done.some(({ final }) => plots.ENERGY in final)) return null;
+    const { items } = await get(`/operations/${done[0].operation_id}/results`, gone.signal);
+    return items[0]?.content.figures?.[plots.ENERGY]?.reason ?? "no run says why";
   }
 
   async function allChildren() {
@@ -139,6 +149,8 @@ export function study(root, now) {
 
   function gridParts({ groups }, reduced) {
     const metrics = [...new Set(groups.flatMap(group => Object.keys(group.metrics)))].sort(byInterest);
+    const front = plots.paretoFront(groups);
+    const panels = front.length ? { "Energy against throughput": plots.throughput(groups) } : {};
     if (!metrics.length)
       return section("Results", empty("No child has a result yet. The table appears here with the first one."));
     const axes = plots.axesOf(groups);
@@ -147,7 +159,10 @@ export function study(root, now) {
     return [
       section(
         "Results",
-        groupsTable(groups, axes, metrics),
+        groupsTable(groups, axes, metrics, front),
+        front.length > 0 &&
+          h("p", { class: "small" }, "★ on the Pareto front: no other has as many tokens per second for as few joules."),
+        whyUnknown && !front.length && h("p", { class: "small" }, `No joules per token are known: ${whyUnknown}.`),
         !reduced && later("This is of what has completed so far. Intervals come"),
       ),
       axes.length > 0 &&
@@ -159,8 +174,9 @@ export function study(root, now) {
             choice("Metric", metrics, metric, value => change({ metric: value })),
             choice("Against", axes, axis, value => change({ axis: value })),
           ),
-          drawn({ [`${metric} against ${axis}`]: plots.grid(groups, metric, axis) }),
+          drawn({ ...panels, [`${metric} against ${axis}`]: plots.grid(groups, metric, axis) }),
         ),
+      axes.length === 0 && front.length > 0 && section("Plot", drawn(panels)),
     ];
   }
 
@@ -195,7 +211,7 @@ export function study(root, now) {
     );
   }
 
-  function groupsTable(groups, axes, metrics) {
+  function groupsTable(groups, axes, metrics, front) {
     const value = ({ point, metrics }) =>
       view.sort in point ? point[view.sort] : view.sort in metrics ? toNumber(metrics[view.sort].mean) : null;
     const sorted = view.sort ? [...groups].sort((a, b) => order(value(a), value(b), view.falls)) : groups;
@@ -215,11 +231,17 @@ export function study(root, now) {
     ];
     return table(
       "Points, over their cycles",
-      [...axes.map(name => head(name)), ["Cycles", true], ...metrics.map(name => head(name, true))],
+      [
+        ...(front.length ? [["Front"]] : []),
+        ...axes.map(name => head(name)),
+        ["Cycles", true],
+        ...metrics.map(name => head(name, true)),
+      ],
       sorted.map(group =>
         h(
           "tr",
           { key: JSON.stringify(group.point) },
+          front.length > 0 && h("td", {}, front.includes(group) ? "★" : ""),
           axes.map(axis => h("td", {}, axis in group.point ? plots.said(group.point[axis]) : UNKNOWN)),
           number(count(Math.max(0, ...Object.values(group.metrics).map(({ n }) => n)))),
           metrics.map(metric => number(statistic(group.metrics[metric]))),
@@ -355,7 +377,17 @@ const lastValues = final =>
     .join(", ") || UNKNOWN;
 
 function byInterest(a, b) {
-  const ranks = { val_loss: 0, loss: 1, wall_time_seconds: 4, energy_j: 5 };
+  const ranks = {
+    val_loss: 0,
+    loss: 1,
+    tokens_per_s: 0,
+    j_per_output_token: 0.1,
+    j_per_output_token_adjusted: 0.2,
+    first_token_p50_s: 0.3,
+    mfu: 0.4,
+    wall_time_seconds: 4,
+    energy_j: 5,
+  };
   const rank = name => ranks[name] ?? (name.startsWith("val") ? 2 : 3);
   return rank(a) - rank(b) || a.localeCompare(b);
 }

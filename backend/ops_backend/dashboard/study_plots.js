@@ -163,6 +163,56 @@ export function energy(result) {
   };
 }
 
+export const THROUGHPUT = "tokens_per_s";
+export const ENERGY = "j_per_output_token";
+
+/** Those that no other betters in both throughput and energy. What is not known of both is not among them. */
+export function paretoFront(groups) {
+  const known = groups.filter(hasJoules);
+  const at = ({ metrics }) => [toNumber(metrics[THROUGHPUT].mean), toNumber(metrics[ENERGY].mean)];
+  return known.filter(group => {
+    const [speed, joules] = at(group);
+    return !known.map(at).some(([s, j]) => s >= speed && j <= joules && (s > speed || j < joules));
+  });
+}
+
+export const hasJoules = ({ metrics }) => finite(metrics[THROUGHPUT]?.mean) && finite(metrics[ENERGY]?.mean);
+
+/** Joules per generated token against tokens per second, with the Pareto front. */
+export function throughput(groups) {
+  const front = paretoFront(groups);
+  const bettered = groups.filter(group => hasJoules(group) && !front.includes(group));
+  const at = ({ metrics }) => [metrics[THROUGHPUT].mean, metrics[ENERGY].mean];
+  const interval = ({ low, high }) => (finite(low) && finite(high) ? [low, high] : null);
+  const series = (index, label, mark, those) => ({
+    index,
+    label,
+    mark,
+    points: those.map(at),
+    names: those.map(({ point }) => named(point) || "base"),
+    intervals: those.map(({ metrics }) => interval(metrics[ENERGY])),
+    xIntervals: those.map(({ metrics }) => interval(metrics[THROUGHPUT])),
+  });
+  const points = [series(0, "bettered by another", "run", bettered), series(1, "Pareto front", "optimum", front)];
+  const without = groups.length - front.length - bettered.length;
+  return {
+    x: "tokens/s",
+    y: "J per generated token",
+    points: points.filter(each => each.points.length),
+    lines: front.length > 1 ? [{ index: 1, points: stairs(front.map(at)) }] : [],
+    notes: without ? [`${plural(without, "point")} left out: joules per token are not known`] : [],
+    spoken: `Pareto front: ${front.map(group => `${named(group.point) || "base"}, ${spoken(at(group))}`).join("; ")}.`,
+  };
+}
+
+const spoken = ([speed, joules]) => `${measured(speed)} tokens per second for ${measured(joules)} joules each`;
+
+/** The least energy at which so many tokens per second, or more, were seen: what lies between two is not. */
+function stairs(front) {
+  const ordered = [...front].sort(([a], [b]) => a - b);
+  return ordered.flatMap(([x, y], i) => [[x, y], ...(i + 1 < ordered.length ? [[x, ordered[i + 1][1]]] : [])]);
+}
+
 /** A point in words, by the last names of its fields. */
 export const named = (point, but) =>
   Object.entries(point)

@@ -10,6 +10,7 @@ import {
   ofChildren,
   percent,
   plural,
+  progressed,
   secondsBetween,
   short,
   UNKNOWN,
@@ -49,18 +50,25 @@ export function summary(operation, attempts, buttons) {
     h(
       "div",
       { class: "tiles" },
-      operation.kind === "study"
-        ? [childrenTile(operation), timeTile(operation), attemptsTile(operation, attempts)]
-        : [
-            progressTile(operation),
-            lossTile(operation),
-            timeTile(operation),
-            attemptsTile(operation, attempts),
-            exactnessTile(operation),
-            energyTile(operation),
-          ],
+      tiles(operation, attempts),
     ),
     origin(operation),
+  ];
+}
+
+function tiles(operation, attempts) {
+  if (operation.kind === "study")
+    return [childrenTile(operation), timeTile(operation), attemptsTile(operation, attempts)];
+  const measures = operation.kind === "measurement";
+  const live = !TERMINAL.has(operation.status);
+  const ofTraining = () => [progressTile(operation), lossTile(operation)];
+  const ofMeasurement = () => live && [phaseTile(operation), powerTile(operation)];
+  return [
+    measures ? ofMeasurement() : ofTraining(),
+    timeTile(operation),
+    attemptsTile(operation, attempts),
+    !measures && exactnessTile(operation),
+    energyTile(operation),
   ];
 }
 
@@ -103,6 +111,23 @@ const bar = (status, { percent }) =>
 function childrenTile({ status, progress }) {
   if (!progress) return tile("Children", UNKNOWN, status === "pending" ? "waits for a slot" : "not planned yet");
   return tile("Children", ofChildren(progress), bar(status, progress), "have ended");
+}
+
+function phaseTile({ status, progress }) {
+  const told = progress?.measurement;
+  if (!told) return tile("Phase", UNKNOWN, status === "pending" ? "waits for a slot" : null);
+  return tile("Phase", words(told.phase), told.unit && progressed(told));
+}
+
+function powerTile({ progress }) {
+  const told = progress?.measurement;
+  const { power_w = null, temperature_c = null } = told ?? {};
+  return tile(
+    "Power now",
+    power_w === null ? UNKNOWN : `${measured(power_w)} W`,
+    temperature_c !== null && `${Math.round(temperature_c)} °C`,
+    told && power_w === null && "no meter tells it",
+  );
 }
 
 const lossTile = ({ progress }) =>

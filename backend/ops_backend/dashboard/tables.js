@@ -118,7 +118,7 @@ export function attempts(operation, all) {
 }
 
 /** A JSON object, flat. */
-function pairs(values, prefix = "") {
+export function pairs(values, prefix = "") {
   return h(
     "dl",
     { class: "pairs" },
