@@ -186,7 +186,7 @@ class Store:
 
     async def look(self) -> None:
         """What studies and children make of each other, until nothing moves any more."""
-        levels = (studies.replan, studies.reduce, studies.cancel_children, studies.stop)
+        levels = (studies.stop_after_failures, studies.replan, studies.reduce, studies.cancel_children, studies.stop)
         moved = True
         while moved:
             moved = False
