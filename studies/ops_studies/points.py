@@ -59,8 +59,8 @@ class Base:
 
     `job` is the study's as its user wrote it: were it resolved, its children would keep what follows from the base
     (a width that is null for 4 · d_model, the direction of its metric) under values that they change. `check` is the
-    workload's, and `reports` are its metrics; a command needs neither, a measurement has no metrics. `digests` are those
-    of code and data.
+    workload's, or a measurement's; `reports` are a training's metrics; a command has neither. `digests` are those of
+    code and data.
     """
 
     job: Job

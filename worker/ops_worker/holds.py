@@ -360,8 +360,8 @@ class Hold:
         if timed_out:
             return Fault(
                 code="timed_out",
-                message=f"The trainer was killed: the attempt took longer than its {self._timeout_s:g} s. Its stacks are "
-                "in details.log_tail; raise execution.timeout_s if it may take longer.",
+                message=f"The trainer was killed: the attempt took longer than its {self._timeout_s:g} s. Its stacks "
+                "are in details.log_tail; raise execution.timeout_s if it may take longer.",
             )
         if stalled:
             silent = _SILENT.get(self._order.job.kind, "no step or validation batch")

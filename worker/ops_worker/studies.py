@@ -131,15 +131,15 @@ def _ending(children: Sequence[ChildResult]) -> Finish:
     first = missing[0]
     how = f"{first.status}: {first.error}" if first.error else first.status
     message = (
-        f"{len(missing)} of {len(children)} children did not complete, such as {first.name} ({how}).{_not_run(missing)} "
-        "What the others gave is in its results; a resume runs those that are missing"
+        f"{len(missing)} of {len(children)} children did not complete, such as {first.name} ({how}). "
+        f"{_not_run(missing)}What the others gave is in its results; a resume runs those that are missing"
     )
     return Finish(outcome=Outcome.FAILED, permanent=True, error=fault("children_failed", message))
 
 
 def _not_run(missing: Sequence[ChildResult]) -> str:
     names = [child.name for child in missing if child.error == NOT_RUN]
-    return f" {len(names)} were {NOT_RUN}: {grid.in_short(names)}." if names else ""
+    return f"{len(names)} were {NOT_RUN}: {grid.in_short(names)}. " if names else ""
 
 
 def _started() -> Started:

@@ -115,8 +115,9 @@ CANCEL_CHILDREN = cancelling(f"""
          ORDER BY c.id LIMIT {AT_ONCE}
            FOR NO KEY UPDATE OF c SKIP LOCKED""")
 
-# Of the children that ended for the newest plan: how many failed since the last one that completed. What has once stopped
-# stays so until it is planned again, for it may be stopped in several steps, and one that ran meanwhile may complete.
+# Of the children that ended for the newest plan: whether so many have failed since the last one that completed. What
+# has once stopped stays so until it is planned again: it takes several of these statements where there are many, and
+# one that ran meanwhile may complete.
 _BROKEN = """
     (SELECT count(*) FILTER (WHERE c.status = 'failed' AND c.ended_at > coalesce(done.at, '-infinity'))
                 >= (s.job->'study'->>'stop_after_failures')::int
