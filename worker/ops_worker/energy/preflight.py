@@ -33,13 +33,19 @@ def preflight(
     meminfo: Path = MEMINFO,
 ) -> Preflight:
     """Blocks, for good when the driver hangs."""
+    found = preflight_gpu(gpu)
+    _driver(driver_cuda, torch, found)
+    _room(checkpoint.size_bytes if checkpoint else 0, storage_root, meminfo, found)
+    return found
+
+
+def preflight_gpu(gpu: Gpu) -> Preflight:
+    """Of the device alone. Blocks, for good when the driver hangs."""
     found = Preflight()
     if problem := gpu.answers():
         found.failures.append(f"{gpu.uuid} ({gpu.name}) does not answer: {problem}; `nvidia-smi`, and dmesg, say more")
     else:
         _gpu(gpu, found)
-    _driver(driver_cuda, torch, found)
-    _room(checkpoint.size_bytes if checkpoint else 0, storage_root, meminfo, found)
     return found
 
 

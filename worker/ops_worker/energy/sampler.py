@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ops_contract.energy import DeviceNow, Source
-from ops_worker.energy.meters import Measured, Meter, MeterLost
+from ops_worker.energy.meters import Measured, Meter, MeterLost, Reading
 from ops_worker.energy.nvml import THROTTLE_REASONS, Gpu, Look, others
-from ops_worker.energy.track import STUCK_S, Point, Span, States, Track, state_of
+from ops_worker.energy.track import KEEP_S, STUCK_S, Point, Slowed, Span, States, Track, state_of
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +25,22 @@ BASELINE_S = 10.0
 STOP_S = 1.0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sample:
+    """What one device showed. `energy_j` is cumulative, None where its meter did not answer; `look` is of a GPU."""
+
+    at_s: float
+    device: str
+    energy_j: float | None
+    power_w: float | None
+    look: Look
+
+
 class Sampler:
     """Reads every meter every `interval_s` on a thread of its own; keeps the readings of a bounded time.
 
-    `gpus` are whole ones, whose state is watched too. `clock` is CLOCK_MONOTONIC, in seconds.
+    `gpus` are whole ones, whose state is watched too. `clock` is CLOCK_MONOTONIC, in seconds. All is kept for `keep_s`,
+    then only some of it.
     """
 
     def __init__(
@@ -37,14 +49,17 @@ class Sampler:
         gpus: Sequence[Gpu] = (),
         interval_s: float = INTERVAL_S,
         clock: Callable[[], float] = time.monotonic,
+        keep_s: float = KEEP_S,
     ) -> None:
-        self._tracks = {meter.device: Track(meter) for meter in meters}
-        self._watches = {gpu.uuid: Watch(gpu) for gpu in gpus}
+        self._tracks = {meter.device: Track(meter, keep_s) for meter in meters}
+        self._watches = {gpu.uuid: Watch(gpu, keep_s) for gpu in gpus}
         self._baselines = {meter.device: Baseline() for meter in meters if meter.source is not Source.ESTIMATE}
         self._holders: Counter[str] = Counter()
         self._interval_s = interval_s
         self._clock = clock
         self._lock = threading.Lock()
+        self._recording: list[Sample] | None = None
+        self._seen_s: float | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -101,14 +116,49 @@ class Sampler:
         with self._lock:
             return [watch.now(self._clock()) for watch in self._watches.values()]
 
+    def ticks(self, device: str, since_s: float, until_s: float) -> int | None:
+        """How often its counter was seen to move within `keep_s`; None where it has none that moves in ticks."""
+        with self._lock:
+            return self._tracks[device].ticks(since_s, until_s)
+
+    def slowed(self, device: str, since_s: float, until_s: float) -> list[Slowed] | None:
+        """When that GPU was slowed within `keep_s`; None where it does not say."""
+        with self._lock:
+            return self._watches[device].states.slowed(since_s, until_s)
+
+    def power_w(self, device: str) -> float | None:
+        """As last read."""
+        with self._lock:
+            return self._power_w(device)
+
+    @property
+    def seen_s(self) -> float | None:
+        """All that was before this moment was read; None before the first time."""
+        with self._lock:
+            return self._seen_s
+
+    def record(self) -> None:
+        """Keep every sample from here on, for `recorded`."""
+        with self._lock:
+            self._recording = []
+
+    def recorded(self) -> list[Sample]:
+        """Since `record`, which ends here."""
+        with self._lock:
+            samples, self._recording = self._recording or [], None
+            return samples
+
     def sample(self) -> None:
         """Read everything once."""
-        for track in self._tracks.values():
-            self._read(track)
+        began_s = self._clock()
+        readings = {device: self._read(track) for device, track in self._tracks.items()}
         for watch in self._watches.values():
             watch.look(self._clock, self._lock)
         with self._lock:
-            now_s = self._clock()
+            now_s, self._seen_s = self._clock(), began_s
+            if self._recording is not None:
+                devices = self._tracks | self._watches
+                self._recording += [self._sample(device, readings.get(device), now_s) for device in devices]
             for device, baseline in self._baselines.items():
                 baseline.learn(self._tracks[device].last if self._idle(device) else None, now_s)
 
@@ -116,7 +166,17 @@ class Sampler:
         shared = device in self._watches and self._watches[device].shared
         return self._holders[device] == 0 and self._tracks[device].lost is None and not shared
 
-    def _read(self, track: Track) -> None:
+    def _sample(self, device: str, reading: Reading | None, now_s: float) -> Sample:
+        look = self._watches[device].fresh(now_s) if device in self._watches else Look()
+        at_s, energy_j = (reading.at_s, reading.energy_j) if reading else (now_s, None)
+        return Sample(at_s, device, energy_j, self._power_w(device), look)
+
+    def _power_w(self, device: str) -> float | None:
+        """A GPU's own word, or else what its meter has moved by."""
+        shown = self._watches[device].fresh(self._clock()).power_w if device in self._watches else None
+        return self._tracks[device].power_w if shown is None and device in self._tracks else shown
+
+    def _read(self, track: Track) -> Reading | None:
         try:
             reading = track.meter.read()  # it may take its time: not under the lock
         except MeterLost as loss:
@@ -124,12 +184,13 @@ class Sampler:
                 news = track.fail(loss, self._clock())
             if news:
                 log.error("%s is not measured: %s", track.meter.device, loss)
-            return
+            return None
         with self._lock:
             back = track.lost
             track.add(reading)
         if back is not None:
             log.info("%s is measured again", track.meter.device)
+        return reading
 
     def _run(self) -> None:
         due_s = self._clock()
@@ -146,8 +207,8 @@ class Sampler:
 class Watch:
     """One GPU's state."""
 
-    def __init__(self, gpu: Gpu) -> None:
-        self.states = States()
+    def __init__(self, gpu: Gpu, keep_s: float = KEEP_S) -> None:
+        self.states = States(keep_s)
         self.shared = False
         self._gpu = gpu
         self._look = Look()
@@ -170,9 +231,7 @@ class Watch:
                 self.states.add(Span.of(before_s, at_s, look, self.shared))
 
     def now(self, now_s: float) -> DeviceNow:
-        gpu, look = self._gpu, self._look
-        if self._looked_at_s is None or now_s - self._looked_at_s > STUCK_S:
-            look = Look()  # it hangs: what it said before is not how it is
+        gpu, look = self._gpu, self.fresh(now_s)
         return DeviceNow(
             device=gpu.uuid,
             name=gpu.name,
@@ -184,6 +243,11 @@ class Watch:
             memory_total_bytes=gpu.memory_total_bytes,
             throttle=[name for bit, name in THROTTLE_REASONS.items() if (look.throttle or 0) & bit],
         )
+
+    def fresh(self, now_s: float) -> Look:
+        """What it said last; nothing while it hangs, for what it said before is not how it is."""
+        hangs = self._looked_at_s is None or now_s - self._looked_at_s > STUCK_S
+        return Look() if hangs else self._look
 
 
 class Baseline:

@@ -1,6 +1,7 @@
 """What was read of one device, and what it says of an interval."""
 
 import bisect
+import itertools
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,10 +47,11 @@ class Edge:
 
 
 class Track:
-    """The readings of one meter."""
+    """The readings of one meter, all of them for `keep_s`."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter, keep_s: float = KEEP_S) -> None:
         self.meter = meter
+        self._keep_s = keep_s
         self.lost: MeterLost | None = None
         self._lost_since_s = 0.0
         self._read_at_s: float | None = None  # the last reading
@@ -103,9 +105,24 @@ class Track:
             return None
         return self._edge(at_s).energy_j
 
+    def ticks(self, since_s: float, until_s: float) -> int | None:
+        """How often it was seen to move in an interval that is kept in full; None where it does not move in ticks."""
+        if not self._in_ticks:
+            return None
+        pairs = itertools.pairwise(self._points)
+        return sum(since_s < new.at_s <= until_s and new.energy_j != old.energy_j for old, new in pairs)
+
     @property
     def last(self) -> Point | None:
         return self._points[-1] if self._points else None
+
+    @property
+    def power_w(self) -> float | None:
+        """Between its last two points."""
+        if len(self._points) < 2 or self.lost is not None or self._points[-1].unknown:
+            return None
+        before, last = self._points[-2], self._points[-1]
+        return (last.energy_j - before.energy_j) / (last.at_s - before.at_s) if last.at_s > before.at_s else None
 
     @property
     def _in_ticks(self) -> bool:
@@ -170,7 +187,7 @@ class Track:
         return Edge(left.energy_j + part * moved_j, max(abs(moved_j), bound.energy_j - left.energy_j))
 
     def _thin(self, now_s: float) -> None:
-        while len(self._points) > 2 and self._points[1].at_s < now_s - KEEP_S:
+        while len(self._points) > 2 and self._points[1].at_s < now_s - self._keep_s:
             old = self._points.popleft()
             if not self._coarse or old.unknown or old.at_s - self._coarse[-1].at_s >= COARSE_S:
                 self._coarse.append(old)
@@ -196,10 +213,20 @@ class Span:
 _NOTHING: dict[int, float] = {}
 
 
-class States:
-    """How one GPU was, over time."""
+@dataclass(frozen=True, slots=True)
+class Slowed:
+    """A GPU was slowed from `since_s` to `until_s`, for all of the `reasons`: bits of NVML."""
 
-    def __init__(self) -> None:
+    since_s: float
+    until_s: float
+    reasons: int
+
+
+class States:
+    """How one GPU was, over time; every change for `keep_s`."""
+
+    def __init__(self, keep_s: float = KEEP_S) -> None:
+        self._keep_s = keep_s
         self._spans: deque[Span] = deque()
         self._coarse: deque[Span] = deque(maxlen=COARSE_KEPT)
         self._old: list[Span] = []
@@ -214,7 +241,7 @@ class States:
             self._spans[-1] = Span.of(last.since_s, span.until_s, span.look, span.shared)
             return
         self._spans.append(span)
-        while self._spans[0].until_s < span.until_s - KEEP_S:
+        while self._spans[0].until_s < span.until_s - self._keep_s:
             self._old.append(self._spans.popleft())
             if self._old[-1].until_s - self._old[0].since_s >= COARSE_S:
                 self._coarse.append(_merged(self._old))
@@ -230,6 +257,17 @@ class States:
                 if span.since_s < until_s:
                     found.append(_clipped(span, since_s, until_s))
         return _merged(found) if found else None
+
+    def slowed(self, since_s: float, until_s: float) -> list[Slowed] | None:
+        """When it was slowed in an interval that is kept in full; None where it does not say."""
+        inside = [span for span in self._spans if span.since_s < until_s and span.until_s > since_s]
+        if all(span.look.throttle is None for span in inside):
+            return None
+        return [
+            Slowed(max(span.since_s, since_s), min(span.until_s, until_s), span.look.throttle)
+            for span in inside
+            if span.look.throttle
+        ]
 
 
 def state_of(span: Span) -> DeviceState:
