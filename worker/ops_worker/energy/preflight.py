@@ -80,13 +80,14 @@ def _room(checkpoint_bytes: int, storage_root: Path, meminfo: Path, found: Prefl
             found.failures.append(f"{storage_root} has {_mib(free)} free, a checkpoint needs {_mib(on_disk)}: {advice}")
     except OSError as error:
         found.failures.append(f"{storage_root} cannot be looked at: {error.strerror}")
-    available = _available(meminfo)
+    available = memory_available(meminfo)
     if available is not None and available < in_memory:
         wanted = f"the copy of a checkpoint needs {_mib(in_memory)}"
         found.failures.append(f"{os.uname().nodename} has {_mib(available)} of memory available, {wanted}")
 
 
-def _available(meminfo: Path) -> int | None:
+def memory_available(meminfo: Path = MEMINFO) -> int | None:
+    """In bytes; null where the system does not say."""
     try:
         found = re.search(r"^MemAvailable: +(\d+) kB$", meminfo.read_text(), re.MULTILINE)
     except OSError:

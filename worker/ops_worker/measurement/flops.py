@@ -100,7 +100,11 @@ def _probe(model: Any, length: int) -> Probe:
     products = _Products(model)
     with _plainly(model), products.watching(), torch.no_grad():
         model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2, min_new_tokens=2, do_sample=False
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=2,
+            min_new_tokens=2,
+            do_sample=False,
         )
     prefill, decode = products.forwards
     return Probe(prefill, decode, products.multiplied)
@@ -121,11 +125,11 @@ def _plainly(model: Any) -> Iterator[None]:
         yield
 
 
-class _Products(TorchDispatchMode):
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves its modes untyped
     """The FLOPs of each forward pass of `model`, and the storages of the weights that something was multiplied with."""
 
     def __init__(self, model: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.forwards: list[Counter[Part]] = []
         self.multiplied: set[int] = set()
         self._model = model
