@@ -419,18 +419,18 @@ async def test_a_resume_runs_the_failed_and_those_that_were_not_run_and_counts_f
 
     await store.resume(run.operation_id)
     [again] = await _claims(store, 1)
-    await store.finish(again, Outcome.PLANNED, plan=plan(*FIVE))
+    await store.finish(again, Outcome.PLANNED, plan=plan(*FIVE, "new"))
     await store.look()
 
-    assert (await store.get(run.operation_id)).children == {Status.PENDING: 5}
+    assert (await store.get(run.operation_id)).children == {Status.PENDING: 6}
     claims = await _claims(store, 3)
     assert [child.attempt for child in claims] == [2, 2, 1]
     await _fail(store, claims[0])
     await store.look()
-    assert (await store.get(run.operation_id)).children == {Status.FAILED: 1, Status.RUNNING: 2, Status.PENDING: 2}
+    assert (await store.get(run.operation_id)).children == {Status.FAILED: 1, Status.RUNNING: 2, Status.PENDING: 3}
     await _fail(store, claims[1])
     await store.look()
-    assert (await store.get(run.operation_id)).children == {Status.FAILED: 2, Status.RUNNING: 1, Status.CANCELLED: 2}
+    assert (await store.get(run.operation_id)).children == {Status.FAILED: 2, Status.RUNNING: 1, Status.CANCELLED: 3}
 
 
 async def test_a_child_that_is_claimed_while_its_study_stops_runs(store: Store, slots: UUID) -> None:
