@@ -1,15 +1,16 @@
 """Fixtures that everybody may use."""
 
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from helpers.databases import Databases, embedded_postgres
-from helpers.fake_nvml import FakeClock, compiled
+from helpers.fake_nvml import FakeClock, compiled, environ, load
 from helpers.store import Store
 from ops_backend.database import Sessions
+from ops_worker.energy.nvml import Driver
 
 # A shell that runs the tests in the background ignores SIGINT, and processes that we start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,3 +53,26 @@ def fake_clock(tmp_path: Path) -> Iterator[FakeClock]:
     clock = FakeClock(tmp_path / "clock")
     yield clock
     clock.close()
+
+
+@pytest.fixture
+def fake_driver(
+    fake_nvml: Path, fake_clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], Driver]]:
+    """NVML in this process, opened, that plays a script; its times count from the clock's beginning."""
+    load(fake_nvml)
+    opened: list[Driver] = []
+    epoch_s = fake_clock()
+
+    def play(script: str) -> Driver:
+        (tmp_path / "script").write_text(f"epoch {epoch_s}\n{script}\n")
+        for name, value in environ(fake_nvml, tmp_path / "script", fake_clock).items():
+            monkeypatch.setenv(name, value)
+        driver = Driver.open()
+        assert driver is not None
+        opened.append(driver)
+        return driver
+
+    yield play
+    for driver in opened:
+        driver.close()

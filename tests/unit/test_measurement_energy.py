@@ -1,19 +1,16 @@
 """The joules of a measurement, by the real pynvml over a fake driver, on a clock that only the engine moves."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pyarrow import parquet
 
-from helpers.fake_nvml import FakeClock, environ, load
+from helpers.fake_nvml import FakeClock
 from helpers.measuring import BEGAN_S, WINDOW_S, FakeEngine, Rig, config, on_cpu, on_gpus
 from ops_contract.energy import Quality, Source
-from ops_contract.measurements import DeviceUse, MeasurementResult
-from ops_worker.energy.nvml import Driver
-from ops_worker.measurement.errors import PreFlightError
-from ops_worker.measurement.instruments import find_instruments, open_instruments
+from ops_contract.measurements import DeviceUse, MeasurementPhase, MeasurementResult
 
 GONE, NOT_SUPPORTED = 15, 3
 NO_COUNTER = f"fail GetTotalEnergyConsumption {NOT_SUPPORTED} 0"
@@ -25,28 +22,9 @@ Host = Callable[..., Rig]
 
 
 @pytest.fixture
-def driver(fake_nvml: Path, fake_clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    load(fake_nvml)
-    opened: list[Driver] = []
-
-    def play(script: str) -> Driver:
-        (tmp_path / "script").write_text(f"epoch {BEGAN_S}\n{script}\n")
-        for name, value in environ(fake_nvml, tmp_path / "script", fake_clock).items():
-            monkeypatch.setenv(name, value)
-        found = Driver.open()
-        assert found is not None
-        opened.append(found)
-        return found
-
-    yield play
-    for found in opened:
-        found.close()
-
-
-@pytest.fixture
-def host(driver: Any, fake_clock: FakeClock, tmp_path: Path) -> Host:
+def host(fake_driver: Any, fake_clock: FakeClock, tmp_path: Path) -> Host:
     def rig(script: str, offset_s: float = 0.0) -> Rig:
-        return on_gpus(driver(script), fake_clock, tmp_path, offset_s)
+        return on_gpus(fake_driver(script), fake_clock, tmp_path, offset_s)
 
     return rig
 
@@ -213,21 +191,6 @@ def test_a_configured_wattage_is_an_estimate_and_its_idle_power_is_not_known(
     assert any("are an estimate" in warning for warning in result.warnings)
 
 
-def test_a_gpu_without_a_meter_leaves_no_sum_of_what_else_is_measured(
-    driver: Any, fake_clock: FakeClock, tmp_path: Path
-) -> None:
-    opened = driver(
-        f"device GPU-a\n{NO_COUNTER}\nfail GetPowerUsage {NOT_SUPPORTED} 0\nfail PowerInstant {NOT_SUPPORTED} 0"
-    )
-    package(tmp_path, 0)
-    found = find_instruments(opened, "GPU-a", "auto", 15.0, 10_000, fake_clock, tmp_path / "powercap")
-
-    result = Rig(fake_clock, found, tmp_path).measure()
-
-    assert [use.device for use in result.devices] == ["cpu0"]
-    assert result.figures["energy_j"].reason == "no_meter: GPU-a shows neither energy nor power"
-
-
 # ---- how the device was
 
 
@@ -304,83 +267,57 @@ def test_without_pyarrow_there_is_no_series_and_a_warning(host: Host, monkeypatc
     assert any("pyarrow is not installed" in warning for warning in result.warnings)
 
 
-# ---- which meter
+# ---- the baseline
 
 
-def package(directory: Path, counter_uj: int) -> Path:
-    zone = directory / "powercap" / "intel-rapl:0"
-    zone.mkdir(parents=True, exist_ok=True)
-    (zone / "name").write_text("package-0\n")
-    (zone / "energy_uj").write_text(f"{counter_uj}\n")
-    (zone / "max_energy_range_uj").write_text("262143328850\n")
-    return zone
+def test_a_cached_idle_power_is_subtracted_without_a_rest(host: Host, fake_clock: FakeClock) -> None:
+    host(f"device GPU-a\n{STEPS}").measure()
+    fake_clock.advance(BEGAN_S - fake_clock())
+    rig = host(f"device GPU-a\n{STEPS}")
+    rig.wall_s += 600
+
+    result = rig.measure(config(baseline={"strategy": "cached"}))
+
+    assert (result.baseline.origin, result.baseline.age_s) == ("cache", 600)
+    assert result.phases_s[MeasurementPhase.BASELINE] == 0
+    assert result.values()["energy_adjusted_j"] == pytest.approx(2500, abs=0.02)
+
+
+def test_an_idle_power_that_drifted_is_measured_afresh(host: Host, fake_clock: FakeClock) -> None:
+    host(f"device GPU-a\n{STEPS}").measure()
+    fake_clock.advance(BEGAN_S - fake_clock())
+
+    result = host(f"device GPU-a\n{STEPS.replace('0 50 15 50', '0 80 15 80')}").measure(
+        config(baseline={"strategy": "validated", "look_s": 2, "duration_s": 10})
+    )
+
+    assert result.baseline.drift == pytest.approx(0.6, abs=0.001)
+    assert result.phases_s[MeasurementPhase.BASELINE] == pytest.approx(12, abs=0.5)
+    assert result.values()["energy_adjusted_j"] == pytest.approx(3000 - 800, abs=0.02)
+    assert any("off by 60%" in warning for warning in result.warnings)
+
+
+def test_an_idle_power_above_the_windows_leaves_no_adjusted_joules(host: Host) -> None:
+    result = host(f"device GPU-a\n{STEPS.replace('0 50 15 50', '0 350 15 350')}").measure()
+
+    assert result.values()["energy_j"] == pytest.approx(3000, abs=0.01)
+    assert only(result).energy_adjusted_j is None
+    assert (result.figures["energy_adjusted_j"].reason or "").startswith("baseline_above_window: GPU-a")
+    assert any("took less in the window than when idle" in warning for warning in result.warnings)
 
 
 @pytest.mark.parametrize(
-    ("meter", "found"),
+    ("script", "strategy", "why"),
     [
-        ("auto", [("GPU-a", "nvml_counter"), ("cpu0", "rapl")]),
-        ("nvml_counter", [("GPU-a", "nvml_counter")]),
-        ("nvml_power", [("GPU-a", "nvml_power")]),
-        ("rapl", [("cpu0", "rapl")]),
-        ("estimate", [("cpu", "estimate")]),
+        ("", "none", "not asked for"),
+        ("began 5000000\nreload 5.05", "fresh", "counter_fell"),
+        ("process 0 1 15 0", "fresh", "others_use_it"),
     ],
 )
-def test_a_named_meter_is_the_only_one(
-    driver: Any, fake_clock: FakeClock, tmp_path: Path, meter: str, found: list[tuple[str, str]]
-) -> None:
-    package(tmp_path, 0)
-    opened = driver(f"device GPU-a\n{STEPS}")
+def test_an_idle_power_that_is_not_known_is_not_subtracted(host: Host, script: str, strategy: str, why: str) -> None:
+    given = config(baseline={"strategy": strategy, "duration_s": 10})
+    result = host(f"device GPU-a\n{STEPS}\n{script}").measure(given)
 
-    instruments = find_instruments(opened, "GPU-a", meter, 15.0, 2, fake_clock, tmp_path / "powercap")
-
-    assert [(meter.device, str(meter.source)) for meter in instruments.meters] == found
-    assert instruments.failures == []
-    assert bool(instruments.warnings) == (meter in ("rapl", "estimate")), "the GPU's joules are not among them"
-
-
-def test_a_named_meter_that_is_not_there_fails_the_preflight(
-    driver: Any, fake_clock: FakeClock, tmp_path: Path
-) -> None:
-    opened = driver(f"device GPU-a\n{STEPS}\n{NO_COUNTER}")
-    found = find_instruments(opened, "GPU-a", "nvml_counter", None, 2, fake_clock, tmp_path / "powercap")
-
-    with pytest.raises(PreFlightError, match="no meter nvml_counter here"):
-        Rig(fake_clock, found, tmp_path).measure()
-
-
-def test_the_preflight_warns_of_others_and_of_persistence(host: Host) -> None:
-    result = host(f"device GPU-a\n{STEPS}\nprocess 0 1 3 0\npersistence 0").measure()
-
-    assert any("others compute on GPU-a (processes 1)" in warning for warning in result.warnings)
-    assert any("persistence mode is off" in warning for warning in result.warnings)
-
-
-def test_an_instance_has_the_whole_gpus_joules_as_an_upper_bound(
-    driver: Any, fake_clock: FakeClock, tmp_path: Path
-) -> None:
-    opened = driver(f"device GPU-a\n{STEPS}\nmig MIG-1 4000")
-    found = find_instruments(opened, "MIG-1", "auto", None, 2, fake_clock, tmp_path / "powercap")
-
-    result = Rig(fake_clock, found, tmp_path).measure()
-
-    assert (only(result).device, only(result).quality) == ("GPU-a", Quality.UPPER_BOUND)
-    assert result.figures["energy_j"].value is None
-
-
-def test_a_package_that_is_shared_is_in_no_sum(fake_clock: FakeClock, tmp_path: Path) -> None:
-    package(tmp_path, 0)
-
-    shared = find_instruments(None, None, "auto", None, 0, fake_clock, tmp_path / "powercap")
-    alone = find_instruments(None, None, "auto", None, 10_000, fake_clock, tmp_path / "powercap")
-
-    assert [meter.quality for meter in shared.meters] == [Quality.UPPER_BOUND]
-    assert [meter.quality for meter in alone.meters] == [Quality.MEASURED]
-
-
-def test_instruments_read_by_themselves_while_they_are_open() -> None:
-    with open_instruments(None, "estimate", 15.0, 2) as instruments:
-        thread = instruments.sampler._thread
-        assert thread is not None
-        assert thread.is_alive()
-    assert not thread.is_alive()
+    assert result.values()["energy_j"] == pytest.approx(3000, abs=0.01)
+    assert result.figures["energy_adjusted_j"].reason == f"no_baseline: GPU-a: {why}"
+    assert (only(result).baseline_w, only(result).energy_adjusted_j) == (None, None)

@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ops_contract.energy import Quality, Source
@@ -31,8 +31,8 @@ class Instruments:
     gpus: Sequence[Gpu] = ()
     driver: Driver | None = None
     unmetered: Sequence[str] = ()
-    failures: Sequence[str] = field(default_factory=list)
-    warnings: Sequence[str] = field(default_factory=list)
+    failures: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
     def ready(self, since_s: float, until_s: float) -> bool:
         """Whether all is known of an interval, or never will be."""

@@ -184,7 +184,7 @@ class Measurement:
         record = warmup.record(settings, latencies_s, self._keep_working())
         if record.converged is False:
             problem = f"the time of a batch has not settled in {record.batches} batches"
-            self._warnings.append(f"{problem}: the coefficient of variation is {record.cv}")
+            self._warnings.append(f"{problem}: those of the last {settings.last} vary by {record.cv or 0:.1%}")
         return record
 
     def _keep_working(self) -> float:
