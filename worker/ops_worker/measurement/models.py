@@ -43,7 +43,7 @@ def read_config(model: str | RandomModel) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise Unusable(f"transformers has no model of type {config.model_type} that generates text: choose another")
+        raise Unusable(f"{config.model_type} is no model of transformers that continues text: choose another")
     if getattr(config, "quantization_config", None):
         raise Unusable("its weights are quantised, which `precision` does not describe: give one with plain weights")
     return config
@@ -143,6 +143,14 @@ def _here(model: str, name: str) -> Path | None:
 
     cached = try_to_load_from_cache(model, name)
     return Path(cached) if isinstance(cached, str) else None
+
+
+def revision(model: str | RandomModel) -> str | None:
+    """The commit of what a hub's name stood for here; null: it is no such name, or not fetched yet."""
+    if isinstance(model, RandomModel) or _directory(model):
+        return None
+    cached = _here(model, "config.json")
+    return cached.parent.name if cached else None
 
 
 def read_tokenizer(model: str) -> Any:

@@ -1,6 +1,7 @@
 """The engine `pytorch`: transformers' generate, greedy."""
 
 import gc
+import hashlib
 import importlib.metadata
 import re
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ class PytorchEngine:
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "cuda": torch.version.cuda,
             "packages": _versions(),
+            "prompts_sha256": _sha256(self._config.task.prompts_file),
             "model": self._model_in_short(config, sketch),
         }
 
@@ -65,7 +67,7 @@ class PytorchEngine:
         return {
             "model_type": config.model_type,
             "weights": "random" if isinstance(self._config.model, RandomModel) else "safetensors",
-            "revision": getattr(config, "_commit_hash", None),
+            "revision": models.revision(self._config.model),
             "params": sum(parameter.numel() for parameter in sketch.parameters()),
             "positions": models.positions(config),
             **{name: getattr(text, name, None) for name in shape},
@@ -85,9 +87,7 @@ class PytorchEngine:
             self._device,
         )
         if self._config.compile:
-            # In place of generate's own way, which compiles for a cache of fixed length and then attends to all of it,
-            # filled or not: other arithmetic, and not that of the same run without `compile`.
-            self._model.compile(dynamic=True)
+            self._compile()
         self._wait()
 
     def _tokenizer(self) -> Any | None:
@@ -116,6 +116,18 @@ class PytorchEngine:
             eos_token_id=ends or None,
             pad_token_id=pad if pad is not None else (ends or [0])[0],
         )
+
+    def _compile(self) -> None:
+        """Here and now, for every size that batches have: it takes minutes, and is not what is measured.
+
+        Not by generate's own way, which compiles for a cache of fixed length and then attends to all of it, filled or
+        not: other arithmetic than that of the same run without `compile`.
+        """
+        self._model.compile(dynamic=True)
+        for size in {batch.prompts for batch in self._batches}:
+            alike = sorted((one for one in self._batches if one.prompts == size), key=lambda one: one.length)
+            for batch in (alike[0], alike[-1]):
+                self._generate(batch, min(3, self._config.task.output_tokens))  # the prefill, and decode at two lengths
 
     @property
     def _forced(self) -> bool:
@@ -200,6 +212,11 @@ class PytorchEngine:
     @property
     def _on_cuda(self) -> bool:
         return self._device.startswith("cuda")
+
+
+def _sha256(prompts_file: str | None) -> str | None:
+    """The config names the file alone."""
+    return hashlib.sha256(Path(prompts_file).expanduser().read_bytes()).hexdigest() if prompts_file else None
 
 
 def _ends(eos_token_id: int | list[int] | None) -> list[int]:

@@ -117,7 +117,6 @@ def _warnings(config: MeasurementConfig, device: str) -> list[str]:
         found.append(f"the weights are random: what the model says is noise{length}")
     if config.precision == "float16" and not device.startswith("cuda"):
         found.append("float16 on a CPU is slow, since few have arithmetic for it: bfloat16 or float32 is what one runs")
-    ragged = config.task.prompts_file is not None or config.task.n_prompts % config.batch_size
-    if config.compile and ragged:
-        found.append("batches differ in size, so that torch.compile may compile again within the window")
+    if config.compile and config.task.prompts_file is not None:
+        found.append("prompts differ in length, so that torch.compile may compile again within the window")
     return found
