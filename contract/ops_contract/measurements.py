@@ -28,7 +28,7 @@ class RandomModel(Wire):
 
     model_type: Name = Field(description="as transformers names it: gpt2, llama, opt, …")
     config: dict[Name, JsonValue] = Field({}, description="over the defaults of that type, such as n_layer or n_embd")
-    seed: int = Field(0, ge=0, lt=2**63, description="of the weights")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of the weights")
 
 
 def _name_or_random(value: Any) -> Any:
@@ -54,7 +54,7 @@ class Task(Wire):
     ignore_eos: bool | None = Field(
         None, description="whether exactly `output_tokens` are generated; null: only with random weights"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of the random tokens")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of the random tokens")
 
 
 class Warmup(Wire):

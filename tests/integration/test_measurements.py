@@ -4,13 +4,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
+from uuid import uuid4
 
 import httpx
 import pytest
 
 from helpers.measurements import GPT2, MEASURED, MEASURES, measured
 from helpers.openapi import openapi_of_this_code
-from helpers.store import Store, held, started
+from helpers.store import Store, credential_of, held, started
 from ops_backend.app import create_app
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings
@@ -93,6 +94,23 @@ async def test_all_that_is_wrong_is_told_at_once(api: httpx.AsyncClient, store: 
     answer = await api.post("/operations", json=MEASURED | {"config": config})
     problems = answer.json()["error"]["details"]["errors"]
     assert {each["field"] for each in problems} == {"config.batch_size", "config.task.n_prompts"}
+
+
+async def test_a_worker_that_measures_may_register(api: httpx.AsyncClient) -> None:
+    """Its schema goes through the API's own reading of JSON, which takes no number of more than 64 bits."""
+    incarnation = uuid4()
+    worker = {
+        "incarnation": str(incarnation),
+        "credential": credential_of(incarnation),
+        "secret": "s" * 43,
+        "name": "w",
+        "host": "h",
+        "url": "http://127.0.0.1:1",
+        "slots": [{"index": 0, "device": "cpu", "cores": 1}],
+        "workloads": [MEASURES.model_dump(mode="json")],
+    }
+    answer = await api.post("/workers", json=worker)
+    assert answer.is_success, answer.text
 
 
 async def test_where_no_worker_measures_it_says_what_to_install(api: httpx.AsyncClient, store: Store) -> None:
