@@ -74,7 +74,7 @@ def test_a_cached_one_is_used_without_a_rest_and_says_its_age(take: Take) -> Non
     assert device.rests_s == [30]
     record = baseline.record
     assert (record.origin, record.power_w, record.age_s, record.duration_s) == ("cache", {"GPU-a": 50.0}, 100, None)
-    assert baseline.idle == {"GPU-a": IdlePower(50.0, error_w=0.5)}
+    assert baseline.idle == {"GPU-a": IdlePower(50.0, error_w=None)}, "nobody has looked since"
 
 
 @pytest.mark.parametrize("at_s", [101, -1])
@@ -99,6 +99,7 @@ def test_a_validated_one_holds_while_a_short_look_agrees(take: Take) -> None:
     assert device.rests_s == [30, 5]
     assert (baseline.record.origin, baseline.record.power_w) == ("cache", {"GPU-a": 50.0})
     assert baseline.record.drift == pytest.approx(0.08)
+    assert baseline.idle["GPU-a"].error_w == pytest.approx(0.5 + 4), "as it was measured, and what it drifted"
     assert not baseline.warnings
 
 

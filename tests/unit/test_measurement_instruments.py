@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 
 from helpers.fake_nvml import FakeClock
-from helpers.measuring import Rig, on_gpus
+from helpers.measuring import Rig, config, on_gpus
 from ops_contract.energy import Quality
 from ops_worker.measurement.errors import PreFlightError
 from ops_worker.measurement.instruments import find_instruments, open_instruments
 
 NOT_SUPPORTED = 3
 NO_COUNTER = f"fail GetTotalEnergyConsumption {NOT_SUPPORTED} 0"
+NO_POWER = f"fail GetPowerUsage {NOT_SUPPORTED} 0\nfail PowerInstant {NOT_SUPPORTED} 0"
 
 
 def package(directory: Path, counter_uj: int) -> Path:
@@ -98,12 +99,22 @@ def test_instruments_read_by_themselves_while_they_are_open() -> None:
     assert not thread.is_alive()
 
 
+def test_how_a_gpu_was_is_waited_for_to_the_windows_end_though_it_has_no_meter(
+    fake_driver: Any, fake_clock: FakeClock, tmp_path: Path
+) -> None:
+    opened = fake_driver(f"device GPU-a\n{NO_COUNTER}\n{NO_POWER}\nthrottle 0 4")
+    rig = on_gpus(opened, fake_clock, tmp_path, offset_s=0.06)
+
+    # Nothing that takes time comes after the window.
+    result = rig.measure(config(first_token_prompts=0), fails="flops")
+
+    assert result.thermal_throttle.reasons == {"sw_power_cap": pytest.approx(10.0, abs=1e-9)}
+
+
 def test_a_gpu_without_a_meter_leaves_no_sum_of_what_else_is_measured(
     fake_driver: Any, fake_clock: FakeClock, tmp_path: Path
 ) -> None:
-    opened = fake_driver(
-        f"device GPU-a\n{NO_COUNTER}\nfail GetPowerUsage {NOT_SUPPORTED} 0\nfail PowerInstant {NOT_SUPPORTED} 0"
-    )
+    opened = fake_driver(f"device GPU-a\n{NO_COUNTER}\n{NO_POWER}")
     package(tmp_path, 0)
     found = find_instruments(opened, "GPU-a", "auto", 15.0, 10_000, fake_clock, tmp_path / "powercap")
 

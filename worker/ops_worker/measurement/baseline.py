@@ -111,7 +111,7 @@ class Baselines:
         )
 
     def _remembered(self, cached: Mapping[str, Cached], drift: float | None) -> Baseline:
-        idle = {device: IdlePower(found.power_w, found.error_w) for device, found in cached.items()}
+        idle = {device: IdlePower(found.power_w, _error_w(found, drift)) for device, found in cached.items()}
         return Baseline(
             BaselineRecord(
                 strategy=self._policy.strategy,
@@ -180,6 +180,13 @@ class Baselines:
         # A GPU's uuid is its own; every host has a cpu0, and the directory may be one that hosts share.
         name = f"{socket.gethostname()}-{device}" if device.startswith("cpu") else device
         return self._directory / f"{name}.json"
+
+
+def _error_w(cached: Cached, drift: float | None) -> float | None:
+    """What it was off by when it was measured, and by now; where nobody has looked since, there is no bound."""
+    if cached.error_w is None or drift is None:
+        return None
+    return cached.error_w + drift * cached.power_w
 
 
 def _parsed(content: str) -> Cached:

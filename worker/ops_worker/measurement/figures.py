@@ -24,6 +24,7 @@ _BOUNDED = frozenset({Source.NVML_COUNTER, Source.RAPL})
 METHODOLOGY = {
     "window": "From before the first batch to after the last, the device synchronised at both ends and after every "
     "batch; nothing else runs in it but the sampler of the meters, and garbage collection is off.",
+    "time": "By CLOCK_MONOTONIC; the uncertainty is what the clock cannot tell apart.",
     "tokens": "Generated tokens without padding and without what follows an end of sequence; those of the prompts "
     "without padding.",
     "energy": "The meter's cumulative joules at the two ends of the window, interpolated between the readings around "

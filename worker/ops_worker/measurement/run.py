@@ -188,7 +188,7 @@ class Measurement:
         return record
 
     def _keep_working(self) -> float:
-        """How long; until the device is warm, with every batch in turn, for each may have a shape of its own."""
+        """For how long it did. Every batch in turn, for each may have a shape of its own."""
         self._enter(MeasurementPhase.THERMAL_FLOOR, self._config.thermal_floor_s, "s")
         begin_s, batch = self._clock(), 0
         while self._clock() - begin_s < self._config.thermal_floor_s:
