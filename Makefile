@@ -51,6 +51,7 @@ bench: setup
 	$(BIN)/python benchmarks/checkpoint_stall.py
 	$(BIN)/python benchmarks/status_poll.py
 	$(BIN)/python benchmarks/energy_sampler.py
+	$(BIN)/python benchmarks/measurement.py
 
 constraints:
 	deploy/constraints.sh 2.13.0

@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,7 @@ def test_the_same_seed_asks_the_same_and_builds_the_same() -> None:
 
 
 def test_no_generator_of_the_process_is_touched() -> None:
+    torch.rand(1)  # not where a seed would set it
     before = torch.get_rng_state(), random.getstate()
     found = loaded()
     found.generate(0)
@@ -193,9 +195,12 @@ def test_all_that_is_compiled_is_compiled_by_loading(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.nn.Module, "compile", compiled)
     torch._dynamo.reset()
     counters.clear()
-    plain, found = loaded(task={"n_prompts": 3}), loaded(compile=True, task={"n_prompts": 3})
+    one_layer = RandomModel(model_type="gpt2", config=GPT2 | {"n_layer": 1})
+    plain, found = loaded(one_layer, task={"n_prompts": 3}), loaded(one_layer, compile=True, task={"n_prompts": 3})
     graphs = counters["stats"]["unique_graphs"]
     assert said(found) == said(plain)
+    flops = [one.flops([one.generate(0), one.generate(1)]) for one in (plain, found)]
+    assert flops[0] == flops[1]
     assert counters["stats"]["unique_graphs"] == graphs > 0
 
 
@@ -302,20 +307,37 @@ def test_a_name_that_is_not_cached_says_what_to_do_offline(offline: None) -> Non
     assert told.startswith("relight/none is not whole in the local cache, and HF_HUB_OFFLINE is set")
 
 
-def test_a_name_that_is_cached_needs_no_network(
+def test_a_name_that_is_cached_needs_no_network(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    def asks(*_: Any, **__: Any) -> None:
+        pytest.fail("it asked the network")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(socket, "getaddrinfo", asks)
+    snapshot = cached(stored, tmp_path)
+    assert said(loaded("relight/tiny")) == said(loaded(str(stored)))
+    assert engine("relight/tiny").environment()["model"]["revision"] == snapshot.name
+
+
+def test_a_name_that_is_not_wholly_cached_is_refused_offline(
     stored: Path, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--relight--tiny"
-    snapshot = copied(stored, repository / "snapshots", "0" * 40)
+    (cached(stored, tmp_path) / "model.safetensors").unlink()
+    (told,) = refused(engine("relight/tiny"))
+    assert "is not whole in the local cache" in told
+
+
+def cached(stored: Path, cache: Path) -> Path:
+    """As the hub's client keeps relight/tiny."""
+    repository, commit = cache / "models--relight--tiny", "0" * 40
+    snapshot = copied(stored, repository / "snapshots", commit)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    assert said(loaded("relight/tiny")) == said(loaded(str(stored)))
-    assert engine("relight/tiny").environment()["model"]["revision"] == "0" * 40
-    (snapshot / "model.safetensors").unlink()
-    assert "is not whole in the local cache" in refused(engine("relight/tiny"))[0]
+    (repository / "refs" / "main").write_text(commit)
+    return snapshot
 
 
 def copied(stored: Path, parent: Path, name: str = "copy") -> Path:

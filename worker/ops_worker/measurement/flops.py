@@ -134,7 +134,8 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch lea
         self.multiplied: set[int] = set()
         self._model = model
         self._weights = {_storage(parameter) for parameter in model.parameters()}
-        self._head = _storage(model.get_output_embeddings().weight)
+        head = getattr(model.get_output_embeddings(), "weight", None)
+        self._head = None if head is None else _storage(head)
         self._windows = windows(model.config)
         self._layer: int | None = None  # whose attention is at work
 

@@ -80,7 +80,7 @@ def _stored_config(model: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(_place(model), trust_remote_code=False)
+        return AutoConfig.from_pretrained(_place(model), **_trusting_nothing(model, "config.json"))
     except OSError as error:
         raise Unusable(_unreachable(model)) from error
     except Exception as error:
@@ -96,6 +96,11 @@ def _place(model: str) -> str:
     return str(_directory(model) or model)
 
 
+def _trusting_nothing(model: str, *files: str) -> dict[str, Any]:
+    """No code of the model's, and of files that are here no question whether the hub has newer ones."""
+    return {"trust_remote_code": False, "local_files_only": all(_here(model, name) for name in files)}
+
+
 def _unreachable(model: str) -> str:
     if _offline():
         return f"{model} is not whole in the local cache, and HF_HUB_OFFLINE is set: unset it, or `hf download {model}`"
@@ -107,14 +112,19 @@ def _unreachable(model: str) -> str:
 
 def find_weights(model: str) -> None:
     """Raises Unusable unless there are safetensors, all of them."""
-    if not (found := [name for name in WEIGHTS if _reachable(model, name)]):
+    if not any(_reachable(model, name) for name in WEIGHTS):
         if not _directory(model) and _offline():
             raise Unusable(_unreachable(model))
         raise Unusable(f"{model} has no safetensors, and pickled weights are not read: save it with save_pretrained")
-    index = _here(model, WEIGHTS[1]) if found == [WEIGHTS[1]] else None
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index else set()
-    if missing := sorted(shard for shard in shards if not _reachable(model, shard)):
+    if missing := [name for name in _weight_files(model) if not _reachable(model, name)]:
         raise Unusable(f"{model} lacks {', '.join(missing)} of its weights: fetch it again")
+
+
+def _weight_files(model: str) -> list[str]:
+    """All that is to be loaded, as far as it is known here."""
+    whole, index = WEIGHTS
+    listed = None if _here(model, whole) else _here(model, index)
+    return [index, *sorted(set(json.loads(listed.read_text())["weight_map"].values()))] if listed else [whole]
 
 
 def _reachable(model: str, name: str) -> bool:
@@ -157,7 +167,7 @@ def read_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(_place(model), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(_place(model), **_trusting_nothing(model, "tokenizer_config.json"))
     except Exception as error:
         raise Unusable(f"{model} has no tokenizer that can be read: {_one_line(error)}") from error
 
@@ -177,10 +187,11 @@ def build(model: str | RandomModel, config: Any, precision: str, attention: str)
     """With its weights, in the memory of the host."""
     from transformers import AutoModelForCausalLM
 
-    given = {"dtype": getattr(torch, precision), "attn_implementation": attention, "trust_remote_code": False}
+    given = {"dtype": getattr(torch, precision), "attn_implementation": attention}
     if isinstance(model, RandomModel):
         with _seeded(model.seed):
-            return AutoModelForCausalLM.from_config(config, **given).eval()
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **given).eval()
+    given |= _trusting_nothing(model, *_weight_files(model))
     built, found = AutoModelForCausalLM.from_pretrained(
         _place(model), config=config, use_safetensors=True, output_loading_info=True, **given
     )
