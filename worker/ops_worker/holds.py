@@ -11,7 +11,18 @@ from typing import Any, Literal
 from ops_contract.agents import HoldRef, StartTraining
 from ops_contract.lifecycle import Kind, Outcome
 from ops_contract.pipe import Alive, FromTrainer, Hello, Mark, ProgressNow, RunJob, Stop
-from ops_contract.reports import ArtifactSaved, CheckpointSaved, Fault, Finish, Metrics, Note, Report, Result, Started
+from ops_contract.reports import (
+    ArtifactSaved,
+    CheckpointSaved,
+    Fault,
+    Finish,
+    Metrics,
+    Note,
+    Report,
+    Result,
+    Standing,
+    Started,
+)
 from ops_worker.cgroups import oom_kills
 from ops_worker.delivery import Delivery
 from ops_worker.energy.booking import Booking
@@ -94,6 +105,7 @@ class Hold:
         self._misbehaviour: str | None = None
         self._overdue: Fault | None = None
         self._storing = 0
+        self._stored_seq = 0
         self._log = logging.LoggerAdapter(log, self.ref.model_dump())
 
     async def run(self) -> None:
@@ -315,7 +327,7 @@ class Hold:
             # What one says that was taken for hung does not count: the signal for its stacks may have woken it.
             while self._finish is None and (messages := await trainer.receive()) and self._overdue is None:
                 kinds = Started | Metrics | CheckpointSaved | ArtifactSaved | Result | Note
-                reports = [self._completed(m) for m in messages if isinstance(m, kinds)]
+                reports: list[Report] = [self._completed(m) for m in messages if isinstance(m, kinds)]
                 for message in messages:
                     if _gets_on(message):
                         stalls.sign_of_life()
@@ -323,6 +335,8 @@ class Hold:
                         self._booking.mark(message)
                     elif isinstance(message, ProgressNow):
                         self._delivery.progress = message.progress
+                        if message.progress.measurement is not None and self._delivery.sent_seq == self._stored_seq:
+                            reports.append(Standing())  # where the API is away, one is enough
                     elif isinstance(message, Finish):
                         self._finish = message
                     elif isinstance(message, Hello):
@@ -343,11 +357,11 @@ class Hold:
             return 0
         self._storing += 1
         try:
-            last_seq = await self._outbox.add(self.ref, reports)
+            self._stored_seq = await self._outbox.add(self.ref, reports)
         finally:
             self._storing -= 1
         self._delivery.news.set()
-        return last_seq
+        return self._stored_seq
 
     def _died(self, status: int, oom_kills_before: int | None) -> Finish:
         """Why a trainer ended that said nothing about it."""
