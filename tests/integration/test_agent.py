@@ -155,6 +155,17 @@ async def test_a_silent_trainer_is_killed_says_where_it_hung_and_the_slot_works_
     assert good.finish == Finish(outcome=Outcome.COMPLETED)
 
 
+async def test_where_a_measurement_stands_is_told_while_it_reports_nothing_and_is_no_sign_of_life(shared):
+    hold = await shared.start(reports=0, end="stand", execution=Execution(stall_timeout_s=1.5))
+
+    await eventually(lambda: hold.progress is not None)
+    await eventually(lambda: hold.finish)
+
+    assert hold.progress.measurement.power_w == 9.5
+    assert hold.progress.steps_total == 4
+    assert hold.finish.error.code == "stalled"
+
+
 async def test_a_trainer_that_takes_longer_than_its_time_is_killed_however_well_it_gets_on(shared):
     hold = await shared.start(reports=10**6, pause_s=0.01, execution=Execution(timeout_s=0.5))
 
