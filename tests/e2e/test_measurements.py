@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from helpers.databases import Databases
-from helpers.measurements import GPT2
+from helpers.measurement_jobs import GPT2
 from helpers.service import Service, eventually, running_service
 from ops_contract.energy import Source, Use
 from ops_contract.ledger import EnergyLedger
@@ -141,7 +141,9 @@ def test_a_study_that_is_killed_and_cancelled_in_the_middle_repeats_no_finished_
     id = alone.client.submit(JOB | {"study": grid, "name": "killed"}).id
     first = luck.randint(1, 4)
     _until_done(alone, id, first)
-    alone.workers[-1].kill()
+    victim = alone.workers[-1]
+    victim.kill()
+    eventually(lambda: not victim.running, "the agent is dead", alone.logs)
     alone.have_workers(1)
     _until_done(alone, id, first + luck.randint(1, 3))
 

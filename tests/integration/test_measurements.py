@@ -9,7 +9,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from helpers.measurements import GPT2, MEASURED, MEASURES, measured
+from helpers.measurement_jobs import GPT2, MEASURED, MEASURES, measured
 from helpers.openapi import openapi_of_this_code
 from helpers.store import Store, credential_of, held, started
 from ops_backend.app import create_app

@@ -5,7 +5,7 @@ from uuid import UUID
 
 import pytest
 
-from helpers.measurements import MEASURED, MEASURES, measured
+from helpers.measurement_jobs import MEASURED, MEASURES, measured
 from helpers.store import LEASE_S, Held, Store, at_once, held, losses, plan, saved, started, window
 from ops_backend.database import Sessions
 from ops_backend.store import claims, studies

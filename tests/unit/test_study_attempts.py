@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from helpers.measurements import GPT2
+from helpers.measurement_jobs import GPT2
 from ops_contract.agents import StartTraining
 from ops_contract.jobs import Job, JobSpec
 from ops_contract.lifecycle import Outcome, Status
