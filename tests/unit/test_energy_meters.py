@@ -12,7 +12,7 @@ import pytest
 from helpers.fake_nvml import FakeClock, environ, load
 from ops_contract.energy import Quality, Source
 from ops_worker.energy.estimate import Estimate
-from ops_worker.energy.meters import Measured, Meter
+from ops_worker.energy.meters import Measured, Meter, Reading
 from ops_worker.energy.nvml import THROTTLE_REASONS, Driver, others
 from ops_worker.energy.nvml import nvml_meter as meter_of
 from ops_worker.energy.rapl import rapl_meters
@@ -330,6 +330,20 @@ def test_the_gpus_of_a_heartbeat(bench: Any) -> None:
     assert (now.memory_used_bytes, now.memory_total_bytes, now.throttle) == (10 * 2**20, 100 * 2**20, ["sw_power_cap"])
     host.clock.advance(60)
     assert host.sampler.now()[0].power_w is None, "it hangs: how it is nobody knows"
+
+
+def test_while_a_meter_is_slow_only_what_was_before_is_seen(fake_clock: FakeClock) -> None:
+    class Slow(Estimate):
+        def read(self) -> Reading:
+            fake_clock.advance(3)
+            return super().read()
+
+    sampler = sampled(fake_clock, [Slow(15.0, 1, fake_clock)])
+    assert sampler.seen_s is None
+
+    sampler.sample()
+
+    assert (sampler.seen_s, fake_clock()) == (BEGAN_S, BEGAN_S + 3)
 
 
 # ---- powercap
