@@ -47,6 +47,12 @@ class Family:
         async with self._sessions.begin() as session:
             if not await studies.stirs(session):
                 return
+        # Before another one is claimed.
+        async with self._sessions.begin() as session:
+            not_run = await studies.stop_after_failures(session)
+        for child in not_run:
+            self._telemetry.moved(child.status)
+            log.info("not run: too many children of its study have failed", extra={"operation_id": child.id})
         queued = False
         for level in (studies.replan, studies.reduce):
             async with self._sessions.begin() as session:

@@ -168,7 +168,10 @@ class Execution(Wire):
         1800.0, gt=0, allow_inf_nan=False, description="no step or validation batch for so long fails the attempt"
     )
     timeout_s: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="an attempt that takes longer is killed, and has failed"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="an attempt that takes longer is killed, and has failed; of a study each of its children's",
     )
     logger: Logger = Field(Logger.CSV, description="the files that are written when the operation has ended")
 
@@ -318,6 +321,8 @@ class JobSpec(Setup):
             raise ValueError("command and kind command go together")
         if self.kind is not Kind.STUDY and (self.kind is Kind.MEASUREMENT) != (self.workload == MEASUREMENT):
             raise ValueError(f"workload {MEASUREMENT} and kind measurement go together")
+        if self.workload == MEASUREMENT and self.artifacts:
+            raise ValueError("artifacts does nothing for a measurement: its samples are kept as files/series.parquet")
         if self.command is not None and (self.workload or self.config):
             raise ValueError("a command has neither workload nor config; it gets arguments and env")
         if isinstance(self.study, IsoFlop) and (self.command is not None or self.workload == MEASUREMENT):

@@ -115,7 +115,11 @@ class Transition:
 
 _LIVE_HOLD = "the reporting hold has not ended"
 _EXPIRED = "a hold's lease ran out, and no grace"
-_TO_GO_ON_FROM = "a committed checkpoint, pinned; a command and a study need none. No child of a cancelled study"
+_TO_GO_ON_FROM = (
+    "a committed checkpoint, pinned; a command, a measurement and a study need none. No child of a cancelled study"
+)
+
+_STOPPED = "of a study's child also: stop_after_failures of its siblings have failed in a row"
 
 _PLANNED_AGAIN = "its waiting study has planned it again, in a later attempt than the one that it last ran for"
 
@@ -133,7 +137,7 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(Status.RUNNING, Event.LOST, Status.FAILED, f"{_EXPIRED}; the third started attempt without progress"),
     Transition(Status.RUNNING, Event.PLAN, Status.WAITING, f"{_LIVE_HOLD}; children inserted"),
     Transition(Status.WAITING, Event.REDUCE, Status.PENDING, "no live child, and none to be run again"),
-    Transition(Status.PENDING, Event.CANCEL, Status.CANCELLED, "none"),
+    Transition(Status.PENDING, Event.CANCEL, Status.CANCELLED, f"none; {_STOPPED}"),
     Transition(Status.RUNNING, Event.CANCEL, Status.CANCELLING, "none"),
     Transition(Status.WAITING, Event.CANCEL, Status.CANCELLING, "none"),
     Transition(Status.CANCELLING, Event.COMPLETE, Status.COMPLETED, f"{_LIVE_HOLD}; the last step was done"),

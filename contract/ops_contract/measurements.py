@@ -8,7 +8,7 @@ import hashlib
 from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from ops_contract.energy import Quality, Source
 from ops_contract.wire import Name, Sha256, Text, Wire, canonical
@@ -28,7 +28,16 @@ class RandomModel(Wire):
 
     model_type: Name = Field(description="as transformers names it: gpt2, llama, opt, …")
     config: dict[Name, JsonValue] = Field({}, description="over the defaults of that type, such as n_layer or n_embd")
-    seed: int = Field(0, ge=0, lt=2**63, description="of the weights")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of the weights")
+
+
+def _name_or_random(value: Any) -> Any:
+    """Here, and not by the union: its errors would name its members instead of the field."""
+    if isinstance(value, RandomModel) or (isinstance(value, str) and 1 <= len(value) <= 1000):
+        return value
+    if isinstance(value, dict):
+        return RandomModel.model_validate(value)
+    raise ValueError("give a directory or a name of up to 1000 characters, or an architecture: {model_type: gpt2, …}")
 
 
 class Task(Wire):
@@ -45,7 +54,7 @@ class Task(Wire):
     ignore_eos: bool | None = Field(
         None, description="whether exactly `output_tokens` are generated; null: only with random weights"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="of the random tokens")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of the random tokens")
 
 
 class Warmup(Wire):
@@ -82,9 +91,9 @@ class BaselinePolicy(Wire):
 class MeasurementConfig(Wire):
     """What is measured, and how. All of it is in the hash that names the measurement."""
 
-    model: Annotated[str, Field(min_length=1, max_length=1000)] | RandomModel = Field(
-        description="a directory on the worker or a name on Hugging Face; or an architecture with random weights"
-    )
+    model: Annotated[
+        Annotated[str, Field(min_length=1, max_length=1000)] | RandomModel, BeforeValidator(_name_or_random)
+    ] = Field(description="a directory on the worker or a name on Hugging Face; or an architecture with random weights")
     task: Task = Field(Task(), description="what is asked of it")
     engine: Literal["pytorch"] = Field("pytorch", description="pytorch: transformers' generate")
     precision: Literal["float32", "bfloat16", "float16"] = Field(

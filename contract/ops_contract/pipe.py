@@ -66,6 +66,9 @@ class RunJob(Wire):
 
     `directory` is the attempt's own, and is gone after it: the job's snapshot lies there, if it has one. It runs in
     the job's `workdir` below it. `environ` is the job's environment, secrets included.
+
+    For a measurement, which reads the meters itself: the uuid of the slot's GPU, the configured watts of a busy core,
+    and the worker's directory for what it took when idle, which outlives attempts.
     """
 
     kind: Literal["job"] = "job"
@@ -75,6 +78,9 @@ class RunJob(Wire):
     environ: dict[str, str] = Field({}, repr=False)
     device: str
     cores: int
+    device_uuid: str | None = None
+    cpu_power_w: float | None = None
+    baselines: str | None = None
 
 
 class Stop(Wire):

@@ -138,6 +138,12 @@ class Note(Wire):
     inexact: Text | None = None
 
 
+class Standing(Wire):
+    """Only that the batch's progress is another one: of what has nothing else to report for a long time."""
+
+    kind: Literal["standing"] = "standing"
+
+
 LOG_CHUNK_BYTES: Final = 64 * 1024
 
 
@@ -210,5 +216,6 @@ class Finish(Wire):
 
 
 Report = Annotated[
-    Started | Metrics | CheckpointSaved | ArtifactSaved | Result | Note | LogChunk | Finish, Field(discriminator="kind")
+    Started | Metrics | CheckpointSaved | ArtifactSaved | Result | Note | Standing | LogChunk | Finish,
+    Field(discriminator="kind"),
 ]

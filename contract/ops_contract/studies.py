@@ -1,12 +1,15 @@
 """What a study varies. Its base is the job itself: each child is that job with a point of the study written over it."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, JsonValue, StringConstraints, model_validator
 
 from ops_contract.wire import Wire
 
 MAX_CHILDREN = 2000
+
+# Of a child that was cancelled because of `stop_after_failures`.
+NOT_RUN: Final = "not run: as many children of its study in a row have failed as stop_after_failures allows"
 
 # A field of the job, by its path: config.d_model, execution.learning_rate, env.SEED, resources.cores; of a command also
 # args.NAME, which is appended as --NAME=VALUE.

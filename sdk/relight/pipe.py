@@ -27,7 +27,7 @@ class AgentPipe:
         self._in_fd = in_fd
         self._out_fd = out_fd
         self._jobs: SimpleQueue[RunJob] = SimpleQueue()
-        self._why: Literal["cancelled", "preempted"] | None = None
+        self.why: Literal["cancelled", "preempted"] | None = None  # it is to stop; to read it is no sign of life
         self._alive_at_s = -_ALIVE_S
         for fd in (in_fd, out_fd):
             os.set_inheritable(fd, False)  # a process that user code starts must not keep them open
@@ -40,7 +40,7 @@ class AgentPipe:
     def should_stop(self) -> Literal["cancelled", "preempted"] | None:
         """The training thread asks between steps and validation batches: that it asks is its sign of life."""
         self.alive()
-        return self._why
+        return self.why
 
     def alive(self) -> None:
         """A sign of life, at most one a second."""
@@ -99,7 +99,7 @@ class AgentPipe:
             print(f"the agent sent what this trainer does not understand: {problems}", file=sys.stderr, flush=True)
             os._exit(2)
         if isinstance(message, Stop):
-            self._why = self._why or message.why
+            self.why = self.why or message.why
             self.stopped(message)
         else:
             self._jobs.put(message)

@@ -7,7 +7,7 @@ from itertools import product
 from ops_contract.jobs import Job
 from ops_contract.lifecycle import Kind, Status
 from ops_contract.plans import ChildResult, GridAbout, Plan, Skipped
-from ops_contract.studies import MAX_CHILDREN, Grid, Point
+from ops_contract.studies import MAX_CHILDREN, NOT_RUN, Grid, Point
 from ops_contract.study_results import GridGroup, GridResult, GridRow
 from ops_contract.wire import canonical
 from ops_studies.estimates import statistic
@@ -15,6 +15,7 @@ from ops_studies.orders import arranged, williams_rows
 from ops_studies.points import Base, Refused, Unplannable, named
 
 _SEEDS = 2**63
+_NAMED = 5
 
 
 def plan(base: Base) -> Plan:
@@ -49,9 +50,12 @@ def plan(base: Base) -> Plan:
 
 
 def reduce(
-    children: Sequence[ChildResult], skipped: Sequence[Skipped] = (), warnings: Sequence[str] = ()
+    children: Sequence[ChildResult],
+    skipped: Sequence[Skipped] = (),
+    warnings: Sequence[str] = (),
+    kind: Kind = Kind.TRAINING,
 ) -> GridResult:
-    """Rows in the order of the children; a group for each point, of its completed runs."""
+    """Rows in the order of the children; a group for each point, of its completed runs. `kind` is the children's."""
     runs = [(each, each.about) for each in children if isinstance(each.about, GridAbout)]
     points: dict[str, tuple[Point, list[ChildResult]]] = {}
     for child, about in runs:
@@ -59,7 +63,10 @@ def reduce(
         if child.status is Status.COMPLETED:
             cycles.append(child)
     told = list(warnings)
-    groups = [_group(point, cycles, told) for point, cycles in points.values()]
+    not_run = [child.name for child, _ in runs if child.error == NOT_RUN]
+    if not_run:
+        told.append(f"{len(not_run)} of {len(runs)} are {NOT_RUN}: {in_short(not_run)}")
+    groups = [_group(point, cycles, kind, told) for point, cycles in points.values()]
     rows = [_row(child, about) for child, about in runs]
     return GridResult(rows=rows, groups=groups, skipped=list(skipped), warnings=told)
 
@@ -106,8 +113,17 @@ def _warnings(grid: Grid, points: int) -> list[str]:
     ]
 
 
-def _group(point: Point, cycles: list[ChildResult], told: list[str]) -> GridGroup:
-    """What is not finite is left out of the statistics, and told."""
+def in_short(names: Sequence[str]) -> str:
+    """The first of them."""
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _group(point: Point, cycles: list[ChildResult], kind: Kind, told: list[str]) -> GridGroup:
+    """What is not finite is left out of the statistics, and told.
+
+    A measurement has an `energy_j` of its own, that of its window: all that its operation took is no figure of it.
+    """
     values: dict[str, list[float]] = {}
     for child in cycles:
         for name, value in child.final.items():
@@ -115,10 +131,10 @@ def _group(point: Point, cycles: list[ChildResult], told: list[str]) -> GridGrou
                 values.setdefault(name, []).append(value)
             else:
                 told.append(f"{name} of {child.name} is {value}: it is left out of the mean of its point")
-    for name, known in {
-        "wall_time_seconds": [child.running_s for child in cycles],
-        "energy_j": [child.energy_j for child in cycles],
-    }.items():
+    taken = {"wall_time_seconds": [child.running_s for child in cycles]}
+    if kind is not Kind.MEASUREMENT:
+        taken["energy_j"] = [child.energy_j for child in cycles]
+    for name, known in taken.items():
         if known and None not in known:
             values[name] = [value for value in known if value is not None]
     return GridGroup(point=point, metrics={name: statistic(each) for name, each in values.items()})

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import JsonValue, ValidationError
 
 from ops_contract.agents import Problem
-from ops_contract.jobs import COMMAND, Execution, Job, JobSpec, Setup
+from ops_contract.jobs import COMMAND, Execution, Job, JobSpec, Setup, kind_of
 from ops_contract.lifecycle import Kind
 from ops_contract.plans import ChildPlan, GridAbout, IsoFlopAbout, Skipped
 from ops_contract.problems import problems_of
@@ -59,7 +59,8 @@ class Base:
 
     `job` is the study's as its user wrote it: were it resolved, its children would keep what follows from the base
     (a width that is null for 4 · d_model, the direction of its metric) under values that they change. `check` is the
-    workload's, and `reports` are its metrics; a command needs neither. `digests` are those of code and data.
+    workload's, or a measurement's; `reports` are a training's metrics; a command has neither. `digests` are those of
+    code and data.
     """
 
     job: Job
@@ -74,13 +75,10 @@ class Base:
         except ValidationError as error:
             raise Refused(_in_words(problems_of(error, JobSpec))) from error
         try:
-            if self.job.workload == COMMAND:
-                check_plain_knobs(spec.execution, Kind.COMMAND)
-                return self._job(spec, spec.config, spec.execution)
             config, problems = self.check(spec.config)
             if problems:
                 raise Refused(_in_words((each.field, each.problem) for each in problems))
-            return self._job(spec, config, resolved_execution(spec.execution, self.reports))
+            return self._job(spec, config, self._execution(spec.execution))
         except Unresolvable as error:
             raise Refused(str(error)) from error
 
@@ -98,6 +96,14 @@ class Base:
             env=job.env,
             resources=job.resources,
         )
+
+    def _execution(self, given: Execution) -> Execution:
+        """Raises Unresolvable."""
+        kind = kind_of(self.job.workload)
+        if kind is Kind.TRAINING:
+            return resolved_execution(given, self.reports)
+        check_plain_knobs(given, kind)
+        return given
 
     def _job(self, spec: JobSpec, config: dict[str, Any], execution: Execution) -> Job:
         setup = {name: getattr(spec, name) for name in Setup.model_fields}

@@ -1,8 +1,8 @@
 """A trainer without torch: speaks the real pipe and does what the job's config says.
 
 `reports` metrics `pause_s` apart, then `end`: finish, fault, wait, exit, crash, garbage, linger,
-child (leaves one behind) or daemon (leaves one in another session). `deaf`: ignores Stop. With `edges` each step could
-be a checkpoint's.
+child (leaves one behind), daemon (leaves one in another session) or stand (tells for ever where a measurement stands).
+`deaf`: ignores Stop. With `edges` each step could be a checkpoint's.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from ops_contract.energy import Use
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
+from ops_contract.measurements import MeasurementPhase, MeasurementProgress
 from ops_contract.pipe import STACKS_SIGNAL, Hello, Mark, ProgressNow, RunJob, Stop, line, to_trainer
 from ops_contract.reports import CheckpointSaved, Exactness, Fault, Finish, Metrics, Note, Progress, Series, Started
 from ops_contract.wire import Wire
@@ -77,6 +78,10 @@ class FakeTrainer:
                 signal.pause()
             self.say(Note(message=str(child)))
             os._exit(3)
+        elif how == "stand":
+            stands = MeasurementProgress(phase=MeasurementPhase.WINDOW, done=1, total=4, unit="prompts", power_w=9.5)
+            while not self.stopping.wait(0.05):
+                self.say(ProgressNow(progress=Progress(step=1, steps_total=4, epoch=None, measurement=stands)))
         elif how == "daemon" and os.fork() == 0:
             os.setsid()  # out of the group, and with the pipe: what user code may leave behind
             os.read(self.commands.fileno(), 1)

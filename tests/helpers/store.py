@@ -39,6 +39,7 @@ from ops_contract.energy import DeviceNow, EnergyBatch, EnergyWindow, Quality, S
 from ops_contract.jobs import Execution, JobSpec
 from ops_contract.ledger import EnergyLedger
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase, Status
+from ops_contract.measurements import MEASUREMENT
 from ops_contract.operations import AttemptView, ForkRequest, Operation, ReplayRequest, ResumeAccepted
 from ops_contract.plans import ChildPlan, ChildResult, GridAbout, Plan
 from ops_contract.reports import CheckpointSaved, Exactness, Fault, Finish, Metrics, Progress, Report, Series, Started
@@ -104,7 +105,7 @@ class Store:
 
     async def submit(self, key: str | None = None, **spec: Any) -> UUID:
         body = b'{"workload": "toy"}'
-        if "command" not in spec:
+        if "command" not in spec and spec.get("workload") != MEASUREMENT:
             # A period of its own, so that all its checkpoints are kept.
             execution = {"checkpoint_every": {"epochs": 1}} | spec.get("execution", {})
             spec = {"workload": "toy"} | spec | {"execution": execution}
@@ -186,7 +187,7 @@ class Store:
 
     async def look(self) -> None:
         """What studies and children make of each other, until nothing moves any more."""
-        levels = (studies.replan, studies.reduce, studies.cancel_children, studies.stop)
+        levels = (studies.stop_after_failures, studies.replan, studies.reduce, studies.cancel_children, studies.stop)
         moved = True
         while moved:
             moved = False

@@ -155,6 +155,34 @@ async def test_a_silent_trainer_is_killed_says_where_it_hung_and_the_slot_works_
     assert good.finish == Finish(outcome=Outcome.COMPLETED)
 
 
+async def test_where_a_measurement_stands_is_told_while_it_reports_nothing_and_is_no_sign_of_life(shared):
+    hold = await shared.start(reports=0, end="stand", execution=Execution(stall_timeout_s=1.5))
+
+    await eventually(lambda: hold.progress is not None)
+    await eventually(lambda: hold.finish)
+
+    assert hold.progress.measurement.power_w == 9.5
+    assert hold.progress.steps_total == 4
+    assert hold.finish.error.code == "stalled"
+
+
+async def test_a_trainer_that_takes_longer_than_its_time_is_killed_however_well_it_gets_on(shared):
+    hold = await shared.start(reports=10**6, pause_s=0.01, execution=Execution(timeout_s=0.5))
+
+    await eventually(lambda: hold.finish)
+
+    assert hold.finish.outcome is Outcome.FAILED
+    assert not hold.finish.permanent
+    assert hold.finish.error.code == "timed_out"
+    assert "raise execution.timeout_s" in hold.finish.error.message
+    assert "in train\n" in hold.finish.error.details["log_tail"]
+    assert hold.steps
+    assert hold.trainer_gone_at_finish
+    good = await _start_when_free(shared)
+    await eventually(lambda: good.finish)
+    assert good.finish == Finish(outcome=Outcome.COMPLETED)
+
+
 async def test_a_trainer_that_is_stopping_has_its_grace_however_silent_it_is(tmp_path):
     api = FakeApi(cancel_grace_s=4)
     await api.up()
@@ -162,7 +190,7 @@ async def test_a_trainer_that_is_stopping_has_its_grace_however_silent_it_is(tmp
         await agent.ready()
         hold = api.claim(uuid4(), agent.incarnation)
         hold.cancelling = CancelOrder(operation_id=hold.ref.operation_id, attempt=1)
-        silent = Execution(stall_timeout_s=0.2)
+        silent = Execution(stall_timeout_s=0.2, timeout_s=0.5)
         await agent.post("/training/start", agent.order(hold, reports=0, end="wait", deaf=True, execution=silent))
 
         await eventually(lambda: hold.finish)

@@ -5,18 +5,24 @@ from uuid import UUID
 
 import pytest
 
-from helpers.store import Held, Store, at_once, held, losses, plan, saved, started, window
-from ops_backend.store import studies
+from helpers.measurement_jobs import MEASURED, MEASURES, measured
+from helpers.store import LEASE_S, Held, Store, at_once, held, losses, plan, saved, started, window
+from ops_backend.database import Sessions
+from ops_backend.store import claims, studies
+from ops_backend.store.sql import statement
 from ops_contract.errors import OpsError
 from ops_contract.lifecycle import Outcome, Status
+from ops_contract.measurements import MeasurementConfig
 from ops_contract.plans import GridAbout, TrainingResult
 from ops_contract.reports import Fault, Result
-from ops_contract.studies import Grid
+from ops_contract.studies import NOT_RUN, Grid
 from ops_contract.study_results import GridResult
 
 GRID = {"type": "grid", "axes": {"config.name": ["a", "b"]}}
 STUDY: dict[str, Any] = {"kind": "study", "study": GRID, "max_retries": 0}
 NAMES = ("a", "b", "c")
+FIVE = ("a", "b", "c", "d", "e")
+STOPPING: dict[str, Any] = {"study": GRID | {"stop_after_failures": 2}}
 
 
 @pytest.fixture
@@ -322,15 +328,189 @@ async def test_a_study_completes_with_its_result(store: Store, slots: UUID) -> N
     assert (row.attempt, row.content["warnings"]) == (2, ["w"])
 
 
+async def test_after_so_many_failures_in_a_row_what_waits_is_not_run_and_what_runs_goes_on(
+    store: Store, slots: UUID
+) -> None:
+    run = await _planned(store, *FIVE, **STOPPING)
+    first, second, third = await _claims(store, 3)
+    await _fail(store, first)
+    await store.look()
+    assert (await store.get(run.operation_id)).children == {Status.FAILED: 1, Status.RUNNING: 2, Status.PENDING: 2}
+
+    await _fail(store, second)
+    await store.look()
+
+    assert (await store.get(run.operation_id)).children == {Status.FAILED: 2, Status.RUNNING: 1, Status.CANCELLED: 2}
+    assert (await store.get(run.operation_id)).status == Status.WAITING
+    fourth = (await store.children(run.operation_id))[3]
+    assert (fourth.status, fourth.error) == (Status.CANCELLED, NOT_RUN)
+    [told] = await store.fetch(
+        "SELECT detail FROM events WHERE operation_id = :id AND name = 'cancel'", id=fourth.operation_id
+    )
+    assert told.detail == {"reason": NOT_RUN}
+    await store.finish(third, Outcome.COMPLETED)
+    await store.look()
+    claim = await store.claim()
+    assert claim is not None
+    assert (claim.operation_id, [child.error for child in claim.children or []]) == (
+        run.operation_id,
+        ["no luck", "no luck", None, NOT_RUN, NOT_RUN],
+    )
+
+
+async def test_one_that_completed_in_between_begins_the_count_anew(store: Store, slots: UUID) -> None:
+    run = await _planned(store, *FIVE, **STOPPING)
+    first, second, third = await _claims(store, 3)
+    await _fail(store, first)
+    await store.finish(second, Outcome.COMPLETED)
+    await _fail(store, third)
+    await store.look()
+    assert (await store.get(run.operation_id)).children[Status.PENDING] == 2  # type: ignore[index]
+    [fourth] = await _claims(store, 1)
+    await _fail(store, fourth)
+    await store.look()
+    assert (await store.get(run.operation_id)).children[Status.CANCELLED] == 1  # type: ignore[index]
+
+
+async def test_without_stop_after_failures_all_are_run(store: Store, slots: UUID) -> None:
+    run = await _planned(store, *FIVE)
+    for child in await _claims(store, 4):
+        await _fail(store, child)
+    await store.look()
+    assert (await store.get(run.operation_id)).children == {Status.FAILED: 4, Status.PENDING: 1}
+
+
+async def test_a_study_that_stopped_stays_so_though_the_backend_begins_anew_and_one_completes(
+    store: Store, slots: UUID, database_url: str
+) -> None:
+    """As where so many wait that one statement does not reach all of them."""
+    run = await _planned(store, *FIVE, **STOPPING)
+    first, second, third = await _claims(store, 3)
+    await _fail(store, first)
+    await _fail(store, second)
+    one = statement(studies.STOP_AFTER_FAILURES.text.replace(f"LIMIT {studies.AT_ONCE}", "LIMIT 1"))
+    async with store.sessions.begin() as session:
+        told = {"cancel_reason": NOT_RUN, "detail": {"reason": NOT_RUN}}
+        assert len((await session.execute(one, told)).all()) == 1
+    await store.finish(third, Outcome.COMPLETED)
+    sessions = Sessions(database_url, 1)
+    try:
+        await Store(sessions).look()
+    finally:
+        await sessions.dispose()
+    assert (await store.get(run.operation_id)).children == {
+        Status.FAILED: 2,
+        Status.COMPLETED: 1,
+        Status.CANCELLED: 2,
+    }
+    assert (await store.get(run.operation_id)).status == Status.PENDING
+
+
+async def test_a_resume_runs_the_failed_and_those_that_were_not_run_and_counts_from_zero(
+    store: Store, slots: UUID
+) -> None:
+    run = await _planned(store, *FIVE, **STOPPING)
+    first, second = await _claims(store, 2)
+    await _fail(store, first)
+    await _fail(store, second)
+    await store.look()
+    [reducing] = await _claims(store, 1)
+    await store.finish(reducing, Outcome.FAILED, permanent=True)
+
+    await store.resume(run.operation_id)
+    [again] = await _claims(store, 1)
+    await store.finish(again, Outcome.PLANNED, plan=plan(*FIVE, "new"))
+    await store.look()
+
+    assert (await store.get(run.operation_id)).children == {Status.PENDING: 6}
+    claims = await _claims(store, 3)
+    assert [child.attempt for child in claims] == [2, 2, 1]
+    await _fail(store, claims[0])
+    await store.look()
+    assert (await store.get(run.operation_id)).children == {Status.FAILED: 1, Status.RUNNING: 2, Status.PENDING: 3}
+    await _fail(store, claims[1])
+    await store.look()
+    assert (await store.get(run.operation_id)).children == {Status.FAILED: 2, Status.RUNNING: 1, Status.CANCELLED: 3}
+
+
+async def test_a_child_that_is_claimed_while_its_study_stops_runs(store: Store, slots: UUID) -> None:
+    for _ in range(5):
+        run = await _planned(store, "a", "b", **STOPPING | {"study": GRID | {"stop_after_failures": 1}})
+        [first] = await _claims(store, 1)
+        await _fail(store, first)
+        claimed, *_ = await at_once(store.claim(), store.look(), store.look())
+        await store.look()
+        [_, second] = await store.children(run.operation_id)
+        assert second.status == (Status.RUNNING if _is(claimed, second.operation_id) else Status.CANCELLED)
+        async with store.sessions.begin() as session:
+            assert await studies.stop_after_failures(session) == []
+        await store.cancel(run.operation_id)
+        if claimed is not None:
+            await store.finish(held(claimed), Outcome.CANCELLED)
+        await store.look()
+
+
+async def test_a_child_that_is_being_claimed_is_passed_over(store: Store, slots: UUID) -> None:
+    run = await _planned(store, "a", "b", "c", **STOPPING | {"study": GRID | {"stop_after_failures": 1}})
+    [first] = await _claims(store, 1)
+    await _fail(store, first)
+    async with store.sessions.begin() as claiming:
+        claim = await claims.claim_next(claiming, LEASE_S)
+        assert claim is not None
+        await store.look()
+        assert (await store.get(run.operation_id)).children == {
+            Status.FAILED: 1,
+            Status.PENDING: 1,
+            Status.CANCELLED: 1,
+        }
+    await store.look()
+    assert (await store.get(claim.operation_id)).status == Status.RUNNING
+
+
+async def test_a_failed_measurement_runs_again_without_a_checkpoint(store: Store) -> None:
+    await store.worker(workloads=[MEASURES])
+    run = await store.running(**MEASURED, max_retries=0)
+    await store.finish(run, Outcome.FAILED, permanent=True)
+    assert await store.resume(run.operation_id) is not None
+    [again] = await _claims(store, 1)
+    assert (again.operation_id, again.attempt) == (run.operation_id, 2)
+
+
+async def test_the_final_values_of_a_measurement_are_the_known_figures_of_its_newest_attempt(store: Store) -> None:
+    await store.worker(workloads=[MEASURES], slots=2)
+    grid = {"type": "grid", "axes": {"config.batch_size": [1, 2]}}
+    run = await store.running(**MEASURED, study=grid, max_retries=1)
+    config = MeasurementConfig.model_validate(MEASURED["config"]).model_dump(mode="json")
+    await store.finish(run, Outcome.PLANNED, plan=plan("a", config=config))
+    [child] = await _claims(store, 1)
+    told = measured(tokens_per_s=100.5, energy_j=None, mfu=float("inf"))
+    child = await store.report(child, started(), Result(content=told))
+    [known] = await store.children(run.operation_id)
+    assert (known.final, known.training) == ({"tokens_per_s": 100.5, "mfu": float("inf")}, None)
+    await store.finish(child, Outcome.FAILED)
+    await _claims(store, 1)
+    [known] = await store.children(run.operation_id)
+    assert known.final == {}
+
+
 async def _stirs(store: Store) -> bool:
     async with store.sessions.begin() as session:
         return await studies.stirs(session)
 
 
-async def _planned(store: Store, *names: str) -> Held:
-    run = await store.running(**STUDY)
+async def _planned(store: Store, *names: str, **spec: Any) -> Held:
+    run = await store.running(**STUDY | spec)
     await store.finish(run, Outcome.PLANNED, plan=plan(*names))
     return run
+
+
+async def _fail(store: Store, child: Held) -> None:
+    why = Fault(code="exception", message="no luck")
+    await store.finish(child, Outcome.FAILED, permanent=True, error=why)
+
+
+def _is(claim: claims.Claim | None, id: UUID) -> bool:
+    return claim is not None and claim.operation_id == id
 
 
 async def _claims(store: Store, number: int) -> list[Held]:

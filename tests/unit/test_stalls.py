@@ -109,7 +109,7 @@ async def test_a_sigkill_beside_which_the_kernels_count_rose_is_out_of_memory(
     nothing: Any = None
     job = Job(kind=Kind.TRAINING, workload="fake", config={}, execution=Execution())
     order = StartTraining(incarnation=uuid4(), operation_id=uuid4(), attempt=1, slot=0, deadline_s=1, job=job)
-    hold = Hold(order, nothing, nothing, nothing, nothing, nothing, nothing, (), Path(), cancel_grace_s=1)
+    hold = Hold(order, nothing, nothing, nothing, nothing, nothing, nothing, (), Path(), 1, None, Path())
 
     finish = hold._died(status, before)
 

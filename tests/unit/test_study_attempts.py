@@ -6,12 +6,15 @@ from uuid import uuid4
 
 import pytest
 
+from helpers.measurement_jobs import GPT2
 from ops_contract.agents import StartTraining
 from ops_contract.jobs import Job, JobSpec
 from ops_contract.lifecycle import Outcome, Status
+from ops_contract.measurements import MeasurementConfig
 from ops_contract.pipe import Mark, RunJob
-from ops_contract.plans import ChildResult, Plan, TrainingResult
+from ops_contract.plans import ChildPlan, ChildResult, Plan, TrainingResult
 from ops_contract.reports import Finish, Result, Started
+from ops_contract.studies import NOT_RUN
 from ops_contract.study_results import GridResult, SweepResult
 from ops_worker import studies, trainer
 
@@ -25,6 +28,11 @@ GRID: dict[str, Any] = {
     "workload": "bytelm",
     "config": {"max_bytes": 60_000},
     "study": {"type": "grid", "axes": {"config.d_model": [8, 10, 16]}, "cycles": 2},
+}
+MEASUREMENTS: dict[str, Any] = {
+    "workload": "measurement",
+    "config": {"model": GPT2},
+    "study": {"type": "grid", "axes": {"config.batch_size": [1, 2]}, "cycles": 2},
 }
 TRUE: dict[str, Any] = {"command": ["true"], "study": {"type": "grid", "axes": {"args.n": [1, 2]}}}
 
@@ -143,6 +151,65 @@ def test_a_grid_of_commands_needs_no_workload(tmp_path: Path) -> None:
     planned = run(tmp_path, TRUE)[0].plan
     assert planned
     assert [child.command for child in planned.children] == [["true", "--n=1"], ["true", "--n=2"]]
+
+
+def test_a_grid_of_measurements_has_a_key_for_every_cycle_though_no_seed_varies(tmp_path: Path) -> None:
+    def children(**config: Any) -> list[ChildPlan]:
+        planned = run(tmp_path, MEASUREMENTS | {"config": MEASUREMENTS["config"] | config})[0].plan
+        assert planned
+        return planned.children
+
+    first, again = children(), children()
+    assert len({child.key for child in first}) == 4
+    assert [child.key for child in first] == [child.key for child in again]
+    assert {child.execution.seed for child in first} == {0}
+    assert [child.config["batch_size"] for child in first] == [1, 1, 2, 2]
+    assert MeasurementConfig.model_validate(first[0].config).batch_size == 1
+    assert first[0].config["task"]["output_tokens"] == 64
+    assert not {child.key for child in first} & {child.key for child in children(precision="bfloat16")}
+
+
+def test_another_method_of_measuring_reuses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = run(tmp_path, MEASUREMENTS)[0].plan
+    monkeypatch.setattr(studies, "METHOD_VERSION", 99)
+    after = run(tmp_path, MEASUREMENTS)[0].plan
+    assert before
+    assert after
+    assert not {child.key for child in before.children} & {child.key for child in after.children}
+
+
+def test_points_that_measure_nothing_are_skipped_with_the_field(tmp_path: Path) -> None:
+    axes = {"config.batch_size": [0, 1], "execution.seed": [0, 1]}
+    planned = run(tmp_path, MEASUREMENTS | {"study": {"type": "grid", "axes": axes}})[0].plan
+    assert planned
+    assert len(planned.children) == 1
+    first, _, last = planned.skipped
+    assert "config.batch_size: Input should be greater than or equal to 1" in first.reason
+    assert "execution.seed: does nothing for a measurement" in last.reason
+    wrong = run(tmp_path, MEASUREMENTS | {"config": {"model": 3}})[0]
+    assert wrong.error
+    assert wrong.error.code == "unplannable"
+    assert "config.model" in wrong.error.message
+
+
+def test_a_study_that_stopped_says_which_were_not_run_and_why(tmp_path: Path) -> None:
+    planned = run(tmp_path, MEASUREMENTS)[0].plan
+    assert planned
+    children = [_child(planned, place, tokens_per_s=1.0) for place in range(4)]
+    children[1] = children[1].model_copy(update={"status": Status.FAILED, "final": {}, "error": "no luck"})
+    for place in (2, 3):
+        cut = {"status": Status.CANCELLED, "final": {}, "error": NOT_RUN}
+        children[place] = children[place].model_copy(update=cut)
+
+    finish, agent = run(tmp_path, MEASUREMENTS, children=children)
+
+    assert finish.error
+    assert finish.error.code == "children_failed"
+    assert "3 of 4 children did not complete, such as batch_size=1 · cycle 1 (failed: no luck)" in finish.error.message
+    assert f"2 were {NOT_RUN}: batch_size=2 · cycle 0, batch_size=2 · cycle 1." in finish.error.message
+    result = agent.the(Result).content
+    assert isinstance(result, GridResult)
+    assert [row.error_message for row in result.rows] == [None, "no luck", NOT_RUN, NOT_RUN]
 
 
 def test_a_plan_that_is_too_large_to_send_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from helpers.study_jobs import base, ended
-from ops_contract.lifecycle import Status
+from ops_contract.lifecycle import Kind, Status
 from ops_contract.plans import ChildResult, Plan, Skipped
-from ops_contract.studies import IsoFlop
+from ops_contract.studies import NOT_RUN, IsoFlop
 from ops_contract.study_results import GridResult, JouleOptimum, SweepFit, SweepResult, SweepRow
 from ops_studies import grid, isoflop
 from ops_studies.estimates import statistic
@@ -210,3 +210,32 @@ def test_a_sweep_of_which_nothing_completed_has_rows_and_no_fit() -> None:
     result, fitted = reduced(children)
 
     assert (len(result.rows), result.fit, result.joules, fitted) == (8, None, [], [])
+
+
+def test_a_figure_that_a_cycle_lacks_is_in_no_mean_of_it_and_energy_is_that_of_the_window() -> None:
+    plan = grid_plan()
+    figures = [{"tokens_per_s": 10.0 + i} | ({} if i == 2 else {"energy_j": 1.0 + i}) for i in range(6)]
+    children = [
+        ended(child, final=final, running_s=9.0, energy_j=500.0)
+        for child, final in zip(plan.children, figures, strict=True)
+    ]
+    result = grid.reduce(children, kind=Kind.MEASUREMENT)
+
+    small, large = (group.metrics for group in result.groups)
+    assert (small["tokens_per_s"].n, small["tokens_per_s"].mean) == (3, 12.0)
+    assert (small["energy_j"].n, small["energy_j"].mean) == (2, 3.0)
+    assert (large["energy_j"].n, large["energy_j"].mean) == (3, 4.0)
+    unknown = [child.model_copy(update={"final": {"tokens_per_s": 1.0}}) for child in children]
+    groups = grid.reduce(unknown, kind=Kind.MEASUREMENT).groups
+    assert ["energy_j" in group.metrics for group in groups] == [False, False]
+
+
+def test_what_was_not_run_is_said_by_name() -> None:
+    plan = grid_plan()
+    cut = [ended(child, status=Status.CANCELLED, error=NOT_RUN, training=None) for child in plan.children[1:]]
+    result = grid.reduce([ended(plan.children[0], 1.0), *cut])
+
+    [told] = result.warnings
+    assert told.startswith(f"5 of 6 are {NOT_RUN}: d_model=128 · cycle 0, d_model=64 · cycle 1,")
+    assert [row.error_message for row in result.rows] == [None, *[NOT_RUN] * 5]
+    assert grid.in_short(["a"] * 7) == "a, a, a, a, a and 2 more"

@@ -247,7 +247,18 @@ class Agent:
         step = order.checkpoint.step if order.checkpoint else 0
         booking = Booking(ref, slot.meters, self._devices.sampler, self._outbox, self._energy.news, step)
         hold = Hold(
-            order, slot, self._outbox, delivery, booking, self._workspaces, self._secrets, runner, root, grace_s
+            order,
+            slot,
+            self._outbox,
+            delivery,
+            booking,
+            self._workspaces,
+            self._secrets,
+            runner,
+            root,
+            grace_s,
+            self._settings.cpu_power_w,
+            self._settings.worker_state_dir.absolute() / "baselines",
         )
         hold.environment = self._devices.environment(order.slot) | _code(order) | {"preflight": list(warnings)}
         self._holds[ref] = hold

@@ -28,7 +28,7 @@ def keep(job: RunJob, step: int, agent: AgentPipe, finish: Finish) -> Finish:
     directory = Path(job.directory) / job.start.job.workdir
     try:
         files, notes = matching(directory, globs)
-        for artifact in _published(job, step, directory, files, agent):
+        for artifact in published(job, step, directory, files, agent):
             agent.report(artifact)
     except OSError as error:
         message = f"The artifacts could not be kept: {error.strerror or error}."
@@ -76,7 +76,7 @@ def _nameable(path: str) -> bool:
     return True
 
 
-def _published(
+def published(
     job: RunJob, step: int, directory: Path, files: list[PurePosixPath], agent: AgentPipe
 ) -> list[ArtifactSaved]:
     """All of them or none."""

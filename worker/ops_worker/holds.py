@@ -10,8 +10,19 @@ from typing import Any, Literal
 
 from ops_contract.agents import HoldRef, StartTraining
 from ops_contract.lifecycle import Kind, Outcome
-from ops_contract.pipe import Alive, Hello, Mark, ProgressNow, RunJob, Stop
-from ops_contract.reports import ArtifactSaved, CheckpointSaved, Fault, Finish, Metrics, Note, Report, Result, Started
+from ops_contract.pipe import Alive, FromTrainer, Hello, Mark, ProgressNow, RunJob, Stop
+from ops_contract.reports import (
+    ArtifactSaved,
+    CheckpointSaved,
+    Fault,
+    Finish,
+    Metrics,
+    Note,
+    Report,
+    Result,
+    Standing,
+    Started,
+)
 from ops_worker.cgroups import oom_kills
 from ops_worker.delivery import Delivery
 from ops_worker.energy.booking import Booking
@@ -31,6 +42,8 @@ LINGER_S = 5.0
 # For a hung trainer to write its stacks. It is not known when it has; one that cannot is killed without.
 STACKS_S = 1.0
 _IN_ORDER = (Outcome.COMPLETED, Outcome.CANCELLED, Outcome.PREEMPTED)
+
+_SILENT = {Kind.COMMAND: "it reported nothing", Kind.MEASUREMENT: "no batch, and no reading of the idle device"}
 
 _HINTS = {
     signal.SIGKILL: " (out of memory? `dmesg` tells; a smaller batch_size needs less)",
@@ -58,6 +71,8 @@ class Hold:
         runner: Sequence[str],
         storage_root: Path,
         cancel_grace_s: float,
+        cpu_power_w: float | None,
+        baselines: Path,
     ) -> None:
         loop = asyncio.get_running_loop()
         self.ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
@@ -74,7 +89,11 @@ class Hold:
         self._runner = runner
         self._storage_root = storage_root
         self._stall_timeout_s = order.job.execution.stall_timeout_s
+        # What a study's job says is of its children.
+        self._timeout_s = None if order.job.study else order.job.execution.timeout_s
         self._cancel_grace_s = cancel_grace_s
+        self._cpu_power_w = cpu_power_w
+        self._baselines = baselines
         self._confirmed = asyncio.Event()
         self._halted = asyncio.Event()
         self._fenced = asyncio.Event()
@@ -84,8 +103,9 @@ class Hold:
         self._grace: asyncio.TimerHandle | None = None
         self._finish: Finish | None = None
         self._misbehaviour: str | None = None
-        self._stalled = False
+        self._overdue: Fault | None = None
         self._storing = 0
+        self._stored_seq = 0
         self._log = logging.LoggerAdapter(log, self.ref.model_dump())
 
     async def run(self) -> None:
@@ -271,14 +291,18 @@ class Hold:
         return finish.model_copy(update={"error": finish.error.model_copy(update={"details": details})})
 
     async def _watch(self, trainer: Trainer, stalls: StallClock) -> None:
-        """Keeps its output bounded, and kills it when it hangs. One that was told to stop has its grace instead."""
-        while not stalls.tick() or self._stop is not None:
+        """Keeps its output bounded, and kills it when it hangs or has had its time.
+
+        One that was told to stop has its grace instead.
+        """
+        taken = StallClock(self._timeout_s)
+        while (overdue := self._fault_of_time(stalls.tick(), taken.tick())) is None or self._stop is not None:
             if self._storing:  # on a full disk the trainer waits for us
                 stalls.sign_of_life()
             await asyncio.to_thread(trainer.trim_log)
-            await asyncio.sleep(stalls.tick_s)
-        self._stalled = True
-        self._log.warning("killed: no sign of life for %s s", self._stall_timeout_s)
+            await asyncio.sleep(min(stalls.tick_s, taken.tick_s))
+        self._overdue = overdue
+        self._log.warning("killed: %s", overdue.code)
         trainer.dump_stacks()
         await asyncio.sleep(STACKS_S)
         trainer.kill()
@@ -292,23 +316,27 @@ class Hold:
             environ=environ,
             device=offer.device,
             cores=offer.cores,
+            device_uuid=offer.device_uuid,
+            cpu_power_w=self._cpu_power_w,
+            baselines=str(self._baselines),
         )
 
     async def _relay(self, trainer: Trainer, stalls: StallClock) -> None:
         """Reports go to the outbox, until the finish or the end of the pipe. The finish waits for the process."""
         try:
             # What one says that was taken for hung does not count: the signal for its stacks may have woken it.
-            while self._finish is None and (messages := await trainer.receive()) and not self._stalled:
+            while self._finish is None and (messages := await trainer.receive()) and self._overdue is None:
                 kinds = Started | Metrics | CheckpointSaved | ArtifactSaved | Result | Note
-                reports = [self._completed(m) for m in messages if isinstance(m, kinds)]
+                reports: list[Report] = [self._completed(m) for m in messages if isinstance(m, kinds)]
                 for message in messages:
-                    # Not a checkpoint's report, which comes from the writer's thread.
-                    if isinstance(message, Alive | Started | ProgressNow):
+                    if _gets_on(message):
                         stalls.sign_of_life()
                     if isinstance(message, Mark):
                         self._booking.mark(message)
                     elif isinstance(message, ProgressNow):
                         self._delivery.progress = message.progress
+                        if message.progress.measurement is not None and self._delivery.sent_seq == self._stored_seq:
+                            reports.append(Standing())  # where the API is away, one is enough
                     elif isinstance(message, Finish):
                         self._finish = message
                     elif isinstance(message, Hello):
@@ -329,11 +357,11 @@ class Hold:
             return 0
         self._storing += 1
         try:
-            last_seq = await self._outbox.add(self.ref, reports)
+            self._stored_seq = await self._outbox.add(self.ref, reports)
         finally:
             self._storing -= 1
         self._delivery.news.set()
-        return last_seq
+        return self._stored_seq
 
     def _died(self, status: int, oom_kills_before: int | None) -> Finish:
         """Why a trainer ended that said nothing about it."""
@@ -342,14 +370,25 @@ class Hold:
             return Finish(outcome=self._outcome_if_killed, error=Fault(code="killed", message=message))
         return Finish(outcome=Outcome.FAILED, error=self._fault(status, oom_kills_before))
 
-    def _fault(self, status: int, oom_kills_before: int | None) -> Fault:
-        if self._stalled:
-            silent = "it reported nothing" if self._order.job.kind is Kind.COMMAND else "no step or validation batch"
+    def _fault_of_time(self, stalled: bool, timed_out: bool) -> Fault | None:
+        if timed_out:
+            return Fault(
+                code="timed_out",
+                message=f"The trainer was killed: the attempt took longer than its {self._timeout_s:g} s. Its stacks "
+                "are in details.log_tail; raise execution.timeout_s if it may take longer.",
+            )
+        if stalled:
+            silent = _SILENT.get(self._order.job.kind, "no step or validation batch")
             return Fault(
                 code="stalled",
                 message=f"The trainer was killed: {silent} for {self._stall_timeout_s:g} s. Its "
                 "stacks are in details.log_tail; raise execution.stall_timeout_s if a step may take that long.",
             )
+        return None
+
+    def _fault(self, status: int, oom_kills_before: int | None) -> Fault:
+        if self._overdue is not None:
+            return self._overdue
         last_words = "Its last output is in details.log_tail."
         if self._misbehaviour is not None:
             message = f"The trainer broke the protocol of its pipe and was killed: {self._misbehaviour}. {last_words}"
@@ -361,6 +400,17 @@ class Hold:
             return Fault(code="trainer_killed", message=f"The trainer was killed by {_name(-status)}. {last_words}")
         message = f"The trainer exited with code {status} before it was done. {last_words}"
         return Fault(code="trainer_exited", message=message)
+
+
+def _gets_on(message: FromTrainer) -> bool:
+    """Whether it comes from the thread that works.
+
+    Not a checkpoint's report, which comes from the writer's thread, nor a measurement's progress, which is told beside
+    it.
+    """
+    if isinstance(message, ProgressNow):
+        return message.progress.measurement is None
+    return isinstance(message, Alive | Started)
 
 
 def _name(number: int) -> str:

@@ -1,4 +1,4 @@
-"""When a trainer counts as hung."""
+"""When a trainer counts as hung, or has had its time."""
 
 import time
 from collections.abc import Callable
@@ -8,6 +8,8 @@ _MOST_OFTEN_S = 1.0
 
 class StallClock:
     """Sums the time without a sign of life in which the agent itself ran; `clock` is monotonic, in seconds.
+
+    Without any sign at all that is the time an attempt has taken.
 
     `tick` is to be called every `tick_s`. A longer gap means that the agent was stopped too, as on a laptop that
     slept, and counts as no more than two ticks: whatever the trainer sent meanwhile is read before the next ones.

@@ -6,16 +6,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
-from ops_contract.agents import Validated
+from pydantic import ValidationError
+
+from ops_contract.agents import Problem, Validated
 from ops_contract.energy import Use
-from ops_contract.jobs import Job
+from ops_contract.jobs import Job, kind_of
 from ops_contract.lifecycle import Outcome, Status
+from ops_contract.measurements import MEASUREMENT, METHOD_VERSION, MeasurementConfig
 from ops_contract.pipe import Mark, RunJob
 from ops_contract.plans import ChildResult, Plan
+from ops_contract.problems import problems_of
 from ops_contract.reports import Exactness, Finish, Result, Started
 from ops_contract.resolving import resolved_execution
-from ops_contract.studies import IsoFlop
+from ops_contract.studies import NOT_RUN, IsoFlop
 from ops_contract.study_results import GridResult, SweepResult
 from ops_studies import fits, grid, isoflop
 from ops_studies.points import Base, Unplannable
@@ -32,7 +37,7 @@ _INEXACT = "what its children take differs from run to run; losses and fits foll
 
 
 def run(job: RunJob, workload_type: AnyWorkload | None, agent: AgentPipe) -> Finish:
-    """`workload_type` is null for commands. Raises TrainingFault, and whatever the workload raises."""
+    """`workload_type` is null for commands and measurements. Raises TrainingFault, and whatever the workload raises."""
     study, children = job.start.job, job.start.children
     agent.report(_started())
     if children is None:
@@ -52,7 +57,7 @@ def run(job: RunJob, workload_type: AnyWorkload | None, agent: AgentPipe) -> Fin
 def plan(job: Job, workload_type: AnyWorkload | None, alive: Callable[[], None] = lambda: None) -> Plan:
     """Raises Unplannable, TrainingFault, and what the workload raises. `alive` is called as it goes on."""
     if workload_type is None:
-        planned = grid.plan(Base(job))
+        planned = grid.plan(_measurements(job) if job.workload == MEASUREMENT else Base(job))
     else:
         base = planning.base(job, workload_type)
         is_sweep = isinstance(job.study, IsoFlop)
@@ -80,12 +85,25 @@ def reduce(
     """`planned` has what was skipped, and what was warned of, when the children were planned."""
     skipped, warnings = (planned.skipped, planned.warnings) if planned else ([], [])
     if not isinstance(job.study, IsoFlop):
-        return grid.reduce(children, skipped, warnings)
+        return grid.reduce(children, skipped, warnings, kind_of(job.workload))
     assert workload_type is not None
     monitor = resolved_execution(job.execution, workload_type.reports).checkpoint_monitor
     assert monitor is not None, "a sweep of what reports nothing is not planned"
     fit = partial(fits.fit_rows, predict=job.study.predict)
     return isoflop.reduce(job.study, children, monitor, fit, fits.joule_optima, skipped, warnings)
+
+
+def _measurements(job: Job) -> Base:
+    """No digest of the libraries: a resume after an update goes on, and each result says what it ran on."""
+    return Base(job, _checked, digests={"method": str(METHOD_VERSION)})
+
+
+def _checked(config: dict[str, Any]) -> tuple[dict[str, Any], Sequence[Problem]]:
+    try:
+        return MeasurementConfig.model_validate(config).model_dump(mode="json"), []
+    except ValidationError as error:
+        problems = problems_of(error, MeasurementConfig, "config.")
+        return config, [Problem(field=field, problem=problem) for field, problem in problems]
 
 
 def _grid(base: Base, workload_type: AnyWorkload) -> Plan:
@@ -113,10 +131,15 @@ def _ending(children: Sequence[ChildResult]) -> Finish:
     first = missing[0]
     how = f"{first.status}: {first.error}" if first.error else first.status
     message = (
-        f"{len(missing)} of {len(children)} children did not complete, such as {first.name} ({how}). What the others "
-        "gave is in its results; a resume runs those that are missing"
+        f"{len(missing)} of {len(children)} children did not complete, such as {first.name} ({how}). "
+        f"{_not_run(missing)}What the others gave is in its results; a resume runs those that are missing"
     )
     return Finish(outcome=Outcome.FAILED, permanent=True, error=fault("children_failed", message))
+
+
+def _not_run(missing: Sequence[ChildResult]) -> str:
+    names = [child.name for child in missing if child.error == NOT_RUN]
+    return f"{len(names)} were {NOT_RUN}: {grid.in_short(names)}. " if names else ""
 
 
 def _started() -> Started:

@@ -16,12 +16,14 @@ import sys
 import traceback
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, NoReturn
 
 from ops_contract.agents import Problem, Validated, WorkloadOffer
-from ops_contract.jobs import COMMAND, Accelerator, Job
-from ops_contract.lifecycle import Outcome
+from ops_contract.jobs import Accelerator, Job, kind_of
+from ops_contract.lifecycle import Kind, Outcome
+from ops_contract.measurements import MEASUREMENT, MeasurementConfig
 from ops_contract.pipe import STACKS_SIGNAL, Description, Hello, RunJob, line
 from ops_contract.reports import Fault, Finish, Note
 from ops_worker import artifacts
@@ -86,10 +88,14 @@ def run(job: RunJob, agent: AgentPipe) -> Finish:
         enter(job)
         if job.start.job.study is not None:
             return _study(job, agent)
-        workload_type = find_workload(job.start.job.workload)
-        site = Site(Path(job.storage_root), job.device, job.cores)
         if job.start.job.execution.accelerator is Accelerator.AUTO and job.device == "cpu":
             agent.report(Note(message=_fell_back()))
+        if job.start.job.kind is Kind.MEASUREMENT:
+            from ops_worker import measuring
+
+            return measuring.run(job, agent)
+        workload_type = find_workload(job.start.job.workload)
+        site = Site(Path(job.storage_root), job.device, job.cores)
         if issubclass(workload_type, LoopWorkload):
             outcome = LoopAttempt(workload_type, job.start, site, agent, agent.should_stop).run()
         else:
@@ -109,7 +115,7 @@ def _study(job: RunJob, agent: AgentPipe) -> Finish:
 
 
 def _studied(job: Job) -> AnyWorkload | None:
-    return None if job.workload == COMMAND else find_workload(job.workload)
+    return find_workload(job.workload) if kind_of(job.workload) is Kind.TRAINING else None
 
 
 def enter(job: RunJob) -> None:
@@ -154,6 +160,8 @@ def describe() -> None:
                 offers.append(_offer(entry.name, import_workload(entry.value)))
             except Exception as error:
                 print(f"workload {entry.name} is left out: {error}", file=sys.stderr)
+        if find_spec("transformers"):
+            offers.append(_measurements())
         answer.write(line(Description(versions=_versions(), workloads=offers)))
 
 
@@ -213,6 +221,15 @@ def _offer(name: str, workload_type: AnyWorkload) -> WorkloadOffer:
         config_schema=workload_type.Config.model_json_schema(),
         reports=workload_type.reports,
         validates=checks_by_code(workload_type.Config),
+    )
+
+
+def _measurements() -> WorkloadOffer:
+    return WorkloadOffer(
+        name=MEASUREMENT,
+        title="Joules, tokens per second and joules per token of a language model's inference.",
+        config_schema=MeasurementConfig.model_json_schema(),
+        reports={},
     )
 
 

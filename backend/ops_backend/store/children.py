@@ -10,7 +10,7 @@ from ops_backend.store import ledger
 from ops_backend.store.energy import OUTCOMES, entries
 from ops_backend.store.sql import statement
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.lifecycle import Kind
+from ops_contract.lifecycle import Status
 from ops_contract.operations import Children, Results, ResultView
 from ops_contract.plans import ChildResult
 from ops_contract.studies import MAX_CHILDREN
@@ -31,6 +31,11 @@ _FINAL = """
               JOIN metrics m ON m.operation_id = o.id AND m.attempt = cut.attempt AND m.first_step <= cut.until
              ORDER BY m.name, m.attempt DESC, m.first_step DESC) last"""
 
+# Of a measurement's result the values that are known; all the rest of it stays where it is.
+_FIGURES = """
+    SELECT json_object_agg(figure.key, figure.value->'value')
+      FROM json_each(x.content->'figures') figure WHERE figure.value->>'value' IS NOT NULL"""
+
 # What is read of each child, as operation `o`, is read of those of the page alone.
 CHILDREN = statement(f"""
     WITH wanted AS MATERIALIZED (
@@ -39,8 +44,10 @@ CHILDREN = statement(f"""
          WHERE {_NEWEST_PLAN.format(study=":id")} AND p.position > :after
          ORDER BY p.position LIMIT :limit
     )
-    SELECT wanted.key, wanted.position, wanted.about, o.id AS operation_id, o.name, o.kind, o.status, o.error,
-           o.ended_at, final.names, final.values, x.content AS result, ran.running_s,
+    SELECT wanted.key, wanted.position, wanted.about, o.id AS operation_id, o.name, o.status, o.error,
+           o.ended_at, o.cancel_reason, final.names, final.values, ran.running_s,
+           CASE o.kind WHEN 'training' THEN x.content END AS training,
+           CASE WHEN o.kind = 'measurement' AND x.attempt = o.attempt THEN ({_FIGURES}) END AS figures,
            {OUTCOMES} AS outcomes, {entries("o", "attempt", "quality", "use")} AS energy
       FROM wanted JOIN operations o USING (id)
       LEFT JOIN results x ON x.operation_id = o.id
@@ -100,11 +107,20 @@ def _child(row: Row[Any]) -> ChildResult:
         name=row.name,
         status=row.status,
         about=row.about,
-        final=dict(zip(row.names or [], row.values or [], strict=True)),
-        training=row.result if row.kind == Kind.TRAINING else None,
+        final=dict(zip(row.names or [], row.values or [], strict=True)) | (row.figures or {}),
+        training=row.training,
         running_s=row.running_s,
         energy_j=joules.total_j,
         energy_reason=joules.reason,
-        error=row.error["message"] if row.error else None,
+        error=_why(row),
         ended_at=row.ended_at,
     )
+
+
+def _why(row: Row[Any]) -> str | None:
+    """Why it has no result."""
+    if row.error:
+        message: str = row.error["message"]
+        return message
+    reason: str | None = row.cancel_reason
+    return reason if row.status == Status.CANCELLED else None

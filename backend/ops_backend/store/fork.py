@@ -49,7 +49,7 @@ DETAIL = """jsonb_strip_nulls(jsonb_build_object('replay_of', CAST(:replay_of AS
                 jsonb_build_object('operation_id', operation_id, 'checkpoint_id', id, 'step', step) FROM pinned)))"""
 
 # Retention moves a row on from `committed` under the same row's lock: either it is pinned here, or nothing is made.
-# A replay may have none, and begins where its parent did; a command too, and runs anew.
+# A replay may have none, and begins where its parent did; a command and a measurement too, and run anew.
 FORK = statement(f"""
     WITH pinned AS (
         UPDATE checkpoints SET pinned_at = now() WHERE id = :checkpoint_id AND status = 'committed'
@@ -108,14 +108,14 @@ async def _forked(
     session: AsyncSession, id: UUID, wish: ForkRequest, told: Validated | None
 ) -> tuple[Row[Any], JobSpec, Job]:
     point = await _find(session, id, wish)
-    is_command = point.job["kind"] == Kind.COMMAND
+    runs_anew = point.job["kind"] in (Kind.COMMAND, Kind.MEASUREMENT)
     if point.job["kind"] == Kind.STUDY:
         message = "a study has no checkpoint to fork: submit a changed one, or fork one of its children (`ops list`)"
         raise OpsError(ErrorCode.NO_CHECKPOINT, message)
-    if point.checkpoint_id is None and (wish.from_checkpoint or not is_command):
+    if point.checkpoint_id is None and (wish.from_checkpoint or not runs_anew):
         raise _no_checkpoint(wish)
     spec = _forked_spec(point, wish)
-    if not is_command:
+    if not runs_anew:
         _check_carried_over(spec.execution, point)
     return point, spec, await resolved_job(session, spec, "overrides.", told)
 

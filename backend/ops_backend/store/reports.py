@@ -26,6 +26,7 @@ from ops_contract.reports import (
     Report,
     Result,
     Series,
+    Standing,
     Started,
 )
 
@@ -201,6 +202,8 @@ async def _write(session: AsyncSession, id: UUID, attempt: int, seq: int, report
             await session.execute(NOTE, {"id": id, "attempt": attempt, "detail": {"message": report.message}})
             if report.inexact:
                 await session.execute(BREAK_PROMISE, {"id": id, "attempt": attempt, "reason": report.inexact})
+        case Standing():
+            pass  # the batch's progress is written with its number
         case LogChunk():
             await output.write(session, id, attempt, report)
         case Finish():

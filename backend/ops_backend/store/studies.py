@@ -7,6 +7,7 @@ other.
 from dataclasses import dataclass
 from uuid import UUID, uuid4
 
+from sqlalchemy import TextClause
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import plain, record, statement
@@ -15,6 +16,7 @@ from ops_contract.jobs import Job, kind_of
 from ops_contract.lifecycle import LIVE, Status
 from ops_contract.plans import ChildPlan, Plan
 from ops_contract.reports import ResultContent
+from ops_contract.studies import NOT_RUN
 
 _LIVE = ", ".join(f"'{status}'" for status in sorted(LIVE))
 CANCELLED_STUDY = "its study was cancelled"
@@ -113,6 +115,30 @@ CANCEL_CHILDREN = cancelling(f"""
          ORDER BY c.id LIMIT {AT_ONCE}
            FOR NO KEY UPDATE OF c SKIP LOCKED""")
 
+# Of the children that ended for the newest plan: whether so many have failed since the last one that completed. What
+# has once stopped stays so until it is planned again: it takes several of these statements where there are many, and
+# one that ran meanwhile may complete.
+_BROKEN = """
+    (SELECT count(*) FILTER (WHERE c.status = 'failed' AND c.ended_at > coalesce(done.at, '-infinity'))
+                >= (s.job->'study'->>'stop_after_failures')::int
+            OR bool_or(c.status = 'cancelled' AND c.cancel_reason = :cancel_reason)
+       FROM planned p
+       JOIN operations c ON c.parent_id = p.parent_id AND c.child_key = p.child_key
+      CROSS JOIN (SELECT max(d.ended_at) AS at FROM operations d
+                   WHERE d.parent_id = s.id AND d.status = 'completed') done
+      WHERE p.parent_id = s.id AND p.attempt = s.attempt AND c.planned_attempt = s.attempt)"""
+
+# One that is claimed at that moment runs: it is pending no more.
+STOP_AFTER_FAILURES = cancelling(f"""
+        SELECT c.id, c.status, false AS force
+          FROM operations c
+         WHERE c.status = 'pending' AND c.parent_id IN (
+               SELECT s.id FROM operations s
+                WHERE s.kind = 'study' AND s.status = 'waiting'
+                  AND s.job->'study'->>'stop_after_failures' IS NOT NULL AND {_BROKEN})
+         ORDER BY c.id LIMIT {AT_ONCE}
+           FOR NO KEY UPDATE OF c SKIP LOCKED""")
+
 # One whose attempt still runs is ended by that attempt.
 STOP = statement(f"""
     WITH target AS MATERIALIZED (
@@ -134,7 +160,7 @@ STOP = statement(f"""
 
 @dataclass(frozen=True)
 class ChildCancelled:
-    """What a cancel of its study made of a child, and whom to tell at once."""
+    """What a cancel of its study, or its siblings' failures, made of a child, and whom to tell at once."""
 
     id: UUID
     status: Status
@@ -190,7 +216,16 @@ async def reduce(session: AsyncSession) -> list[UUID]:
 
 async def cancel_children(session: AsyncSession) -> list[ChildCancelled]:
     """Move the live children of cancelled and cancelling studies as `cancel_if_live` does, with its force."""
-    values = {"cancel_reason": CANCELLED_STUDY, "detail": {"reason": CANCELLED_STUDY}}
+    return await _cancelled(session, CANCEL_CHILDREN, CANCELLED_STUDY)
+
+
+async def stop_after_failures(session: AsyncSession) -> list[ChildCancelled]:
+    """Move pending → cancelled: children of waiting studies of which too many in a row have failed."""
+    return await _cancelled(session, STOP_AFTER_FAILURES, NOT_RUN)
+
+
+async def _cancelled(session: AsyncSession, which: TextClause, reason: str) -> list[ChildCancelled]:
+    values = {"cancel_reason": reason, "detail": {"reason": reason}}
     return [
         ChildCancelled(
             row.id,
@@ -198,7 +233,7 @@ async def cancel_children(session: AsyncSession) -> list[ChildCancelled]:
             row.force,
             None if row.incarnation is None else CancelPush(row.incarnation, row.attempt, row.url, row.secret),
         )
-        for row in await session.execute(CANCEL_CHILDREN, values)
+        for row in await session.execute(which, values)
     ]
 
 

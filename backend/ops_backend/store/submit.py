@@ -9,6 +9,7 @@ from typing import Any, cast
 from uuid import UUID, uuid4
 
 import jsonschema
+from pydantic import ValidationError
 from referencing import Registry
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -25,7 +26,8 @@ from ops_contract.jobs import (
     Setup,
 )
 from ops_contract.lifecycle import Kind
-from ops_contract.problems import Problem, offer, unknown_field
+from ops_contract.measurements import MEASUREMENT, MeasurementConfig
+from ops_contract.problems import Problem, offer, problems_of, unknown_field
 from ops_contract.resolving import Unresolvable, check_plain_knobs, resolved_execution
 
 FIND_REPLAY = statement("""
@@ -157,20 +159,20 @@ async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", tol
     if spec.study is not None and (spec.workload is None or ":" in spec.workload):
         return _study_job(spec, told, path, setup)
     if spec.workload is None:
-        execution = _command_execution(spec.execution, f"{path}execution")
-        return Job(workload=COMMAND, config={}, execution=execution, **setup)
+        execution = _plain_execution(spec.execution, Kind.COMMAND, f"{path}execution")
+        return Job(workload=COMMAND, config={}, execution=_never_stalled(execution), **setup)
     if ":" in spec.workload:
         config, execution = _as_told(spec, told, path)
         return Job(workload=spec.workload, config=config, execution=execution, **setup)
     workload = (await session.execute(FIND_WORKLOAD, {"name": spec.workload})).one_or_none()
     if workload is None:
-        known = list(await session.scalars(KNOWN_WORKLOADS))
-        hint = offer(spec.workload, known) if known else "none is known yet: start a worker first (`ops worker`)"
-        raise OpsError(
-            ErrorCode.UNKNOWN_WORKLOAD, f"no worker has offered the workload {spec.workload!r}; {hint}", known=known
-        )
+        raise _unknown_workload(spec.workload, list(await session.scalars(KNOWN_WORKLOADS)))
     if spec.study is not None:
         return _study_job(spec, told, path, setup)
+    if spec.workload == MEASUREMENT:
+        execution = _plain_execution(spec.execution, Kind.MEASUREMENT, f"{path}execution")
+        config = _measurement_config(spec.config, f"{path}config.")
+        return Job(workload=MEASUREMENT, config=config, execution=execution, **setup)
     if told is not None:
         refuse_problems(told, path)
     return Job(
@@ -221,14 +223,34 @@ async def _check_code(session: AsyncSession, code: Code | None, path: str) -> No
         raise invalid([(f"{path}.sha256", "no such snapshot: upload it first (PUT /snapshots/SHA256)")])
 
 
-def _command_execution(given: Execution, path: str) -> Execution:
+def _plain_execution(given: Execution, kind: Kind, path: str) -> Execution:
     """Raises 422 for what only the training engine heeds."""
     try:
-        check_plain_knobs(given, Kind.COMMAND)
+        check_plain_knobs(given, kind)
     except Unresolvable as error:
         raise invalid([(f"{path}.{field}", problem) for field, problem in error.problems]) from error
-    # Nobody knows how often a command ought to say something.
+    return given
+
+
+def _never_stalled(given: Execution) -> Execution:
+    """Unless it was asked for: nobody knows how often a command ought to say something."""
     return given if "stall_timeout_s" in given.model_fields_set else given.model_copy(update={"stall_timeout_s": None})
+
+
+def _measurement_config(given: dict[str, Any], path: str) -> dict[str, Any]:
+    """With every default. Raises 422 naming the fields that are wrong."""
+    try:
+        return plain(MeasurementConfig.model_validate(given))
+    except ValidationError as error:
+        raise invalid(problems_of(error, MeasurementConfig, path)) from error
+
+
+def _unknown_workload(name: str, known: list[str]) -> OpsError:
+    if name == MEASUREMENT:
+        hint = "install its packages where one runs (`pip install 'relight[llm]'`), and start that anew"
+    else:
+        hint = offer(name, known) if known else "none is known yet: start a worker first (`ops worker`)"
+    return OpsError(ErrorCode.UNKNOWN_WORKLOAD, f"no worker has offered the workload {name!r}; {hint}", known=known)
 
 
 def _resolved_config(given: dict[str, Any], schema: dict[str, Any], path: str) -> dict[str, Any]:

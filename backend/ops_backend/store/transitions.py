@@ -157,8 +157,8 @@ OF_CANCELLED_STUDY = """
 
 # Without a choice of the caller's: the checkpoint of an earlier resume that no attempt has gone past yet, else the
 # newest of the lineage. An abandoned branch cannot be resumed, only forked: its steps no longer count. A command may
-# have none, and runs again; a study plans again, and what has its result is not run again. A child of a study that was
-# cancelled would be cancelled at once.
+# have none, a measurement has none, and both run again; a study plans again, and what has its result is not run again.
+# A child of a study that was cancelled would be cancelled at once.
 RESUME = statement(f"""
     WITH target AS MATERIALIZED (
         SELECT id, kind, status, resume_checkpoint_id, forked_from_checkpoint_id FROM operations o
@@ -183,8 +183,8 @@ RESUME = statement(f"""
                accept_changes = :accept_changes, phase = CASE t.kind WHEN 'study' THEN 'plan' END
           FROM target t LEFT JOIN pinned ON true
          WHERE o.id = t.id
-           AND (pinned.id IS NOT NULL OR t.kind IN ('command', 'study') AND CAST(:checkpoint_id AS uuid) IS NULL
-                                         AND NOT EXISTS (SELECT FROM chosen))
+           AND (pinned.id IS NOT NULL OR t.kind IN ('command', 'measurement', 'study')
+                                         AND CAST(:checkpoint_id AS uuid) IS NULL AND NOT EXISTS (SELECT FROM chosen))
         RETURNING o.id, o.event_seq, o.attempt, t.status AS from_status, o.status
     ), told AS (
         {record("'resume'", RESUME_DETAIL)}

@@ -29,6 +29,7 @@ from ops_contract.reports import (
     Progress,
     Report,
     Result,
+    Standing,
     Started,
 )
 from ops_contract.wire import Name, Wire
@@ -204,7 +205,7 @@ class Directory:
                 self._sweep()
             case Note():
                 self.say(report.message)
-            case Finish() | LogChunk() | Result():
+            case Finish() | LogChunk() | Result() | Standing():
                 pass  # the exception says it, and the terminal has it
             case _:
                 assert_never(report)

@@ -77,6 +77,7 @@ class Measurement:
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self.beats = 0
+        self.tokens_out = 0  # in the window, once it is over
         self._config = config
         self._engine = engine
         self._instruments = instruments
@@ -211,6 +212,7 @@ class Measurement:
         finally:
             if was_enabled:
                 gc.enable()
+        self.tokens_out = window.tokens_out
         window.peak_memory_bytes = self._asked(self._engine.peak_memory_bytes)
         return window
 
