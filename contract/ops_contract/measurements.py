@@ -185,8 +185,9 @@ class Figure(Wire):
 
 
 class DeviceUse(Wire):
-    """What one device used in the window. `ticks`: how often its counter moved in it; null where it has none.
+    """What one device used in the window. `error_j` bounds the error of its edges; null: no bound is known.
 
+    `ticks`: how often its counter moved in the window; null where it has none.
     `energy_adjusted_j` = `energy_j` - `baseline_w` · window. The state is of the window; null is what it does not say.
     """
 

@@ -45,7 +45,7 @@ class Engine:
 
     batches = 2
 
-    def check(self) -> Checked:
+    def check(self, gpu_free_bytes: int | None) -> Checked:
         return Checked(self._failures, ["it is warm here"] if self._failures else [])
 
     def environment(self) -> dict[str, Any]:
@@ -145,6 +145,8 @@ def test_the_window_is_the_use_of_its_joules_and_its_units_are_generated_tokens(
     assert result.config_hash == MeasurementConfig.model_validate(QUICK).digest()
     assert (result.tokens_out, result.figures["energy_j"].value) == (48, None)
     assert result.figures["energy_j"].reason
+    told = agent.all(ProgressNow)[-1].progress
+    assert (told.step, told.steps_total, told.measurement.phase) == (6, 6, MeasurementPhase.COMPUTE)
     between_marks_s = marks[1].at_s - marks[0].at_s
     assert result.figures["window_s"].value <= between_marks_s
 

@@ -138,6 +138,8 @@ class Telling:
         finally:
             over.set()
             thread.join()
+        # How far it came in the end.
+        self.tell()
 
     def stop(self) -> None:
         """Raises Stopped; it is asked within the window, and costs as much as a flag."""

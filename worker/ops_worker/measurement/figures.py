@@ -7,7 +7,7 @@ from typing import Literal, cast
 
 import numpy as np
 
-from ops_contract.energy import Quality, Source
+from ops_contract.energy import Quality
 from ops_contract.measurements import DeviceUse, Figure, FigureName, FlopsRecord
 from ops_worker.measurement.baseline import Baseline
 from ops_worker.measurement.instruments import SET_A_WATTAGE
@@ -18,8 +18,6 @@ CLOCK = "monotonic clock"
 # Of one interval: each of its ends is read once.
 CLOCK_ERROR_S = 2 * time.get_clock_info("monotonic").resolution
 PERCENTILES = (50, 90, 99)
-# What a counter says is bounded by its own ticks. Between samples of power, and in an estimate, nobody knows.
-_BOUNDED = frozenset({Source.NVML_COUNTER, Source.RAPL})
 
 METHODOLOGY = {
     "window": "From before the first batch to after the last, the device synchronised at both ends and after every "
@@ -100,7 +98,7 @@ def _energy(found: Found) -> Figure:
     if reason := _no_energy(found, counted):
         return _unknown("J", source, reason)
     values = [use.energy_j for use in counted if use.energy_j is not None]
-    return Figure(value=sum(values), unit="J", source=source, uncertainty=_sum(_bound(use) for use in counted))
+    return Figure(value=sum(values), unit="J", source=source, uncertainty=_sum(use.error_j for use in counted))
 
 
 def _no_energy(found: Found, counted: Sequence[DeviceUse]) -> str | None:
@@ -134,15 +132,11 @@ def _unadjusted(use: DeviceUse, found: Found) -> str | None:
     return f"no_baseline: {use.device}: {why}"
 
 
-def _bound(use: DeviceUse) -> float | None:
-    return use.error_j if use.source in _BOUNDED else None
-
-
 def _adjusted_bound(use: DeviceUse, found: Found) -> float | None:
-    idle, error_j = found.baseline.idle.get(use.device), _bound(use)
-    if error_j is None or idle is None or idle.error_w is None:
+    idle = found.baseline.idle.get(use.device)
+    if use.error_j is None or idle is None or idle.error_w is None:
         return None
-    return error_j + idle.error_w * found.window.duration_s
+    return use.error_j + idle.error_w * found.window.duration_s
 
 
 def _flops(counted: Counted) -> Figure:

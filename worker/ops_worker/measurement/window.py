@@ -14,6 +14,8 @@ from ops_worker.measurement.engines import Generated
 from ops_worker.measurement.instruments import Instruments
 
 LEAST_TICKS = 100
+# What a counter says is bounded by its own ticks. Between samples of power, and in an estimate, nobody knows.
+BOUNDED = frozenset({Source.NVML_COUNTER, Source.RAPL})
 
 
 @dataclass
@@ -72,7 +74,7 @@ def _use(
         source=meter.source,
         quality=Quality.UPPER_BOUND if measured.shared else meter.quality,
         energy_j=measured.energy_j,
-        error_j=measured.error_j,
+        error_j=measured.error_j if meter.source in BOUNDED else None,
         reason=measured.reason,
         baseline_w=baseline_w,
         energy_adjusted_j=_adjusted_j(measured.energy_j, baseline_w, window.duration_s),
