@@ -47,9 +47,9 @@ class Truth:
 
 
 def _true_patches(patterns: Patterns) -> np.ndarray:
-    scan, n = patterns.scan, len(patterns.scan.probe)
+    scan, n = patterns.scan, patterns.scan.n
     assert scan.object is not None
-    corners = np.rint(scan.positions[patterns.training]).astype(int) - n // 2
+    corners = scan.corners[patterns.training]
     flat = [scan.object[y : y + n, x : x + n] for y, x in corners.reshape(-1, 2)]
     return np.stack(flat).reshape(*corners.shape[:2], n, n)
 

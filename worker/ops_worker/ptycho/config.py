@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ops_worker.ptycho.grouping import check_rules
 from relight.ptycho.simulation import Simulation
 
 
@@ -49,15 +50,15 @@ class PtychoConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _enough_neighbours(self) -> Self:
-        members = self.gridsize**2
-        if self.neighbor_count < members:
-            raise ValueError(
-                f"neighbor_count {self.neighbor_count} is less than gridsize² = {members}, the patterns of a group"
-            )
-        if self.enable_oversampling and (self.gridsize == 1 or self.neighbor_count == members):
-            raise ValueError(
-                "enable_oversampling needs a choice of neighbours: gridsize > 1, and neighbor_count > gridsize² = "
-                f"{members}, but they are {self.gridsize} and {self.neighbor_count}"
-            )
+    def _groups_can_be_made(self) -> Self:
+        """As far as that is known before the data are read."""
+        points = self._points()
+        check_rules(self.gridsize, self.neighbor_count, self.n_groups, points, self.enable_oversampling)
         return self
+
+    def _points(self) -> int | None:
+        """To learn from; None where they are in a file."""
+        if self.simulate is None:
+            return None
+        points = min(self.simulate.patterns, self.n_images or self.simulate.patterns)
+        return points - round(self.validation_fraction * points)

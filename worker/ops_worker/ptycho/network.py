@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-_HALVINGS = 3
+MULTIPLE = 8  # of pixels: the encoder halves them three times
 _BRIGHTEST = 1.6  # |O|, where 1 is what the mean count of the data speaks of
 
 
@@ -18,8 +18,6 @@ class PatchNet(nn.Module):
 
     def __init__(self, width: int, n: int) -> None:
         super().__init__()
-        if n % 2**_HALVINGS:
-            raise ValueError(f"patterns are {n} pixels wide; give a multiple of {2**_HALVINGS}")
         self.encoder = nn.Sequential(
             *_convolution(1, width, stride=2),
             *_convolution(width, 2 * width),

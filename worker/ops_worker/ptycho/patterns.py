@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ops_worker.ptycho.config import PtychoConfig
 from ops_worker.ptycho.grouping import group, split
-from relight.ptycho.data import Scan, load_scan
+from ops_worker.ptycho.network import MULTIPLE
+from relight.ptycho.data import DataProblem, Scan, load_scan
 from relight.ptycho.simulation import Simulation, simulate
 
 
@@ -28,7 +29,7 @@ class Patterns:
     def canvas(self) -> int:
         """Pixels across, with room for the widest group."""
         reach = max(int(np.abs(offsets(self.scan, members)).max(initial=0)) for members in self._members)
-        return len(self.scan.probe) + 2 * reach
+        return self.scan.n + 2 * reach
 
     def digest(self) -> str:
         scans = [scan.digest() for scan in (self.scan, self.unseen) if scan is not None]
@@ -44,6 +45,8 @@ def prepare(config: PtychoConfig, seed: int) -> Patterns:
     scan = _scan(config.train_data_file, config.simulate)
     assert scan is not None  # the config has one of the two
     scan = scan.first(config.n_images)
+    unseen = _scan(config.test_data_file, config.simulate_test)
+    _check(scan, unseen)
     kept, held_out = split(scan.positions, config.validation_fraction, seed)
 
     def grouped(points: NDArray[np.int64], n_groups: int) -> NDArray[np.int64]:
@@ -52,10 +55,21 @@ def prepare(config: PtychoConfig, seed: int) -> Patterns:
 
     return Patterns(
         scan=scan,
-        unseen=_scan(config.test_data_file, config.simulate_test),
+        unseen=unseen,
         training=grouped(kept, config.n_groups),
         held_out=grouped(held_out, len(held_out)) if len(held_out) else np.empty((0, config.gridsize**2), np.int64),
     )
+
+
+def _check(scan: Scan, unseen: Scan | None) -> None:
+    if scan.n % MULTIPLE:
+        raise DataProblem(
+            f"probeGuess is {scan.probe.shape}; the network takes patterns of a multiple of {MULTIPLE} pixels"
+        )
+    if unseen is not None and unseen.n != scan.n:
+        raise DataProblem(
+            f"probeGuess is {scan.probe.shape} of the training data, but {unseen.probe.shape} of the test data"
+        )
 
 
 class Groups:
@@ -65,8 +79,7 @@ class Groups:
         self._amplitudes = torch.from_numpy(scan.amplitudes)
         self._members = torch.from_numpy(members)
         self._offsets = torch.from_numpy(offsets(scan, members))
-        fractions = scan.positions - np.rint(scan.positions)
-        self._fractions = torch.from_numpy(fractions.astype(np.float32))
+        self._fractions = torch.from_numpy(scan.fractions.astype(np.float32))
 
     def __len__(self) -> int:
         return len(self._members)
@@ -82,8 +95,8 @@ class Groups:
 
 def offsets(scan: Scan, members: NDArray[np.int64]) -> NDArray[np.int64]:
     """(G, C, 2) whole pixels of each pattern from the middle of its group."""
-    places = np.rint(scan.positions[members])
-    return (places - np.rint(places.mean(axis=1, keepdims=True))).astype(np.int64)
+    corners = scan.corners[members]
+    return np.asarray(corners - np.round(corners.mean(axis=1, keepdims=True)).astype(np.int64))
 
 
 def _scan(file: str | None, simulation: Simulation | None) -> Scan | None:

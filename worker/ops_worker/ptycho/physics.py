@@ -66,7 +66,9 @@ class Diffraction(nn.Module):
         q = torch.fft.fftfreq(self.n, device=fractions.device)
         y, x = fractions[..., 0, None, None], fractions[..., 1, None, None]
         angle = -2 * math.pi * (y * q[:, None] + x * q)
-        return torch.fft.ifft2(torch.view_as_complex(self.spectrum) * torch.polar(torch.ones_like(angle), angle))
+        ramps = torch.polar(torch.ones_like(angle), angle)
+        probes: Tensor = torch.fft.ifft2(torch.view_as_complex(self.spectrum) * ramps)
+        return probes
 
 
 def merged(patches: Tensor, places: Tensor, mask: Tensor, pixels: int) -> Tensor:
@@ -79,7 +81,8 @@ def merged(patches: Tensor, places: Tensor, mask: Tensor, pixels: int) -> Tensor
     below = torch.zeros(pixels, dtype=mask.dtype, device=mask.device)
     above = above.scatter_add(0, at, (mask * patches).flatten())
     below = below.scatter_add(0, at, mask.expand(places.shape).flatten())
-    return above / below.clamp(min=1)
+    mean: Tensor = above / below.clamp(min=1)
+    return mean
 
 
 def deviance(intensities: Tensor, counts: Tensor) -> Tensor:

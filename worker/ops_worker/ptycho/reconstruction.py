@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,10 @@ class Reconstruction:
 
 def reconstruct(scan: Scan, patches_of: Callable[[Tensor], Tensor], config: PtychoConfig, seed: int) -> Reconstruction:
     """`patches_of`: √counts (P, 1, N, N) → patches of the same shape."""
-    scan, shape = _framed(scan)
     begun_s = time.perf_counter()
-    stitched, coverage = _stitched(scan, patches_of, shape, config.synchronise_phases)
+    stitched, coverage = _stitched(scan, patches_of, config.synchronise_phases)
     network_s = time.perf_counter()
-    iterated = epie(scan, config.epie_iterations, shape, seed)
+    iterated = epie(scan, config.epie_iterations, scan.shape, seed)
     epie_s = time.perf_counter()
     return Reconstruction(
         objects={"network": stitched.astype(np.complex64), "epie": iterated.astype(np.complex64)},
@@ -83,7 +82,8 @@ def table(done: Mapping[str, Reconstruction]) -> str:
 
 def write(done: Mapping[str, Reconstruction], out: Path) -> None:
     """`reconstruction.npz`, `seconds.json`, and of each object and quantity a picture."""
-    np.savez_compressed(out / "reconstruction.npz", **_arrays(done))
+    arrays: dict[str, Any] = _arrays(done)
+    np.savez_compressed(out / "reconstruction.npz", **arrays)
     seconds = {f"{_PREFIXES[m]}{name}": taken for name, one in done.items() for m, taken in one.seconds.items()}
     (out / "seconds.json").write_text(json.dumps(seconds, indent=2) + "\n")
     for name, one in done.items():
@@ -92,29 +92,15 @@ def write(done: Mapping[str, Reconstruction], out: Path) -> None:
             write_png(out / f"{name}-{quantity}.png", strip(objects, one.truth, one.covered, of))
 
 
-def _framed(scan: Scan) -> tuple[Scan, tuple[int, int]]:
-    """The scan, and the shape of its object. Where none is known, positions count from the first patch's corner."""
-    if scan.object is not None:
-        rows, columns = scan.object.shape
-        return scan, (rows, columns)
-    first = _corners(scan).min(axis=0)
-    framed = replace(scan, positions=scan.positions - first)
-    rows, columns = _corners(framed).max(axis=0) + len(scan.probe)
-    return framed, (int(rows), int(columns))
-
-
 def _stitched(
-    scan: Scan, patches_of: Callable[[Tensor], Tensor], shape: tuple[int, int], synchronise: bool
+    scan: Scan, patches_of: Callable[[Tensor], Tensor], synchronise: bool
 ) -> tuple[NDArray[np.complex128], NDArray[np.float64]]:
     """All patterns, each by itself; a patch counts as much as there was light on it."""
-    parts = torch.from_numpy(scan.amplitudes).unsqueeze(1).split(_PATTERNS_AT_ONCE)
-    patches = torch.cat([patches_of(part).squeeze(1).cpu() for part in parts]).numpy()
+    inputs = torch.from_numpy(scan.amplitudes).unsqueeze(1)
+    parts = [patches_of(inputs[at : at + _PATTERNS_AT_ONCE]).cpu() for at in range(0, len(inputs), _PATTERNS_AT_ONCE)]
+    patches = torch.cat(parts).squeeze(1).numpy()
     light = np.abs(scan.probe) ** 2 / np.max(np.abs(scan.probe) ** 2)
-    return stitch(patches, _corners(scan), np.where(light < _DARK, 0.0, light), shape, synchronise)
-
-
-def _corners(scan: Scan) -> NDArray[np.int64]:
-    return np.rint(scan.positions).astype(np.int64) - len(scan.probe) // 2
+    return stitch(patches, scan.corners, np.where(light < _DARK, 0.0, light), scan.shape, synchronise)
 
 
 def _arrays(done: Mapping[str, Reconstruction]) -> dict[str, NDArray[Any]]:
