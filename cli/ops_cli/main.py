@@ -26,6 +26,7 @@ from ops_cli import (
     logs,
     operate,
     plot,
+    ptycho,
     read,
     replay,
     service,
@@ -48,7 +49,7 @@ SECTIONS = {
     "Watch": "list status top watch logs events attempts",
     "Act": "cancel resume fork replay",
     "Results": "metrics plot compare energy artifacts download export code",
-    "Study": "sweep",
+    "Study": "sweep ptycho",
     "Keep in order": "checkpoints delete cleanup workers webhooks tokens audit",
 }
 
@@ -173,6 +174,7 @@ for part in (
     energy,
     compare,
     sweep,
+    ptycho,
     workers,
     workloads,
     watch,

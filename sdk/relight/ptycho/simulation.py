@@ -34,7 +34,7 @@ class Simulation(BaseModel):
     )
     nphotons: float = Field(1e5, ge=1, le=1e12, description="photons that the probe brings to each pattern")
     probe_fwhm: float = Field(
-        0.3, gt=0, le=1, description="width of the probe at half of its intensity, in sides of a pattern"
+        0.3, ge=0.02, le=1, description="width of the probe at half of its intensity, in sides of a pattern"
     )
     probe_curvature: float = Field(
         1.0, ge=-10, le=10, description="how far it is out of focus: its phase, in radians, where its intensity is 1/e"
@@ -67,7 +67,7 @@ def simulate(simulation: Simulation) -> Scan:
     """
     shapes, places, noise = (np.random.default_rng([simulation.seed, part]) for part in range(3))
     thickness = _OBJECTS[simulation.object](simulation, shapes)
-    thickness = (thickness - thickness.min()) / np.ptp(thickness)
+    thickness = (thickness - thickness.min()) / (np.ptp(thickness) or 1.0)  # a photograph may have one colour there
     object = np.exp(-ABSORPTION * thickness + 1j * PHASE_SHIFT * (thickness - 0.5)).astype(np.complex64)
     probe = _probe(simulation)
     scan = Scan(_positions(simulation, places), np.empty(0, np.float32), probe.astype(np.complex64), object)
