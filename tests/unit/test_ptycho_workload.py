@@ -102,7 +102,7 @@ def test_a_worker_refuses_too_few_neighbours_at_submit_and_names_both_numbers(mo
 
 
 def order(config: dict[str, Any]) -> RunJob:
-    job = Job(kind=Kind.TRAINING, workload="ops_worker.ptycho.workload:Ptycho", config=config)
+    job = Job(kind=Kind.TRAINING, workload="ptycho", config=config, execution=Execution())
     start = StartTraining(
         incarnation=uuid4(), operation_id=uuid4(), attempt=1, slot=0, deadline_s=60, job=job, checkpoint=None
     )
@@ -159,12 +159,12 @@ def test_the_digest_is_of_the_data_and_of_its_groups() -> None:
 def test_files_are_read_of_which_n_images_count(tmp_path: Path) -> None:
     scan = simulate(Simulation(size=64, step=3.0))
     save_scan(tmp_path / "train.npz", scan)
-    made = workload(simulate=None, train_data_file=str(tmp_path / "train.npz"), n_images=30)
+    made = workload(simulate=None, train_data_file=str(tmp_path / "train.npz"), n_images=90)
 
     training, _ = made.data()
 
     assert made._patterns.scan.n == 32, "of the probe"
-    assert np.array_equal(made._patterns.scan.amplitudes, scan.amplitudes[:30])
+    assert np.array_equal(made._patterns.scan.amplitudes, scan.amplitudes[:90])
     assert len(training) == 16
 
 
@@ -173,6 +173,7 @@ def test_files_are_read_of_which_n_images_count(tmp_path: Path) -> None:
     [
         ({"simulate": {"size": 64, "n": 28}}, "multiple of 8"),
         ({"simulate_test": {"size": 96, "n": 64}}, r"\(64, 64\)"),
+        ({"n_images": 40}, "holds out 4 of 40 points, and neighbor_count 6"),
     ],
 )
 def test_data_that_cannot_be_learned_from_fail_for_good(config: dict[str, Any], said: str) -> None:

@@ -21,11 +21,9 @@ class PatchNet(nn.Module):
         self.encoder = nn.Sequential(
             *_convolution(1, width, stride=2),
             *_convolution(width, 2 * width),
-            *_convolution(2 * width, 2 * width),
-            nn.MaxPool2d(2),
+            *_convolution(2 * width, 2 * width, stride=2),
             *_convolution(2 * width, 4 * width),
-            *_convolution(4 * width, 4 * width),
-            nn.MaxPool2d(2),
+            *_convolution(4 * width, 4 * width, stride=2),
         )
         self.amplitude, self.phase = _decoder(width), _decoder(width)
 
@@ -50,4 +48,4 @@ def _decoder(width: int) -> nn.Sequential:
 
 
 def _convolution(channels: int, out: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
-    return nn.Conv2d(channels, out, 3, stride, padding=1), nn.ReLU()
+    return nn.Conv2d(channels, out, 3, stride, padding=1), nn.LeakyReLU(0.1)

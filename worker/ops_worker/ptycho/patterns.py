@@ -48,6 +48,11 @@ def prepare(config: PtychoConfig, seed: int) -> Patterns:
     unseen = _scan(config.test_data_file, config.simulate_test)
     _check(scan, unseen)
     kept, held_out = split(scan.positions, config.validation_fraction, seed)
+    if config.gridsize > 1 and 0 < len(held_out) <= config.neighbor_count:
+        raise DataProblem(
+            f"validation_fraction {config.validation_fraction:g} holds out {len(held_out)} of {len(scan.positions)} "
+            f"points, and neighbor_count {config.neighbor_count} needs more of them; or hold out none, with 0"
+        )
 
     def grouped(points: NDArray[np.int64], n_groups: int) -> NDArray[np.int64]:
         knobs = (config.gridsize, config.neighbor_count, n_groups, seed, config.enable_oversampling)
