@@ -45,7 +45,7 @@ def simulate(
     force: Annotated[bool, typer.Option("--force", help="Replace FILE.")] = False,
     json: Json = False,
 ) -> None:
-    """Make up a scan: an object, a probe, jittered positions, Poisson noise.
+    """Make up a scan of an object, with the noise of photons.
 
     The same options give the same data. The object is in the file, so that what is reconstructed can be scored.
 
