@@ -29,7 +29,7 @@ def test_fewer_neighbours_than_a_group_has_patterns_are_refused_at_submit(servic
     with pytest.raises(OpsError) as refused:
         service.client.submit(job)  # it waits longer than httpx does: a worker imports torch to judge
 
-    assert refused.value.status == 422
+    assert refused.value.http_status == 422
     [error] = refused.value.details["errors"]
     assert "neighbor_count 3 is less than the 4 patterns" in error["problem"]
 
