@@ -196,7 +196,7 @@ def test_the_network_has_about_124_thousand_parameters_on_the_meta_device_too() 
 
 def test_it_sees_each_pattern_by_itself() -> None:
     torch.manual_seed(0)
-    network, inputs = PatchNet(4, 16), torch.rand(2, 3, 16, 16)
+    network, inputs = PatchNet(4), torch.rand(2, 3, 16, 16)
 
     patches = network(inputs)
 

@@ -16,7 +16,7 @@ class PatchNet(nn.Module):
     neighbours.
     """
 
-    def __init__(self, width: int, n: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
             *_convolution(1, width, stride=2),
@@ -28,7 +28,7 @@ class PatchNet(nn.Module):
         self.amplitude, self.phase = _decoder(width), _decoder(width)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(B, C, N, N) float32, of a size about 1 → (B, C, N, N) complex64."""
+        """(B, C, N, N) float32, of a size about 1, N a multiple of 8 → (B, C, N, N) complex64."""
         seen = self.encoder(inputs.flatten(0, 1).unsqueeze(1))
         amplitude = _BRIGHTEST * torch.sigmoid(self.amplitude(seen).float())
         phase = math.pi * torch.tanh(self.phase(seen).float())

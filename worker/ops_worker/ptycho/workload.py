@@ -96,7 +96,7 @@ class PtychoModel(nn.Module):
         mean, mean_counts = (float((amplitudes.astype("float64") ** power).mean()) for power in (1, 2))
         # Statistical, and nothing to do with the physical scale of the photons below.
         self.register_buffer("input_scale", torch.tensor(_MEAN_INPUT / mean))
-        self.network = PatchNet(config.width, amplitudes.shape[-1])
+        self.network = PatchNet(config.width)
         self.diffraction = Diffraction(scan.probe, mean_counts, config.mask_threshold)
 
     def forward(self, amplitudes: Tensor, offsets: Tensor, fractions: Tensor, canvas: int) -> Tensor:
