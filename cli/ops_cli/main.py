@@ -27,6 +27,7 @@ from ops_cli import (
     measure,
     operate,
     plot,
+    ptycho,
     read,
     replay,
     service,
@@ -49,7 +50,7 @@ SECTIONS = {
     "Watch": "list status top watch logs events attempts",
     "Act": "cancel resume fork replay",
     "Results": "metrics plot compare energy artifacts download export code",
-    "Study": "sweep measure",
+    "Study": "sweep measure ptycho",
     "Keep in order": "checkpoints delete cleanup workers webhooks tokens audit",
 }
 
@@ -175,6 +176,7 @@ for part in (
     compare,
     sweep,
     measure,
+    ptycho,
     workers,
     workloads,
     watch,

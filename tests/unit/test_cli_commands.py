@@ -25,6 +25,8 @@ from ops_contract.operations import ResultView
 from ops_contract.tokens import TokenView
 from ops_contract.webhooks import WebhookView
 from relight.packing import pack
+from relight.ptycho.data import save_scan
+from relight.ptycho.simulation import Simulation, simulate
 
 __all__ = ["api", "ops"]  # fixtures
 
@@ -75,6 +77,8 @@ COMMANDS = {
     "sweep fit": Row("runs.csv --params n --tokens d --loss loss --bootstraps 2", server=False),
     "measure run": Row("gpt2 --batch-size 1,8 --cycles 3"),
     "measure show": Row(ID),
+    "ptycho simulate": Row("made.npz --size 48", server=False),
+    "ptycho check": Row("scan.npz", server=False),
     "pack": Row("code", server=False),
     "schema": Row(text="it is JSON", server=False),
     "logs": Row(ID, text="what programs wrote, byte for byte"),
@@ -124,6 +128,7 @@ def filled(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
     (tmp_path / "code/a.py").write_text("")
     runs = "".join(f"{n},{d},{1 + 9 / n + 9 / d}\n" for n in (2, 4, 8, 16) for d in (2, 4, 8, 16))
     (tmp_path / "runs.csv").write_text("n,d,loss\n" + runs)
+    save_scan(tmp_path / "scan.npz", simulate(Simulation(size=48)))
     packed = pack(tmp_path / "code")
     job = Job(kind=Kind.COMMAND, workload="command", config={}, execution=Execution(), command=["a"], code=packed.code)
     for id in (ID, OTHER):

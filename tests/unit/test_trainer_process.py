@@ -640,7 +640,8 @@ def test_describe_lists_what_loads_and_says_what_does_not(strange: dict[str, str
     )
 
     offers: dict[str, Any] = {offer["name"]: offer for offer in json.loads(done.stdout)["workloads"]}
-    assert set(offers) == {"bytelm", "digits", "raises", "exits", "prints", "loads", "writes", "loops", "measurement"}
+    own = {"raises", "exits", "prints", "loads", "writes", "loops"}
+    assert set(offers) == {"bytelm", "digits", "ptycho", "measurement"} | own
     assert offers["prints"]["title"] == "Prints a lot"
     assert offers["bytelm"]["config_schema"]["properties"]["block_size"]["default"] == 64
     assert offers["digits"]["reports"] == {"val_loss": "min", "val_accuracy": "max"}
@@ -673,7 +674,7 @@ def test_a_trainer_needs_nothing_of_the_agents_nor_of_its_directory(tmp_path: Pa
     )
 
     described = json.loads(done.stdout)
-    assert [offer["name"] for offer in described["workloads"]] == ["bytelm", "measurement"]
+    assert [offer["name"] for offer in described["workloads"]] == ["bytelm", "ptycho", "measurement"]
     assert described["versions"]["torch"] == version("torch")
     assert done.stderr.decode().count("\n") == 1
     assert "workload digits is left out" in done.stderr.decode()

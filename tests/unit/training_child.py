@@ -25,6 +25,7 @@ from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Outcome, Phase
 from ops_contract.pipe import Mark
 from ops_contract.reports import CheckpointSaved, Finish, Metrics, Progress, Report, Started
+from ops_worker.ptycho.workload import Ptycho
 from ops_worker.workloads.bytelm import ByteLM
 from ops_worker.workloads.digits import Digits
 from relight.training import loop
@@ -185,6 +186,7 @@ class Finishing(Digits):
 
 WORKLOADS: dict[str, type[Workload[Any]]] = {
     "digits": Digits,
+    "ptycho": Ptycho,
     "bytelm": ByteLM,
     "zoo": Zoo,
     "finishing": Finishing,

@@ -1,0 +1,1 @@
+"""Ptychography: what a scan measured (`data`), and scans that are made up (`simulation`)."""
