@@ -2,6 +2,7 @@
 
 import json as json_text
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,8 @@ from ops_cli.connect import Json, OperationId, with_client
 from ops_cli.exits import ExitCode
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from ops_contract.operations import ArtifactView
     from relight.client import Client
 
@@ -34,6 +37,17 @@ def download(
 
     Each appears whole and verified. Again after an interruption: it goes on where it was.
     """
+    paths = fetch(client, client.resolve(operation_id), to, names or None)
+    if json:
+        print(json_text.dumps([str(path) for path in paths]))
+    else:
+        print(*paths, sep="\n", end="\n" if paths else "")
+    if not paths:
+        print(f"Nothing to fetch: see `ops artifacts {str(operation_id)[:8]}`", file=sys.stderr)
+
+
+def fetch(client: "Client", id: "UUID", to: Path, names: Sequence[str] | None) -> Sequence[Path]:
+    """With a bar where there is a terminal; leaves with a hint where the disk refuses."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -48,16 +62,10 @@ def download(
             bars.update(tasks[artifact.id], completed=size_bytes)
 
         try:
-            paths = client.download(client.resolve(operation_id), to, names or None, progress)
+            return client.download(id, to, names, progress)
         except OSError as error:
             print(f"ops: cannot be written: {error}; make room or choose another --to", file=sys.stderr)
             raise typer.Exit(ExitCode.FAILED) from error
         except KeyboardInterrupt:
             print("Interrupted; the same command goes on where it was.", file=sys.stderr)
             raise typer.Exit(ExitCode.DETACHED) from None
-    if json:
-        print(json_text.dumps([str(path) for path in paths]))
-    else:
-        print(*paths, sep="\n", end="\n" if paths else "")
-    if not paths:
-        print(f"Nothing to fetch: see `ops artifacts {str(operation_id)[:8]}`", file=sys.stderr)

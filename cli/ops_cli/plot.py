@@ -40,7 +40,9 @@ def plot(
         str | None,
         typer.Option(help="One of `ops metrics ID`, or of a grid's runs; else loss.", show_default=False),
     ] = None,
-    to: Annotated[Path | None, typer.Option(help="A .png, .svg or .pdf; else it is drawn here.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="A .png, .svg or .pdf; else it is drawn here. Of --pictures the directory.")
+    ] = None,
     log: Annotated[bool, typer.Option("--log", help="A logarithmic scale; what is not above 0 is left out.")] = False,
     smooth: Annotated[
         float, typer.Option(min=0, max=0.999, help="The weight of what was before: 0.9 averages about ten points.")
@@ -51,6 +53,7 @@ def plot(
     axis: Annotated[
         str | None, typer.Option(help="Of a grid: the field along x, such as execution.learning_rate.")
     ] = None,
+    pictures: Annotated[bool, typer.Option("--pictures", help="Fetch the PNGs that an operation left.")] = False,
 ) -> None:
     """Draw a metric of one operation or several, or a study.
 
@@ -61,7 +64,13 @@ def plot(
     ops plot 1f6e 9ab2 --metric val_loss
     ops plot 1f6e --log --smooth 0.9 --to loss.svg
     ops plot STUDY --to sweep.png
+    ops plot 1f6e --pictures --to pictures/
     """
+    if pictures:
+        if len(operation_ids) > 1 or metric or log or smooth or figure or axis:
+            raise typer.BadParameter("they are fetched of one operation, as they are", param_hint="--pictures")
+        _fetch_pictures(client, operation_ids[0], to or Path("."))
+        return
     if to is not None:
         if to.suffix not in FORMATS:
             raise typer.BadParameter(f"{to}: give a file that ends in one of {', '.join(FORMATS)}", param_hint="--to")
@@ -83,6 +92,18 @@ def plot(
         show_curves(curves, log)
     else:
         print(f"Drawn in {_save(curves, metric, log, to)}")
+
+
+def _fetch_pictures(client: "Client", operation_id: str, to: Path) -> None:
+    """Raises OpsError where there is none."""
+    from ops_cli.files import fetch
+    from ops_contract.errors import ErrorCode, OpsError
+
+    id = client.resolve(operation_id)
+    names = sorted({each.name for each in client.artifacts(id) if each.name.lower().endswith(".png")})
+    if not names:
+        raise OpsError(ErrorCode.NOT_FOUND, f"{str(id)[:8]} has left no PNG; see `ops artifacts {str(id)[:8]}`")
+    print(*(path.resolve() for path in fetch(client, id, to, names)), sep="\n")
 
 
 def _curve(client: "Client", operation: "Operation", metric: str, smooth: float) -> "Curve":

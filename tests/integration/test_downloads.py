@@ -30,6 +30,7 @@ from relight.client import Client
 
 TOKEN = "a token of the tests"
 CONTENT = bytes(range(256)) * 4
+PNG = b"\x89PNG\r\n\x1a\n" + CONTENT
 
 
 @pytest.fixture
@@ -116,6 +117,46 @@ async def test_a_file_is_saved_under_a_name_that_is_one_everywhere(
     star = "*" if sent.startswith("utf-8") else ""
     assert answer.headers["Content-Disposition"] == f"attachment; filename{star}={sent}"
     assert answer.headers["Content-Type"] == "application/octet-stream"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize("name", ["phase.png", "out/attachment é.PNG"])
+async def test_a_png_may_be_shown_in_place(api: httpx.AsyncClient, store: Store, tmp_path: Path, name: str) -> None:
+    saved = await completed(store, tmp_path, PNG, name=f"files/{name}")
+
+    whole, head = await api.get(saved.url), await api.head(saved.url)
+    part = await api.get(saved.url, headers={"Range": "bytes=8-"})
+
+    for answer, content in ((whole, PNG), (head, b""), (part, CONTENT)):
+        assert answer.content == content
+        assert answer.headers["Content-Type"] == "image/png"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    sent = {"phase.png": 'filename="phase.png"', "out/attachment é.PNG": "filename*=utf-8''attachment%20%C3%A9.PNG"}
+    assert whole.headers["Content-Disposition"] == f"inline; {sent[name]}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("page.html", PNG),
+        ("picture.svg", b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"),
+        ("page.png", b"<!doctype html><script>alert(1)</script>"),
+        ("late.png", b" " + PNG),
+        ("short.png", PNG[:7]),
+        ("empty.png", b""),
+        ("png", PNG),
+    ],
+)
+async def test_nothing_else_is_shown_in_place(
+    api: httpx.AsyncClient, store: Store, tmp_path: Path, name: str, content: bytes
+) -> None:
+    saved = await completed(store, tmp_path, content, name=f"files/{name}")
+
+    answer = await api.get(saved.url)
+
+    assert (answer.status_code, answer.content) == (200, content)
+    assert answer.headers["Content-Type"] == "application/octet-stream"
+    assert answer.headers["Content-Disposition"] == f'attachment; filename="{name}"'
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 

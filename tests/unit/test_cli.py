@@ -1243,6 +1243,38 @@ def test_download_puts_the_files_where_it_is_told(api: Api, ops: Ops, tmp_path: 
     assert "choose another --to" in ops("download", id, "--to", tmp_path / "file" / "below").err
 
 
+def test_plot_fetches_the_pictures_of_one_operation_and_says_where(api: Api, ops: Ops, tmp_path: Path) -> None:
+    id, bare = api.holds(operation()), api.holds(operation())
+    for name in ("files/phase.png", "files/out/error.PNG", "files/reconstruction.npz", "model.safetensors"):
+        api.artifacts.append(left_by(id, name, b"weights"))
+
+    ran = ops("plot", id, "--pictures", "--to", tmp_path / "new")
+
+    assert (ran.code, ran.err) == (ExitCode.DONE, "")
+    assert ran.out.splitlines() == [str(tmp_path / "new" / name) for name in ("out/error.PNG", "phase.png")]
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["error.PNG", "phase.png"]
+    for more in ([bare], ["--metric", "loss"], ["--log"], ["--smooth", "0.9"]):
+        refused = ops("plot", id, *more, "--pictures")
+        assert (refused.code, refused.out) == (ExitCode.USAGE, "")
+        assert "--pictures" in refused.err
+
+    api.artifacts = [left_by(bare, "files/reconstruction.npz", b"weights")]
+    none = ops("plot", bare, "--pictures")
+    assert (none.code, none.out) == (ExitCode.NOT_FOUND, "")
+    assert "no PNG" in none.err
+
+
+def test_metrics_shows_long_names_of_final_scores_whole(api: Api, ops: Ops) -> None:
+    known = api.holds(operation(status=Status.COMPLETED))
+    names = ("final/train_phase_pearson", "final/epie_train_amplitude_pearson")
+    api.curves = {name: [(1_000, 0.80123)] for name in names}
+
+    ran = ops("metrics", known)
+
+    for line, name in zip(ran.out.splitlines()[1:], names, strict=True):
+        assert line.split() == [name, "1000", "0.8012", "1000", "0.8012"]
+
+
 def left_by(id: UUID, name: str, content: bytes) -> ArtifactView:
     return ArtifactView(
         id=uuid4(),

@@ -25,7 +25,7 @@ const OF_MEASUREMENT = ["measurement", "attempts", "events", "logs", "job", "art
 // Those that are read when they are looked at, and where.
 const PARTS = {
   checkpoints: ["checkpoints"],
-  artifacts: ["artifacts"],
+  artifacts: ["artifacts", "metrics"],
   energy: ["energy"],
   measurement: ["results", "artifacts"],
 };
@@ -77,7 +77,7 @@ export function operation(main, [id], query) {
   async function part() {
     for (const name of PARTS[tab] ?? []) {
       const found = await get(`${path}/${name}`, gone.signal);
-      parts[name] = found.items ?? found;
+      parts[name] = found.items ?? found.metrics ?? found;
     }
     if (tab === "events") await moreEvents();
   }
@@ -167,7 +167,7 @@ export function operation(main, [id], query) {
       checkpoints: () => checkpoints(shown, parts.checkpoints, refresh),
       events: () => events(told),
       job: () => job(shown),
-      artifacts: () => artifacts(shown, parts.artifacts),
+      artifacts: () => artifacts(shown, parts.artifacts, parts.metrics),
       energy: () => energy(parts.energy),
       measurement: () => measurement(shown, parts.results, parts.artifacts),
     }[tab];

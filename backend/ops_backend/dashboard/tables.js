@@ -280,9 +280,12 @@ export function job(operation) {
   );
 }
 
-export function artifacts(operation, all) {
-  if (!all) return loading();
+/** What it left. `metrics`: of each its name, first and last point. */
+export function artifacts(operation, all, metrics) {
+  if (!all || !metrics) return loading();
   return [
+    pictures(operation, all),
+    scores(metrics),
     all.length
       ? table(
           "Artifacts",
@@ -297,7 +300,7 @@ export function artifacts(operation, all) {
                 h(
                   "a",
                   {
-                    href: url(`/operations/${operation.id}/artifacts/${file.id}`),
+                    href: fileUrl(operation, file),
                     download: file.name.split("/").at(-1),
                   },
                   file.name,
@@ -328,4 +331,51 @@ export function artifacts(operation, all) {
       operation.logs && [" In the storage root: ", h("code", {}, operation.logs)],
     ),
   ];
+}
+
+const fileUrl = (operation, file) => url(`/operations/${operation.id}/artifacts/${file.id}`);
+
+/** Of each name the one of the latest attempt; the server says of no other file that it may be shown. */
+function pictures(operation, all) {
+  const shown = new Map(all.filter(({ name }) => name.toLowerCase().endsWith(".png")).map(file => [file.name, file]));
+  if (!shown.size) return null;
+  return h(
+    "section",
+    { "aria-labelledby": "pictures" },
+    h("h2", { id: "pictures" }, "Pictures"),
+    h(
+      "div",
+      { class: "pictures" },
+      [...shown.values()].map(file =>
+        h(
+          "figure",
+          { key: file.id },
+          h(
+            "a",
+            { href: fileUrl(operation, file), target: "_blank", rel: "noopener", title: "Full size" },
+            h("img", { src: fileUrl(operation, file), alt: file.name, loading: "lazy" }),
+          ),
+          h("figcaption", { class: "small" }, file.name.replace(/^files\//, "")),
+        ),
+      ),
+    ),
+  );
+}
+
+/** What a training says of itself at its end. */
+function scores(metrics) {
+  const final = metrics.filter(({ name, last }) => name.startsWith("final/") && last);
+  if (!final.length) return null;
+  return h(
+    "section",
+    { class: "scores", "aria-labelledby": "scores" },
+    h("h2", { id: "scores" }, "Scores"),
+    table(
+      "Scores",
+      [["Score"], ["Value", true]],
+      final.map(({ name, last: [, value] }) =>
+        h("tr", { key: name }, h("td", {}, name.slice("final/".length)), number(measured(value))),
+      ),
+    ),
+  );
 }

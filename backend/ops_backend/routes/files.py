@@ -15,9 +15,12 @@ from ops_backend.storage import open_file
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.operations import ArtifactView
 
-_FILE = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-_PARTS = {"multipart/byteranges": {"schema": {"type": "string", "format": "binary"}}}
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_FILE = {"application/octet-stream": _BINARY, "image/png": _BINARY}
+_PARTS = {"multipart/byteranges": _BINARY}
 _PLAIN = {"text/plain": {"schema": {"type": "string"}}}
+
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 _NOT_IN_A_NAME = frozenset('<>:"/\\|?*')
 # Control and format characters (one of them turns the reading direction: exe.gpj), lone surrogates, line separators.
@@ -34,7 +37,7 @@ FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 class ArtifactResponse(FileResponse):
-    """Streams it from the descriptor that was checked, with ranges; ends with its client."""
+    """Streams it from the descriptor that was checked, with ranges; ends with its client. A PNG may be shown."""
 
     chunk_size = 256 * 1024
 
@@ -49,16 +52,23 @@ class ArtifactResponse(FileResponse):
         """Raises OpsError before the answer has begun."""
         opening = asyncio.ensure_future(asyncio.to_thread(_opened, self._root, self._artifact))
         try:
-            file = await asyncio.shield(opening)
+            file, is_png = await asyncio.shield(opening)
         except asyncio.CancelledError:
             opening.add_done_callback(_close)
             raise
         try:
             self.path, self.stat_result = f"/dev/fd/{file}", os.fstat(file)
             self.set_stat_headers(self.stat_result)
+            if is_png:
+                self._show_as_png()
             await super().__call__(scope, receive, send)
         finally:
             os.close(file)
+
+    def _show_as_png(self) -> None:
+        """In place of saving it. Of all that a training may write, a PNG alone runs nothing, whatever is in it."""
+        self.headers["Content-Type"] = "image/png"
+        self.headers["Content-Disposition"] = self.headers["Content-Disposition"].replace("attachment", "inline", 1)
 
 
 def safe_name(name: str) -> str:
@@ -68,7 +78,8 @@ def safe_name(name: str) -> str:
     return f"_{plain}" if _DEVICE.fullmatch(plain.partition(".")[0].rstrip()) else plain
 
 
-def _opened(root: Path, artifact: ArtifactView) -> int:
+def _opened(root: Path, artifact: ArtifactView) -> tuple[int, bool]:
+    """Its descriptor, and whether it is a PNG: by its name and by how it begins."""
     try:
         file = open_file(root, artifact.path)
     except OSError as error:
@@ -79,12 +90,12 @@ def _opened(root: Path, artifact: ArtifactView) -> int:
     if (size_bytes := os.fstat(file).st_size) != artifact.size_bytes:
         os.close(file)
         raise _gone(artifact, f"has {size_bytes} bytes, and {artifact.size_bytes} were saved")
-    return file
+    return file, artifact.name.lower().endswith(".png") and os.pread(file, len(_PNG), 0) == _PNG
 
 
-def _close(opened: asyncio.Future[int]) -> None:
+def _close(opened: asyncio.Future[tuple[int, bool]]) -> None:
     with suppress(OSError, OpsError):
-        os.close(opened.result())
+        os.close(opened.result()[0])
 
 
 def _gone(artifact: ArtifactView, what: str) -> OpsError:
