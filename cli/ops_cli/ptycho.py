@@ -1,4 +1,4 @@
-"""`ops ptycho`: files of ptychography, made up and checked, without a server."""
+"""`ops ptycho`: files of ptychography, made up and checked, without a server; and its trainings."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ops_cli import show
+from ops_cli import ptycho_train, show
 from ops_cli.connect import Json
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ class Object(StrEnum):
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="Make and check the data of a ptychography training.")
+    group = typer.Typer(no_args_is_help=True, help="Objects from diffraction patterns: data and trainings.")
+    group.command()(ptycho_train.train)
     group.command()(simulate)
     group.command()(check)
     app.add_typer(group, name="ptycho")

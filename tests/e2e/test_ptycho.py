@@ -13,7 +13,7 @@ import yaml
 from helpers.service import Service, eventually, kill
 from ops_contract.errors import OpsError
 
-PRESETS = Path(__file__).parents[2] / "examples" / "ptycho"
+PRESETS = Path(__file__).parents[2] / "cli" / "ops_cli" / "presets" / "ptycho"
 SEED = int(os.environ.get("PTYCHO_KILL_SEED", secrets.randbelow(2**32)))
 
 

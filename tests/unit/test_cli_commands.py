@@ -77,6 +77,7 @@ COMMANDS = {
     "sweep fit": Row("runs.csv --params n --tokens d --loss loss --bootstraps 2", server=False),
     "measure run": Row("gpt2 --batch-size 1,8 --cycles 3"),
     "measure show": Row(ID),
+    "ptycho train": Row("--preset smoke --gridsize 3 --neighbor-count 9"),
     "ptycho simulate": Row("made.npz --size 48", server=False),
     "ptycho check": Row("scan.npz", server=False),
     "pack": Row("code", server=False),

@@ -10,7 +10,7 @@ from training_child import Operation
 from ops_contract.jobs import Execution, JobSpec
 from ops_contract.lifecycle import Outcome
 
-PRESETS = Path(__file__).parents[2] / "examples" / "ptycho"
+PRESETS = Path(__file__).parents[2] / "cli" / "ops_cli" / "presets" / "ptycho"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

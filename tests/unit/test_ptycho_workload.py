@@ -31,7 +31,7 @@ from relight.training.attempt import Attempt, Site
 from relight.training.faults import TrainingFault
 from relight.workload import Env
 
-PRESETS = Path(__file__).parents[2] / "examples" / "ptycho"
+PRESETS = Path(__file__).parents[2] / "cli" / "ops_cli" / "presets" / "ptycho"
 ENV = Env(device=torch.device("cpu"), rank=0, world_size=1, seed=0)
 SMALL: dict[str, Any] = {"simulate": {"size": 64, "step": 3.0}, "n_groups": 16}
 

@@ -105,6 +105,6 @@ class PtychoModel(nn.Module):
         return intensities
 
     def patches(self, amplitudes: Tensor) -> Tensor:
-        """√counts (B, C, N, N) → the object's patches (B, C, N, N) complex64."""
-        patches: Tensor = self.network(amplitudes * self.input_scale)
+        """√counts (B, C, N, N), on any device → the object's patches (B, C, N, N) complex64, on the model's."""
+        patches: Tensor = self.network(amplitudes.to(self.input_scale.device) * self.input_scale)
         return patches
