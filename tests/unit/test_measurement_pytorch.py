@@ -187,6 +187,7 @@ def test_precision_is_that_of_the_weights(stored: Path) -> None:
     assert {parameter.dtype for parameter in found._model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_all_that_is_compiled_is_compiled_by_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.utils import counters
 

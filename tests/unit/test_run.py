@@ -130,7 +130,10 @@ def test_the_example_changes_at_most_ten_lines() -> None:
 
 
 @pytest.mark.parametrize("kill", KILLS)
-@pytest.mark.parametrize(("name", "argument", "steps"), [("plain", "2", 60), ("own", "23", 23), ("loaders", "0", 25)])
+@pytest.mark.parametrize(
+    ("name", "argument", "steps"),
+    [pytest.param("plain", "2", 60, marks=pytest.mark.slow), ("own", "23", 23), ("loaders", "0", 25)],
+)
 def test_a_script_killed_anywhere_leaves_what_an_undisturbed_one_does(
     scripts: dict[str, Path], undisturbed: Undisturbed, tmp_path: Path, name: str, argument: str, steps: int, kill: int
 ) -> None:
