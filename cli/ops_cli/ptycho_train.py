@@ -27,7 +27,7 @@ def train(
         Preset | None, typer.Option(help="smoke: does it all run. reconstruction: one worth looking at.")
     ] = None,
     train_data_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The .npz to learn from, as the worker sees it.")
+        str | None, typer.Option(metavar="FILE", help="The .npz to learn from, where workers see it.")
     ] = None,
     test_data_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="That of an object that is never learned from.")
@@ -57,8 +57,8 @@ def train(
     from ops_cli import jobs
 
     config = {
-        "train_data_file": train_data_file,
-        "test_data_file": test_data_file,
+        "train_data_file": _whole(train_data_file),
+        "test_data_file": _whole(test_data_file),
         "gridsize": gridsize,
         "neighbor_count": neighbor_count,
         "n_groups": n_groups,
@@ -74,3 +74,8 @@ def train(
     given += [f"labels.{key}={value}" for key, value in jobs.labels(label or []).items()]
     text = (PRESETS / f"{preset}.yaml").read_text() if preset else "workload: ptycho"
     submit_job(client, jobs.job_from_text(text, "the preset", [*given, *(settings or [])]), dry_run, watch, json)
+
+
+def _whole(file: str | None) -> str | None:
+    """Of a file that is here the absolute path: a worker has another working directory."""
+    return str(Path(file).absolute()) if file and Path(file).exists() else file

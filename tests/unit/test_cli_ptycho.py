@@ -1,5 +1,8 @@
 """`ops ptycho train`: presets, files in the place of what they make up, and the fields that have flags."""
 
+from pathlib import Path
+
+import pytest
 import yaml
 from test_cli import Api, Ops, api, ops
 
@@ -42,8 +45,16 @@ def test_files_take_the_place_of_what_a_preset_makes_up_and_flags_of_its_fields(
     assert (sent["execution"]["max_epochs"], sent["labels"], sent["name"]) == (2, {"beam": "7"}, "mine")
 
 
-def test_without_a_preset_only_what_is_given_is_sent(api: Api, ops: Ops) -> None:
-    ran = ops("ptycho", "train", "--train-data-file", "a.npz")
+def test_without_a_preset_only_what_is_given_is_sent_and_a_file_that_is_here_by_its_whole_path(
+    api: Api, ops: Ops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here.npz").touch()
 
-    assert ran.code == ExitCode.DONE, ran.err
-    assert api.submitted == [{"workload": "ptycho", "config": {"train_data_file": "a.npz"}}]
+    for file in ("here.npz", "elsewhere.npz"):
+        ran = ops("ptycho", "train", "--train-data-file", file)
+        assert ran.code == ExitCode.DONE, ran.err
+
+    sent = [job["config"] for job in api.submitted]
+    assert sent == [{"train_data_file": str(tmp_path / "here.npz")}, {"train_data_file": "elsewhere.npz"}]
+    assert {job["workload"] for job in api.submitted} == {"ptycho"}

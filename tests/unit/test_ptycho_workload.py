@@ -174,6 +174,7 @@ def test_files_are_read_of_which_n_images_count(tmp_path: Path) -> None:
         ({"simulate": {"size": 64, "n": 28}}, "multiple of 8"),
         ({"simulate_test": {"size": 96, "n": 64}}, r"\(64, 64\)"),
         ({"n_images": 40}, "holds out 4 of 40 points, and neighbor_count 6"),
+        ({"simulate": None, "train_data_file": "nowhere.npz"}, "nowhere.npz: No such file.*give its absolute path"),
     ],
 )
 def test_data_that_cannot_be_learned_from_fail_for_good(config: dict[str, Any], said: str) -> None:

@@ -79,6 +79,9 @@ class Ptycho(Workload[PtychoConfig]):
             return prepare(self.config, self.env.seed)
         except DataProblem as problem:
             raise TrainingFault("bad_data", str(problem), permanent=True) from problem
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as problem:
+            said = f"{problem.filename}: {problem.strerror}; give its absolute path, as workers see it"
+            raise TrainingFault("bad_data", said, permanent=True) from problem
 
     @cached_property
     def _canvas(self) -> int:
