@@ -42,7 +42,7 @@ DIMENSIONS: dict[str, list[Any]] = {
     "max_samples": [None, "within an epoch", "an epoch's end", "beyond max_epochs"],
 }
 MATRIX = covering_array(DIMENSIONS)
-DEFAULT = 5
+DEFAULT = 8
 
 # What must not matter: the reference has none of it.
 IMMATERIAL = {"kill": None, "num_workers": 0, "checkpoint_every": 1000}
