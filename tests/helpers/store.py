@@ -53,6 +53,20 @@ def credential_of(incarnation: UUID) -> str:
     return CREDENTIAL_PREFIX + incarnation.hex + 11 * "0"
 
 
+def registration(incarnation: UUID, **changes: Any) -> dict[str, Any]:
+    """The body of POST /workers, of a worker with one CPU slot."""
+    return {
+        "incarnation": str(incarnation),
+        "credential": credential_of(incarnation),
+        "secret": "s" * 43,
+        "name": "w",
+        "host": "h",
+        "url": "http://127.0.0.1:1",
+        "slots": [{"index": 0, "device": "cpu", "cores": 1}],
+        **changes,
+    }
+
+
 def shown_by(incarnation: UUID) -> dict[str, str]:
     """How such a worker speaks to the API."""
     return {"Authorization": f"Bearer {credential_of(incarnation)}", "Content-Type": "application/json"}

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from helpers.openapi import openapi_of_this_code
-from helpers.store import TOY, Store, credential_of, losses, saved, shown_by, started
+from helpers.store import TOY, Store, credential_of, losses, registration, saved, shown_by, started
 from ops_backend.app import create_app
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings, SettingsError
@@ -189,16 +189,11 @@ async def offered(api: httpx.AsyncClient) -> str:
         "properties": {"depth": {"type": "integer", "default": 3}},
     }
     incarnation = uuid4()
-    worker = {
-        "incarnation": str(incarnation),
-        "credential": credential_of(incarnation),
-        "secret": "s" * 43,
-        "name": "w",
-        "host": "h",
-        "url": "http://127.0.0.1:1",
-        "slots": [{"index": 0, "device": "cuda", "device_uuid": "GPU-1", "cores": 1}],
-        "workloads": [{"name": "deep", "config_schema": schema, "reports": {"val_score": "max", "error": "min"}}],
-    }
+    worker = registration(
+        incarnation,
+        slots=[{"index": 0, "device": "cuda", "device_uuid": "GPU-1", "cores": 1}],
+        workloads=[{"name": "deep", "config_schema": schema, "reports": {"val_score": "max", "error": "min"}}],
+    )
     (await api.post("/workers", json=worker)).raise_for_status()
     beat = api.post(f"/workers/{incarnation}/heartbeat", json={"draining": True}, headers=shown_by(incarnation))
     (await beat).raise_for_status()

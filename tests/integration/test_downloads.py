@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import AsyncMock
@@ -17,7 +17,6 @@ import pytest
 import uvicorn
 from pydantic import ValidationError
 
-from helpers.openapi import openapi_of_this_code
 from helpers.store import Store
 from ops_backend.app import create_app
 from ops_backend.dispatcher import Dispatcher
@@ -31,20 +30,6 @@ from relight.client import Client
 TOKEN = "a token of the tests"
 CONTENT = bytes(range(256)) * 4
 PNG = b"\x89PNG\r\n\x1a\n" + CONTENT
-
-
-@pytest.fixture
-async def api(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
-    monkeypatch.setattr(Dispatcher, "_claim_all", AsyncMock())  # the tests claim by themselves
-    app = create_app(Settings(database_url=database_url, api_token=TOKEN, storage_root=tmp_path))
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test/api/v1", headers=headers) as client,
-    ):
-        openapi_of_this_code().watch_async(client)
-        yield client
 
 
 class Saved:

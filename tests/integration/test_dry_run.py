@@ -1,40 +1,18 @@
 """The resolved job without an operation, and complaints that name the field that was meant."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
-from unittest.mock import AsyncMock
 
 import httpx
 import pytest
 
-from helpers.openapi import openapi_of_this_code
 from helpers.store import TOY, Store, saved
-from ops_backend.app import create_app
-from ops_backend.dispatcher import Dispatcher
-from ops_backend.settings import Settings
 from ops_contract.jobs import Job, JobSpec
 
-TOKEN = "a token of the tests"
 COLOURED = {
     "type": "object",
     "properties": {"colour": {"type": "string", "default": "red"}},
     "additionalProperties": False,
 }
-
-
-@pytest.fixture
-async def api(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
-    monkeypatch.setattr(Dispatcher, "_claim_all", AsyncMock())  # the tests claim by themselves
-    app = create_app(Settings(database_url=database_url, api_token=TOKEN, storage_root=tmp_path))
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test/api/v1", headers=headers) as client,
-    ):
-        openapi_of_this_code().watch_async(client)
-        yield client
 
 
 async def test_a_dry_run_is_the_job_of_the_submit_and_stores_nothing(api: httpx.AsyncClient, store: Store) -> None:

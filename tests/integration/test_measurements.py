@@ -1,39 +1,16 @@
 """Measurements over HTTP: what is refused at submit, what is stored, and what a fork of one is."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
-from unittest.mock import AsyncMock
 from uuid import uuid4
 
 import httpx
 import pytest
 
 from helpers.measurement_jobs import GPT2, MEASURED, MEASURES, measured
-from helpers.openapi import openapi_of_this_code
-from helpers.store import Store, credential_of, held, started
-from ops_backend.app import create_app
-from ops_backend.dispatcher import Dispatcher
-from ops_backend.settings import Settings
+from helpers.store import Store, held, registration, started
 from ops_contract.lifecycle import Outcome
 from ops_contract.measurements import MeasurementConfig, MeasurementPhase, MeasurementProgress
 from ops_contract.reports import Progress, Result
-
-TOKEN = "a token of the tests"
-
-
-@pytest.fixture
-async def api(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
-    monkeypatch.setattr(Dispatcher, "_claim_all", AsyncMock())  # the tests claim by themselves
-    app = create_app(Settings(database_url=database_url, api_token=TOKEN, storage_root=tmp_path, poll_s=0.02))
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test/api/v1", headers=headers) as client,
-    ):
-        openapi_of_this_code().watch_async(client)
-        yield client
 
 
 async def test_it_is_stored_with_every_default_and_says_by_itself_what_it_is(
@@ -99,16 +76,7 @@ async def test_all_that_is_wrong_is_told_at_once(api: httpx.AsyncClient, store: 
 async def test_a_worker_that_measures_may_register(api: httpx.AsyncClient) -> None:
     """Its schema goes through the API's own reading of JSON, which takes no number of more than 64 bits."""
     incarnation = uuid4()
-    worker = {
-        "incarnation": str(incarnation),
-        "credential": credential_of(incarnation),
-        "secret": "s" * 43,
-        "name": "w",
-        "host": "h",
-        "url": "http://127.0.0.1:1",
-        "slots": [{"index": 0, "device": "cpu", "cores": 1}],
-        "workloads": [MEASURES.model_dump(mode="json")],
-    }
+    worker = registration(incarnation, workloads=[MEASURES.model_dump(mode="json")])
     answer = await api.post("/workers", json=worker)
     assert answer.is_success, answer.text
 

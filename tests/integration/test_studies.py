@@ -1,21 +1,14 @@
 """Studies over HTTP: what is refused at submit, how children and results are read, and what a study takes along."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
-from unittest.mock import AsyncMock
 from uuid import UUID
 
 import httpx
 import pytest
 from pydantic import ValidationError
 
-from helpers.openapi import openapi_of_this_code
 from helpers.store import Held, Store, held, losses, plan, saved, started, window
-from ops_backend.app import create_app
-from ops_backend.dispatcher import Dispatcher
-from ops_backend.settings import Settings
 from ops_backend.store import estimates
 from ops_contract.jobs import JobSpec
 from ops_contract.lifecycle import Outcome
@@ -24,23 +17,8 @@ from ops_contract.problems import problems_of
 from ops_contract.reports import Result
 from ops_contract.study_results import GridResult
 
-TOKEN = "a token of the tests"
 ISOFLOP = {"type": "isoflop", "budgets": [1e9], "size": "config.d", "sizes": [8]}
 GRID = {"workload": "toy", "study": {"type": "grid", "axes": {"config.name": ["a", "b"]}}, "max_retries": 0}
-
-
-@pytest.fixture
-async def api(database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
-    monkeypatch.setattr(Dispatcher, "_claim_all", AsyncMock())  # the tests claim by themselves
-    app = create_app(Settings(database_url=database_url, api_token=TOKEN, storage_root=tmp_path, poll_s=0.02))
-    headers = {"Authorization": f"Bearer {TOKEN}"}
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test/api/v1", headers=headers) as client,
-    ):
-        openapi_of_this_code().watch_async(client)
-        yield client
 
 
 @pytest.mark.parametrize(

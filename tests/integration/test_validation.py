@@ -18,7 +18,7 @@ import pytest
 from helpers.agents import AgentProcess, running_agent
 from helpers.fake_api import FakeApi
 from helpers.openapi import openapi_of_this_code
-from helpers.store import Held, Store, credential_of, plan, saved, started
+from helpers.store import Held, Store, plan, registration, saved, started
 from ops_backend.app import create_app
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings
@@ -51,17 +51,9 @@ class Backend:
     async def worker(self, *, user_code: bool = True, validates: bool = False, cores: int = 1) -> None:
         offer = {"name": "deep", "config_schema": {"type": "object"}, "validates": validates}
         incarnation = uuid4()
-        worker = {
-            "incarnation": str(incarnation),
-            "credential": credential_of(incarnation),
-            "secret": "s" * 43,
-            "name": "w",
-            "host": "h",
-            "url": "http://127.0.0.1:1",
-            "slots": [{"index": 0, "device": "cpu", "cores": cores}],
-            "workloads": [offer],
-            "user_code": user_code,
-        }
+        worker = registration(
+            incarnation, slots=[{"index": 0, "device": "cpu", "cores": cores}], workloads=[offer], user_code=user_code
+        )
         (await self.http.post("/workers", json=worker)).raise_for_status()
 
     async def submit(self, key: str | None = None, **job: Any) -> httpx.Response:
