@@ -29,8 +29,7 @@ class Truth:
     def __init__(self, mask_threshold: float = 0.02, **config: object) -> None:
         self.patterns = prepare(PtychoConfig.model_validate({"simulate": SIMULATION, "n_groups": 64} | config), seed=0)
         scan = self.patterns.scan
-        counts = scan.amplitudes.astype(np.float64) ** 2
-        self.diffraction = Diffraction(scan.probe, float(counts.mean()), mask_threshold)
+        self.diffraction = Diffraction(scan.probe, scan.scale, mask_threshold)
         groups = Groups(scan, self.patterns.training)
         items = [groups[n] for n in range(len(groups))]
         self.counts = torch.stack([item["amplitudes"] for item in items]).double().square()

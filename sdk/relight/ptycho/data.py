@@ -79,6 +79,15 @@ class Scan:
         height, width = self.corners.max(axis=0) + self.n if self.object is None else self.object.shape
         return int(height), int(width)
 
+    @property
+    def scale(self) -> float:
+        """s² of counts = s²·|FFT(P·O)|²: such that an object of |O| = 1 has the mean count of the data.
+
+        The orthonormal transform keeps the sum of squares (Parseval).
+        """
+        counts = np.square(self.amplitudes, dtype=np.float64)
+        return float(counts.mean() / (np.abs(self.probe.astype(np.complex128)) ** 2).mean())
+
     def digest(self) -> str:
         """SHA-256 of all arrays, with their names, types and shapes."""
         digest = sha256()

@@ -18,7 +18,7 @@ def epie(scan: Scan, iterations: int, shape: tuple[int, int], seed: int) -> Arra
     object = np.ones(shape, np.complex128)
     probes = shifted(scan.probe, scan.fractions)
     steps = _FEEDBACK * probes.conj() / (np.abs(probes) ** 2).max(axis=(1, 2), keepdims=True)
-    measured = np.fft.ifftshift(scan.amplitudes, axes=(-2, -1)) / _scale(scan)
+    measured = np.fft.ifftshift(scan.amplitudes, axes=(-2, -1)) / np.sqrt(scan.scale)
     places = [(slice(y, y + scan.n), slice(x, x + scan.n)) for y, x in scan.corners.tolist()]
     for _ in range(iterations):
         for i in rng.permutation(len(places)):
@@ -27,9 +27,3 @@ def epie(scan: Scan, iterations: int, shape: tuple[int, int], seed: int) -> Arra
             far *= measured[i] / np.maximum(np.abs(far), 1e-12)
             object[places[i]] += steps[i] * (np.fft.ifft2(far, norm="ortho") - wave)
     return object.astype(np.complex64)
-
-
-def _scale(scan: Scan) -> float:
-    """s of counts = s²·|FFT(P·O)|², so that |O| is about 1: the mean count is that of |O| = 1 under the probe."""
-    mean_counts = (scan.amplitudes.astype(np.float64) ** 2).sum(axis=(1, 2)).mean()
-    return float(np.sqrt(mean_counts / (np.abs(scan.probe.astype(np.complex128)) ** 2).sum()))

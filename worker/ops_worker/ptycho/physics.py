@@ -19,21 +19,20 @@ class Diffraction(nn.Module):
     """λ = s² |F[P_f · O]|²: the intensity in photons of a patch O under the probe P, that is shifted by f.
 
     A patch lies on whole pixels, and the rest of its position shifts the probe: no object is ever interpolated.
-    s² is physical: an object of |O| = 1 has the mean count of the data.
+    s² is physical, and that of the data (`Scan.scale`).
     """
 
     scale: Tensor
     spectrum: Tensor
     mask: Tensor
 
-    def __init__(self, probe: np.ndarray, mean_counts: float, mask_threshold: float) -> None:
-        """`probe` (N, N) complex; `mean_counts` of a pixel, over all patterns."""
+    def __init__(self, probe: np.ndarray, scale: float, mask_threshold: float) -> None:
+        """`probe` (N, N) complex; `scale` is s²."""
         super().__init__()
         strength = np.abs(probe).astype(np.float64)
         spectrum = np.fft.fft2(probe).astype(np.complex64)
         self.n = len(probe)
-        # The orthonormal transform keeps the sum of squares (Parseval).
-        self.register_buffer("scale", torch.tensor(mean_counts / np.mean(strength**2), dtype=torch.float64))
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
         # As pairs of reals: safetensors that are around do not all know complex numbers.
         self.register_buffer("spectrum", torch.tensor(np.stack([spectrum.real, spectrum.imag], axis=-1)))
         self.register_buffer("mask", torch.tensor(strength > mask_threshold * strength.max(), dtype=torch.float32))

@@ -96,11 +96,11 @@ class PtychoModel(nn.Module):
     def __init__(self, scan: Scan, config: PtychoConfig) -> None:
         super().__init__()
         amplitudes = scan.amplitudes
-        mean, mean_counts = (float((amplitudes.astype("float64") ** power).mean()) for power in (1, 2))
+        mean = float(amplitudes.mean(dtype="float64"))
         # Statistical, and nothing to do with the physical scale of the photons below.
         self.register_buffer("input_scale", torch.tensor(_MEAN_INPUT / mean))
         self.network = PatchNet(config.width)
-        self.diffraction = Diffraction(scan.probe, mean_counts, config.mask_threshold)
+        self.diffraction = Diffraction(scan.probe, scan.scale, config.mask_threshold)
 
     def forward(self, amplitudes: Tensor, offsets: Tensor, fractions: Tensor, canvas: int) -> Tensor:
         """√counts (B, C, N, N), (B, C, 2), (B, C, 2) → expected counts (B, C, N, N) float64."""
