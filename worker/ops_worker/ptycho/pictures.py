@@ -1,9 +1,6 @@
-"""Pictures of objects, in grey, as PNG: what they need is in the standard library."""
+"""Pictures of objects, in grey."""
 
-import struct
-import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,15 +29,6 @@ def strip(
     return np.hstack([_framed(panel, covered) for panel in panels])
 
 
-def write_png(path: Path, grey: Grey) -> None:
-    """Eight bits of grey, one image, no filter (PNG, third edition, W3C 2025)."""
-    height, width = grey.shape
-    rows = np.hstack([np.zeros((height, 1), np.uint8), grey])  # each begins with its filter: none
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b""))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, content) for name, content in chunks))
-
-
 def _framed(panel: NDArray[Any], covered: NDArray[np.bool_]) -> Grey:
     """Cut to what is covered, magnified, with a white gap at its right."""
     rows, columns = np.nonzero(covered)
@@ -48,7 +36,3 @@ def _framed(panel: NDArray[Any], covered: NDArray[np.bool_]) -> Grey:
     grey = np.where(covered, np.clip(panel, 0, 1) * 255, 0)[cut].astype(np.uint8)
     large = grey.repeat(_MAGNIFIED, axis=0).repeat(_MAGNIFIED, axis=1)
     return np.pad(large, ((0, 0), (0, _GAP)), constant_values=255)
-
-
-def _chunk(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ops_worker.ptycho.config import PtychoConfig
 from ops_worker.ptycho.epie import epie
-from ops_worker.ptycho.pictures import strip, write_png
+from ops_worker.ptycho.pictures import strip
 from ops_worker.ptycho.scores import aligned, scores
 from ops_worker.ptycho.stitching import stitch
 from relight.ptycho.data import Scan
@@ -89,7 +90,7 @@ def write(done: Mapping[str, Reconstruction], out: Path) -> None:
     for name, one in done.items():
         objects = [one.shown(method) for method in one.objects]
         for quantity, of in (("amplitude", np.abs), ("phase", np.angle)):
-            write_png(out / f"{name}-{quantity}.png", strip(objects, one.truth, one.covered, of))
+            Image.fromarray(strip(objects, one.truth, one.covered, of)).save(out / f"{name}-{quantity}.png")
 
 
 def _stitched(
