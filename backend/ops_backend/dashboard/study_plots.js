@@ -169,14 +169,14 @@ export const ENERGY = "j_per_output_token";
 /** Those that no other betters in both throughput and energy. What is not known of both is not among them. */
 export function paretoFront(groups) {
   const known = groups.filter(hasJoules);
-  const at = ({ metrics }) => [toNumber(metrics[THROUGHPUT].mean), toNumber(metrics[ENERGY].mean)];
-  return known.filter(group => {
-    const [speed, joules] = at(group);
-    return !known.map(at).some(([s, j]) => s >= speed && j <= joules && (s > speed || j < joules));
+  const at = known.map(({ metrics }) => [toNumber(metrics[THROUGHPUT].mean), toNumber(metrics[ENERGY].mean)]);
+  return known.filter((_, i) => {
+    const [speed, joules] = at[i];
+    return !at.some(([s, j]) => s >= speed && j <= joules && (s > speed || j < joules));
   });
 }
 
-export const hasJoules = ({ metrics }) => finite(metrics[THROUGHPUT]?.mean) && finite(metrics[ENERGY]?.mean);
+const hasJoules = ({ metrics }) => finite(metrics[THROUGHPUT]?.mean) && finite(metrics[ENERGY]?.mean);
 
 /** Joules per generated token against tokens per second, with the Pareto front. */
 export function throughput(groups) {

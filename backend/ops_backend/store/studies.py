@@ -188,12 +188,8 @@ async def insert_children(session: AsyncSession, id: UUID, plan: Plan) -> None:
 def child_job(study: Job, child: ChildPlan) -> Job:
     """Whose code, secrets and working directory it has is the study's alone to say, not its planner's."""
     changed = child.model_dump(include={"config", "command", "env", "resources"})
-    base = (
-        study.model_dump(exclude={"study"})
-        | changed
-        | {"kind": kind_of(study.workload), "execution": child.execution.model_dump()}
-    )
-    return Job.model_validate(base)
+    changed |= {"kind": kind_of(study.workload), "execution": child.execution.model_dump()}
+    return Job.model_validate(study.model_dump(exclude={"study"}) | changed)
 
 
 async def put_result(session: AsyncSession, id: UUID, attempt: int, content: ResultContent) -> None:

@@ -45,7 +45,7 @@ class PytorchEngine:
         sketch = models.sketch(config, self._config.attention)
         return {
             "engine": "pytorch",
-            "device": self._device_name(),
+            "device": torch.cuda.get_device_name(self._device) if self._on_cuda else self._device,
             "dtype": self._config.precision,
             "attention": sketch.config._attn_implementation,
             "compile": self._config.compile,
@@ -56,12 +56,6 @@ class PytorchEngine:
             "prompts_sha256": _sha256(self._config.task.prompts_file),
             "model": self._model_in_short(config, sketch),
         }
-
-    def _device_name(self) -> str:
-        if self._on_cuda:
-            return torch.cuda.get_device_name(self._device)
-        named = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        return named[1] if named else self._device
 
     def _model_in_short(self, config: Any, sketch: Any) -> dict[str, Any]:
         text = config.get_text_config()
