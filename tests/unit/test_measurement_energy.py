@@ -186,6 +186,7 @@ def test_a_configured_wattage_is_an_estimate_and_its_idle_power_is_not_known(
 
     energy, adjusted = result.figures["energy_j"], result.figures["energy_adjusted_j"]
     assert (energy.value, energy.source, energy.uncertainty) == (pytest.approx(15 * 2 * 10), "estimate", None)
+    assert only(result).error_j is None
     assert (only(result).quality, only(result).ticks) == (Quality.ESTIMATED, None)
     assert adjusted.reason == "no_baseline: cpu: no meter here knows what an idle device takes"
     assert any("are an estimate" in warning for warning in result.warnings)

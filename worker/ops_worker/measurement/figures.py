@@ -21,7 +21,8 @@ PERCENTILES = (50, 90, 99)
 
 METHODOLOGY = {
     "window": "From before the first batch to after the last, the device synchronised at both ends and after every "
-    "batch; nothing else runs in it but the sampler of the meters, and garbage collection is off.",
+    "batch; nothing else is done in it by the thread that measures, and garbage collection is off. Beside it run the "
+    "sampler of the meters, ten times a second, and a line of progress once a second.",
     "time": "By CLOCK_MONOTONIC; the uncertainty is what the clock cannot tell apart.",
     "tokens": "Generated tokens without padding and without what follows an end of sequence; those of the prompts "
     "without padding.",
