@@ -58,6 +58,8 @@ def test_nothing_is_lost_stuck_or_counted_twice(own_postgres: OwnPostgres, tmp_p
         users = [User(cluster, f"user-{n}", seed, [*JOBS, STUDY] if LONG else JOBS) for n in (1, 2)]
         if LONG:
             cluster.client.submit(STUDY)  # one at least, whatever they choose
+        # One that no user ends, nor any number of kills: whatever they do, one that was hit is compared.
+        survivor = cluster.client.submit({**JOBS[1], "max_retries": 1000}).id
         for user in users:
             user.start()
         print(f"ready after {time.monotonic() - began_s:.0f} s")
@@ -81,7 +83,7 @@ def test_nothing_is_lost_stuck_or_counted_twice(own_postgres: OwnPostgres, tmp_p
     wrong = [*found, *other, *orphans, *cluster.proxy.failures, *complaints]
     assert wrong == [], f"SEED={seed}"
     assert len(models) == len(JOBS), f"the same job gave other weights: SEED={seed}"
-    assert len(completed) > len(JOBS), f"the users completed nothing: SEED={seed}"
+    assert settled[survivor] == "completed", f"it did not survive: SEED={seed}"
     assert all(seen.values()), f"the checker is blind to: {[what for what, said in seen.items() if not said]}"
 
 

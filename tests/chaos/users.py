@@ -12,7 +12,7 @@ from chaos.cluster import Cluster
 from ops_contract.lifecycle import CANCELLABLE, RESUMABLE, TERMINAL
 
 ACTS = {"submit": 2, "cancel": 2, "force": 1, "resume": 3, "resume_older": 2, "fork": 1, "look": 3}
-LIVE_AT_ONCE = 2
+LIVE_AT_ONCE = 3  # with the one that is not theirs
 REMEMBERED = 6
 
 
