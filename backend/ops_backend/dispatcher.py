@@ -111,7 +111,7 @@ class Dispatcher:
             incarnation=claim.incarnation,
             operation_id=claim.operation_id,
             attempt=claim.attempt,
-            slot=claim.slot,
+            slots=[claim.slot],
             deadline_s=self._settings.lease_s,
             job=claim.job,
             checkpoint=claim.checkpoint,

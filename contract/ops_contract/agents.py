@@ -25,6 +25,12 @@ class SlotOffer(Wire):
     device: Literal["cpu", "cuda", "mps"]
     device_uuid: Name | None = None
     cores: int = Field(ge=1, lt=2**31)
+    port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="on the host of the worker's URL: where its trainer listens when it is rank 0",
+    )
 
 
 class WorkloadOffer(Wire):
@@ -134,6 +140,15 @@ class FailureRecord(Wire):
     failures: int = Field(0, ge=0)
 
 
+class Gang(Wire):
+    """The ranks that train together, and which of them this worker starts: one in each slot, from `first_rank` on."""
+
+    world_size: int = Field(ge=2, le=1024)
+    first_rank: int = Field(ge=0, lt=1024)
+    host: Name = Field(description="of rank 0, which listens there")
+    port: int = Field(ge=1, le=65535)
+
+
 class StartTraining(Wire):
     """POST /training/start on a worker (and /training/resume, with a checkpoint).
 
@@ -144,7 +159,10 @@ class StartTraining(Wire):
     incarnation: UUID
     operation_id: UUID
     attempt: int = Field(ge=1, lt=2**31)
-    slot: int = Field(ge=0, description="index of the slot it was claimed for")
+    slots: list[Annotated[int, Field(ge=0)]] = Field(
+        min_length=1, max_length=1024, description="indexes of the slots it was claimed for; several in a gang only"
+    )
+    gang: Gang | None = Field(None, description="of several slots, of this worker or of several; null: one slot is all")
     deadline_s: float = Field(gt=0, description="past this many seconds after receipt the trainer must not start")
     job: Job
     checkpoint: CheckpointRef | None = None

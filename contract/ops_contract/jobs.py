@@ -45,6 +45,13 @@ class Logger(StrEnum):
     NONE = "none"
 
 
+class Strategy(StrEnum):
+    """How the ranks of a gang share the work: each computes the gradients of its part of every batch."""
+
+    DDP = "ddp"  # every rank holds the whole model; gradients are averaged
+    FSDP = "fsdp"  # parameters, gradients and optimizer state are divided among the ranks (FSDP2)
+
+
 class OptimizerName(StrEnum):
     ADAM = "adam"
     ADAMW = "adamw"
@@ -100,7 +107,14 @@ class Execution(Wire):
     accelerator: Accelerator = Field(
         Accelerator.AUTO, description="auto takes a GPU slot where a worker offers one, else the CPU"
     )
-    devices: int = Field(1, ge=1, description="how many of them one operation trains on")
+    devices: int = Field(
+        1, ge=1, le=1024, description="how many of them one training takes, all at once; on more than one it is a gang"
+    )
+    strategy: Strategy = Field(
+        Strategy.DDP,
+        description="of a gang. ddp: every device holds the whole model. fsdp: parameters and optimizer state are "
+        "divided among them",
+    )
     precision: Annotated[
         Literal["32", "bf16", "16"],
         BeforeValidator(_as_text, json_schema_input_type=Literal["32", "bf16", "16", 32, 16]),
@@ -123,7 +137,9 @@ class Execution(Wire):
         lt=2**63,
         description="samples trained on, repeats counted; the last batch is cut to it. Ends the run, as max_steps does",
     )
-    batch_size: int = Field(32, ge=1, le=1_000_000, description="samples per forward and backward pass")
+    batch_size: int = Field(
+        32, ge=1, le=1_000_000, description="samples per forward and backward pass, of all devices together"
+    )
     accumulate_grad_batches: int = Field(1, ge=1, le=100_000, description="batches per optimizer update")
     gradient_clip: float | None = Field(None, gt=0, allow_inf_nan=False, description="global norm")
     learning_rate: float = Field(
@@ -177,10 +193,24 @@ class Execution(Wire):
 
     @field_validator("devices")
     @classmethod
-    def _one_device(cls, devices: int) -> int:
-        if devices > 1:
-            raise ValueError("no worker runs an operation on more than one device yet; give 1")
+    def _no_gang_of_macs(cls, devices: int, info: ValidationInfo) -> int:
+        if devices > 1 and info.data.get("accelerator") is Accelerator.MPS:
+            raise ValueError("mps has no collectives: a gang trains on cuda, or on cpu")
         return devices
+
+    @field_validator("strategy")
+    @classmethod
+    def _of_a_gang(cls, strategy: Strategy, info: ValidationInfo) -> Strategy:
+        if strategy is Strategy.FSDP and info.data.get("devices") == 1:
+            raise ValueError("fsdp divides the model among several devices: give devices, or leave ddp")
+        return strategy
+
+    @field_validator("batch_size")
+    @classmethod
+    def _a_sample_for_each(cls, batch_size: int, info: ValidationInfo) -> int:
+        if batch_size < (devices := info.data.get("devices", 1)):
+            raise ValueError(f"{batch_size} samples cannot be divided among {devices} devices; it is of all of them")
+        return batch_size
 
     @field_validator("scheduler_milestones")
     @classmethod
@@ -244,9 +274,16 @@ class Code(Wire):
 
 
 class Resources(Wire):
-    """What a slot must have."""
+    """What a slot must have, and where those of a gang lie."""
 
-    cores: int | None = Field(None, ge=1, le=4096, description="CPU cores, at least")
+    cores: int | None = Field(None, ge=1, le=4096, description="CPU cores of each slot, at least")
+    nodes: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="over how many hosts a gang is spread, the same number of devices on each; null takes the fewest "
+        "that have room",
+    )
 
 
 class Setup(Wire):
@@ -266,7 +303,7 @@ class Setup(Wire):
     artifacts: list[InnerPath] = Field(
         [], max_length=100, description="files to keep when it ends, as globs (** too) from the working directory"
     )
-    resources: Resources = Field(Resources(), description="what its slot must have")
+    resources: Resources = Field(Resources(), description="what its slots must have")
 
 
 class JobSpec(Setup):
@@ -329,13 +366,17 @@ class JobSpec(Setup):
             raise ValueError("an isoflop study trains a workload; a grid can vary a command, or a measurement")
         if both := set(self.env) & set(self.secrets):
             raise ValueError(f"env and secrets both name {', '.join(sorted(both))}")
+        if (nodes := self.resources.nodes) and self.execution.devices % nodes:
+            raise ValueError(
+                f"resources.nodes: {self.execution.devices} devices cannot be divided evenly among {nodes} nodes"
+            )
         if self.code is not None and self.workload is not None and ":" not in self.workload:
             raise ValueError("code does nothing for an installed workload; name one of yours as module:Class")
         return self
 
 
 # Of `execution`, what a command and a measurement heed; the rest is the training engine's.
-PLAIN_KNOBS = frozenset({"accelerator", "devices", "threads", "stall_timeout_s", "timeout_s", "logger"})
+PLAIN_KNOBS = frozenset({"accelerator", "threads", "stall_timeout_s", "timeout_s", "logger"})
 
 
 def kind_of(workload: str) -> Kind:

@@ -61,6 +61,16 @@ class Mark(Wire):
     edge: bool = False
 
 
+class Rank(Wire):
+    """Which process of a gang this one is, and where rank 0 listens: it does so on a descriptor that it inherited."""
+
+    rank: int = Field(ge=0)
+    local_rank: int = Field(ge=0)
+    world_size: int = Field(ge=2)
+    host: str
+    port: int
+
+
 class RunJob(Wire):
     """The one job of this process. `storage_root` is an absolute path; `device` as torch names it.
 
@@ -78,6 +88,7 @@ class RunJob(Wire):
     environ: dict[str, str] = Field({}, repr=False)
     device: str
     cores: int
+    rank: Rank | None = None
     device_uuid: str | None = None
     cpu_power_w: float | None = None
     baselines: str | None = None

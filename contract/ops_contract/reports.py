@@ -189,10 +189,16 @@ class Fault(Wire):
     details: dict[str, Any] = {}
 
 
+# Of a rank whose collective broke because another one was gone: why that one ended is the other's to say.
+PEER_LOST: Final = "peer_lost"
+
+
 class Finish(Wire):
-    """The last report of a hold, sent when the trainer process is gone.
+    """The last report of a hold, sent when its trainer processes are gone.
 
     `permanent` faults (an import error, a bad config) are not retried. A study that is `planned` has a plan.
+    Of a gang: without an error it ends its own hold, and the attempt once no other member's is live; with an error it
+    ends the attempt for all.
     """
 
     kind: Literal["finish"] = "finish"

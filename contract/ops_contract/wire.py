@@ -11,7 +11,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 API_PREFIX = "/api/v1"
-PIPE_VERSION = 6
+PIPE_VERSION = 7
 
 # Of an answer with a part of an operation's output: where it begins, where the next one does, all there is so far, and
 # whether it ends what an ended operation wrote.

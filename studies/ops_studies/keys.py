@@ -15,8 +15,10 @@ def content_key(job: Job, digests: Mapping[str, str | None], repeat: int = 0) ->
 
     Where the same job is to be run several times, `repeat` tells them apart.
     """
+    irrelevant = {"timeout_s"} | ({"strategy"} if job.execution.devices == 1 else set())
     content = job.model_dump(
-        mode="json", exclude={"study": True, "until_step": True, "code": True, "execution": {"timeout_s"}}
+        mode="json",
+        exclude={"study": True, "until_step": True, "code": True, "execution": irrelevant, "resources": {"nodes"}},
     )
     content |= {
         "secrets": sorted(set(job.secrets)),

@@ -90,7 +90,7 @@ class AgentProcess:
             incarnation=self.incarnation,
             operation_id=hold.ref.operation_id,
             attempt=hold.ref.attempt,
-            slot=slot,
+            slots=[slot],
             deadline_s=deadline_s,
             job=Job(kind=Kind.TRAINING, workload=workload, config=config, execution=execution),
         )

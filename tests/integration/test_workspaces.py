@@ -43,7 +43,7 @@ def of(api: FakeApi, state_dir: Path, patience_s: float = 30.0) -> Workspaces:
 def order(sha256: str | None, workdir: str = ".") -> StartTraining:
     code = Code(sha256=sha256) if sha256 else None
     job = Job(kind=Kind.TRAINING, workload="a:B", config={}, execution=Execution(), code=code, workdir=workdir)
-    return StartTraining(incarnation=uuid4(), operation_id=uuid4(), attempt=1, slot=0, deadline_s=20, job=job)
+    return StartTraining(incarnation=uuid4(), operation_id=uuid4(), attempt=1, slots=[0], deadline_s=20, job=job)
 
 
 @asynccontextmanager

@@ -60,7 +60,7 @@ class Runner:
         execution = setup.pop("execution", Execution())
         job = Job(kind=Kind.COMMAND, workload="command", config={}, execution=execution, command=command, **setup)
         order = StartTraining(
-            incarnation=uuid4(), operation_id=self.operation_id, attempt=2, slot=0, deadline_s=1, job=job
+            incarnation=uuid4(), operation_id=self.operation_id, attempt=2, slots=[0], deadline_s=1, job=job
         )
         self.send(
             RunJob(

@@ -447,7 +447,9 @@ def test_the_service_comes_to_the_same_bits(whole: SweepResults, tmp_path: Path)
     for child in plan.children:
         sink = Listed()
         training = Job(kind=Kind.TRAINING, workload=runs.WORKLOAD, config=child.config, execution=child.execution)
-        start = StartTraining(incarnation=uuid4(), operation_id=uuid4(), attempt=1, slot=0, deadline_s=60, job=training)
+        start = StartTraining(
+            incarnation=uuid4(), operation_id=uuid4(), attempt=1, slots=[0], deadline_s=60, job=training
+        )
         assert Attempt(named, start, Site(tmp_path, "cpu", 1), sink, lambda: None).run() == Outcome.COMPLETED
         last = {s.name: s.floats()[-1] for r in sink.reports if hasattr(r, "series") for s in r.series}
         (units,) = (r.content.units for r in sink.reports if hasattr(r, "content"))

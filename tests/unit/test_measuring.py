@@ -113,7 +113,7 @@ def run(
         incarnation=uuid4(),
         operation_id=uuid4(),
         attempt=1,
-        slot=0,
+        slots=[0],
         deadline_s=9,
         job=Job(kind=Kind.MEASUREMENT, workload="measurement", config=QUICK | (changes or {}), execution=Execution()),
     )

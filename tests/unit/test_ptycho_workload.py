@@ -104,7 +104,7 @@ def test_a_worker_refuses_too_few_neighbours_at_submit_and_names_both_numbers(mo
 def order(config: dict[str, Any]) -> RunJob:
     job = Job(kind=Kind.TRAINING, workload="ptycho", config=config, execution=Execution())
     start = StartTraining(
-        incarnation=uuid4(), operation_id=uuid4(), attempt=1, slot=0, deadline_s=60, job=job, checkpoint=None
+        incarnation=uuid4(), operation_id=uuid4(), attempt=1, slots=[0], deadline_s=60, job=job, checkpoint=None
     )
     return RunJob(start=start, storage_root="/", directory=os.getcwd(), device="cpu", cores=1)
 

@@ -108,7 +108,7 @@ async def test_a_sigkill_beside_which_the_kernels_count_rose_is_out_of_memory(
     monkeypatch.setattr("ops_worker.holds.oom_kills", lambda: after)
     nothing: Any = None
     job = Job(kind=Kind.TRAINING, workload="fake", config={}, execution=Execution())
-    order = StartTraining(incarnation=uuid4(), operation_id=uuid4(), attempt=1, slot=0, deadline_s=1, job=job)
+    order = StartTraining(incarnation=uuid4(), operation_id=uuid4(), attempt=1, slots=[0], deadline_s=1, job=job)
     hold = Hold(order, nothing, nothing, nothing, nothing, nothing, nothing, (), Path(), 1, None, Path())
 
     finish = hold._died(status, before)

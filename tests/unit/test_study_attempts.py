@@ -229,7 +229,7 @@ def _order(tmp_path: Path, content: dict[str, Any], **start: Any) -> RunJob:
         study=spec.study,
         command=spec.command,
     )
-    known = {"incarnation": uuid4(), "operation_id": uuid4(), "attempt": 1, "slot": 0, "deadline_s": 9}
+    known = {"incarnation": uuid4(), "operation_id": uuid4(), "attempt": 1, "slots": [0], "deadline_s": 9}
     order = StartTraining(**known, job=job, **start)
     return RunJob(start=order, storage_root=str(tmp_path), directory=str(tmp_path), device="cpu", cores=1)
 

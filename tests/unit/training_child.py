@@ -257,7 +257,7 @@ class Operation:
             incarnation=uuid4(),
             operation_id=self.id,
             attempt=self.attempts,
-            slot=0,
+            slots=[0],
             deadline_s=60,
             job=self.job(),
             checkpoint=ref_of(newest) if newest else None,

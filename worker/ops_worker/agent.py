@@ -127,7 +127,7 @@ class Agent:
         if self._taken(order):
             return False
         await self._check_checkpoint(order)
-        warnings = await self._devices.check(order.slot, order.checkpoint)
+        warnings = await self._devices.check(order.slots[0], order.checkpoint)
         # Another start may have come while files were read; from here on nothing is awaited.
         if self._taken(order):
             return False
@@ -149,7 +149,7 @@ class Agent:
         self._check_user_code(job)
         # As an attempt of an operation that does not exist yet.
         order = StartTraining(
-            incarnation=self.incarnation, operation_id=uuid4(), attempt=1, slot=0, deadline_s=1, job=job
+            incarnation=self.incarnation, operation_id=uuid4(), attempt=1, slots=[0], deadline_s=1, job=job
         )
         try:
             environ = job.env | self._secrets.values(job.secrets)
@@ -202,7 +202,7 @@ class Agent:
         self._check_user_code(order.job)
         if self._terms is None:  # it overtook the answer to the registration
             raise OpsError(ErrorCode.BUSY, "this worker waits for the API's terms")
-        self._check_slot(order.slot)
+        self._check_slot(order.slots[0])
         return False
 
     def _check_incarnation(self, incarnation: UUID) -> None:
@@ -242,7 +242,7 @@ class Agent:
                 older.fence()  # a newer attempt exists, so this one has ended
         ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
         delivery = Delivery(self._reports_api, self._outbox, self.incarnation, ref)
-        slot, root = self._slots[order.slot], self._settings.storage_root.absolute()
+        slot, root = self._slots[order.slots[0]], self._settings.storage_root.absolute()
         grace_s, runner = self._terms.cancel_grace_s, (self._trainer_command[0], "-P", "-m", "ops_worker.command")
         step = order.checkpoint.step if order.checkpoint else 0
         booking = Booking(ref, slot.meters, self._devices.sampler, self._outbox, self._energy.news, step)
@@ -260,7 +260,7 @@ class Agent:
             self._settings.cpu_power_w,
             self._settings.worker_state_dir.absolute() / "baselines",
         )
-        hold.environment = self._devices.environment(order.slot) | _code(order) | {"preflight": list(warnings)}
+        hold.environment = self._devices.environment(order.slots[0]) | _code(order) | {"preflight": list(warnings)}
         self._holds[ref] = hold
         self._newest_attempt[order.operation_id] = order.attempt
         task = asyncio.create_task(self._serve(hold))

@@ -142,7 +142,7 @@ def _attempt(workload_type: type[Workload[Any]], child: ChildPlan, place: RunDir
         incarnation=uuid4(),
         operation_id=place.operation_id,
         attempt=place.attempt,
-        slot=0,
+        slots=[0],
         deadline_s=60.0,
         job=job,
         checkpoint=place.newest(),

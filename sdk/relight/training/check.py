@@ -253,7 +253,7 @@ class _Runs:
             incarnation=uuid4(),
             operation_id=uuid4(),
             attempt=1,
-            slot=0,
+            slots=[0],
             deadline_s=60,
             job=job,
             checkpoint=checkpoint,
