@@ -141,9 +141,10 @@ class Store:
         assert claim is not None
         return held(claim)
 
-    async def refuse(self, claim: claims.Claim, rest_s: float = 0.0) -> str | None:
+    async def refuse(self, claim: claims.Claim, rest_s: float = 0.0, member: int = 0) -> str | None:
+        fault = Fault(code="busy", message="busy")
         async with self.sessions.begin() as session:
-            return await claims.refuse_if_held(session, claim, error=Fault(code="busy", message="busy"), rest_s=rest_s)
+            return await claims.refuse_if_held(session, claim, claim.members[member], error=fault, rest_s=rest_s)
 
     async def report(
         self, held: Held, *batch: Report, seq: int | None = None, progress: Progress | None = None
@@ -248,7 +249,12 @@ class Store:
 
 
 def held(claim: claims.Claim) -> Held:
-    return Held(claim.operation_id, claim.attempt, claim.incarnation)
+    return holds_of(claim)[0]
+
+
+def holds_of(claim: claims.Claim) -> list[Held]:
+    """One for each member, the leader's first."""
+    return [Held(claim.operation_id, claim.attempt, member.incarnation) for member in claim.members]
 
 
 def started(step: int = 0, promise: Literal["promised", "best_effort"] = "promised", **environment: Any) -> Started:
