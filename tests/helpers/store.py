@@ -125,7 +125,7 @@ class Store:
             spec = {"workload": "toy"} | spec | {"execution": execution}
         async with self.sessions.begin() as session:
             found = await submit.replay(session, "me", key, body)
-            made = found or await submit.submit_if_new(session, JobSpec.model_validate(spec), "me", key, body)
+            made = found or await submit.submit_if_new(session, JobSpec.model_validate(spec), "me", key, body, LEASE_S)
             made = made or await submit.replay(session, "me", key, body)
         assert made is not None
         return made
@@ -181,7 +181,9 @@ class Store:
     async def fork(self, id: UUID, key: str | None = None, **wish: Any) -> UUID | None:
         request = ForkRequest.model_validate(wish)
         async with self.sessions.begin() as session:
-            return await fork.fork_if_there(session, id, request, "me", key, request.model_dump_json().encode())
+            return await fork.fork_if_there(
+                session, id, request, "me", key, request.model_dump_json().encode(), LEASE_S
+            )
 
     async def replay(self, id: UUID, key: str | None = None, **wish: Any) -> UUID | None:
         request = ReplayRequest.model_validate(wish)

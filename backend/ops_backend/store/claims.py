@@ -79,8 +79,8 @@ OFFERED = """
           FROM slots s JOIN workers w USING (incarnation)
          WHERE NOT w.draining AND w.last_seen_at > now() - make_interval(secs => :lease_s)"""
 
-# How many slots of how many nodes could hold gang `o` at all, whoever has them now.
-COULD_HOLD = f"""count(*) >= {_DEVICES} AND ({_NODES} IS NULL OR count(DISTINCT host) >= {_NODES})"""
+# Of `room`: whether it is enough for gang `o`.
+_IS_ENOUGH = f"""count(*) >= {_DEVICES} AND ({_NODES} IS NULL OR count(DISTINCT host) >= {_NODES})"""
 
 # Which slots of its node a gang takes first, and the order of its ranks.
 _FIRST = "cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, on_worker DESC, incarnation, index"
@@ -115,7 +115,7 @@ CLAIM = statement(f"""
           CROSS JOIN LATERAL (
             SELECT array_agg(incarnation) AS incarnations, array_agg(index) AS indexes
               FROM ({room("offered f WHERE f.undrained")}) usable
-            HAVING {COULD_HOLD}
+            HAVING {_IS_ENOUGH}
           ) reserved
          WHERE o.status = 'pending' AND coalesce(o.not_before <= now(), true) AND {IS_GANG}
            AND EXISTS (SELECT FROM vacant)
@@ -219,6 +219,19 @@ CLAIM = statement(f"""
       FROM moved LEFT JOIN pinned ON true
       LEFT JOIN events queued ON queued.operation_id = moved.id AND queued.seq = moved.event_seq - 1
       LEFT JOIN operations parent ON parent.id = pinned.operation_id AND parent.id <> moved.id
+""")
+
+# Of the job of a gang: what live workers could give it, drained ones too, whoever has it now.
+COULD_HOLD = statement(f"""
+    WITH offered AS MATERIALIZED ({OFFERED}
+    ), o AS (
+        SELECT CAST(:workload AS text) AS workload, CAST(:job AS jsonb) AS job
+    )
+    SELECT found.*, EXISTS (SELECT FROM offered) AS anybody
+      FROM o CROSS JOIN LATERAL (
+        SELECT count(*) AS slots, count(DISTINCT host) AS nodes, {_IS_ENOUGH} AS enough
+          FROM ({room("offered f WHERE true")}) usable
+      ) found
 """)
 
 # Of all operations, the newest attempts whose trainer had started: what ended before had no work to lose.
@@ -331,6 +344,22 @@ async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
 
 def _member(row: dict[str, Any]) -> Member:
     return Member(UUID(row["incarnation"]), row["url"], row["secret"], row["slots"], row["first_rank"])
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Of live workers, taken slots included: so many slots suit a gang, on so many nodes with enough of them each."""
+
+    enough: bool
+    slots: int
+    nodes: int
+    anybody: bool  # whether any worker is live at all
+
+
+async def capacity(session: AsyncSession, job: Job, lease_s: float) -> Capacity:
+    """For the gang of `job`."""
+    values = {"workload": job.workload, "job": plain(job), "lease_s": lease_s}
+    return Capacity(**(await session.execute(COULD_HOLD, values)).mappings().one())
 
 
 async def failure_record(session: AsyncSession) -> FailureRecord:

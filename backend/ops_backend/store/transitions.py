@@ -27,8 +27,8 @@ FINISH_DETAIL = f"""CAST(:detail AS jsonb) || jsonb_build_object('outcome', (SEL
 
 # `decided` is the table of the design, top to bottom. A corrupt checkpoint fails the operation when it was chosen by
 # hand or when the lineage has no other. Backoff doubles per failure and is spread over ±50 %.
-# While others of its gang hold the attempt, a finish that is not `for_all` ends its own hold and moves nothing. The last
-# one moves it by the leader's word: that one published what there is, or saved where it stopped.
+# While others of its gang hold the attempt, a finish that is not `for_all` ends its own hold and moves nothing. The
+# last one moves it by the leader's word: that one published what there is, or saved where it stopped.
 FINISH = statement(f"""
     WITH {LOCK_HOLDS}, target AS MATERIALIZED (
         SELECT id, kind, status, attempt, failures, max_retries, resume_checkpoint_id, resume_explicit,
