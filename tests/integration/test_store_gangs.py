@@ -758,8 +758,8 @@ async def test_a_deleted_gang_takes_its_rows_along(store: Store) -> None:
         await store.finish(member, Outcome.COMPLETED)
     async with store.sessions.begin() as session:
         assert await deletion.delete_if_ended(session, leader.operation_id)
-    assert await store.fetch("SELECT FROM holds") == []
-    assert await store.fetch("SELECT FROM energy_windows") == []
+    assert await store.fetch("SELECT attempt FROM holds") == []
+    assert await store.fetch("SELECT attempt FROM energy_windows") == []
 
 
 # ---- what it costs

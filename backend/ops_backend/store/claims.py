@@ -90,7 +90,9 @@ _MEMBERS = """coalesce((SELECT jsonb_build_object('members', jsonb_agg(
                               jsonb_build_object('worker', name, 'ranks', ranks) ORDER BY first_rank))
                             FROM members HAVING sum(ranks) > 1), '{}')"""
 _QUEUE = "ORDER BY o.priority DESC, o.created_at, o.id"
-_BEHIND = "(-o.priority, o.created_at, o.id) > (-head.priority, head.created_at, head.id)"
+# By scalars that are read once: null, and so false, where no gang reserves.
+_BEHIND = """coalesce((-o.priority, o.created_at, o.id) > ((SELECT -priority FROM head),
+                               (SELECT created_at FROM head), (SELECT id FROM head)), false)"""
 
 # A slot is free while the hold it was last given to is not alive. A frozen number of threads prefers a slot of that
 # many cores.
@@ -126,39 +128,36 @@ CLAIM = statement(f"""
                                                                      AS r (incarnation, index)) AS reserved
           FROM vacant f
     ), chosen AS MATERIALIZED (
-        SELECT o.id, o.not_before, o.resume_checkpoint_id, o.forked_from_checkpoint_id, slots.*
+        SELECT o.id, o.not_before, o.resume_checkpoint_id, o.forked_from_checkpoint_id, placed.slots
           FROM operations o
-          CROSS JOIN LATERAL (SELECT coalesce(bool_or({_BEHIND}), false) AS behind FROM head) queue
           CROSS JOIN LATERAL (
-            SELECT ARRAY[slot.incarnation] AS incarnations, ARRAY[slot.index] AS indexes
-              FROM (
-                SELECT f.incarnation, f.index
+            SELECT CASE WHEN {IS_GANG} THEN (
+                SELECT jsonb_agg(jsonb_build_array(incarnation, index) ORDER BY {_RANKS})
+                  FROM (
+                    SELECT *, row_number() OVER (ORDER BY node, {_FIRST}) AS nth,
+                           row_number() OVER (PARTITION BY node ORDER BY {_FIRST}) AS nth_of_node
+                      FROM (
+                        SELECT *, dense_rank() OVER (
+                                      ORDER BY on_host >= share DESC,
+                                               CASE WHEN on_host >= share THEN on_host ELSE -on_host END, host) AS node
+                          FROM ({room(f"free f WHERE NOT (f.reserved AND {_BEHIND})")}) usable
+                      ) by_node
+                  ) ordered
+                 WHERE CASE WHEN {_NODES} IS NULL THEN nth <= {_DEVICES}
+                            ELSE node <= {_NODES} AND nth_of_node <= share END
+                HAVING count(*) = {_DEVICES}
+            ) ELSE (
+                SELECT jsonb_build_array(jsonb_build_array(f.incarnation, f.index))
                   FROM free f
-                 WHERE ({IS_GANG}) IS NOT TRUE AND NOT (queue.behind AND f.reserved) AND {suits("f")}
+                 WHERE NOT (f.reserved AND {_BEHIND}) AND {suits("f")}
                  ORDER BY o.kind = 'study' AND f.device = 'cpu' DESC,
                           f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index
                  LIMIT 1
-              ) slot
-            UNION ALL
-            SELECT array_agg(incarnation ORDER BY {_RANKS}), array_agg(index ORDER BY {_RANKS})
-              FROM (
-                SELECT *, row_number() OVER (ORDER BY node, {_FIRST}) AS nth,
-                       row_number() OVER (PARTITION BY node ORDER BY {_FIRST}) AS nth_of_node
-                  FROM (
-                    SELECT *, dense_rank() OVER (
-                                  ORDER BY on_host >= share DESC,
-                                           CASE WHEN on_host >= share THEN on_host ELSE -on_host END, host) AS node
-                      FROM ({room("free f WHERE NOT (queue.behind AND f.reserved)")}) usable
-                  ) by_node
-              ) placed
-             WHERE {IS_GANG}
-               AND CASE WHEN {_NODES} IS NULL THEN nth <= {_DEVICES}
-                        ELSE node <= {_NODES} AND nth_of_node <= share END
-            HAVING count(*) = {_DEVICES}
-          ) slots
+            ) END AS slots OFFSET 0
+          ) placed
          WHERE o.status = 'pending' AND coalesce(o.not_before <= now(), true)
-           AND EXISTS (SELECT FROM free)
-           AND (NOT queue.behind OR EXISTS (SELECT FROM free WHERE NOT reserved))
+           AND EXISTS (SELECT FROM free) AND (EXISTS (SELECT FROM free WHERE NOT reserved) OR NOT {_BEHIND})
+           AND placed.slots IS NOT NULL
          {_QUEUE}
          LIMIT 1
            FOR NO KEY UPDATE OF o SKIP LOCKED
@@ -167,8 +166,8 @@ CLAIM = statement(f"""
                min(f.cores) AS cores, (min(given.nth) - 1)::int AS first_rank, count(*)::int AS ranks,
                (array_agg(f.port ORDER BY given.nth))[1] AS port
           FROM chosen
-          CROSS JOIN unnest(chosen.incarnations, chosen.indexes) WITH ORDINALITY AS given (incarnation, index, nth)
-          JOIN offered f ON f.incarnation = given.incarnation AND f.index = given.index
+          CROSS JOIN jsonb_array_elements(chosen.slots) WITH ORDINALITY AS given (slot, nth)
+          JOIN offered f ON f.incarnation = (given.slot->>0)::uuid AND f.index = (given.slot->1)::int
          GROUP BY f.incarnation, f.name, f.url, f.secret
     ), checkpoint AS MATERIALIZED (
         SELECT c.id, c.id = chosen.forked_from_checkpoint_id AS is_fork_point
@@ -191,7 +190,7 @@ CLAIM = statement(f"""
          WHERE o.id = chosen.id AND o.status = 'pending'
            AND (NOT EXISTS (SELECT FROM checkpoint) OR EXISTS (SELECT FROM pinned))
         RETURNING o.id, o.event_seq, o.attempt, 'pending' AS from_status, o.status, o.job, o.phase, o.accept_changes,
-                  chosen.incarnations[1] AS incarnation, chosen.not_before AS was_due_at
+                  (chosen.slots->0->>0)::uuid AS incarnation, chosen.not_before AS was_due_at
     ), attempted AS (
         INSERT INTO attempts (operation_id, number, incarnation, checkpoint_id, start_step, starts_at_evaluation)
         SELECT moved.id, moved.attempt, moved.incarnation, pinned.id, coalesce(pinned.step, 0),

@@ -144,8 +144,8 @@ def continues(operation: str) -> str:
 # What evaluates a step comes after what updates it; of equals the newest is taken.
 NEWEST_FIRST = "c.step DESC, c.phase = 'evaluate' DESC, c.attempt DESC, c.created_at DESC"
 
-# Locks every hold of an attempt in one order, so that two members that finish together do not deadlock; `locked` are the
-# live ones. Those that have ended are locked too: what their transactions wrote while this one waited is not in its
+# Locks every hold of an attempt in one order, so that two members that finish together do not deadlock; `locked` are
+# the live ones. Those that have ended are locked too: what their transactions wrote while this one waited is not in its
 # snapshot, but in the rows that it locks.
 # The statements count on `bool_or` to read all of it before the operation is locked: holds, then operations.
 LOCK_HOLDS = """
