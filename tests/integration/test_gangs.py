@@ -178,6 +178,6 @@ async def test_an_incarnation_keeps_its_ports(api: httpx.AsyncClient, store: Sto
     await store.execute("DELETE FROM workers")
     slot = {"index": 0, "device": "cpu", "cores": 1, "port": 4000}
     for port, status in ((4000, 200), (4000, 200), (4001, 409)):
-        body = registration(incarnation, slots=[slot | {"port": port}])
+        body = registration(incarnation, slots=[slot | {"port": port}], workloads=[])
         assert (await api.post("/workers", json=body)).status_code == status
     assert [row.port for row in await store.fetch("SELECT port FROM slots")] == [4000]

@@ -134,10 +134,10 @@ async def test_one_node_is_waited_for_though_two_have_room(store: Store) -> None
 
 
 async def test_a_gang_is_of_one_kind_of_device_and_never_of_mps(store: Store) -> None:
-    await worker(store, "cpu", 3)
-    await worker(store, "mac", 3, device="mps")
-    await gang(store, 3)
-    assert len((await claimed(store)).members) == 1
+    cpu = await worker(store, "cpu", 3)
+    await worker(store, "mac", 2, device="mps")
+    await gang(store, 2)
+    assert places(await claimed(store), cpu=cpu) == [("cpu", [0, 1], 0)]
     gpu = await worker(store, "gpu", 2, device="cuda")
     await gang(store, 2)
     assert places(await claimed(store), gpu=gpu) == [("gpu", [0, 1], 0)]
@@ -228,27 +228,25 @@ async def test_concurrent_claims_of_gangs_and_others_give_no_slot_twice_and_no_h
     for name in ("a", "b", "c"):
         await worker(store, name, 3)
     sizes = {}
-    for n in range(12):
-        size = (1, 2, 4)[n % 3]
+    for n in range(15):
+        size = (1, 4, 1, 2, 5)[n % 5]
         sizes[await gang(store, size) if size > 1 else await store.submit()] = size
-    done: set[UUID] = set()
-    while len(done) < len(sizes):
-        got = [c for c in await at_once(*(store.claim() for _ in range(20))) if c is not None]
-        assert all(isinstance(c, Claim) for c in got)
-        rows = await store.fetch("""
-            SELECT h.operation_id, h.incarnation, h.ranks, count(s.index) AS slots FROM holds h
-              LEFT JOIN slots s ON s.operation_id = h.operation_id AND s.attempt = h.attempt
-                               AND s.incarnation = h.incarnation
-             WHERE h.ended_at IS NULL GROUP BY h.operation_id, h.incarnation, h.ranks""")
-        assert all(row.ranks == row.slots for row in rows)
-        held_by: dict[UUID, int] = {}
-        for row in rows:
-            held_by[row.operation_id] = held_by.get(row.operation_id, 0) + row.slots
-        assert all(sizes[id] == slots for id, slots in held_by.items())
-        assert sum(held_by.values()) <= 9
-        for claim in got:
-            await at_once(*(store.finish(each, Outcome.COMPLETED) for each in holds_of(claim)))
-            done.add(claim.operation_id)
+    running: list[Claim] = []
+    done = 0
+    while done < len(sizes):
+        got = await at_once(*(store.claim() for _ in range(20)))
+        assert not [each for each in got if isinstance(each, BaseException)]
+        running += (new := [claim for claim in got if claim is not None])
+        for claim in new:
+            assert claim.world_size == sizes[claim.operation_id]
+        taken = [(m.incarnation, slot) for claim in running for m in claim.members for slot in m.slots]
+        assert len(taken) == len(set(taken))
+        holds = await store.fetch("SELECT operation_id, ranks FROM holds WHERE ended_at IS NULL")
+        assert sum(hold.ranks for hold in holds) == len(taken)
+        if not new:
+            oldest = running.pop(0)
+            await at_once(*(store.finish(each, Outcome.COMPLETED) for each in holds_of(oldest)))
+            done += 1
 
 
 async def test_small_ones_do_not_starve_a_gang(store: Store) -> None:
@@ -265,11 +263,29 @@ async def test_small_ones_do_not_starve_a_gang(store: Store) -> None:
     assert (await claimed(store)).operation_id == small
 
 
+async def test_what_is_reserved_is_so_though_something_else_is_free(store: Store) -> None:
+    await worker(store, "a", 2)
+    await worker(store, "gpu", 1, device="cuda")
+    await store.running(execution={"accelerator": "cpu"})
+    await gang(store, 2, execution={"accelerator": "cpu"})
+    await store.submit(execution={"accelerator": "cpu"})
+    await gang(store, 2, execution={"accelerator": "cpu"})
+    assert await store.claim() is None
+
+
+async def test_a_gang_waits_for_all_its_slots(store: Store) -> None:
+    await worker(store, "a", 2)
+    await store.running()
+    await gang(store, 2)
+    assert await store.claim() is None
+
+
 async def test_a_smaller_gang_behind_it_waits_too(store: Store) -> None:
     await worker(store, "a", 3)
-    await store.running()
-    await gang(store, 3)
-    await gang(store, 2)
+    await worker(store, "gpu", 1, device="cuda")
+    await store.running(execution={"accelerator": "cpu"})
+    await gang(store, 3, execution={"accelerator": "cpu"})
+    await gang(store, 2, execution={"accelerator": "cpu"})
     assert await store.claim() is None
 
 
