@@ -14,11 +14,11 @@ import httpx
 
 from ops_backend.database import Sessions
 from ops_backend.settings import Settings
-from ops_backend.store.claims import Claim, claim_next, refuse_if_held
+from ops_backend.store.claims import Claim, Member, claim_next, refuse_if_held
 from ops_backend.store.transitions import CancelPush, finish_if_held
 from ops_backend.telemetry import Telemetry
 from ops_backend.worker_calls import Answer, post
-from ops_contract.agents import CancelTraining, StartTraining
+from ops_contract.agents import CancelTraining, Gang, StartTraining
 from ops_contract.errors import ErrorCode
 from ops_contract.lifecycle import Outcome
 from ops_contract.reports import Fault, Finish
@@ -85,33 +85,36 @@ class Dispatcher:
             delivery.add_done_callback(self._deliveries.discard)
 
     async def _deliver(self, claim: Claim) -> None:
+        """To all members at once. What the others were told when one refuses, their next heartbeat takes back."""
+        began_s = time.monotonic()
+        outcomes = await asyncio.gather(*(self._deliver_to(member, claim) for member in claim.members))
+        worst = max(outcomes, key=("accepted", "unanswered", "refused").index)
+        self._telemetry.dispatched(worst, claim.due_s + time.monotonic() - began_s)
+
+    async def _deliver_to(self, member: Member, claim: Claim) -> str:
+        """How it went: accepted, refused, unanswered."""
         extra = {"operation_id": claim.operation_id, "attempt": claim.attempt}
+        outcome = "unanswered"
         try:
-            refusal = await self._timed_offer(claim)
-            if refusal is not None:
-                log.info("worker %s refused: %s", claim.url, refusal.message, extra=extra)
-                await self._take_back(claim, refusal)
-        except httpx.HTTPError as error:
-            log.warning("dispatch to %s is ambiguous, left to the lease: %r", claim.url, error, extra=extra)
-        except Exception:
-            log.exception("dispatch to %s failed, left to the lease", claim.url, extra=extra)
-
-    async def _timed_offer(self, claim: Claim) -> Fault | None:
-        began_s, outcome = time.monotonic(), "unanswered"
-        try:
-            refusal = await self._offer(claim)
+            refusal = await self._offer(member, claim)
             outcome = "accepted" if refusal is None else "refused"
-            return refusal
-        finally:
-            self._telemetry.dispatched(outcome, claim.due_s + time.monotonic() - began_s)
+            if refusal is not None:
+                log.info("worker %s refused: %s", member.url, refusal.message, extra=extra)
+                await self._take_back(claim, member, refusal)
+        except httpx.HTTPError as error:
+            log.warning("dispatch to %s is ambiguous, left to the lease: %r", member.url, error, extra=extra)
+        except Exception:
+            log.exception("dispatch to %s failed, left to the lease", member.url, extra=extra)
+        return outcome
 
-    async def _offer(self, claim: Claim) -> Fault | None:
+    async def _offer(self, member: Member, claim: Claim) -> Fault | None:
         """None when taken; why not, when definitely not. Raises httpx.HTTPError when nobody can know."""
         start = StartTraining(
-            incarnation=claim.incarnation,
+            incarnation=member.incarnation,
             operation_id=claim.operation_id,
             attempt=claim.attempt,
-            slots=[claim.slot],
+            slots=member.slots,
+            gang=_gang(member, claim),
             deadline_s=self._settings.lease_s,
             job=claim.job,
             checkpoint=claim.checkpoint,
@@ -123,32 +126,38 @@ class Dispatcher:
         )
         verb = "resume" if claim.checkpoint else "start"
         try:
-            answer = await self._post(claim.url, f"/{claim.job.kind}/{verb}", claim.secret, start)
+            answer = await self._post(member.url, f"/{claim.job.kind}/{verb}", member.secret, start)
         except _UNDELIVERED as error:
-            return Fault(code=UNREACHABLE, message=f"the worker at {claim.url} does not answer: {error}")
+            return Fault(code=UNREACHABLE, message=f"the worker at {member.url} does not answer: {error}")
         if answer.is_success:
             return None
         if answer.status >= 500:
             raise httpx.ReadError(f"it answered {answer.status}")
         return _fault(answer)
 
-    async def _take_back(self, claim: Claim, refusal: Fault) -> None:
+    async def _take_back(self, claim: Claim, member: Member, refusal: Fault) -> None:
         async with self._sessions.begin() as session:
             if refusal.code in _BAD_CHECKPOINT:
                 finish = Finish(outcome=Outcome.CHECKPOINT_CORRUPT, error=refusal)
                 backoff_s = self._settings.retry_backoff_s
                 status = await finish_if_held(
-                    session, claim.operation_id, claim.attempt, claim.incarnation, 1, finish, backoff_s
+                    session, claim.operation_id, claim.attempt, member.incarnation, 1, finish, backoff_s
                 )
             else:
                 # A worker that is not there is left alone until its silence shows; a busy one is asked again soon.
                 rest_s = self._settings.lease_s if refusal.code == UNREACHABLE else self._settings.slot_rest_s
-                status = await refuse_if_held(session, claim, error=refusal, rest_s=rest_s)
+                status = await refuse_if_held(session, claim, member, error=refusal, rest_s=rest_s)
         self._telemetry.moved(status)
         await self.wake()
 
     async def _post(self, url: str, path: str, secret: str, message: Wire) -> Answer:
         return await post(self._http, f"{url}{path}", secret, message, ANSWER_S, ANSWER_BYTES)
+
+
+def _gang(member: Member, claim: Claim) -> Gang | None:
+    if claim.host is None or claim.port is None or claim.world_size == 1:
+        return None
+    return Gang(world_size=claim.world_size, first_rank=member.first_rank, host=claim.host, port=claim.port)
 
 
 def _fault(answer: Answer) -> Fault:

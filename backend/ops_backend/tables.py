@@ -128,6 +128,13 @@ Index(
     operations.c.created_at,
     postgresql_where=operations.c.status == text("'pending'"),
 )
+# The claim asks for the first gang at every turn: it must not walk the queue for it.
+Index(
+    "ix_operations_gangs",
+    operations.c.priority.desc(),
+    operations.c.created_at,
+    postgresql_where=text("status = 'pending' AND (job->'execution'->>'devices')::int > 1"),
+)
 Index(
     "ix_operations_forked_from",
     operations.c.forked_from_checkpoint_id,
@@ -233,6 +240,8 @@ slots = Table(
     Column("device", Text, nullable=False),
     Column("device_uuid", Text),
     Column("cores", Integer, nullable=False),
+    # Where its trainer listens when it is rank 0 of a gang, on the host of the worker's URL.
+    Column("port", Integer),
     # Whom it was given to last. It is taken while that hold lives, so ending a hold is all it takes to free it.
     Column("operation_id", Uuid),
     Column("attempt", Integer),
@@ -257,6 +266,7 @@ attempts = Table(
     metadata,
     Column("operation_id", Uuid, ForeignKey("operations.id"), primary_key=True),
     Column("number", Integer, primary_key=True),
+    # Of a gang: the leader, which has rank 0.
     Column("incarnation", Uuid, ForeignKey("workers.incarnation"), nullable=False),
     # What it started from; null as well when that has been deleted since.
     Column("checkpoint_id", Uuid, ForeignKey("checkpoints.id", ondelete="SET NULL", use_alter=True)),
@@ -278,6 +288,7 @@ attempts = Table(
 Index("ix_attempts_started", attempts.c.started_at.desc(), postgresql_where=attempts.c.started_at.is_not(None))
 Index("ix_attempts_checkpoint", attempts.c.checkpoint_id, postgresql_where=attempts.c.checkpoint_id.is_not(None))
 
+# One for each worker of an attempt: of a gang there are several.
 holds = Table(
     "holds",
     metadata,
@@ -293,6 +304,11 @@ holds = Table(
     # The newest step it has committed a checkpoint of. Kept here because what ends the attempt locks this row: rows
     # of `checkpoints` that were committed while it waited for the lock are not in its snapshot.
     Column("checkpoint_step", BigInteger),
+    # The ranks that run there: so many, from the first one on.
+    _count("first_rank"),
+    Column("ranks", Integer, nullable=False, server_default=text("1")),
+    # As its own finish told it; null where another member's end was its too.
+    Column("outcome", Text),
     _instant("ended_at"),
     ForeignKeyConstraint(["operation_id", "attempt"], ["attempts.operation_id", "attempts.number"]),
     postgresql_with={"fillfactor": "50"},

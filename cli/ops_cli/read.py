@@ -14,7 +14,7 @@ from ops_cli.connect import Json, OperationId, with_client
 if TYPE_CHECKING:
     from ops_contract.errors import OpsError
     from ops_contract.jobs import Code
-    from ops_contract.operations import AttemptView, MetricSummary, Operation, WorkerView
+    from ops_contract.operations import AttemptView, MetricSummary, Operation, SlotView, WorkerView
     from relight.client import Client
 
 LAST_POINTS = 20
@@ -129,9 +129,21 @@ def _waits_for(operation: "Operation", workers: "Sequence[WorkerView]") -> str:
     wanted = operation.job.execution.accelerator
     if asks and wanted in ("cuda", "mps") and not any(slot.device == wanted for slot in slots):
         return undrain or "a GPU: no live worker offers one"
+    devices = operation.job.execution.devices if operation.kind == "training" else 1
+    if devices > 1:
+        return _waits_for_gang(devices, operation.job.resources.nodes, slots) or undrain
     if all(slot.operation_id for slot in slots):
         return f"a free slot: {len(slots)} of {len(slots)} taken"
     return undrain
+
+
+def _waits_for_gang(devices: int, nodes: int | None, slots: "Sequence[SlotView]") -> str:
+    """It takes all its slots at once; of which hosts, and on which devices, the server alone knows."""
+    if len(slots) < devices:
+        return f"{devices} slots at once: live workers have {len(slots)}"
+    on = f" on {nodes} hosts" if nodes else ""
+    taken = sum(slot.operation_id is not None for slot in slots)
+    return f"{devices} free slots at once{on}: {taken} of {len(slots)} taken"
 
 
 def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, str]:
@@ -208,8 +220,16 @@ def attempts(client: "Client", operation_id: OperationId, json: Json = False) ->
         reported = "–" if item.first_step is None else f"{item.first_step}–{item.last_step}"
         took = show.age(item.started_at, item.ended_at or now)
         cells = (reported, took, item.outcome or "running", show.replayed(item.replay), show.cut(_reason(item)))
-        table.add_row(str(item.number), show.plain(item.worker), str(item.trainer_pid or "–"), *cells)
+        table.add_row(str(item.number), show.plain(_where(item)), str(item.trainer_pid or "–"), *cells)
     show.print_rich(table)
+
+
+def _where(attempt: "AttemptView") -> str:
+    if attempt.world_size == 1:
+        return attempt.worker
+    names = [member.worker for member in attempt.members]
+    workers = "1 worker" if len(names) == 1 else f"{len(names)} workers"
+    return f"{attempt.world_size} ranks on {workers}: {', '.join(names)}"
 
 
 def _reason(attempt: "AttemptView") -> str:

@@ -19,6 +19,8 @@ from ops_cli.connect import Json, Token, Url
 from ops_cli.workers import state_of
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from rich.console import RenderableType
     from rich.table import Table
     from rich.text import Text
@@ -231,7 +233,7 @@ def _operations(rows: "Sequence[OperationSummary]", seen: Look, width: int, room
     numbers = ("DONE", "STEP", "LOSS", "SPEED", "LEFT")
     table = show.table("ID", "NAME", "STATUS", *numbers, *more, right=(*numbers, "AGE"), wide=["NAME"])
     ids, now = show.shortest(each.id for each in rows), datetime.now(UTC)
-    places = {slot.operation_id: worker.name for worker in seen.workers for slot in worker.slots}
+    places = _places(seen.workers)
     for each in _fitting(table, rows, room, "operations"):
         cells: list[str | Text] = [ids[each.id], show.cut(each.name), show.coloured(each.status), *_figures(each)]
         if more:
@@ -240,6 +242,15 @@ def _operations(rows: "Sequence[OperationSummary]", seen: Look, width: int, room
     if not rows:
         table.add_row("nothing", "runs or waits: ops train WORKLOAD")
     return table
+
+
+def _places(workers: "Sequence[WorkerView]") -> "dict[UUID | None, str]":
+    """Where each operation runs: of a gang, all its workers."""
+    found: dict[UUID | None, list[str]] = {}
+    for worker in workers:
+        for id in {slot.operation_id for slot in worker.slots}:
+            found.setdefault(id, []).append(worker.name)
+    return {id: ", ".join(names) for id, names in found.items()}
 
 
 def _figures(operation: "OperationSummary") -> tuple[str, ...]:

@@ -114,6 +114,7 @@ class Transition:
 
 
 _LIVE_HOLD = "the reporting hold has not ended"
+_LAST = "of a gang's members without a fault the last one's"
 _EXPIRED = "a hold's lease ran out, and no grace"
 _TO_GO_ON_FROM = (
     "a committed checkpoint, pinned; a command, a measurement and a study need none. No child of a cancelled study"
@@ -129,10 +130,10 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(Status.RUNNING, Event.REFUSE, Status.PENDING, _LIVE_HOLD),
     Transition(Status.RUNNING, Event.CHECKPOINT_CORRUPT, Status.PENDING, f"{_LIVE_HOLD}; one before remains"),
     Transition(Status.RUNNING, Event.CHECKPOINT_CORRUPT, Status.FAILED, f"{_LIVE_HOLD}; chosen by hand, or the last"),
-    Transition(Status.RUNNING, Event.COMPLETE, Status.COMPLETED, _LIVE_HOLD),
+    Transition(Status.RUNNING, Event.COMPLETE, Status.COMPLETED, f"{_LIVE_HOLD}; {_LAST}"),
     Transition(Status.RUNNING, Event.FAIL, Status.FAILED, f"{_LIVE_HOLD}; permanent, or no retry left", charged=True),
     Transition(Status.RUNNING, Event.RETRY, Status.PENDING, f"{_LIVE_HOLD}; a retry is left", charged=True),
-    Transition(Status.RUNNING, Event.PREEMPT, Status.PENDING, _LIVE_HOLD),
+    Transition(Status.RUNNING, Event.PREEMPT, Status.PENDING, f"{_LIVE_HOLD}; {_LAST}"),
     Transition(Status.RUNNING, Event.LOST, Status.PENDING, _EXPIRED),
     Transition(Status.RUNNING, Event.LOST, Status.FAILED, f"{_EXPIRED}; the third started attempt without progress"),
     Transition(Status.RUNNING, Event.PLAN, Status.WAITING, f"{_LIVE_HOLD}; children inserted"),
@@ -140,8 +141,10 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(Status.PENDING, Event.CANCEL, Status.CANCELLED, f"none; {_STOPPED}"),
     Transition(Status.RUNNING, Event.CANCEL, Status.CANCELLING, "none"),
     Transition(Status.WAITING, Event.CANCEL, Status.CANCELLING, "none"),
-    Transition(Status.CANCELLING, Event.COMPLETE, Status.COMPLETED, f"{_LIVE_HOLD}; the last step was done"),
-    Transition(Status.CANCELLING, Event.STOP, Status.CANCELLED, f"{_LIVE_HOLD}; any other finish, or a refusal"),
+    Transition(Status.CANCELLING, Event.COMPLETE, Status.COMPLETED, f"{_LIVE_HOLD}; the last step was done; {_LAST}"),
+    Transition(
+        Status.CANCELLING, Event.STOP, Status.CANCELLED, f"{_LIVE_HOLD}; any other finish, or a refusal; {_LAST}"
+    ),
     Transition(Status.CANCELLING, Event.STOP, Status.CANCELLED, "a study with no hold and no live child"),
     Transition(Status.CANCELLING, Event.LOST, Status.CANCELLED, f"{_EXPIRED}; its exit is unconfirmed"),
     Transition(Status.FAILED, Event.RESUME, Status.PENDING, _TO_GO_ON_FROM),

@@ -253,8 +253,20 @@ class LiveCounts(Wire):
     cancelling: int
 
 
+class MemberView(Wire):
+    """A worker of an attempt, and the ranks that it has: `ranks` of them, from `first_rank` on."""
+
+    worker_id: UUID
+    worker: str
+    host: str
+    first_rank: int
+    ranks: int
+
+
 class AttemptView(Wire):
-    """`first_step` and `last_step` are those it reported; null when it reported none.
+    """`worker_id`, `worker` and `host` are rank 0's; `members` are all workers, one unless it is a gang's.
+
+    `first_step` and `last_step` are those it reported; null when it reported none.
 
     `replay` compares what it reported again, of its predecessors or of the run that it replays; null: nothing yet.
     `lost_j` of its `energy_j` a later attempt used again; `energy_reason` says why one of them is null.
@@ -264,6 +276,8 @@ class AttemptView(Wire):
     worker_id: UUID
     worker: str
     host: str
+    world_size: int = Field(1, description="how many ranks train together, one on each device")
+    members: list[MemberView] = Field([], description="in the order of their ranks")
     trainer_pid: int | None
     claimed_at: datetime
     started_at: datetime | None

@@ -10,7 +10,7 @@ import pytest
 
 from chaos.cluster import Cluster, OwnPostgres, cluster_at
 from helpers.databases import connect
-from helpers.history import LATE, violations
+from helpers.history import LATE, half_gangs, violations
 from helpers.service import eventually
 from helpers.store import Store, held
 from ops_backend.store import webhooks
@@ -115,3 +115,14 @@ async def checked(cluster: Cluster) -> list[str]:
         return await violations(database, cluster.storage)
     finally:
         await database.close()
+
+
+def test_it_sees_half_a_gang_and_a_rank_that_is_there_twice() -> None:
+    def told(*held: tuple[int, int]) -> list[str]:
+        operation = {"id": 1, "kind": "training", "job": '{"execution": {"devices": 3}}'}
+        holds = [{"operation_id": 1, "attempt": 1, "first_rank": first, "ranks": ranks} for first, ranks in held]
+        return half_gangs([operation], holds)
+
+    assert told((0, 2), (2, 1)) == told((2, 1), (0, 2)) == []
+    for wrong in ([(0, 2)], [(0, 2), (1, 2)], [(0, 2), (2, 2)]):
+        assert len(told(*wrong)) == 1

@@ -1,5 +1,6 @@
 """The history checker: every line of "Always true" in the database and the files, as a list of what is violated."""
 
+import json
 from collections import defaultdict
 from collections.abc import Collection
 from datetime import timedelta
@@ -71,7 +72,7 @@ async def violations(database: asyncpg.Connection, storage: Path, damaged: Colle
     events = await database.fetch("SELECT * FROM events ORDER BY operation_id, seq")
     checkpoints = await database.fetch("SELECT * FROM checkpoints WHERE path <> ALL ($1)", list(damaged))
     metrics = await database.fetch("SELECT * FROM metrics ORDER BY operation_id, name, attempt, first_step")
-    found = [*_held_by_the_dead(operations, holds, attempts), *_overlaps(attempts)]
+    found = [*_held_by_the_dead(operations, holds, attempts), *_overlaps(attempts), *half_gangs(operations, holds)]
     for operation in operations:
         found += _not_a_path(operation, [e for e in events if e["operation_id"] == operation["id"]])
     planned = await database.fetch("SELECT * FROM planned")
@@ -94,6 +95,20 @@ def _held_by_the_dead(operations: Rows, holds: Rows, attempts: Rows) -> list[str
     stuck = [f"operation {o['id']} is stuck {o['status']}" for o in operations if o["id"] not in ended]
     slots = [f"a slot is held by {h['operation_id']}, which has ended" for h in holds if h["ended_at"] is None]
     return stuck + slots + [f"attempt {a['number']} is open" for a in attempts if a["ended_at"] is None]
+
+
+def half_gangs(operations: Rows, holds: Rows) -> list[str]:
+    """The members of every attempt have all its ranks, each once; of what is no gang one has the only one."""
+    size = {o["id"]: json.loads(o["job"])["execution"]["devices"] if o["kind"] == "training" else 1 for o in operations}
+    ranks = defaultdict(list)
+    for hold in holds:
+        mine = range(hold["first_rank"], hold["first_rank"] + hold["ranks"])
+        ranks[hold["operation_id"], hold["attempt"]] += mine
+    return [
+        f"attempt {attempt} of {id} was held with ranks {sorted(found)} of {size[id]}"
+        for (id, attempt), found in ranks.items()
+        if sorted(found) != list(range(size[id]))
+    ]
 
 
 def _without_children(operations: Rows, planned: Rows) -> list[str]:

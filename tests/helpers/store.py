@@ -125,7 +125,7 @@ class Store:
             spec = {"workload": "toy"} | spec | {"execution": execution}
         async with self.sessions.begin() as session:
             found = await submit.replay(session, "me", key, body)
-            made = found or await submit.submit_if_new(session, JobSpec.model_validate(spec), "me", key, body)
+            made = found or await submit.submit_if_new(session, JobSpec.model_validate(spec), "me", key, body, LEASE_S)
             made = made or await submit.replay(session, "me", key, body)
         assert made is not None
         return made
@@ -141,9 +141,10 @@ class Store:
         assert claim is not None
         return held(claim)
 
-    async def refuse(self, claim: claims.Claim, rest_s: float = 0.0) -> str | None:
+    async def refuse(self, claim: claims.Claim, rest_s: float = 0.0, member: int = 0) -> str | None:
+        fault = Fault(code="busy", message="busy")
         async with self.sessions.begin() as session:
-            return await claims.refuse_if_held(session, claim, error=Fault(code="busy", message="busy"), rest_s=rest_s)
+            return await claims.refuse_if_held(session, claim, claim.members[member], error=fault, rest_s=rest_s)
 
     async def report(
         self, held: Held, *batch: Report, seq: int | None = None, progress: Progress | None = None
@@ -180,7 +181,9 @@ class Store:
     async def fork(self, id: UUID, key: str | None = None, **wish: Any) -> UUID | None:
         request = ForkRequest.model_validate(wish)
         async with self.sessions.begin() as session:
-            return await fork.fork_if_there(session, id, request, "me", key, request.model_dump_json().encode())
+            return await fork.fork_if_there(
+                session, id, request, "me", key, request.model_dump_json().encode(), LEASE_S
+            )
 
     async def replay(self, id: UUID, key: str | None = None, **wish: Any) -> UUID | None:
         request = ReplayRequest.model_validate(wish)
@@ -248,7 +251,12 @@ class Store:
 
 
 def held(claim: claims.Claim) -> Held:
-    return Held(claim.operation_id, claim.attempt, claim.incarnation)
+    return holds_of(claim)[0]
+
+
+def holds_of(claim: claims.Claim) -> list[Held]:
+    """One for each member, the leader's first."""
+    return [Held(claim.operation_id, claim.attempt, member.incarnation) for member in claim.members]
 
 
 def started(step: int = 0, promise: Literal["promised", "best_effort"] = "promised", **environment: Any) -> Started:

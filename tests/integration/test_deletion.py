@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from helpers.store import Held, Store, at_once, losses, saved, started
+from helpers.store import LEASE_S, Held, Store, at_once, losses, saved, started
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.routes import cleanup
 from ops_backend.store import curves, deletion, fork, logs, queries
@@ -131,7 +131,7 @@ async def test_one_that_forks_or_replays_need_stays_until_they_are_deleted(store
 async def test_a_fork_that_is_being_made_is_waited_for_and_wins(store: Store, run: Any) -> None:
     id = (await run()).operation_id
     async with store.sessions.begin() as session:
-        await fork.fork_if_there(session, id, ForkRequest(), "me", None, b"{}")
+        await fork.fork_if_there(session, id, ForkRequest(), "me", None, b"{}", LEASE_S)
         deleting = asyncio.create_task(delete(store, id))
         await somebody_waits(store)
 

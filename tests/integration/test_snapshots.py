@@ -9,7 +9,7 @@ from uuid import UUID
 import httpx
 import pytest
 
-from helpers.store import Store
+from helpers.store import LEASE_S, Store
 from integration.test_api import refusal, serving
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.store import snapshots, submit
@@ -51,7 +51,7 @@ async def kept(store: Store) -> bool:
 
 async def run_command(store: Store) -> UUID:
     async with store.sessions.begin() as session:
-        made = await submit.submit_if_new(session, JobSpec.model_validate(COMMAND), "me", None, b"{}")
+        made = await submit.submit_if_new(session, JobSpec.model_validate(COMMAND), "me", None, b"{}", LEASE_S)
     assert made is not None
     return made
 
@@ -139,7 +139,7 @@ async def test_who_has_asked_for_it_finds_it_for_a_day(
 async def test_a_sweep_passes_over_what_a_submit_holds(store: Store, old: None) -> None:
     spec = JobSpec.model_validate(COMMAND)
     async with store.sessions.begin() as session:
-        await submit.submit_if_new(session, spec, "me", None, b"{}")
+        await submit.submit_if_new(session, spec, "me", None, b"{}", LEASE_S)
         await asyncio.wait_for(sweep(store), 10)  # it does not wait for the submit to be committed
 
     assert await kept(store)

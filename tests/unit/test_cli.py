@@ -51,6 +51,7 @@ from ops_contract.operations import (
     EventView,
     ForkedFrom,
     Health,
+    MemberView,
     Operation,
     OperationPage,
     ProgressView,
@@ -74,6 +75,7 @@ from ops_contract.wire import API_PREFIX, Wire
 from relight.manifest import FileEntry, Manifest
 from relight.settings import UpState, write_up_state
 
+AB = [(0, "a"), (1, "b")]
 RESUMED_FROM = ResumedFrom(
     checkpoint_id=uuid4(), checkpoint_type=CheckpointType.CANCEL, created_at="2026-01-01T00:00:00Z", epoch=2, step=130
 )
@@ -91,6 +93,7 @@ class Api:
     resumed: list[dict[str, Any]] = field(default_factory=list)
     replayed: list[dict[str, Any]] = field(default_factory=list)
     replays: list[ReplayCheck | None] = field(default_factory=list)
+    members: list[MemberView] = field(default_factory=list)
     replay_ends: Status = Status.COMPLETED
     checkpoints: list[CheckpointView] = field(default_factory=list)
     artifacts: list[ArtifactView] = field(default_factory=list)
@@ -200,7 +203,9 @@ def app_of(api: Api) -> FastAPI:
 
     @app.get(f"{API_PREFIX}/operations/{{id}}/attempts")
     async def attempts(id: UUID) -> Response:
-        return answer(Attempts(items=[attempted(n, check) for n, check in enumerate(api.replays, 1)]))
+        gang = {"members": api.members, "world_size": sum(m.ranks for m in api.members) or 1}
+        tried = [attempted(n, check).model_copy(update=gang) for n, check in enumerate(api.replays, 1)]
+        return answer(Attempts(items=tried))
 
     @app.get(f"{API_PREFIX}/operations/{{id}}/checkpoints")
     async def checkpoints(id: UUID) -> Response:
@@ -483,7 +488,7 @@ DIFFERENT = ReplayCheck(
 
 def attempted(number: int, check: ReplayCheck | None) -> AttemptView:
     known = {"number": number, "worker_id": uuid4(), "worker": "w", "host": "h", "start_step": 0, "replay": check}
-    unknown = dict.fromkeys(AttemptView.model_fields.keys() - known.keys())
+    unknown = dict.fromkeys(AttemptView.model_fields.keys() - known.keys() - {"world_size", "members"})
     return AttemptView.model_validate({**unknown, **known, "claimed_at": "2026-01-01T00:00:00Z"})
 
 
@@ -923,6 +928,34 @@ def test_status_says_what_a_pending_operation_waits_for(
     id = api.holds(operation(status=Status.PENDING, job=job))
     api.workers = workers
     assert said in " ".join(ops("status", id).out.split())
+
+
+@pytest.mark.parametrize(
+    ("taken", "devices", "nodes", "said"),
+    [
+        (1, 2, None, "waits for 2 free slots at once: 1 of 2 taken"),
+        (2, 2, 2, "waits for 2 free slots at once on 2 hosts: 2 of 2 taken"),
+        (0, 4, None, "waits for 4 slots at once: live workers have 2"),
+    ],
+)
+def test_status_says_what_a_gang_waits_for(
+    api: Api, ops: Ops, taken: int, devices: int, nodes: int | None, said: str
+) -> None:
+    wish = {"execution": Execution(devices=devices), "resources": Resources(nodes=nodes)}
+    id = api.holds(operation(status=Status.PENDING, job=operation().job.model_copy(update=wish)))
+    api.workers = [worker(runs=uuid4() if n < taken else None) for n in range(2)]
+    assert said in " ".join(ops("status", id).out.split())
+
+
+def test_attempts_name_all_workers_of_a_gang(api: Api, ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    api.replays = [None]
+    id = api.holds(operation())
+    assert "ranks on" not in ops("attempts", id).out
+    api.members = [MemberView(worker_id=uuid4(), worker=name, host="h", first_rank=2 * n, ranks=2) for n, name in AB]
+    assert "4 ranks on 2 workers: a, b" in ops("attempts", id).out
+    api.members = api.members[:1]
+    assert "2 ranks on 1 worker: a" in ops("attempts", id).out
 
 
 def test_run_submits_the_command_as_it_was_typed_with_all_that_it_asks_for(

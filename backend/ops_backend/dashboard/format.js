@@ -105,3 +105,9 @@ export function within(estimate, write = measured) {
   const { value, low, high } = estimate;
   return low === null || high === null ? write(value) : `${write(value)} (${write(low)}–${write(high)})`;
 }
+
+/** "4 ranks on 2 workers: a, b"; of what is no gang, its worker. */
+export function workersOf({ world_size, members, worker }) {
+  if (world_size === 1) return worker;
+  return `${world_size} ranks on ${plural(members.length, "worker")}: ${members.map(({ worker }) => worker).join(", ")}`;
+}

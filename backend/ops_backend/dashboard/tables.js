@@ -16,6 +16,7 @@ import {
   short,
   UNKNOWN,
   words,
+  workersOf,
 } from "./format.js";
 import { may } from "./session.js";
 import { redoneAfter } from "./summary.js";
@@ -61,11 +62,11 @@ export function attempts(operation, all) {
         h(
           "td",
           {},
-          attempt.worker,
+          workersOf(attempt),
           h(
             "span",
             { class: "small quiet" },
-            ` ${attempt.host}${attempt.trainer_pid ? `, pid ${attempt.trainer_pid}` : ""}`,
+            ` ${[...new Set((attempt.members.length ? attempt.members : [attempt]).map(({ host }) => host))].join(", ")}${attempt.trainer_pid ? `, pid ${attempt.trainer_pid}` : ""}`,
           ),
         ),
         number(ago(attempt.claimed_at)),

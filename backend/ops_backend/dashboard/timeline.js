@@ -2,7 +2,7 @@
 
 import { now } from "./api.js";
 import { h } from "./dom.js";
-import { clock, count, duration, plural } from "./format.js";
+import { clock, count, duration, plural, workersOf } from "./format.js";
 import { redoneAfter } from "./summary.js";
 import { icon, TERMINAL } from "./status.js";
 
@@ -59,7 +59,7 @@ export function stateOf(operation, attempt) {
 function sentence(attempt, state, next) {
   const redone = redoneAfter(attempt, next);
   return [
-    `Attempt ${attempt.number} on ${attempt.worker}: ${state.replaceAll("_", " ")}`,
+    `Attempt ${attempt.number} on ${workersOf(attempt)}: ${state.replaceAll("_", " ")}`,
     attempt.last_step === null
       ? `from step ${count(attempt.start_step)}`
       : `steps ${count(attempt.start_step)} to ${count(attempt.last_step)}`,

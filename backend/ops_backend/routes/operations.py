@@ -98,17 +98,21 @@ async def submit(
     async def asked(session: AsyncSession) -> Question | None:
         if not dry_run and await replay(session, user.name, idempotency_key, body):
             return None
-        return await question(session, await resolved_job(session, read(JobSpec, body)), settings.lease_s)
+        return await question(
+            session, await resolved_job(session, read(JobSpec, body), settings.lease_s), settings.lease_s
+        )
 
     told = await _told(sessions, validator, asked)
     async with sessions.begin() as session:
         if dry_run:
-            job = await resolved_job(session, read(JobSpec, body), told=told)
+            job = await resolved_job(session, read(JobSpec, body), settings.lease_s, told=told)
             plan = told.plan if told else None
             return as_json(job if job.study is None else await preview(session, job, plan, settings.lease_s))
 
         async def make() -> UUID | None:
-            return await submit_if_new(session, read(JobSpec, body), user.name, idempotency_key, body, told)
+            return await submit_if_new(
+                session, read(JobSpec, body), user.name, idempotency_key, body, settings.lease_s, told
+            )
 
         id, is_new = await once(session, user.name, idempotency_key, body, make)
         operation = await queries.get(session, id)
@@ -249,16 +253,16 @@ async def fork_operation(
             return None
         if not (wish.overrides.config or wish.overrides.code):
             return None
-        return await question(session, await forked_job(session, id, wish), settings.lease_s)
+        return await question(session, await forked_job(session, id, wish, settings.lease_s), settings.lease_s)
 
     told = await _told(sessions, validator, asked)
     async with sessions.begin() as session:
         if dry_run:
-            return as_json(await forked_job(session, id, read(ForkRequest, body), told))
+            return as_json(await forked_job(session, id, read(ForkRequest, body), settings.lease_s, told))
 
         async def make() -> UUID | None:
             wish = read(ForkRequest, body)
-            return await fork_if_there(session, id, wish, user.name, idempotency_key, whole, told)
+            return await fork_if_there(session, id, wish, user.name, idempotency_key, whole, settings.lease_s, told)
 
         fork_id, is_new = await once(session, user.name, idempotency_key, whole, make)
         operation = await queries.get(session, fork_id)

@@ -1,6 +1,8 @@
 """claim: pending → running, one claimer at a time; refuse: running → pending, when the worker did not take it."""
 
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -28,42 +30,145 @@ def runs(worker: str) -> str:
                               AND ({worker}.user_code OR coalesce(o.job->'env', '{{}}') = '{{}}') END"""
 
 
-# A slot is free while the hold it was last given to is not alive. `auto` wants a GPU slot and takes a CPU slot only
-# where no live worker offers this workload a GPU at all: a drained one still does. A frozen number of threads prefers
-# a slot of that many cores.
-# A study only plans and reduces, on any slot: what its job asks for its children need.
+_DEVICES = "(o.job->'execution'->>'devices')::int"
+_NODES = "(o.job->'resources'->>'nodes')::int"
+IS_GANG = f"o.kind = 'training' AND {_DEVICES} > 1"
+
+
+def suits(slot: str) -> str:
+    """Whether a slot is what operation `o` asks for, alone; `offered` are all that there are.
+
+    `auto` wants a GPU slot and takes a CPU slot only where no live worker offers this workload a GPU at all: a drained
+    one still does. A study only plans and reduces, on any slot: what its job asks for its children need.
+    """
+    return f"""{runs(slot)}
+               AND (o.kind = 'study' OR {slot}.cores >= coalesce((o.job->'resources'->>'cores')::int, 1))
+               AND (o.kind = 'study' OR CASE o.job->'execution'->>'accelerator'
+                     WHEN 'auto' THEN {slot}.device <> 'cpu' OR NOT EXISTS (
+                          SELECT FROM offered g WHERE g.device <> 'cpu' AND {runs("g")})
+                     ELSE {slot}.device = o.job->'execution'->>'accelerator' END)"""
+
+
+def room(slots: str) -> str:
+    """The slots that gang `o` could use among these, which are called `f`: all on one kind of device, never mps.
+
+    With `share`, how many it takes of each node at least (of one, all), and `on_host`, how many that one has of them.
+    A slot without a port is that of a worker which knows no gangs.
+    """
+    return f"""
+                SELECT * FROM (
+                    SELECT f.incarnation, f.index, f.host, f.cores, {_DEVICES} / coalesce({_NODES}, 1) AS share,
+                           count(*) OVER (PARTITION BY f.host) AS on_host,
+                           count(*) OVER (PARTITION BY f.incarnation) AS on_worker,
+                           bool_or(f.is_local) OVER (PARTITION BY f.host) AS is_local
+                      FROM {slots}
+                       AND f.port IS NOT NULL AND {runs("f")}
+                       AND f.cores >= coalesce((o.job->'resources'->>'cores')::int, 1)
+                       AND f.device = CASE o.job->'execution'->>'accelerator' WHEN 'auto' THEN
+                               CASE WHEN EXISTS (SELECT FROM offered g WHERE g.device = 'cuda' AND {runs("g")})
+                                    THEN 'cuda' ELSE 'cpu' END
+                               ELSE o.job->'execution'->>'accelerator' END) fitting
+                 WHERE {_NODES} IS NULL OR on_host >= share"""
+
+
+# What live workers offer; a lease counts as their sign of life. `is_local`: nobody else reaches that address.
+OFFERED = """
+        SELECT s.incarnation, s.index, s.device, s.cores, s.port, s.operation_id, s.attempt, s.rests_until,
+               w.name, w.host, w.url, w.secret, w.workloads, w.user_code, w.drain IS NULL AS undrained,
+               w.url ~ '^https?://(localhost|127[.]|\\[::1\\])' AS is_local
+          FROM slots s JOIN workers w USING (incarnation)
+         WHERE NOT w.draining AND w.last_seen_at > now() - make_interval(secs => :lease_s)"""
+
+# Of `room`: whether it is enough for gang `o`.
+_IS_ENOUGH = f"""count(*) >= {_DEVICES} AND ({_NODES} IS NULL OR count(DISTINCT host) >= {_NODES})"""
+
+# Which slots of its node a gang takes first, and the order of its ranks.
+_FIRST = "cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, on_worker DESC, incarnation, index"
+_RANKS = "is_local, node, incarnation, index"
+# Of an event, what a gang has besides its leader.
+_MEMBERS = """coalesce((SELECT jsonb_build_object('members', jsonb_agg(
+                              jsonb_build_object('worker', name, 'ranks', ranks) ORDER BY first_rank))
+                            FROM members HAVING sum(ranks) > 1), '{}')"""
+_QUEUE = "ORDER BY o.priority DESC, o.created_at, o.id"
+# By scalars that are read once: null, and so false, where no gang reserves.
+_BEHIND = """coalesce((-o.priority, o.created_at, o.id) > ((SELECT -priority FROM head),
+                               (SELECT created_at FROM head), (SELECT id FROM head)), false)"""
+
+# A slot is free while the hold it was last given to is not alive. A frozen number of threads prefers a slot of that
+# many cores.
+# A gang takes its slots all or none. The first one of the queue that the live workers could hold reserves what it could
+# use: whoever is behind it passes those over, else the small ones would always be there first. It takes the host that
+# has the least room which is enough, else as few hosts as there can be. Ranks go by member, the members of a host side
+# by side; an address that only its own host reaches cannot be rank 0's for others.
 # A lease counts from the claim itself: a transaction that was held up dates its now() back.
 # A fork without a checkpoint of its own is handed its fork point even if that was marked corrupt meanwhile: the worker
 # then refuses it, and the fork fails. Without one it would begin at step 0, which nobody asked for.
 CLAIM = statement(f"""
-    WITH offered AS MATERIALIZED (
-        SELECT s.incarnation, s.index, s.device, s.cores, w.url, w.secret, w.workloads, w.user_code,
-               w.drain IS NULL AND coalesce(s.rests_until <= now(), true)
-               AND NOT EXISTS (SELECT FROM holds h
-                                WHERE h.operation_id = s.operation_id AND h.attempt = s.attempt
-                                  AND h.incarnation = s.incarnation AND h.ended_at IS NULL) AS free
-          FROM slots s JOIN workers w USING (incarnation)
-         WHERE NOT w.draining AND w.last_seen_at > now() - make_interval(secs => :lease_s)
-    ), chosen AS MATERIALIZED (
-        SELECT o.id, o.not_before, o.resume_checkpoint_id, o.forked_from_checkpoint_id, slot.*
+    WITH offered AS MATERIALIZED ({OFFERED}
+    ), vacant AS MATERIALIZED (
+        SELECT f.* FROM offered f
+         WHERE f.undrained AND coalesce(f.rests_until <= now(), true)
+           AND NOT EXISTS (SELECT FROM holds h
+                            WHERE h.operation_id = f.operation_id AND h.attempt = f.attempt
+                              AND h.incarnation = f.incarnation AND h.ended_at IS NULL)
+    ), head AS MATERIALIZED (
+        SELECT o.id, o.priority, o.created_at, reserved.*
           FROM operations o
           CROSS JOIN LATERAL (
-            SELECT f.incarnation, f.index, f.device, f.cores, f.url, f.secret
-              FROM offered f
-             WHERE f.free AND {runs("f")}
-               AND (o.kind = 'study' OR f.cores >= coalesce((o.job->'resources'->>'cores')::int, 1))
-               AND (o.kind = 'study' OR CASE o.job->'execution'->>'accelerator'
-                     WHEN 'auto' THEN f.device <> 'cpu' OR NOT EXISTS (
-                          SELECT FROM offered g WHERE g.device <> 'cpu' AND {runs("g")})
-                     ELSE f.device = o.job->'execution'->>'accelerator' END)
-             ORDER BY o.kind = 'study' AND f.device = 'cpu' DESC,
-                      f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index
-             LIMIT 1
-          ) slot
+            SELECT array_agg(incarnation) AS incarnations, array_agg(index) AS indexes
+              FROM ({room("offered f WHERE f.undrained")}) usable
+            HAVING {_IS_ENOUGH}
+          ) reserved
+         WHERE o.status = 'pending' AND coalesce(o.not_before <= now(), true) AND {IS_GANG}
+           AND EXISTS (SELECT FROM vacant)
+         {_QUEUE} LIMIT 1
+    ), free AS MATERIALIZED (
+        SELECT f.*, (f.incarnation, f.index) IN (
+                        SELECT r.incarnation, r.index FROM head, unnest(head.incarnations, head.indexes)
+                                                                     AS r (incarnation, index)) AS reserved
+          FROM vacant f
+    ), chosen AS MATERIALIZED (
+        SELECT o.id, o.not_before, o.resume_checkpoint_id, o.forked_from_checkpoint_id, placed.slots
+          FROM operations o
+          CROSS JOIN LATERAL (
+            SELECT CASE WHEN {IS_GANG} THEN (
+                SELECT jsonb_agg(jsonb_build_array(incarnation, index) ORDER BY {_RANKS})
+                  FROM (
+                    SELECT *, row_number() OVER (ORDER BY node, {_FIRST}) AS nth,
+                           row_number() OVER (PARTITION BY node ORDER BY {_FIRST}) AS nth_of_node
+                      FROM (
+                        SELECT *, dense_rank() OVER (
+                                      ORDER BY on_host >= share DESC,
+                                               CASE WHEN on_host >= share THEN on_host ELSE -on_host END, host) AS node
+                          FROM ({room(f"free f WHERE NOT (f.reserved AND {_BEHIND})")}) usable
+                      ) by_node
+                  ) ordered
+                 WHERE CASE WHEN {_NODES} IS NULL THEN nth <= {_DEVICES}
+                            ELSE node <= {_NODES} AND nth_of_node <= share END
+                HAVING count(*) = {_DEVICES}
+            ) ELSE (
+                SELECT jsonb_build_array(jsonb_build_array(f.incarnation, f.index))
+                  FROM free f
+                 WHERE NOT (f.reserved AND {_BEHIND}) AND {suits("f")}
+                 ORDER BY o.kind = 'study' AND f.device = 'cpu' DESC,
+                          f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index
+                 LIMIT 1
+            ) END AS slots OFFSET 0
+          ) placed
          WHERE o.status = 'pending' AND coalesce(o.not_before <= now(), true)
-         ORDER BY o.priority DESC, o.created_at, o.id
+           AND EXISTS (SELECT FROM free) AND (EXISTS (SELECT FROM free WHERE NOT reserved) OR NOT {_BEHIND})
+           AND placed.slots IS NOT NULL
+         {_QUEUE}
          LIMIT 1
            FOR NO KEY UPDATE OF o SKIP LOCKED
+    ), members AS MATERIALIZED (
+        SELECT f.incarnation, f.name, f.url, f.secret, array_agg(f.index ORDER BY given.nth) AS slots,
+               min(f.cores) AS cores, (min(given.nth) - 1)::int AS first_rank, count(*)::int AS ranks,
+               (array_agg(f.port ORDER BY given.nth))[1] AS port
+          FROM chosen
+          CROSS JOIN jsonb_array_elements(chosen.slots) WITH ORDINALITY AS given (slot, nth)
+          JOIN offered f ON f.incarnation = (given.slot->>0)::uuid AND f.index = (given.slot->1)::int
+         GROUP BY f.incarnation, f.name, f.url, f.secret
     ), checkpoint AS MATERIALIZED (
         SELECT c.id, c.id = chosen.forked_from_checkpoint_id AS is_fork_point
           FROM checkpoints c JOIN chosen ON {continues("chosen")} OR c.id = chosen.forked_from_checkpoint_id
@@ -78,35 +183,54 @@ CLAIM = statement(f"""
            SET status = 'running', attempt = o.attempt + 1, event_seq = o.event_seq + 1, not_before = NULL,
                started_at = coalesce(o.started_at, now()),
                job = CASE WHEN o.kind <> 'study' AND o.job->'execution'->>'threads' IS NULL
-                          THEN jsonb_set(o.job, '{{execution,threads}}', to_jsonb(least(chosen.cores, {MOST_THREADS})))
+                          THEN jsonb_set(o.job, '{{execution,threads}}',
+                                         to_jsonb(least((SELECT min(cores) FROM members), {MOST_THREADS})))
                           ELSE o.job END
           FROM chosen
          WHERE o.id = chosen.id AND o.status = 'pending'
            AND (NOT EXISTS (SELECT FROM checkpoint) OR EXISTS (SELECT FROM pinned))
         RETURNING o.id, o.event_seq, o.attempt, 'pending' AS from_status, o.status, o.job, o.phase, o.accept_changes,
-                  chosen.incarnation, chosen.index, chosen.url, chosen.secret, chosen.not_before AS was_due_at
+                  (chosen.slots->0->>0)::uuid AS incarnation, chosen.not_before AS was_due_at
     ), attempted AS (
         INSERT INTO attempts (operation_id, number, incarnation, checkpoint_id, start_step, starts_at_evaluation)
         SELECT moved.id, moved.attempt, moved.incarnation, pinned.id, coalesce(pinned.step, 0),
                coalesce(pinned.phase = 'evaluate', false)
           FROM moved LEFT JOIN pinned ON true
     ), held AS (
-        INSERT INTO holds (operation_id, attempt, incarnation, lease_expires_at)
-        SELECT id, attempt, incarnation, clock_timestamp() + make_interval(secs => :lease_s) FROM moved
+        INSERT INTO holds (operation_id, attempt, incarnation, lease_expires_at, first_rank, ranks)
+        SELECT moved.id, moved.attempt, m.incarnation, clock_timestamp() + make_interval(secs => :lease_s),
+               m.first_rank, m.ranks
+          FROM moved, members m
     ), taken AS (
         UPDATE slots s SET operation_id = moved.id, attempt = moved.attempt
-          FROM moved WHERE s.incarnation = moved.incarnation AND s.index = moved.index
+          FROM moved, members m WHERE s.incarnation = m.incarnation AND s.index = ANY (m.slots)
     ), told AS (
-        {record("'claim'", "jsonb_build_object('worker', incarnation)")}
+        {record("'claim'", f"jsonb_build_object('worker', incarnation) || {_MEMBERS}")}
     )
     SELECT moved.id AS operation_id, moved.attempt, moved.job, moved.phase AS study_phase, moved.accept_changes,
-           moved.incarnation, moved.index, moved.url, moved.secret,
+           moved.incarnation,
+           (SELECT jsonb_agg(jsonb_build_object('incarnation', incarnation, 'url', url, 'secret', secret, 'port', port,
+                                                'slots', slots, 'first_rank', first_rank) ORDER BY first_rank)
+              FROM members) AS members,
            pinned.id AS checkpoint_id, pinned.path, pinned.step, pinned.epoch, pinned.phase, pinned.size_bytes,
            pinned.manifest_sha256, parent.job AS parent_job,
            coalesce(extract(epoch FROM clock_timestamp() - greatest(moved.was_due_at, queued.at)), 0)::float8 AS due_s
       FROM moved LEFT JOIN pinned ON true
       LEFT JOIN events queued ON queued.operation_id = moved.id AND queued.seq = moved.event_seq - 1
       LEFT JOIN operations parent ON parent.id = pinned.operation_id AND parent.id <> moved.id
+""")
+
+# Of the job of a gang: what live workers could give it, drained ones too, whoever has it now.
+COULD_HOLD = statement(f"""
+    WITH offered AS MATERIALIZED ({OFFERED}
+    ), o AS (
+        SELECT CAST(:workload AS text) AS workload, CAST(:job AS jsonb) AS job
+    )
+    SELECT found.*, EXISTS (SELECT FROM offered) AS anybody
+      FROM o CROSS JOIN LATERAL (
+        SELECT count(*) AS slots, count(DISTINCT host) AS nodes, {_IS_ENOUGH} AS enough
+          FROM ({room("offered f WHERE true")}) usable
+      ) found
 """)
 
 # Of all operations, the newest attempts whose trainer had started: what ended before had no work to lose.
@@ -127,6 +251,7 @@ REFUSE = statement(f"""
         UPDATE operations o
            SET status = CASE t.status WHEN 'running' THEN 'pending' ELSE 'cancelled' END,
                ended_at = CASE t.status WHEN 'running' THEN NULL ELSE now() END,
+               exit_unconfirmed = t.status = 'cancelling' AND (SELECT count(*) FROM locked) > 1,
                event_seq = o.event_seq + 1
           FROM target t WHERE o.id = t.id
         RETURNING o.id, o.event_seq, o.attempt, t.status AS from_status, o.status
@@ -147,15 +272,28 @@ REFUSE = statement(f"""
 
 
 @dataclass(frozen=True)
+class Member:
+    """A worker of an attempt, and the slots that it gives: the first one runs `first_rank`."""
+
+    incarnation: UUID
+    url: str
+    secret: str
+    slots: list[int]
+    first_rank: int
+
+
+@dataclass(frozen=True)
 class Claim:
-    """An attempt that was claimed and has to be delivered."""
+    """An attempt that was claimed and has to be delivered to each of its members, the leader first.
+
+    `host` and `port` are where rank 0 of a gang listens, as the backend knows its worker; None of any other.
+    """
 
     operation_id: UUID
     attempt: int
-    incarnation: UUID
-    slot: int
-    url: str
-    secret: str
+    members: list[Member]
+    host: str | None
+    port: int | None
     job: Job
     checkpoint: CheckpointRef | None
     parent_job: Job | None
@@ -164,6 +302,14 @@ class Claim:
     accept_changes: bool
     record: FailureRecord
     due_s: float  # how long it had been due
+
+    @property
+    def leader(self) -> Member:
+        return self.members[0]
+
+    @property
+    def world_size(self) -> int:
+        return sum(len(member.slots) for member in self.members)
 
 
 async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
@@ -177,13 +323,13 @@ async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
     checkpoint = None
     if row["checkpoint_id"] is not None:
         checkpoint = CheckpointRef.model_validate({name: row[name] for name in CheckpointRef.model_fields})
+    leader = row["members"][0]
     return Claim(
         operation_id=row["operation_id"],
         attempt=row["attempt"],
-        incarnation=row["incarnation"],
-        slot=row["index"],
-        url=row["url"],
-        secret=row["secret"],
+        members=[_member(member) for member in row["members"]],
+        host=urlsplit(leader["url"]).hostname,
+        port=leader["port"],
         job=Job.model_validate(row["job"]),
         checkpoint=checkpoint,
         parent_job=Job.model_validate(row["parent_job"]) if row["parent_job"] else None,
@@ -195,20 +341,42 @@ async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
     )
 
 
+def _member(row: dict[str, Any]) -> Member:
+    return Member(UUID(row["incarnation"]), row["url"], row["secret"], row["slots"], row["first_rank"])
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Of live workers, taken slots included: so many slots suit a gang, on so many nodes with enough of them each."""
+
+    enough: bool
+    slots: int
+    nodes: int
+    anybody: bool  # whether any worker is live at all
+
+
+async def capacity(session: AsyncSession, job: Job, lease_s: float) -> Capacity:
+    """For the gang of `job`."""
+    values = {"workload": job.workload, "job": plain(job), "lease_s": lease_s}
+    return Capacity(**(await session.execute(COULD_HOLD, values)).mappings().one())
+
+
 async def failure_record(session: AsyncSession) -> FailureRecord:
     """How often attempts on this service lose work; running ones count as far as they are."""
     row = (await session.execute(FAILURE_RECORD)).mappings().one()
     return FailureRecord(**row)
 
 
-async def refuse_if_held(session: AsyncSession, claim: Claim, *, error: Fault, rest_s: float) -> Status | None:
-    """Move running → pending (cancelling → cancelled) uncharged, and let the slot rest."""
+async def refuse_if_held(
+    session: AsyncSession, claim: Claim, member: Member, *, error: Fault, rest_s: float
+) -> Status | None:
+    """Move running → pending (cancelling → cancelled) uncharged for all members, and let the slots of this one rest."""
     status = await session.scalar(
         REFUSE,
         {
             "id": claim.operation_id,
             "attempt": claim.attempt,
-            "incarnation": claim.incarnation,
+            "incarnation": member.incarnation,
             "error": plain(error),
             "detail": {"error": plain(error)},
             "rest_s": rest_s,

@@ -87,25 +87,28 @@ async def fork_if_there(
     submitted_by: str,
     key: str | None,
     body: bytes,
+    lease_s: float,
     told: Validated | None = None,
 ) -> UUID | None:
     """Insert the fork; None when a concurrent request with the same key was first.
 
     Raises 404 without the operation or the checkpoint, 422 for overrides that cannot be carried over.
     """
-    point, spec, job = await _forked(session, id, wish, told)
+    point, spec, job = await _forked(session, id, wish, lease_s, told)
     values = new_operation(spec, job, submitted_by, key, body)
     values |= {"replay_of": None, "accept_changes": wish.accept_changes}
     return await _insert(session, wish, point, values)
 
 
-async def forked_job(session: AsyncSession, id: UUID, wish: ForkRequest, told: Validated | None = None) -> Job:
+async def forked_job(
+    session: AsyncSession, id: UUID, wish: ForkRequest, lease_s: float, told: Validated | None = None
+) -> Job:
     """What the fork would run; nothing is stored. Raises as `fork_if_there`."""
-    return (await _forked(session, id, wish, told))[2]
+    return (await _forked(session, id, wish, lease_s, told))[2]
 
 
 async def _forked(
-    session: AsyncSession, id: UUID, wish: ForkRequest, told: Validated | None
+    session: AsyncSession, id: UUID, wish: ForkRequest, lease_s: float, told: Validated | None
 ) -> tuple[Row[Any], JobSpec, Job]:
     point = await _find(session, id, wish)
     runs_anew = point.job["kind"] in (Kind.COMMAND, Kind.MEASUREMENT)
@@ -117,7 +120,7 @@ async def _forked(
     spec = _forked_spec(point, wish)
     if not runs_anew:
         _check_carried_over(spec.execution, point)
-    return point, spec, await resolved_job(session, spec, "overrides.", told)
+    return point, spec, await resolved_job(session, spec, lease_s, "overrides.", told)
 
 
 async def replay_if_there(

@@ -89,23 +89,23 @@ def whole(of: Account, devices: Figures, throttled: Slowed, epochs: Figures, rat
 
 
 def work(entries: Iterable[Entry]) -> Work:
-    """Devices of a worker measure the same steps; workers of an attempt do the same steps with other units."""
+    """All devices of an attempt measure the same steps and units, also those of a gang's other members."""
     trained = [entry for entry in entries if entry["use"] == Use.TRAIN]
 
-    def most(of: Callable[[Entry], int], *by: str) -> dict[tuple[Any, ...], int]:
-        """By these keys, the most that one device has."""
-        on_device = defaultdict[tuple[Any, ...], int](int)
+    def total(of: Callable[[Entry], int]) -> int:
+        """Over the attempts, of each the most that one device has."""
+        on_device = defaultdict[tuple[int, str, str], int](int)
         for entry in trained:
-            on_device[(*(entry[key] for key in by), entry["incarnation"], entry["device"])] += of(entry)
-        found = defaultdict[tuple[Any, ...], int](int)
-        for key, value in on_device.items():
-            found[key[: len(by)]] = max(found[key[: len(by)]], value)
-        return found
+            on_device[_place(entry)] += of(entry)
+        most = defaultdict[int, int](int)
+        for (attempt, _, _), value in on_device.items():
+            most[attempt] = max(most[attempt], value)
+        return sum(most.values())
 
     return Work(
-        steps=sum(most(lambda e: e["steps"] - e["lost_steps"], "attempt").values()),
-        lost_steps=sum(most(lambda e: int(e["lost_steps"]), "attempt").values()),
-        units=sum(most(lambda e: e["units"] - e["lost_units"], "attempt", "incarnation").values()),
+        steps=total(lambda e: e["steps"] - e["lost_steps"]),
+        lost_steps=total(lambda e: int(e["lost_steps"])),
+        units=total(lambda e: e["units"] - e["lost_units"]),
     )
 
 

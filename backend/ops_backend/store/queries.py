@@ -52,7 +52,7 @@ _PROGRESS = """
     LEFT JOIN attempts a ON a.operation_id = o.id AND a.number = o.attempt
     LEFT JOIN LATERAL (
         SELECT h.attempt, h.progress FROM holds h
-         WHERE h.operation_id = o.id AND h.progress IS NOT NULL ORDER BY h.attempt DESC LIMIT 1
+         WHERE h.operation_id = o.id AND h.progress IS NOT NULL ORDER BY h.attempt DESC, h.first_rank LIMIT 1
     ) told ON true"""
 
 # An attempt that was seen to differ takes the promise from the whole operation, whatever its successors promise.
@@ -102,7 +102,11 @@ STARTS = statement("""
 """)
 
 ATTEMPTS = statement("""
-    SELECT a.*, w.name AS worker, w.host, h.first_step, h.last_step
+    SELECT a.*, w.name AS worker, w.host, h.first_step, h.last_step,
+           (SELECT jsonb_agg(jsonb_build_object('worker_id', m.incarnation, 'worker', k.name, 'host', k.host,
+                                                'first_rank', m.first_rank, 'ranks', m.ranks) ORDER BY m.first_rank)
+              FROM holds m JOIN workers k USING (incarnation)
+             WHERE m.operation_id = a.operation_id AND m.attempt = a.number) AS members
       FROM attempts a
       JOIN workers w USING (incarnation)
       LEFT JOIN holds h ON h.operation_id = a.operation_id AND h.attempt = a.number AND h.incarnation = a.incarnation
@@ -234,6 +238,8 @@ async def attempts(session: AsyncSession, id: UUID) -> Attempts:
                 worker_id=r.incarnation,
                 worker=r.worker,
                 host=r.host,
+                world_size=sum(member["ranks"] for member in r.members or []) or 1,
+                members=r.members or [],
                 trainer_pid=r.trainer_pid,
                 claimed_at=r.claimed_at,
                 started_at=r.started_at,

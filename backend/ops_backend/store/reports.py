@@ -48,6 +48,11 @@ ADVANCE = statement(f"""
     RETURNING before.last_seq, (SELECT max(h.last_step) FROM {BEFORE}) AS reported_until
 """)
 
+# Before the own hold alone is: two members of a gang that report and finish at once would wait for each other.
+LOCK_ALL = statement("""
+    SELECT incarnation FROM holds WHERE operation_id = :id AND attempt = :attempt ORDER BY incarnation FOR UPDATE
+""")
+
 EXPLAIN = statement("""
     SELECT last_seq, ended_at IS NOT NULL AS ended FROM holds
      WHERE operation_id = :id AND attempt = :attempt AND incarnation = :incarnation
@@ -112,7 +117,7 @@ NOTE = statement(f"""
 
 @dataclass(frozen=True)
 class Accepted:
-    """`new` are the reports that the hold did not have before; `status` is what its finish made of the operation."""
+    """`new` are the reports that the hold did not have before; `status` is where its finish left the operation."""
 
     last_seq: int
     new: list[Report]
@@ -130,6 +135,8 @@ async def accept(session: AsyncSession, id: UUID, attempt: int, batch: ReportBat
     finish = batch.reports[-1] if isinstance(batch.reports[-1], Finish) else None
     body = batch.reports[:-1] if finish else batch.reports
     key = {"id": id, "attempt": attempt, "incarnation": batch.incarnation}
+    if finish:
+        await session.execute(LOCK_ALL, {"id": id, "attempt": attempt})
     had, reported_until = await _advance(session, key, batch, body) if body else (batch.first_seq - 1, -1)
     for seq, report in enumerate(body[had - batch.first_seq + 1 :], had + 1):
         await _write(session, id, attempt, seq, report)

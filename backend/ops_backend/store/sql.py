@@ -41,6 +41,7 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "exactness": JSONB(),
     "first_step": BigInteger(),
     "first_steps": ARRAY(BigInteger),
+    "for_all": Boolean(),
     "force": Boolean(),
     "gave_up": JSONB(),
     "http_status": Integer(),
@@ -66,6 +67,7 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "outcome": Text(),
     "parent_id": Uuid(),
     "page_points": BigInteger(),
+    "port": Integer(),
     "paths": ARRAY(Text),
     "own": Boolean(),
     "permanent": Boolean(),
@@ -142,16 +144,18 @@ def continues(operation: str) -> str:
 # What evaluates a step comes after what updates it; of equals the newest is taken.
 NEWEST_FIRST = "c.step DESC, c.phase = 'evaluate' DESC, c.attempt DESC, c.created_at DESC"
 
-# Locks every live hold of an attempt in one order, so that two members that finish together do not deadlock.
+# Locks every hold of an attempt in one order, so that two members that finish together do not deadlock; `locked` are
+# the live ones. Those that have ended are locked too: what their transactions wrote while this one waited is not in its
+# snapshot, but in the rows that it locks.
 # The statements count on `bool_or` to read all of it before the operation is locked: holds, then operations.
 LOCK_HOLDS = """
-    locked AS MATERIALIZED (
-        SELECT incarnation, last_seq, lease_expires_at, checkpoint_step
+    every AS MATERIALIZED (
+        SELECT incarnation, last_seq, lease_expires_at, checkpoint_step, first_rank, outcome, ended_at
           FROM holds
-         WHERE operation_id = :id AND attempt = :attempt AND ended_at IS NULL
+         WHERE operation_id = :id AND attempt = :attempt
          ORDER BY incarnation
            FOR UPDATE
-    )"""
+    ), locked AS MATERIALIZED (SELECT * FROM every WHERE ended_at IS NULL)"""
 
 
 def record(event: str, detail: str = "CAST(:detail AS jsonb)") -> str:

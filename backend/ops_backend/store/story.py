@@ -20,7 +20,7 @@ def tell(event: Row[Any]) -> str:
             return f"submitted by {event.submitted_by}{_origin(detail)}"
         case Event.CLAIM:
             came_from = f", from checkpoint {_short(event.checkpoint_id)}" if event.checkpoint_id else ""
-            return f"{attempt} began on {event.worker} at step {event.start_step}{came_from}"
+            return f"{attempt} began on {_workers(event)} at step {event.start_step}{came_from}"
         case Event.REFUSE:
             return f"{event.worker} did not take {attempt}{_fault(detail)}; {_QUEUED}"
         case Event.CHECKPOINT_CORRUPT:
@@ -71,6 +71,16 @@ def _origin(detail: dict[str, Any]) -> str:
     if parent:
         return f", a replay of {_short(parent)}{at}"
     return f", a fork of {_short(fork['operation_id'])}{at}" if fork else ""
+
+
+def _workers(event: Row[Any]) -> str:
+    """Of a gang all of them, with how many ranks they have."""
+    members = event.detail.get("members")
+    if not members:
+        return str(event.worker)
+    names = ", ".join(member["worker"] for member in members)
+    where = f"{len(members)} workers" if len(members) > 1 else "one worker"
+    return f"{where} ({names}) with {sum(member['ranks'] for member in members)} ranks"
 
 
 def _after_corrupt(status: str) -> str:

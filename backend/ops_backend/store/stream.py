@@ -74,7 +74,7 @@ class News:
     reached: Mark
 
 
-# One snapshot, so that an event of an end is never ahead of the reports before it. An attempt has one hold.
+# One snapshot, so that an event of an end is never ahead of the reports before it. Of a gang, its leader reports.
 MARKS = statement("""
     SELECT o.id, o.event_seq, o.attempt, coalesce(h.last_seq, 0) AS seq, a.start_step
       FROM operations o

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from referencing import Registry
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from ops_backend.store.claims import capacity
 from ops_backend.store.sql import plain, record, statement
 from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError
@@ -99,14 +100,15 @@ async def submit_if_new(
     submitted_by: str,
     key: str | None,
     body: bytes,
+    lease_s: float,
     told: Validated | None = None,
 ) -> UUID | None:
     """Insert the operation; None when a concurrent request with the same key was first.
 
-    Raises 422 for an unknown workload, a config that its schema refuses, a metric that it does not report, or a GPU
-    that nobody has.
+    Raises 422 for an unknown workload, a config that its schema refuses, a metric that it does not report, a GPU
+    that nobody has, or more devices than the live workers could give.
     """
-    job = await resolved_job(session, spec, told=told)
+    job = await resolved_job(session, spec, lease_s, told=told)
     submitted: UUID | None = await session.scalar(SUBMIT, new_operation(spec, job, submitted_by, key, body))
     return submitted
 
@@ -146,11 +148,39 @@ def body_sha256(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
 
 
-async def resolved_job(session: AsyncSession, spec: JobSpec, path: str = "", told: Validated | None = None) -> Job:
+async def resolved_job(
+    session: AsyncSession, spec: JobSpec, lease_s: float, path: str = "", told: Validated | None = None
+) -> Job:
     """With every default. Raises 422; `path` is where in the body the submitter wrote it, with its dot.
 
     Of the user's own workload only a worker knows them: without `told` they stay open until it starts.
     """
+    job = await _resolved(session, spec, path, told)
+    await could_hold(session, job, lease_s, path)
+    return job
+
+
+async def could_hold(session: AsyncSession, job: Job, lease_s: float, path: str = "", *, elastic: bool = False) -> None:
+    """Raises 422 for a gang that the slots of the live workers could never hold, however free they are.
+
+    Without a live worker nobody knows, and where more may be started (`elastic`) it waits for those. A child of a
+    study, a resume and a replay are not asked: they wait.
+    """
+    devices, nodes = job.execution.devices, job.resources.nodes
+    if job.kind is not Kind.TRAINING or devices == 1 or elastic:
+        return
+    there = await capacity(session, job, lease_s)
+    if there.enough or not there.anybody:
+        return
+    if nodes is None:
+        problem = f"{devices} are more than the {there.slots} slots for it that live workers have, taken ones included"
+    else:
+        each = f"{devices // nodes} each on {nodes} nodes"
+        problem = f"{devices} cannot be had: {each} are asked for, and {there.nodes} nodes of live workers have so many"
+    raise invalid([(f"{path}execution.devices", f"{problem}; ask for less, or start workers first")])
+
+
+async def _resolved(session: AsyncSession, spec: JobSpec, path: str, told: Validated | None) -> Job:
     await _check_accelerator(session, spec.execution.accelerator, f"{path}execution")
     await _check_cores(session, spec, f"{path}resources")
     await _check_code(session, spec.code, f"{path}code")

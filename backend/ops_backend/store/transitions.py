@@ -9,46 +9,55 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.lifecycle import CANCELLABLE, RESUMABLE, TRANSITIONS, Status
+from ops_contract.lifecycle import CANCELLABLE, RESUMABLE, TRANSITIONS, Outcome, Status
 from ops_contract.operations import ResumeAccepted, ResumedFrom
 from ops_contract.reports import Finish
 
 MAX_BACKOFF_S = 300
 CHARGED = ", ".join(sorted(f"'{t.event}'" for t in TRANSITIONS if t.charged))
 MAX_LOST_WITHOUT_PROGRESS = 3
+# Of a member whose gang goes on without it, until the last one has finished.
+IN_ORDER = frozenset({Outcome.COMPLETED, Outcome.CANCELLED, Outcome.PREEMPTED})
 
 # Of a failure that is charged: how often, and what comes of it.
-FINISH_DETAIL = f"""CAST(:detail AS jsonb) || CASE WHEN event IN ({CHARGED}) THEN jsonb_strip_nulls(jsonb_build_object(
+FINISH_DETAIL = f"""CAST(:detail AS jsonb) || jsonb_build_object('outcome', (SELECT outcome FROM told))
+    || CASE WHEN event IN ({CHARGED}) THEN jsonb_strip_nulls(jsonb_build_object(
     'failures', failures, 'max_retries', max_retries, 'permanent', CAST(:permanent AS boolean),
     'retry_in_s', round(retry_in_s, 1))) ELSE '{{}}' END"""
 
 # `decided` is the table of the design, top to bottom. A corrupt checkpoint fails the operation when it was chosen by
 # hand or when the lineage has no other. Backoff doubles per failure and is spread over ±50 %.
+# While others of its gang hold the attempt, a finish that is not `for_all` ends its own hold and moves nothing. The
+# last one moves it by the leader's word: that one published what there is, or saved where it stopped.
 FINISH = statement(f"""
     WITH {LOCK_HOLDS}, target AS MATERIALIZED (
         SELECT id, kind, status, attempt, failures, max_retries, resume_checkpoint_id, resume_explicit,
                forked_from_checkpoint_id
           FROM operations
          WHERE id = :id AND attempt = :attempt AND status IN ('running', 'cancelling')
-           AND (SELECT bool_or(incarnation = :incarnation AND last_seq = :seq - 1) FROM locked)
+           AND (SELECT bool_or(incarnation = :incarnation AND last_seq = :seq - 1) AND (:for_all OR count(*) = 1)
+                  FROM locked)
            FOR NO KEY UPDATE
+    ), told AS MATERIALIZED (
+        SELECT CASE WHEN :for_all THEN :outcome ELSE coalesce(min(outcome), :outcome) END AS outcome
+          FROM every WHERE first_rank = 0 AND incarnation <> :incarnation
     ), closed AS (
-        UPDATE attempts a SET ended_at = now(), outcome = :outcome, error = :error
-          FROM target t WHERE a.operation_id = t.id AND a.number = t.attempt
+        UPDATE attempts a SET ended_at = now(), outcome = told.outcome, error = :error
+          FROM target t, told WHERE a.operation_id = t.id AND a.number = t.attempt
         RETURNING a.checkpoint_id
     ), decided AS MATERIALIZED (
         SELECT t.*, CASE
-            WHEN :outcome = 'completed' THEN 'complete'
+            WHEN told.outcome = 'completed' THEN 'complete'
             WHEN t.status = 'cancelling' THEN 'stop'
-            WHEN :outcome = 'planned' AND t.kind = 'study' THEN 'plan'
-            WHEN :outcome IN ('preempted', 'cancelled') THEN 'preempt'
-            WHEN :outcome = 'checkpoint_corrupt' THEN 'checkpoint_corrupt'
+            WHEN told.outcome = 'planned' AND t.kind = 'study' THEN 'plan'
+            WHEN told.outcome IN ('preempted', 'cancelled') THEN 'preempt'
+            WHEN told.outcome = 'checkpoint_corrupt' THEN 'checkpoint_corrupt'
             WHEN :permanent OR t.failures >= t.max_retries THEN 'fail'
             ELSE 'retry' END AS event,
             t.resume_explicit AND t.resume_checkpoint_id = closed.checkpoint_id OR NOT EXISTS (
                 SELECT FROM checkpoints c
                  WHERE {continues("t")} AND c.id IS DISTINCT FROM closed.checkpoint_id) AS nothing_before
-          FROM target t, closed
+          FROM target t, closed, told
     ), marked AS (
         UPDATE checkpoints c SET status = 'corrupt'
           FROM closed, target WHERE :outcome = 'checkpoint_corrupt' AND c.id = closed.checkpoint_id
@@ -59,6 +68,7 @@ FINISH = statement(f"""
                not_before = CASE d.event WHEN 'retry' THEN now() + make_interval(secs =>
                    (0.5 + random()) * least({MAX_BACKOFF_S}, :backoff_s * 2.0 ^ least(o.failures, 30))) END,
                resume_checkpoint_id = CASE :outcome WHEN 'checkpoint_corrupt' THEN NULL ELSE o.resume_checkpoint_id END,
+               exit_unconfirmed = n.status = 'cancelled' AND (SELECT count(*) FROM locked) > 1,
                error = CASE WHEN n.status = 'completed' THEN NULL ELSE coalesce(:error, o.error) END,
                ended_at = CASE WHEN n.status NOT IN ('pending', 'waiting') THEN now() END
           FROM decided d
@@ -76,9 +86,19 @@ FINISH = statement(f"""
            SET ended_at = now(), last_seq = CASE h.incarnation WHEN :incarnation THEN :seq ELSE h.last_seq END
           FROM moved, locked
          WHERE h.operation_id = moved.id AND h.attempt = moved.attempt AND h.incarnation = locked.incarnation
+    ), left_to_others AS (
+        UPDATE holds h SET ended_at = now(), last_seq = :seq, outcome = :outcome
+          FROM locked
+         WHERE h.operation_id = :id AND h.attempt = :attempt AND h.incarnation = :incarnation
+           AND locked.incarnation = :incarnation AND locked.last_seq = :seq - 1
+           AND NOT :for_all AND (SELECT count(*) FROM locked) > 1
+        RETURNING h.operation_id
+    ), recorded AS (
+        {record("event", FINISH_DETAIL)}
+        RETURNING to_status
     )
-    {record("event", FINISH_DETAIL)}
-    RETURNING to_status
+    SELECT to_status FROM recorded
+     UNION ALL SELECT o.status FROM left_to_others l JOIN operations o ON o.id = l.operation_id
 """)
 
 # A lost attempt made progress when it committed a checkpoint past its start: else the next one redoes the same.
@@ -93,7 +113,7 @@ LOST = statement(f"""
         UPDATE attempts a SET ended_at = now(), outcome = 'lost', error = :error
           FROM target t WHERE a.operation_id = t.id AND a.number = :attempt
         RETURNING a.started_at IS NOT NULL AS started,
-                  coalesce((SELECT max(checkpoint_step) FROM locked) > a.start_step, false) AS progressed
+                  coalesce((SELECT max(checkpoint_step) FROM every) > a.start_step, false) AS progressed
     ), decided AS MATERIALIZED (
         SELECT t.id, t.status, CASE WHEN closed.progressed THEN 0
             ELSE o.lost_without_progress + closed.started::int END AS lost_without_progress
@@ -225,7 +245,11 @@ class Cancelled:
 async def finish_if_held(
     session: AsyncSession, id: UUID, attempt: int, incarnation: UUID, seq: int, finish: Finish, backoff_s: float
 ) -> Status | None:
-    """End the attempt with its worker's own word, guarded by its live hold and the order of its reports."""
+    """End the attempt with its worker's own word, guarded by its live hold and the order of its reports.
+
+    Gives where that leaves the operation: where it was, while others of the gang hold the attempt and this one had no
+    fault. None: not accepted.
+    """
     error = plain(finish.error) if finish.error else None
     status = await session.scalar(
         FINISH,
@@ -237,7 +261,8 @@ async def finish_if_held(
             "outcome": finish.outcome,
             "permanent": finish.permanent,
             "error": error,
-            "detail": {"outcome": finish.outcome} | ({"error": error} if error else {}),
+            "for_all": finish.error is not None or finish.outcome not in IN_ORDER,
+            "detail": {"error": error} if error else {},
             "backoff_s": backoff_s,
         },
     )

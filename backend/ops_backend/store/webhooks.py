@@ -121,7 +121,7 @@ ENDED = statement(f"""
       LEFT JOIN LATERAL (
         SELECT h.attempt, h.progress FROM holds h
          WHERE h.operation_id = e.operation_id AND h.attempt <= e.attempt AND h.progress IS NOT NULL
-         ORDER BY h.attempt DESC LIMIT 1) told ON true
+         ORDER BY h.attempt DESC, h.first_rank LIMIT 1) told ON true
      WHERE e.operation_id = :id AND e.seq = :seq
 """)
 

@@ -25,12 +25,12 @@ REGISTER = statement("""
 """)
 
 OFFER_SLOT = statement("""
-    INSERT INTO slots (incarnation, index, device, device_uuid, cores)
-    VALUES (:incarnation, :index, :device, :device_uuid, :cores)
+    INSERT INTO slots (incarnation, index, device, device_uuid, cores, port)
+    VALUES (:incarnation, :index, :device, :device_uuid, :cores, :port)
     ON CONFLICT (incarnation, index) DO NOTHING
 """)
 
-SLOTS = statement("SELECT index, device, device_uuid, cores FROM slots WHERE incarnation = :incarnation")
+SLOTS = statement("SELECT index, device, device_uuid, cores, port FROM slots WHERE incarnation = :incarnation")
 
 OFFER_WORKLOAD = statement("""
     INSERT INTO workloads (name, title, config_schema, reports, validates)
