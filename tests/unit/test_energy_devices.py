@@ -211,7 +211,7 @@ def checkpoint(size_bytes: int) -> CheckpointRef:
 
 async def refusal(devices: Devices, reference: CheckpointRef | None = None) -> list[str]:
     with pytest.raises(OpsError) as raised:
-        await devices.check(0, reference)
+        await devices.check([0], reference)
     assert (raised.value.code, raised.value.http_status) == (ErrorCode.DEVICE_NOT_READY, 409)
     failures: list[str] = raised.value.details["failures"]
     assert all(failure in raised.value.message for failure in failures)
@@ -219,8 +219,8 @@ async def refusal(devices: Devices, reference: CheckpointRef | None = None) -> l
 
 
 async def test_a_gpu_in_order_takes_a_job_and_says_what_to_mind(host: Host) -> None:
-    assert await host(THREE).check(0, None) == []
-    warnings = await host("device GPU-aa\npower 0 9\npersistence 0\nprocess 0 1").check(0, checkpoint(1000))
+    assert await host(THREE).check([0], None) == []
+    warnings = await host("device GPU-aa\npower 0 9\npersistence 0\nprocess 0 1").check([0], checkpoint(1000))
 
     assert len(warnings) == 2
     assert "processes 1" in warnings[0]
@@ -245,7 +245,7 @@ def test_all_that_is_wrong_is_in_one_answer(host: Host, tmp_path: Path) -> None:
 
 async def test_a_gpu_that_is_lost_takes_no_job(host: Host, fake_clock: FakeClock) -> None:
     devices = host("device GPU-aa\nname H100\npower 0 9\nfail * 15 5")
-    assert await devices.check(0, None) == []
+    assert await devices.check([0], None) == []
     fake_clock.advance(10)
 
     [failure] = await refusal(devices)
@@ -269,7 +269,7 @@ async def test_a_driver_that_hangs_refuses_in_time_and_is_asked_once(
 
 
 async def test_a_slot_of_the_cpu_is_not_looked_at(host: Host) -> None:
-    assert await host("no_driver").check(0, checkpoint(2**62)) == []
+    assert await host("no_driver").check([0], checkpoint(2**62)) == []
 
 
 def test_what_an_attempt_ran_on(host: Host) -> None:
