@@ -86,9 +86,7 @@ class FakeTrainer:
         if how == "wait":
             self.stopping.wait()
         elif how == "peer_lost":
-            self.say(
-                Finish(outcome=Outcome.PREEMPTED, error=Fault(code=PEER_LOST, message="closed by peer"))
-            )
+            self.say(Finish(outcome=Outcome.PREEMPTED, error=Fault(code=PEER_LOST, message="closed by peer")))
             os._exit(0)
         elif how == "stopped":
             self.say(Finish(outcome=Outcome.PREEMPTED))
