@@ -7,8 +7,8 @@ from ops_contract.lifecycle import Outcome
 from ops_contract.reports import PEER_LOST, Fault, Finish
 from ops_worker.processes import JobProcess
 
-# Once a rank has lost a peer: for the others of this worker to say why, if it was one of them. It may keep artifacts first,
-# or linger.
+# Once a rank has lost a peer: for the others of this worker to say why, if it was one of them. It may keep artifacts
+# first, or linger.
 CAUSE_S = 30.0
 
 
