@@ -367,6 +367,8 @@ async def test_the_rank_that_failed_is_the_cause_though_one_that_lost_it_says_so
         hold = await begin(agent, gang_at(agent), ranks=ranks)
         pids = await running(agent, hold, 0, 1)
         await eventually(lambda: not alive(pids[0]))
+        beats = hold.beats
+        await eventually(lambda: hold.beats > beats + 10)  # the agent has seen it
         os.kill(pids[1], signal.SIGSEGV)
         await eventually(lambda: hold.finish)
 
