@@ -133,7 +133,7 @@ def server(context: typer.Context) -> None:
 
 
 def worker(context: typer.Context) -> None:
-    """A worker as a process, set up by OPS_* variables."""
+    """A worker as a process, set up by OPS_* variables. With OPS_WORKER_IDLE_EXIT_S it ends when it has no work."""
     _become("ops_worker", *context.args, needs="worker")
 
 

@@ -5,7 +5,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import httpx
 
 from helpers.fake_api import TOKEN, FakeApi, FakeHold
-from ops_contract.agents import CancelTraining, StartTraining
+from ops_contract.agents import CancelTraining, Gang, StartTraining
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind
 
@@ -84,13 +84,16 @@ class AgentProcess:
         deadline_s: float = 20,
         workload: str = "fake",
         execution: Execution = Execution(),  # noqa: B008 - frozen
+        slots: Sequence[int] = (),
+        gang: Gang | None = None,
         **config: Any,
     ) -> StartTraining:
         return StartTraining(
             incarnation=self.incarnation,
             operation_id=hold.ref.operation_id,
             attempt=hold.ref.attempt,
-            slots=[slot],
+            slots=list(slots) or [slot],
+            gang=gang,
             deadline_s=deadline_s,
             job=Job(kind=Kind.TRAINING, workload=workload, config=config, execution=execution),
         )

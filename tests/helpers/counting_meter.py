@@ -17,9 +17,11 @@ POWER_W = 100.0
 
 
 class Counting:
-    device = "GPU-0"
     source = Source.NVML_COUNTER
     quality = Quality.MEASURED
+
+    def __init__(self, device: str = "GPU-0") -> None:
+        self.device = device
 
     def read(self) -> Reading:
         at_s = time.monotonic()
@@ -37,6 +39,16 @@ def install() -> None:
         return [Counting()]
 
     Devices._of_the_cpu = only  # type: ignore[method-assign]
+
+
+def each_slot() -> None:
+    """A second device, and each slot is booked on one of the two."""
+
+    def both(self: Devices, powercap: Path, clock: object) -> Sequence[Meter]:
+        return [Counting("GPU-0"), Counting("GPU-1")]
+
+    Devices._of_the_cpu = both  # type: ignore[method-assign]
+    Devices._meters_of = lambda self, slot: [self._cpu_meters[slot]]  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
 `reports` metrics `pause_s` apart, then `end`: finish, fault, wait, exit, crash, garbage, linger,
 child (leaves one behind), daemon (leaves one in another session) or stand (tells for ever where a measurement stands).
-`deaf`: ignores Stop. With `edges` each step could be a checkpoint's.
+`deaf`: ignores Stop. With `edges` each step could be a checkpoint's. `ranks` changes the config for some of a gang, by
+rank: there `end` may be peer_lost too, or stopped (as if it had been told). With `meet` they meet at rank 0's socket.
 """
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -18,14 +21,26 @@ from uuid import uuid4
 from ops_contract.energy import Use
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
 from ops_contract.measurements import MeasurementPhase, MeasurementProgress
-from ops_contract.pipe import STACKS_SIGNAL, Hello, Mark, ProgressNow, RunJob, Stop, line, to_trainer
-from ops_contract.reports import CheckpointSaved, Exactness, Fault, Finish, Metrics, Note, Progress, Series, Started
+from ops_contract.pipe import STACKS_SIGNAL, Hello, Mark, ProgressNow, Rank, RunJob, Stop, line, to_trainer
+from ops_contract.reports import (
+    PEER_LOST,
+    CheckpointSaved,
+    Exactness,
+    Fault,
+    Finish,
+    Metrics,
+    Note,
+    Progress,
+    Series,
+    Started,
+)
 from ops_contract.wire import Wire
 
 
 class FakeTrainer:
-    def __init__(self, in_fd: int, out_fd: int) -> None:
+    def __init__(self, in_fd: int, out_fd: int, gang_fd: int) -> None:
         self.commands = os.fdopen(in_fd, "rb")
+        self.gang_fd = gang_fd
         self.out_fd = out_fd
         self.stop: Stop | None = None
         self.stopping = threading.Event()
@@ -37,15 +52,22 @@ class FakeTrainer:
             os._exit(1)
         job = to_trainer.validate_json(first)
         assert isinstance(job, RunJob)
-        config = job.start.job.config
+        config = dict(job.start.job.config)
+        if job.rank is not None:
+            config |= config.get("ranks", {}).get(str(job.rank.rank), {})
         threading.Thread(target=self.listen, args=(config.get("deaf", False),), daemon=True).start()
         self.train(job, config)
 
     def train(self, job: RunJob, config: dict) -> None:
         print(config.get("prints", "hello from the trainer"))
+        if job.rank is not None:
+            print(f"{job.rank.model_dump_json()} in {job.directory}, pid {os.getpid()}", flush=True)
         exactness = Exactness(promise="promised")
         environment = {"pid": os.getpid(), "secrets": [name for name in os.environ if name.startswith("OPS_")]}
         environment["sees"] = (os.environ | job.environ).get("CUDA_VISIBLE_DEVICES")
+        environment["interfaces"] = [os.environ.get(f"{name}_SOCKET_IFNAME") for name in ("GLOO", "NCCL")]
+        if job.rank is not None and config.get("meet"):
+            environment["met"] = self.meet(job.rank)
         self.say(Started(trainer_pid=os.getpid(), start_step=0, exactness=exactness, environment=environment))
         self.say(Mark(at_s=time.monotonic(), use=Use.STARTUP, then=Use.TRAIN, step=0, edge=True))
         for step in range(config.get("reports", 3)):
@@ -63,6 +85,12 @@ class FakeTrainer:
     def end(self, job: RunJob, how: str) -> None:
         if how == "wait":
             self.stopping.wait()
+        elif how == "peer_lost":
+            self.say(Finish(outcome=Outcome.PREEMPTED, error=Fault(code=PEER_LOST, message="closed by peer")))
+            os._exit(0)
+        elif how == "stopped":
+            self.say(Finish(outcome=Outcome.PREEMPTED))
+            os._exit(0)
         elif how == "fault":
             self.say(Finish(outcome=Outcome.FAILED, error=Fault(code="exception", message="LookupError: x")))
             os._exit(0)
@@ -95,6 +123,17 @@ class FakeTrainer:
             threading.Event().wait()
         os._exit(0)
 
+    def meet(self, rank: Rank) -> list[int]:
+        """The ranks that came to rank 0's socket."""
+        if rank.rank > 0:
+            with socket.create_connection((rank.host, rank.port)) as to_first:
+                to_first.sendall(bytes([rank.rank]))
+                to_first.recv(1)
+            return []
+        with socket.socket(fileno=os.dup(self.gang_fd)) as listener, contextlib.ExitStack() as stack:
+            came = [stack.enter_context(listener.accept()[0]) for _ in range(rank.world_size - 1)]
+            return sorted(other.recv(1)[0] for other in came)
+
     def checkpoint(self, job: RunJob) -> CheckpointSaved:
         return CheckpointSaved(
             checkpoint_id=uuid4(),
@@ -123,6 +162,7 @@ def main() -> None:
     parser.add_argument("--describe", action="store_true")
     parser.add_argument("--in-fd", type=int)
     parser.add_argument("--out-fd", type=int)
+    parser.add_argument("--gang-fd", type=int)
     arguments = parser.parse_args()
     faulthandler.register(STACKS_SIGNAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -130,7 +170,7 @@ def main() -> None:
     if arguments.describe:
         print(json.dumps({"workloads": [{"name": "fake", "config_schema": {}}]}))
     else:
-        FakeTrainer(arguments.in_fd, arguments.out_fd).run()
+        FakeTrainer(arguments.in_fd, arguments.out_fd, arguments.gang_fd).run()
 
 
 if __name__ == "__main__":

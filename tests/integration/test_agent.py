@@ -390,7 +390,7 @@ async def test_refusals_have_the_one_shape(shared):
         await shared.post("/training/start", resume),
         await shared.post("/training/resume", order),
         await shared.post("/training/resume", resume),
-        await shared.post("/training/start", order.model_copy(update={"slot": 9})),
+        await shared.post("/training/start", order.model_copy(update={"slots": [9]})),
         await shared.post(f"/operations/{uuid4()}/cancel", CancelTraining(incarnation=shared.incarnation, attempt=1)),
         await shared.post("/nowhere", "{}"),
         await shared.post("/health", "{}"),

@@ -20,6 +20,7 @@ from ops_backend.settings import Settings as BackendSettings
 from ops_cli.jobs import job_from_text
 from ops_contract.errors import HTTP_STATUS
 from ops_contract.jobs import CheckpointEvery, Code, Execution, JobSpec, Resources
+from ops_contract.reports import PEER_LOST
 from ops_contract.studies import Grid, IsoFlop, LearningRateRule, SizeRange
 from ops_worker.settings import Settings as WorkerSettings
 
@@ -122,7 +123,7 @@ def test_every_error_code_is_in_the_troubleshooting_with_its_cure() -> None:
     rows = re.findall(r"^\| (`.+?`) \| .+ \| .+ \|$", faults, flags=re.MULTILINE)
     listed = {code for row in rows for code in re.findall(r"`(\w+)`", row)}
     assert {"stalled", "trainer_killed", "data_changed", "refused", "checkpoint_missing"} <= set(fault_codes())
-    assert listed == {*fault_codes(), UNREACHABLE, "lost"}
+    assert listed == {*fault_codes(), UNREACHABLE, PEER_LOST, "lost"}
     statuses = re.findall(r"^\| `(\w+)` \| (\d+) \| .+ \|$", answers, flags=re.MULTILINE)
     assert dict(statuses) == {code.value: str(status) for code, status in HTTP_STATUS.items()}
 

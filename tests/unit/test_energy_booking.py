@@ -305,6 +305,15 @@ async def test_what_others_used_too_is_an_upper_bound(outbox, ref):
     assert [w.quality for w in found] == [Quality.UPPER_BOUND]
 
 
+async def test_an_estimate_of_one_slot_counts_for_each_of_the_holds(outbox, ref):
+    estimate = SlotMeter("cpu", Source.ESTIMATE, Quality.ESTIMATED, times=3)
+
+    found = await booked(outbox, ref, [estimate], Scripted(), [], end_s=5)
+
+    assert [(w.energy_j, w.error_j) for w in found] == [(1500.0, 1.5)]
+    assert Measured(None, reason="device_lost").times(3) == Measured(None, reason="device_lost")
+
+
 async def test_without_a_meter_there_is_one_window_that_says_so(outbox, ref):
     marks = [mark(n, Use.TRAIN, n, epoch=n // 10, units=2) for n in range(1, 31)]
 

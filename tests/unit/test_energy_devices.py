@@ -194,6 +194,22 @@ def test_no_estimate_where_the_package_is_readable(host: Host) -> None:
     assert [m.source for m in host("no_driver", OPS_CPU_POWER_W="6.5").meters(0)] == [Source.RAPL]
 
 
+@pytest.mark.usefixtures("package")
+def test_a_hold_on_several_slots_has_each_meter_once(host: Host) -> None:
+    devices = host(THREE, OPS_GPUS="0,1")
+
+    assert [meter.device for meter in devices.meters(1, 0)] == ["GPU-bb", "cpu0", "GPU-aa"]
+    assert all(meter.times == 1 for meter in devices.meters(1, 0))
+    assert len(devices.environment(1, 0)["energy_meters"]) == 3
+    assert len(host(MIG).meters(0, 1)) == 2
+
+
+def test_an_estimate_of_one_slot_is_charged_for_each_of_a_hold(host: Host) -> None:
+    devices = host("no_driver", OPS_CPU_SLOTS="3", OPS_CPU_POWER_W="6.5")
+
+    assert devices.meters(0, 2) == (SlotMeter("cpu", Source.ESTIMATE, Quality.ESTIMATED, times=2),)
+
+
 # ---- before a start
 
 
@@ -211,7 +227,7 @@ def checkpoint(size_bytes: int) -> CheckpointRef:
 
 async def refusal(devices: Devices, reference: CheckpointRef | None = None) -> list[str]:
     with pytest.raises(OpsError) as raised:
-        await devices.check(0, reference)
+        await devices.check([0], reference)
     assert (raised.value.code, raised.value.http_status) == (ErrorCode.DEVICE_NOT_READY, 409)
     failures: list[str] = raised.value.details["failures"]
     assert all(failure in raised.value.message for failure in failures)
@@ -219,12 +235,24 @@ async def refusal(devices: Devices, reference: CheckpointRef | None = None) -> l
 
 
 async def test_a_gpu_in_order_takes_a_job_and_says_what_to_mind(host: Host) -> None:
-    assert await host(THREE).check(0, None) == []
-    warnings = await host("device GPU-aa\npower 0 9\npersistence 0\nprocess 0 1").check(0, checkpoint(1000))
+    assert await host(THREE).check([0], None) == []
+    warnings = await host("device GPU-aa\npower 0 9\npersistence 0\nprocess 0 1").check([0], checkpoint(1000))
 
     assert len(warnings) == 2
     assert "processes 1" in warnings[0]
     assert "persistence mode" in warnings[1]
+
+
+async def test_every_gpu_of_a_start_is_looked_at_and_all_that_is_wrong_said_once(host: Host) -> None:
+    devices = host("device GPU-aa\npower 0 9\ndevice GPU-bb\npower 0 9\ntotal 1000\nused 0 950\npersistence 0")
+
+    with pytest.raises(OpsError) as raised:
+        await devices.check([0, 1], checkpoint(2**62))
+
+    failures = raised.value.details["failures"]
+    assert len([failure for failure in failures if "50 MiB of 1000 MiB" in failure]) == 1
+    assert len(failures) == len(set(failures)) > 1
+    assert raised.value.details["warnings"]
 
 
 def test_all_that_is_wrong_is_in_one_answer(host: Host, tmp_path: Path) -> None:
@@ -245,7 +273,7 @@ def test_all_that_is_wrong_is_in_one_answer(host: Host, tmp_path: Path) -> None:
 
 async def test_a_gpu_that_is_lost_takes_no_job(host: Host, fake_clock: FakeClock) -> None:
     devices = host("device GPU-aa\nname H100\npower 0 9\nfail * 15 5")
-    assert await devices.check(0, None) == []
+    assert await devices.check([0], None) == []
     fake_clock.advance(10)
 
     [failure] = await refusal(devices)
@@ -269,7 +297,7 @@ async def test_a_driver_that_hangs_refuses_in_time_and_is_asked_once(
 
 
 async def test_a_slot_of_the_cpu_is_not_looked_at(host: Host) -> None:
-    assert await host("no_driver").check(0, checkpoint(2**62)) == []
+    assert await host("no_driver").check([0], checkpoint(2**62)) == []
 
 
 def test_what_an_attempt_ran_on(host: Host) -> None:

@@ -17,8 +17,8 @@ from ops_contract.measurements import FlopsRecord, MeasurementConfig, Measuremen
 from ops_contract.pipe import Alive, Mark, ProgressNow, RunJob
 from ops_contract.reports import ArtifactSaved, Finish, Result, Started
 from ops_worker import measuring
-from ops_worker.holds import _gets_on
 from ops_worker.measurement.engines import Checked, Generated
+from ops_worker.processes import gets_on
 
 QUICK: dict[str, Any] = {
     "model": GPT2,
@@ -247,7 +247,7 @@ def test_it_is_alive_only_while_it_gets_on_though_it_tells_where_it_stands(tmp_p
     assert first == second
     assert (first.progress.step, first.progress.steps_total, first.progress.epoch) == (4, 6, None)
     assert first.progress.measurement.power_w == 99.5
-    assert [_gets_on(message) for message in (Alive(), first)] == [True, False]
+    assert [gets_on(message) for message in (Alive(), first)] == [True, False]
     standing.beats += 1
     telling.tell()
     assert len(agent.all(Alive)) == 2

@@ -3,6 +3,7 @@
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 from uuid import uuid4
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from ops_contract.agents import StartTraining
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind
+from ops_contract.pipe import RunJob
 from ops_worker.cgroups import oom_kills
-from ops_worker.holds import Hold
+from ops_worker.processes import JobProcess
 from ops_worker.stalls import StallClock
 
 
@@ -46,6 +48,20 @@ def test_a_sign_of_life_begins_the_silence_anew() -> None:
     stalls.sign_of_life()
 
     assert ticks(stalls, clock, 10) == [False] * 9 + [True]
+
+
+def test_who_waits_for_a_hung_one_is_nearly_taken_for_hung_too() -> None:
+    clock = Clock()
+    hung, waits, works = StallClock(10.0, clock), StallClock(10.0, clock), StallClock(10.0, clock)
+    for second in range(10):
+        clock.now_s += 1.0
+        stalled = [stalls.tick() for stalls in (hung, waits, works)]
+        if second == 0:
+            waits.sign_of_life()
+        works.sign_of_life()
+
+    assert stalled == [True, False, False]
+    assert [stalls.nearly for stalls in (hung, waits, works)] == [True, True, False]
 
 
 def test_time_in_which_the_agent_itself_was_stopped_does_not_count() -> None:
@@ -91,6 +107,12 @@ def test_oom_kills_that_cannot_be_read_are_unknown(tmp_path: Path) -> None:
     assert oom_kills(tmp_path / "absent", tmp_path) is None
 
 
+def run_job() -> RunJob:
+    job = Job(kind=Kind.TRAINING, workload="fake", config={}, execution=Execution())
+    order = StartTraining(incarnation=uuid4(), operation_id=uuid4(), attempt=1, slots=[0], deadline_s=1, job=job)
+    return RunJob(start=order, storage_root="/", directory="/", device="cpu", cores=1)
+
+
 @pytest.mark.parametrize(
     ("status", "before", "after", "code"),
     [
@@ -105,14 +127,15 @@ def test_oom_kills_that_cannot_be_read_are_unknown(tmp_path: Path) -> None:
 async def test_a_sigkill_beside_which_the_kernels_count_rose_is_out_of_memory(
     monkeypatch: pytest.MonkeyPatch, status: int, before: int | None, after: int | None, code: str
 ) -> None:
-    monkeypatch.setattr("ops_worker.holds.oom_kills", lambda: after)
+    monkeypatch.setattr("ops_worker.processes.oom_kills", lambda: before)
     nothing: Any = None
-    job = Job(kind=Kind.TRAINING, workload="fake", config={}, execution=Execution())
-    order = StartTraining(incarnation=uuid4(), operation_id=uuid4(), attempt=1, slots=[0], deadline_s=1, job=job)
-    hold = Hold(order, nothing, nothing, nothing, nothing, nothing, nothing, (), Path(), 1, None, Path())
+    process = JobProcess(Mock(pid=1), run_job(), nothing)
+    process.begin()
+    monkeypatch.setattr("ops_worker.processes.oom_kills", lambda: after)
 
-    finish = hold._died(status, before)
+    finish = process._death(status)
 
+    assert finish is not None
     assert finish.error is not None
     assert finish.error.code == code
 

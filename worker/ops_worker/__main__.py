@@ -20,6 +20,7 @@ from ops_worker.agent import Agent
 from ops_worker.confinement import clean_environment, confine_agent
 from ops_worker.describe import DescribeError
 from ops_worker.energy.devices import open_devices
+from ops_worker.rendezvous import family, listeners
 from ops_worker.routes import create_app, server_config
 from ops_worker.settings import Settings, SettingsError
 from relight.interpreter import InterpreterError, checked_interpreter
@@ -54,9 +55,13 @@ def main(trainer_command: Sequence[str] | None = None) -> int:
 async def serve(settings: Settings, trainer_command: Sequence[str], as_json: bool, exit_on_eof: bool) -> None:
     """Until SIGTERM, ctrl-C or (with `exit_on_eof`) the end of stdin; a second signal makes it hurry."""
     make_private(settings.worker_state_dir)
-    with open_devices(settings, os.environ) as devices, _listen(settings) as listener:
+    with (
+        open_devices(settings, os.environ) as devices,
+        _listen(settings) as listener,
+        listeners(settings.worker_bind, len(devices.offers())) as sockets,
+    ):
         incarnation = uuid4()
-        agent = Agent(settings, devices, incarnation, _url(settings, listener), trainer_command)
+        agent = Agent(settings, devices, sockets, incarnation, _url(settings, listener), trainer_command)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, agent.stop)
@@ -80,8 +85,8 @@ class _Server(uvicorn.Server):
 
 def _listen(settings: Settings) -> socket.socket:
     try:
-        family = socket.AF_INET6 if ":" in settings.worker_bind else socket.AF_INET
-        return socket.create_server((settings.worker_bind, settings.worker_port), family=family, backlog=128)
+        address = (settings.worker_bind, settings.worker_port)
+        return socket.create_server(address, family=family(settings.worker_bind), backlog=128)
     except OSError as error:
         raise OSError(f"cannot listen on {settings.worker_bind}:{settings.worker_port}: {error}") from error
 

@@ -3,11 +3,13 @@
 import asyncio
 import hmac
 import logging
+import math
 import os
 import secrets
 import socket
-from collections.abc import Callable, Sequence
-from contextlib import aclosing, suppress
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -29,6 +31,7 @@ from ops_contract.agents import (
 )
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Job, runs_user_code
+from ops_contract.lifecycle import Kind
 from ops_contract.pipe import Description, RunJob
 from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable, ApiUnknown, NobodyKnows, PredecessorsApi
 from ops_worker.delivery import Delivery
@@ -39,6 +42,7 @@ from ops_worker.energy.devices import Devices
 from ops_worker.holds import Hold
 from ops_worker.job_secrets import MissingSecret, Secrets
 from ops_worker.outbox import Outbox, Sender
+from ops_worker.rendezvous import interface_environment
 from ops_worker.settings import Settings
 from ops_worker.slots import Slot
 from ops_worker.waiting import Backoff, Trouble, first_of
@@ -58,10 +62,19 @@ LAST_WORDS_S = 2.0
 
 
 class Agent:
-    """One incarnation. `url` is where its HTTP server is reached; `trainer_command` starts a trainer or describes."""
+    """One incarnation. `url` is where its HTTP server is reached; `trainer_command` starts a trainer or describes.
+
+    `gang_sockets` are those of the slots, where their trainers listen for other ranks.
+    """
 
     def __init__(
-        self, settings: Settings, devices: Devices, incarnation: UUID, url: str, trainer_command: Sequence[str]
+        self,
+        settings: Settings,
+        devices: Devices,
+        gang_sockets: Sequence[socket.socket],
+        incarnation: UUID,
+        url: str,
+        trainer_command: Sequence[str],
     ) -> None:
         self.incarnation = incarnation
         self.url = url
@@ -70,7 +83,11 @@ class Agent:
         self._trainer_command = trainer_command
         self._credential = CREDENTIAL_PREFIX + secrets.token_urlsafe(32)
         self._secret = secrets.token_urlsafe(32)
-        self._slots = [self._slot(offer) for offer in devices.offers()]
+        meeting = interface_environment(settings, os.environ)
+        self._slots = [
+            self._slot(offer, meeting, gang_socket)
+            for offer, gang_socket in zip(devices.offers(), gang_sockets, strict=True)
+        ]
         self._workspaces = Workspaces(settings.worker_state_dir, incarnation, self._api)
         self._secrets = Secrets(os.environ, settings.secrets_dir)
         self._terms: WorkerRegistered | None = None
@@ -81,6 +98,8 @@ class Agent:
         self._holds: dict[HoldRef, Hold] = {}
         self._newest_attempt: dict[UUID, int] = {}
         self._serving: set[asyncio.Task[None]] = set()
+        self._checking = 0  # starts that may become holds
+        self._idle_since_s = math.inf
         # Each takes the memory and the time of importing torch.
         self._validating = asyncio.Semaphore(2)
 
@@ -103,6 +122,8 @@ class Agent:
             # Beside the new work, not before it: an API that takes nothing from the dead must not stop the living.
             tasks += [group.create_task(self._flush(orphan)) for orphan in orphans]
             tasks += [group.create_task(self._workspaces.clear()), group.create_task(self._work(on_ready))]
+            if self._settings.worker_idle_exit_s is not None:
+                tasks.append(group.create_task(self._leave_when_idle(self._settings.worker_idle_exit_s)))
             await self._draining.wait()
             await self._hand_back()
             for task in tasks:
@@ -119,15 +140,16 @@ class Agent:
         return hmac.compare_digest(secret.encode(), self._secret.encode())
 
     async def start(self, order: StartTraining) -> bool:
-        """Take a job for a slot; False when this attempt was taken before.
+        """Take a job for all of its slots, or for none; False when this attempt was taken before.
 
         Raises 409 `stale`, `busy`, `no_user_code` or `device_not_ready`, 404 `no_checkpoint`, 422
         `checkpoint_corrupt` or `invalid`.
         """
         if self._taken(order):
             return False
-        await self._check_checkpoint(order)
-        warnings = await self._devices.check(order.slots[0], order.checkpoint)
+        with self._checked():
+            await self._check_checkpoint(order)
+            warnings = await self._devices.check(order.slots, order.checkpoint)
         # Another start may have come while files were read; from here on nothing is awaited.
         if self._taken(order):
             return False
@@ -176,10 +198,11 @@ class Agent:
             holds=list(self._holds),
         )
 
-    def _slot(self, offer: SlotOffer) -> Slot:
+    def _slot(self, offer: SlotOffer, meeting: Mapping[str, str], gang_socket: socket.socket) -> Slot:
+        offer = offer.model_copy(update={"port": gang_socket.getsockname()[1]})
         logs, prefix = self._settings.worker_state_dir / "logs", str(self.incarnation)
-        environ, meters = self._devices.environ(offer.index), self._devices.meters(offer.index)
-        return Slot(offer, self._trainer_command, logs, prefix, environ, meters)
+        environ = self._devices.environ(offer.index)
+        return Slot(offer, self._trainer_command, logs, prefix, environ, meeting, gang_socket.fileno())
 
     def _api(self) -> ApiClient:
         return ApiClient(self._settings.api_url, self._credential)
@@ -202,8 +225,19 @@ class Agent:
         self._check_user_code(order.job)
         if self._terms is None:  # it overtook the answer to the registration
             raise OpsError(ErrorCode.BUSY, "this worker waits for the API's terms")
-        self._check_slot(order.slots[0])
+        self._check_ranks(order)
+        for index in order.slots:
+            self._check_slot(index)
         return False
+
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
+        self._checking += 1
+        try:
+            yield
+        finally:
+            self._checking -= 1
+            self._idle_since_s = time.monotonic()
 
     def _check_incarnation(self, incarnation: UUID) -> None:
         if incarnation != self.incarnation:
@@ -214,13 +248,25 @@ class Agent:
             what = "code of its users, variables of their jobs included"
             raise OpsError(ErrorCode.NO_USER_CODE, f"this worker runs no {what}: OPS_USER_CODE=1 allows it")
 
+    def _check_ranks(self, order: StartTraining) -> None:
+        gang, count = order.gang, len(order.slots)
+        if len(set(order.slots)) < count:
+            raise OpsError(ErrorCode.INVALID, "slots: one of them is given twice")
+        if gang is None and count > 1:
+            raise OpsError(ErrorCode.INVALID, f"slots: {count} of them, but no gang to say which rank each has")
+        if gang is not None and gang.first_rank + count > gang.world_size:
+            last_rank = gang.first_rank + count - 1
+            raise OpsError(ErrorCode.INVALID, f"gang: there is no rank {last_rank} among {gang.world_size}")
+        if gang is not None and order.job.kind is not Kind.TRAINING:
+            raise OpsError(ErrorCode.INVALID, f"gang: a {order.job.kind} runs in one process")
+
     def _check_slot(self, index: int) -> None:
         if index >= len(self._slots):
             raise OpsError(ErrorCode.INVALID, f"slot: there is no slot {index}, only {len(self._slots)}")
         if (trouble := self._slots[index].trouble) is not None:
             raise OpsError(ErrorCode.BUSY, trouble)
         for hold in self._holds.values():
-            if hold.slot is self._slots[index] and not hold.released:
+            if self._slots[index] in hold.slots and not hold.released:
                 # It may be busy with what has ended for the API: the next beat tells.
                 self._beat_now.set()
                 raise OpsError(ErrorCode.BUSY, f"slot {index} runs {hold.ref.operation_id}")
@@ -242,13 +288,14 @@ class Agent:
                 older.fence()  # a newer attempt exists, so this one has ended
         ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
         delivery = Delivery(self._reports_api, self._outbox, self.incarnation, ref)
-        slot, root = self._slots[order.slots[0]], self._settings.storage_root.absolute()
+        slots, root = [self._slots[index] for index in order.slots], self._settings.storage_root.absolute()
         grace_s, runner = self._terms.cancel_grace_s, (self._trainer_command[0], "-P", "-m", "ops_worker.command")
         step = order.checkpoint.step if order.checkpoint else 0
-        booking = Booking(ref, slot.meters, self._devices.sampler, self._outbox, self._energy.news, step)
+        meters = self._devices.meters(*order.slots)
+        booking = Booking(ref, meters, self._devices.sampler, self._outbox, self._energy.news, step)
         hold = Hold(
             order,
-            slot,
+            slots,
             self._outbox,
             delivery,
             booking,
@@ -257,20 +304,21 @@ class Agent:
             runner,
             root,
             grace_s,
+            self._terms.lease_s,
             self._settings.cpu_power_w,
             self._settings.worker_state_dir.absolute() / "baselines",
         )
-        hold.environment = self._devices.environment(order.slots[0]) | _code(order) | {"preflight": list(warnings)}
+        hold.environment = self._devices.environment(*order.slots) | _code(order) | {"preflight": list(warnings)}
         self._holds[ref] = hold
         self._newest_attempt[order.operation_id] = order.attempt
-        task = asyncio.create_task(self._serve(hold))
+        task = asyncio.create_task(self._serve(hold, [meter.device for meter in meters]))
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
         self._beat_now.set()
 
-    async def _serve(self, hold: Hold) -> None:
-        """It stays in the heartbeats until its finish has been accepted."""
-        sampler, devices = self._devices.sampler, [meter.device for meter in hold.slot.meters]
+    async def _serve(self, hold: Hold, devices: Sequence[str]) -> None:
+        """It stays in the heartbeats until its finish has been accepted. `devices` are those that it is booked on."""
+        sampler = self._devices.sampler
         for device in devices:
             sampler.note_busy(device)
         try:
@@ -283,6 +331,7 @@ class Agent:
             for device in devices:
                 sampler.note_idle(device)
             del self._holds[hold.ref]
+            self._idle_since_s = time.monotonic()
 
     # ---- the API
 
@@ -290,6 +339,7 @@ class Agent:
         """Register, then beat until cancelled. Not being heard never stops a training."""
         worker = self._registration(await describe(self._trainer_command))
         self._terms = await self._register(worker)
+        self._idle_since_s = time.monotonic()
         on_ready()
         trouble, backoff = Trouble("heartbeat", log), Backoff(self._terms.lease_s * BEAT_RETRY_LEASES)
         while True:
@@ -371,7 +421,7 @@ class Agent:
         """Send what a dead agent of this state directory left, in its name."""
         sender = orphan.sender
         try:
-            measured = {meter.device for slot in self._slots for meter in slot.meters}
+            measured = {meter.device for meter in self._devices.meters(*range(len(self._slots)))}
             await book_gaps(orphan, self._devices.sampler, measured)
             async with PredecessorsApi(sender.api_url, sender.credential) as api:
                 for ref in await orphan.holds():
@@ -390,6 +440,20 @@ class Agent:
             await orphan.aclose()
 
     # ---- the end
+
+    async def _leave_when_idle(self, idle_s: float) -> None:
+        """A start that comes just then is refused, as after any SIGTERM."""
+        while True:
+            left_s = self._idle_left_s(idle_s)
+            if left_s <= 0:
+                break
+            await asyncio.sleep(min(left_s, idle_s))
+        log.info("nothing to do for %g s (OPS_WORKER_IDLE_EXIT_S): this worker ends", idle_s)
+        self._draining.set()
+
+    def _idle_left_s(self, idle_s: float) -> float:
+        busy = bool(self._holds) or self._checking > 0
+        return idle_s if busy else self._idle_since_s + idle_s - time.monotonic()
 
     async def _hand_back(self) -> None:
         """Every hold preempted and its finish accepted; what takes longer than the grace is killed."""

@@ -73,6 +73,13 @@ class Settings(BaseModel):
         description="the Python in which trainers run: it has its own torch, and Relight's base install; "
         "`--python PATH` too",
     )
+    worker_idle_exit_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds without any work after which the worker ends as on SIGTERM, for allocations of a batch "
+        "system that cost while they idle",
+    )
     worker_state_dir: Path = Field(
         description="where the outbox, the trainers' output, attempts' directories and the last snapshots are kept"
     )

@@ -11,7 +11,6 @@ from ops_contract.agents import SlotOffer
 from ops_contract.pipe import Hello
 from ops_contract.wire import PIPE_VERSION
 from ops_worker.confinement import trainer_environment
-from ops_worker.energy.meters import SlotMeter
 from ops_worker.trainers import PipeGarbage, Trainer, prune_logs
 from ops_worker.waiting import Backoff
 
@@ -23,9 +22,10 @@ DEATHS_TOLERATED = 3
 
 
 class Slot:
-    """Keeps one trainer ready, lends it for one job, then replaces it. A job that needs another gets a `child`.
+    """Keeps one trainer ready, lends it for one job, then replaces it. A job that needs another process gets that.
 
-    `environ` shows its processes the slot's device, `meters` measure what they use.
+    `environ` shows its processes the slot's device. Trainers alone have `trainer_environ`, and `gang_fd`, the socket of
+    the offer's port.
     """
 
     def __init__(
@@ -35,15 +35,17 @@ class Slot:
         logs: Path,
         log_prefix: str,
         environ: Mapping[str, str],
-        meters: Sequence[SlotMeter],
+        trainer_environ: Mapping[str, str],
+        gang_fd: int,
     ) -> None:
         self.offer = offer
         self.environ = environ
-        self.meters = meters
         self.ready = asyncio.Event()
         self.failing = asyncio.Event()
-        self.command = command
+        self._command = command
         self._environment = trainer_environment(os.environ, offer.cores) | dict(environ)
+        self._trainer_environ = trainer_environ
+        self._gang_fd = gang_fd
         self._logs = logs
         self._log_prefix = log_prefix
         self._spawned = 0
@@ -62,7 +64,7 @@ class Slot:
         """Until cancelled, which kills the trainer."""
         while True:
             try:
-                async with self.child(self.command) as trainer:
+                async with self.trainer() as trainer:
                     try:
                         await self._use(trainer)
                     finally:
@@ -82,17 +84,26 @@ class Slot:
             self._warm.kill()
             self._returned.set()
 
-    @contextlib.asynccontextmanager
-    async def child(self, command: Sequence[str], environ: Mapping[str, str] = {}) -> AsyncIterator[Trainer]:
-        """A new process of its own, which has not greeted yet; on leaving it is killed and gone. Raises OSError.
+    def trainer(self, environ: Mapping[str, str] = {}) -> contextlib.AbstractAsyncContextManager[Trainer]:
+        """A new trainer, which has not greeted yet; on leaving it is killed and gone. Entering raises OSError.
 
-        The warm trainer may stay beside it: it holds memory, but no device.
+        The warm one may stay beside it: it holds memory, but no device.
         """
+        return self._process(self._command, {**self._trainer_environ, **environ}, self._gang_fd)
+
+    def runner(self, command: Sequence[str]) -> contextlib.AbstractAsyncContextManager[Trainer]:
+        """As `trainer`, of a command: what gangs need is none of it."""
+        return self._process(command, {}, None)
+
+    @contextlib.asynccontextmanager
+    async def _process(
+        self, command: Sequence[str], environ: Mapping[str, str], gang_fd: int | None
+    ) -> AsyncIterator[Trainer]:
         self._spawned += 1
         self._logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         prune_logs(self._logs)
         path = self._logs / f"{self._log_prefix}-{self.offer.index}-{self._spawned}.log"
-        trainer = await Trainer.spawn(command, {**self._environment, **environ}, path)
+        trainer = await Trainer.spawn(command, {**self._environment, **environ}, path, gang_fd)
         try:
             yield trainer
         finally:

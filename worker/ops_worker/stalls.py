@@ -25,6 +25,11 @@ class StallClock:
     def sign_of_life(self) -> None:
         self._silent_s = 0.0
 
+    @property
+    def nearly(self) -> bool:
+        """Whether it has been silent so long that one more gap would do."""
+        return self._timeout_s is not None and self._silent_s >= self._timeout_s - 2 * self.tick_s
+
     def tick(self) -> bool:
         """Whether the trainer has been silent for `timeout_s`."""
         now_s = self._clock()

@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ops_worker.trainer")
     parser.add_argument("--in-fd", type=int, help="inherited descriptor of the agent's messages")
     parser.add_argument("--out-fd", type=int, help="inherited descriptor for messages to the agent")
+    parser.add_argument("--gang-fd", type=int, help="inherited descriptor of the slot's listening socket")
     parser.add_argument("--describe", action="store_true", help="print the installed workloads as JSON and exit")
     parser.add_argument("--validate", action="store_true", help="judge the job on stdin, print JSON and exit")
     given = parser.parse_args()
@@ -56,10 +57,10 @@ def main() -> None:
     elif given.in_fd is None or given.out_fd is None:
         parser.error("give --in-fd and --out-fd, or --describe, or --validate")
     else:
-        serve(given.in_fd, given.out_fd)
+        serve(given.in_fd, given.out_fd, given.gang_fd)
 
 
-def serve(in_fd: int, out_fd: int) -> NoReturn:
+def serve(in_fd: int, out_fd: int, gang_fd: int | None = None) -> NoReturn:
     """Warm up, take one job, run it, say how it ended, exit."""
     # Before the seconds that importing torch takes. To stop is the agent's to say, through the pipe: a signal to a
     # whole process group must not kill what is being saved.
@@ -72,14 +73,16 @@ def serve(in_fd: int, out_fd: int) -> NoReturn:
 
     warm_up()
     agent = AgentPipe(in_fd, out_fd)
+    if gang_fd is not None:
+        os.set_inheritable(gang_fd, False)  # rank 0's alone: a process that outlives it must not listen on
     agent.send(Hello(pid=os.getpid()))
     job = agent.job()
-    finish = run(job, agent)
+    finish = run(job, agent, gang_fd)
     # What a study's job keeps is its children's.
     agent.finish(finish if job.start.job.study else artifacts.keep(job, agent.step, agent, finish))
 
 
-def run(job: RunJob, agent: AgentPipe) -> Finish:
+def run(job: RunJob, agent: AgentPipe, gang_fd: int | None = None) -> Finish:
     """How the job ended; raises nothing, whatever the workload does."""
     from relight.training.attempt import Attempt, Site
     from relight.training.loop_attempt import LoopAttempt

@@ -67,12 +67,15 @@ class Trainer:
         threading.Thread(target=self._watch, args=(asyncio.get_running_loop(),), daemon=True).start()
 
     @classmethod
-    async def spawn(cls, command: Sequence[str], environment: Mapping[str, str], log_path: Path) -> Self:
+    async def spawn(
+        cls, command: Sequence[str], environment: Mapping[str, str], log_path: Path, gang_fd: int | None = None
+    ) -> Self:
         """Raises OSError. Call it from the main thread: PR_SET_PDEATHSIG kills when the *spawning thread* ends.
 
-        It begins beside its log, in none of the agent's directories: the job brings its own.
+        It begins beside its log, in none of the agent's directories: the job brings its own. `gang_fd`, a listening
+        socket, is inherited.
         """
-        process, to_child, from_child = _spawn(command, environment, log_path)
+        process, to_child, from_child = _spawn(command, environment, log_path, gang_fd)
         loop = asyncio.get_running_loop()
         messages = asyncio.StreamReader(limit=READ_BYTES)
         reading, _ = await loop.connect_read_pipe(
@@ -199,7 +202,7 @@ def prune_logs(directory: Path, keep: int = LOGS_KEPT) -> None:
 
 
 def _spawn(
-    command: Sequence[str], environment: Mapping[str, str], log_path: Path
+    command: Sequence[str], environment: Mapping[str, str], log_path: Path, gang_fd: int | None
 ) -> tuple[subprocess.Popen[bytes], int, int]:
     """The process, and our ends of its pipes: to write and to read. All our descriptors are closed in any child."""
     with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
@@ -213,14 +216,15 @@ def _spawn(
         theirs.callback(os.close, output)
         # The child inherits the lock with the descriptor and holds it for as long as anybody writes there.
         fcntl.flock(output, fcntl.LOCK_EX)
+        fds = {"--in-fd": commands_in, "--out-fd": messages_out} | ({} if gang_fd is None else {"--gang-fd": gang_fd})
         process = subprocess.Popen(
-            [*command, "--in-fd", str(commands_in), "--out-fd", str(messages_out)],
+            [*command, *(word for name, fd in fds.items() for word in (name, str(fd)))],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             env=dict(environment),
             cwd=log_path.parent,
-            pass_fds=(commands_in, messages_out),
+            pass_fds=tuple(fds.values()),
             start_new_session=True,
         )
         ours.pop_all()

@@ -202,7 +202,8 @@ class Booking:
         self._news.set()
 
     def _measure(self, meter: SlotMeter, stretch: Stretch) -> Measured | None:
-        return self._readings.between(meter.device, stretch.since_s, stretch.until_s)
+        measured = self._readings.between(meter.device, stretch.since_s, stretch.until_s)
+        return measured and measured.times(meter.times)
 
     def _window(self, i: int, stretch: Stretch, measured: Measured) -> EnergyWindow:
         before = self._booked[i]

@@ -8,6 +8,7 @@ import platform
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -80,22 +81,20 @@ class Devices:
             return {"CUDA_VISIBLE_DEVICES": ""} if self._hides_gpus else {}
         return {"CUDA_VISIBLE_DEVICES": gpu.uuid}
 
-    def meters(self, slot: int) -> tuple[SlotMeter, ...]:
-        """What its holds are booked on; none: nothing here can be measured."""
-        gpu = self.gpu(slot)
-        meters: list[Meter] = list(self._cpu_meters)
-        if gpu is not None:
-            # An estimate of a CPU beside the GPU's measured joules would only spoil the sum.
-            meters = [meter for meter in meters if meter.quality is not Quality.ESTIMATED]
-            if own := self._gpu_meters.get(gpu.whole.uuid):
-                meters.insert(0, own)
-        return tuple(SlotMeter(meter.device, meter.source, meter.quality) for meter in meters)
+    def meters(self, *slots: int) -> tuple[SlotMeter, ...]:
+        """What a hold on them is booked on, each device once; none: nothing here can be measured."""
+        meters = [meter for slot in slots for meter in self._meters_of(slot)]
+        times = Counter(meter.device for meter in meters if meter.quality is Quality.ESTIMATED)
+        return tuple(
+            SlotMeter(meter.device, meter.source, meter.quality, times.get(meter.device, 1))
+            for meter in {meter.device: meter for meter in meters}.values()
+        )
 
-    def environment(self, slot: int) -> dict[str, Any]:
-        """For people: what an attempt ran on, as far as the agent knows it."""
-        meters = [f"{meter.device}: {meter.source}, {meter.quality}" for meter in self.meters(slot)]
+    def environment(self, first_slot: int, *others: int) -> dict[str, Any]:
+        """For people: what an attempt ran on, as far as the agent knows it. The GPU is that of its first slot."""
+        meters = [f"{meter.device}: {meter.source}, {meter.quality}" for meter in self.meters(first_slot, *others)]
         about: dict[str, Any] = {"host": socket.gethostname(), "kernel": platform.release(), "energy_meters": meters}
-        gpu = self.gpu(slot)
+        gpu = self.gpu(first_slot)
         if gpu is not None and self._driver is not None:
             about |= {
                 "gpu": gpu.name,
@@ -107,32 +106,48 @@ class Devices:
             }
         return about
 
-    async def check(self, slot: int, checkpoint: CheckpointRef | None) -> list[str]:
+    async def check(self, slots: Sequence[int], checkpoint: CheckpointRef | None) -> list[str]:
         """Before a start; the warnings. Raises 409 `device_not_ready` with all that is wrong."""
-        gpu = self.gpu(slot)
-        if gpu is None or self._driver is None:
-            return []
-        root, torch = self._settings.storage_root, _torch(self._settings)
-        look = functools.partial(preflight, gpu, self._driver.cuda_version, torch, checkpoint, root)
-        # One that hangs is not asked once more for every start.
-        looking = self._looking.get(gpu.uuid) or self._looking.setdefault(gpu.uuid, in_daemon(look))
-        try:
-            found = await asyncio.wait_for(asyncio.shield(looking), PREFLIGHT_S)
-        except TimeoutError:
-            problem = f"the driver does not answer about {gpu.uuid} within {PREFLIGHT_S:g} s"
-            found = Preflight(failures=[f"{problem}; `nvidia-smi`, and dmesg, say more"])
-        finally:
-            if looking.done():
-                self._looking.pop(gpu.uuid, None)
-        if found.failures:
-            message = "; ".join(found.failures + found.warnings)
-            raise OpsError(ErrorCode.DEVICE_NOT_READY, message, failures=found.failures, warnings=found.warnings)
-        return found.warnings
+        gpus = [gpu for slot in slots if (gpu := self.gpu(slot)) is not None]
+        found = await asyncio.gather(*(self._look(gpu, checkpoint) for gpu in gpus))
+        # The same of all of them, as that the disk is full, is said once.
+        failures = list(dict.fromkeys(failure for each in found for failure in each.failures))
+        warnings = list(dict.fromkeys(warning for each in found for warning in each.warnings))
+        if failures:
+            message = "; ".join(failures + warnings)
+            raise OpsError(ErrorCode.DEVICE_NOT_READY, message, failures=failures, warnings=warnings)
+        return warnings
 
     def close(self) -> None:
         # While a call of it hangs, NVML cannot be closed.
         if self.sampler.stop() and self._driver is not None:
             self._driver.close()
+
+    async def _look(self, gpu: Gpu, checkpoint: CheckpointRef | None) -> Preflight:
+        if self._driver is None:
+            return Preflight()
+        root, torch = self._settings.storage_root, _torch(self._settings)
+        look = functools.partial(preflight, gpu, self._driver.cuda_version, torch, checkpoint, root)
+        # One that hangs is not asked once more for every start.
+        looking = self._looking.get(gpu.uuid) or self._looking.setdefault(gpu.uuid, in_daemon(look))
+        try:
+            return await asyncio.wait_for(asyncio.shield(looking), PREFLIGHT_S)
+        except TimeoutError:
+            problem = f"the driver does not answer about {gpu.uuid} within {PREFLIGHT_S:g} s"
+            return Preflight(failures=[f"{problem}; `nvidia-smi`, and dmesg, say more"])
+        finally:
+            if looking.done():
+                self._looking.pop(gpu.uuid, None)
+
+    def _meters_of(self, slot: int) -> list[Meter]:
+        gpu = self.gpu(slot)
+        meters: list[Meter] = list(self._cpu_meters)
+        if gpu is not None:
+            # An estimate of a CPU beside the GPU's measured joules would only spoil the sum.
+            meters = [meter for meter in meters if meter.quality is not Quality.ESTIMATED]
+            if own := self._gpu_meters.get(gpu.whole.uuid):
+                meters.insert(0, own)
+        return meters
 
     def _of_the_cpu(self, powercap: Path, clock: Callable[[], float]) -> Sequence[Meter]:
         settings = self._settings

@@ -1,6 +1,6 @@
 """What a meter is, and what it answers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ops_contract.energy import DeviceState, Quality, Source
@@ -26,6 +26,11 @@ class Measured:
     reason: str | None = None
     shared: bool = False
     state: DeviceState | None = None
+
+    def times(self, factor: int) -> "Measured":
+        energy_j = None if self.energy_j is None else self.energy_j * factor
+        error_j = None if self.error_j is None else self.error_j * factor
+        return replace(self, energy_j=energy_j, error_j=error_j)
 
 
 class MeterLost(Exception):
@@ -60,11 +65,13 @@ class Meter(Protocol):
 
 @dataclass(frozen=True)
 class SlotMeter:
-    """What the windows of a slot's holds are booked on; a slot without any has `no_meter`.
+    """What the windows of a hold are booked on; without any they say `no_meter`.
 
-    `quality` is the slot's: a CPU package that other slots use too is an upper bound here.
+    `quality` is the slot's: a CPU package that other slots use too is an upper bound here. `times`: an estimate is of
+    one slot, a hold may have several.
     """
 
     device: str
     source: Source
     quality: Quality
+    times: int = 1
