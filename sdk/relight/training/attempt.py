@@ -128,6 +128,7 @@ class Attempt:
             from relight.training.sharding import whole_state
 
             reports = finish_together(self._team, loop.workload, model, root, *where)
+            loop.parallel.passed()
             state = whole_state(model)
         elif self._team.leads:
             reports = finish(loop.workload, model, root, *where)

@@ -212,6 +212,7 @@ class Loop:
         self.live.model.eval()
         with self.marks.doing(Use.EVALUATE, self.cursor), torch.no_grad(), self._autocast():
             measured = self.workload.evaluate(self.live.model, _ValidationLoader(self, validation))
+            self.parallel.passed()
             if self.team.is_gang:
                 measured = self.team.told({name: float(value) for name, value in measured.items()})
         self.reporter.add_evaluation(self.cursor.step, measured)

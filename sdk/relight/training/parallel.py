@@ -36,6 +36,9 @@ class Alone:
     def updated(self) -> None:
         """After each update."""
 
+    def passed(self) -> None:
+        """After forward passes without a backward one."""
+
     def check_round_trip(self, live: Live) -> None:
         """Raises a permanent TrainingFault."""
         check_round_trip(live)
@@ -92,6 +95,14 @@ class Divided(Alone):
 
     def updated(self) -> None:
         self._buffers.take_over()
+
+    def passed(self) -> None:
+        # What a forward pass gathered of the root stays until a backward one: nobody would see that it is divided.
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def check_round_trip(self, live: Live) -> None:
         from relight.training.sharding import like, local

@@ -82,29 +82,36 @@ def write(directory: Path, tensors: dict[str, DTensor]) -> None:
 
 
 def put_in(tree: Any, directory: Path, live: Live) -> Any:
-    """The tree with its `Sharded` read from `directory`, as `live` has such tensors: divided among its ranks, or whole.
+    """`read_in` as `live` has it: what is divided there is divided, also what is whole in the tree; the rest is whole.
 
-    What is whole in the tree and divided in `live` is divided. Raises CheckpointCorrupt.
+    Raises CheckpointCorrupt.
     """
-    parameters = [p for group in live.optimizer.param_groups for p in group["params"]]
     mesh = next((p.device_mesh for p in live.model.parameters() if isinstance(p, DTensor)), None)
-    wanted: dict[str, Tensor] = {}
-
-    def leaf(value: Any, path: Keys) -> Any:
-        if isinstance(value, Sharded):
-            return wanted.setdefault(value.name, _room(value, mesh))
-        return value
-
-    tree = _mapped(tree, leaf)
-    if wanted:
-        _read(directory, wanted)
+    tree = read_in(tree, directory, mesh)
     if mesh is None:
         return tree
     model = dict(live.model.named_parameters(remove_duplicate=False))
     tree["model"] = {name: _divided(value, model.get(name)) for name, value in tree["model"].items()}
+    parameters = [p for group in live.optimizer.param_groups for p in group["params"]]
     for index, state in tree["optimizer"]["state"].items():
         if index < len(parameters):
             tree["optimizer"]["state"][index] = {k: _divided(v, parameters[index]) for k, v in state.items()}
+    return tree
+
+
+def read_in(tree: Any, directory: Path, mesh: DeviceMesh | None) -> Any:
+    """The tree with each `Sharded` read from the files of `directory`: this rank's part of it, or all without a mesh.
+
+    Raises CheckpointCorrupt.
+    """
+    wanted: dict[str, Tensor] = {}
+
+    def leaf(value: Any, path: Keys) -> Any:
+        return wanted.setdefault(value.name, _room(value, mesh)) if isinstance(value, Sharded) else value
+
+    tree = _mapped(tree, leaf)
+    if wanted:
+        _read(directory, wanted)
     return tree
 
 

@@ -167,8 +167,8 @@ def join(rank: Rank | None, name: str, device: str, listening_fd: int | None, fo
 
 def _store(rank: Rank, name: str, listening_fd: int | None, forming_s: float) -> "PrefixStore":
     import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch's own
     from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import TCPStore
 
     within = timedelta(seconds=forming_s)
     server = TCPStore(
