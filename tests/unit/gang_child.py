@@ -27,7 +27,7 @@ from training_child import (
 )
 
 from ops_contract.agents import StartTraining
-from ops_contract.lifecycle import Outcome
+from ops_contract.lifecycle import CheckpointType, Outcome
 from ops_contract.pipe import Rank
 from ops_contract.reports import Finish, Report
 from relight.manifest import CheckpointCorrupt, CheckpointMissing
@@ -257,6 +257,23 @@ def _unweighted_metrics() -> None:
     reporting._means_over = lambda team, parts: (team.gathered(0), means(parts))[1]
 
 
+def _saves_restored() -> None:
+    """At once, which an engine does not: it is there already."""
+
+    def put_back(self: Attempt, *args: Any) -> Any:
+        cursor = really(self, *args)
+        self._restored_cursor = cursor  # type: ignore[attr-defined]
+        return cursor
+
+    def saver(self: Attempt, about: Any, live: Any, saved: Any, restored_s: float) -> Any:
+        made = makes(self, about, live, None, restored_s)
+        made.save(CheckpointType.PERIODIC, self._restored_cursor, {})  # type: ignore[attr-defined]
+        return made
+
+    really, makes = Attempt._put_back, Attempt._saver
+    Attempt._put_back, Attempt._saver = put_back, saver  # type: ignore[method-assign]
+
+
 MUTANTS: dict[str, Callable[[], None]] = {
     "none": lambda: None,
     "buckets as DDP likes": _buckets_as_ddp_likes,
@@ -264,4 +281,5 @@ MUTANTS: dict[str, Callable[[], None]] = {
     "means of ranks' means": _means_of_ranks,
     "each rank's clock": _own_clocks,
     "metrics of rank 0": _unweighted_metrics,
+    "saves what it restored": _saves_restored,
 }

@@ -129,7 +129,7 @@ class Attempt:
 
             reports = finish_together(self._team, loop.workload, model, root, *where)
             loop.parallel.passed()
-            state = whole_state(model)
+            state = whole_state(model, kept=self._team.leads)
         elif self._team.leads:
             reports = finish(loop.workload, model, root, *where)
         else:

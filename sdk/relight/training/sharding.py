@@ -115,10 +115,10 @@ def read_in(tree: Any, directory: Path, mesh: DeviceMesh | None) -> Any:
     return tree
 
 
-def whole_state(model: torch.nn.Module) -> dict[str, Any]:
+def whole_state(model: torch.nn.Module, kept: bool) -> dict[str, Any]:
     """`model.state_dict()` with each tensor whole, on the CPU where it was divided; by all ranks together.
 
-    Tied ones stay tied.
+    Tied ones stay tied. Where it is not `kept`, no more than one of them is there at a time.
     """
     owners = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     known: dict[int, Tensor] = {}
@@ -127,7 +127,9 @@ def whole_state(model: torch.nn.Module) -> dict[str, Any]:
         if isinstance(value, DTensor):
             owner = owners.get(name, id(value))
             if owner not in known:
-                known[owner] = value.full_tensor().detach().cpu()
+                whole = value.full_tensor().detach()
+                # A copy: where ranks have rows more or less, it is a view of more than it shows.
+                known[owner] = torch.empty(whole.shape, dtype=whole.dtype).copy_(whole) if kept else torch.empty(0)
             value = known[owner]
         state[name] = value
     return state
