@@ -106,7 +106,7 @@ class Attempt:
         before, tree = self._restored(ref) if ref is not None else (None, None)
         restored_s = self._clock() - begun_at_s
         numerics.configure(self._threads(before), self._knobs.deterministic)
-        with numerics.operators_noted(self._operator):
+        with numerics.operators_noted(self._note_inexact):
             loop = self._build(config, before, tree, restored_s)
             with loop.saver:
                 if tree is None:
@@ -157,7 +157,7 @@ class Attempt:
     def _note(self, message: str) -> None:
         self._sink.report(Note(message=message))
 
-    def _operator(self, reason: str) -> None:
+    def _note_inexact(self, reason: str) -> None:
         """It may come before the attempt says that it started, or after."""
         self._inexact.append(reason)
         self._sink.report(Note(message=f"exactness is best effort: {reason}", inexact=reason))
@@ -205,6 +205,7 @@ class Attempt:
             should_stop=self._should_stop,
             team=self._team,
             parallel=both,
+            inexact=self._note_inexact,
         )
 
     def _saver(self, about: Manifest, live: Live, saved: Cursor | None, restored_s: float) -> Saves:

@@ -13,10 +13,8 @@ MAX_TRACEBACK_CHARS = 8_000
 # Of torch.distributed; all are RuntimeErrors. By name: who has no torch yet knows them too.
 _COLLECTIVE_ERRORS = frozenset({"DistBackendError", "DistNetworkError", "DistStoreError"})
 # gloo raises plain RuntimeErrors, which begin with where in it they arose: users' code may say the same of its own.
-_GLOO_LOST = re.compile(
-    r"gloo.*(closed by peer|reset by peer|broken pipe|refused|not connected|pair closure|timed out)",
-    re.IGNORECASE | re.DOTALL,
-)
+_HUNG_UP = r"gloo.*(closed by peer|reset by peer|broken pipe)"
+_GLOO_LOST = r"gloo.*(refused|not connected|pair closure|timed out)"
 
 
 class TrainingFault(Exception):
@@ -46,7 +44,17 @@ def is_peer_lost(error: BaseException) -> bool:
 
 
 def _is_collectives(error: RuntimeError) -> bool:
-    return type(error).__name__ in _COLLECTIVE_ERRORS or _GLOO_LOST.search(str(error)) is not None
+    by_name = type(error).__name__ in _COLLECTIVE_ERRORS
+    return by_name or has_hung_up(error) or _says(error, _GLOO_LOST)
+
+
+def has_hung_up(error: RuntimeError) -> bool:
+    """Whether gloo says that another rank closed its connection."""
+    return _says(error, _HUNG_UP)
+
+
+def _says(error: RuntimeError, pattern: str) -> bool:
+    return re.search(pattern, str(error), re.IGNORECASE | re.DOTALL) is not None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

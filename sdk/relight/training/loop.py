@@ -71,6 +71,7 @@ class Loop:
     should_stop: Callable[[], Why | None]
     team: Team
     parallel: Alone
+    inexact: Callable[[str], None]
     _orders: Orders = Orders()
     _round_trip_checked: bool = False
     _monitored: float | None = None  # measured on the weights as they are now
@@ -154,6 +155,15 @@ class Loop:
         if changed and not self._round_trip_checked:
             self.parallel.check_round_trip(self.live)
             self._round_trip_checked = True
+            self._compare_registered()
+
+    def _compare_registered(self) -> None:
+        """Each rank has its own, and all resume from that of rank 0."""
+        if not (self.team.is_gang and self.live.registered):
+            return
+        mine, *others = [set(each.items()) for each in self.team.gathered(self.parallel.registered(self.live))]
+        if differing := sorted({path for other in others for path, _ in mine ^ other}):
+            self.inexact(f"state() is not the same on every rank, in {', '.join(differing[:3])}: a resume has rank 0's")
 
     def _apply(self) -> bool:
         """One update. False when gradients overflowed: then it was skipped, and the scale is halved."""

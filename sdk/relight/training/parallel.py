@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ops_contract.jobs import Strategy
+from relight.training.codec import digests, encode
 from relight.training.faults import TrainingFault
 from relight.training.state import Live, check_round_trip
 from relight.training.team import Team
@@ -42,6 +43,10 @@ class Alone:
     def check_round_trip(self, live: Live) -> None:
         """Raises a permanent TrainingFault."""
         check_round_trip(live)
+
+    def registered(self, live: Live) -> dict[str, str]:
+        """Digests of the state of which a checkpoint has rank 0's alone, by path. Raises CodecError."""
+        return digests(encode({name: stateful.state_dict() for name, stateful in live.registered.items()}))
 
 
 class Replicated(Alone):
@@ -108,6 +113,12 @@ class Divided(Alone):
         from relight.training.sharding import like, local
 
         check_round_trip(live, local, like)
+
+    def registered(self, live: Live) -> dict[str, str]:
+        from relight.training.sharding import taken_out
+
+        states = {name: stateful.state_dict() for name, stateful in live.registered.items()}
+        return digests(encode(taken_out(states)[0]))
 
 
 class _Loss(nn.Module):

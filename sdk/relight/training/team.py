@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ops_contract.jobs import Job
 from ops_contract.pipe import Rank
-from relight.training.faults import PeerLost, TrainingFault
+from relight.training.faults import PeerLost, TrainingFault, has_hung_up
 from relight.workload import AnyWorkload, LoopWorkload
 
 if TYPE_CHECKING:
@@ -155,12 +155,19 @@ def join(rank: Rank | None, name: str, device: str, listening_fd: int | None, fo
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
         store = _store(rank, name, listening_fd, forming_s)
+    except RuntimeError as error:
+        raise _not_formed(rank, f"{type(error).__name__}: {error}", forming_s) from error
+    try:
         # On CUDA it has not been run yet: there was no GPU.
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=_COLLECTIVE)
+        within = timedelta(seconds=forming_s)
+        dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=within)
         team = Ranks(rank.rank, rank.world_size)
         team.total([0])
-    except (dist.DistError, RuntimeError) as error:
+        dist.distributed_c10d._set_pg_timeout(_COLLECTIVE)
+    except RuntimeError as error:
+        if has_hung_up(error):  # it was there, and is gone again
+            raise
         raise _not_formed(rank, f"{type(error).__name__}: {error}", forming_s) from error
     return team
 
