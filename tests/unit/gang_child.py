@@ -97,6 +97,10 @@ class Block(nn.Module):
 
 
 class BlocksNet(nn.Module):
+    """What it has seen is centred by, where it normalises over batches: a buffer that training depends on."""
+
+    seen: Tensor
+
     def __init__(self, config: BlocksConfig) -> None:
         super().__init__()
         self.into = nn.Linear(8, 8)
@@ -104,9 +108,13 @@ class BlocksNet(nn.Module):
         self.out = nn.Linear(8, 8, bias=False)
         self.out.weight = self.into.weight
         self.frozen = nn.Linear(8, 5).requires_grad_(False)
+        self.centres = config.norm == "batch"
+        self.register_buffer("seen", torch.zeros(8))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.into(x)
+        hidden = self.into(x - self.seen)
+        if self.centres and self.training:
+            self.seen.lerp_(x.mean(0), 0.1)
         for block in self.blocks:
             hidden = block(hidden)
         return self.frozen(self.out(hidden))

@@ -23,7 +23,7 @@ SEED = int(os.environ.get("EXACTNESS_SEED", secrets.randbelow(2**32)))
 STRATEGIES = [Strategy.DDP, Strategy.FSDP]
 LONGER = pytest.mark.slow
 
-# Batches of 3, 3, 2 and a last one of 2, 2, 2; windows of two, and a last one of two: 46 samples are six batches.
+# Batches of 3, 3, 2 and a last one of 2, 2, 2: 46 samples are six batches, of which the last window has two.
 KNOBS: dict[str, Any] = {
     "devices": RANKS,
     "threads": 1,
@@ -124,7 +124,7 @@ def test_a_gang_killed_anywhere_equals_one_that_never_was(
         {"precision": "bf16"},
         {"precision": "16"},
         {"checkpoint_every": "auto"},
-        {"max_samples": 46 + 13},
+        {"max_samples": 46 + 14},
         {"early_stop_patience": 1, "early_stop_min_delta": 0.5, "checkpoint_monitor": "val_loss", "max_epochs": 5},
     ],
     ids=lambda knobs: next(iter(knobs)),
@@ -159,8 +159,8 @@ def test_a_rank_without_samples_of_a_short_batch_waits_for_nothing(
 @LONGER
 def test_a_moving_average_registered_state_and_every_draw_resume_exactly(make: Maker, uninterrupted: Maker) -> None:
     """Those of one device that are a way to resume wrongly; scalars and transposed weights, with DDP."""
-    reference = uninterrupted("zoo")
-    gang = make("zoo")
+    reference = uninterrupted("zoo", {"samples": 46})
+    gang = make("zoo", {"samples": 46})
 
     gang.train(kill_at=lambda n, report: getattr(report, "step", -1) == 3)
     gang.to_the_end()
