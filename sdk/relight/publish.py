@@ -110,12 +110,26 @@ def hashed_tree(directory: Path) -> Iterator[tuple[str, FileEntry]]:
     sync(directory)
 
 
+def settled(directory: int, name: str) -> FileEntry:
+    """Of a file that somebody else wrote there: as private as the directory, durable, and its hashes."""
+    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=directory)
+    try:
+        _set_mode(file, file_mode(os.fstat(directory).st_mode))
+        return _hashed_file(file)
+    finally:
+        os.close(file)
+
+
 def _hashed(path: Path) -> FileEntry:
-    chunks, buffer = _ChunkHashes(), memoryview(bytearray(2**20))
     with path.open("rb", buffering=0) as file:
-        while n := file.readinto(buffer):
-            chunks.update(buffer[:n])
-        os.fsync(file.fileno())
+        return _hashed_file(file.fileno())
+
+
+def _hashed_file(file: int) -> FileEntry:
+    chunks, buffer = _ChunkHashes(), memoryview(bytearray(2**20))
+    while n := os.readv(file, [buffer]):
+        chunks.update(buffer[:n])
+    os.fsync(file)
     return FileEntry(size_bytes=chunks.size_bytes, sha256=chunks.hexdigests())
 
 

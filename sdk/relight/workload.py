@@ -27,7 +27,7 @@ WARMUP_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Env:
-    """Where one rank of an attempt runs."""
+    """Where one rank of an attempt runs: of `world_size`, each a process with a device of its own."""
 
     device: torch.device
     rank: int
@@ -78,6 +78,9 @@ class Workload(ABC, Generic[C]):
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean over the batch's units, a scalar, and further scalars to report; both stay on the device.
 
+        On several devices it gets this rank's part of the batch. With strategy fsdp parameters are whole only while
+        `model(...)` runs; with ddp the model may be used in any way.
+
         Parameters that the optimizer updates are left as they are, for a checkpoint may be copied beside this:
         `after_step` is the place to change them.
         """
@@ -91,7 +94,7 @@ class Workload(ABC, Generic[C]):
         return (type(self),)
 
     def collate(self, items: list[Any]) -> Any:
-        """A batch of items, in their order. It may draw random numbers: it is pure in (seed, epoch, batch)."""
+        """A batch of items, in their order. It may draw random numbers: it is pure in (seed, epoch, batch, rank)."""
         from torch.utils.data import default_collate
 
         return default_collate(items)
@@ -132,13 +135,16 @@ class Workload(ABC, Generic[C]):
         return _first_length(batch)
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        """After each optimizer update, before evaluation: moving averages, clamps."""
+        """After each optimizer update, before evaluation: moving averages, clamps.
+
+        On every rank, which draw the same here. With strategy fsdp parameters are DTensors, of which each has a part.
+        """
 
     def evaluate(self, model: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
         """Metrics on the validation data, by default the unit-weighted mean loss as `val_loss`.
 
         The model is in eval mode and without gradients. It leaves model and `state()` as they were: an interrupted
-        evaluation is done again whole.
+        evaluation is done again whole. Every rank does it, on all validation data; what rank 0 measured counts.
         """
         total: Tensor | float = 0.0
         units = 0
@@ -149,7 +155,11 @@ class Workload(ABC, Generic[C]):
         return {"val_loss": float(total) / units}
 
     def state(self) -> Mapping[str, Stateful]:
-        """Whatever else must survive; called once, after model, optimizer and scheduler are built."""
+        """Whatever else must survive; called once, after model, optimizer and scheduler are built.
+
+        A checkpoint of several ranks has rank 0's, so it has to be the same on all: let it follow from the step, the
+        parameters and `after_step`, not from a rank's own samples.
+        """
         return {}
 
     def finish(self, model: nn.Module, out: Path) -> Mapping[str, float] | None:
@@ -157,7 +167,7 @@ class Workload(ABC, Generic[C]):
 
         A score is the metric `final/<name>`; a file is an artifact, `files/<path>`. The model is in eval mode and
         without gradients, and is published afterwards, as this leaves it. Called again, whole, where an attempt died
-        here or this raised.
+        here or this raised. Of several ranks rank 0 alone, with strategy fsdp every one, of which rank 0's counts.
         """
         return None
 

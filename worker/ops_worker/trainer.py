@@ -32,7 +32,17 @@ from relight.importing import checks_by_code, config_problems, import_workload, 
 from relight.manifest import CheckpointCorrupt, CheckpointMissing
 from relight.pipe import AgentPipe
 from relight.process import die_with_parent
-from relight.training.faults import MAX_TRACEBACK_CHARS, TrainingFault, fault, finish_of, plain_text
+from relight.training.faults import (
+    MAX_TRACEBACK_CHARS,
+    PeerLost,
+    TrainingFault,
+    fault,
+    finish_of,
+    finish_of_lost_peer,
+    is_peer_lost,
+    plain_text,
+)
+from relight.training.team import check_ranks
 from relight.workload import AnyWorkload, LoopWorkload
 
 GROUP = "relight.workloads"
@@ -78,8 +88,9 @@ def serve(in_fd: int, out_fd: int, gang_fd: int | None = None) -> NoReturn:
     agent.send(Hello(pid=os.getpid()))
     job = agent.job()
     finish = run(job, agent, gang_fd)
-    # What a study's job keeps is its children's.
-    agent.finish(finish if job.start.job.study else artifacts.keep(job, agent.step, agent, finish))
+    # What a study's job keeps is its children's, and what a gang's does is rank 0's.
+    keeps = job.start.job.study is None and _leads(job)
+    agent.finish(finish if not keeps else artifacts.keep(job, agent.step, agent, finish))
 
 
 def run(job: RunJob, agent: AgentPipe, gang_fd: int | None = None) -> Finish:
@@ -91,7 +102,7 @@ def run(job: RunJob, agent: AgentPipe, gang_fd: int | None = None) -> Finish:
         enter(job)
         if job.start.job.study is not None:
             return _study(job, agent)
-        if job.start.job.execution.accelerator is Accelerator.AUTO and job.device == "cpu":
+        if job.start.job.execution.accelerator is Accelerator.AUTO and job.device == "cpu" and _leads(job):
             agent.report(Note(message=_fell_back()))
         if job.start.job.kind is Kind.MEASUREMENT:
             from ops_worker import measuring
@@ -102,13 +113,22 @@ def run(job: RunJob, agent: AgentPipe, gang_fd: int | None = None) -> Finish:
         if issubclass(workload_type, LoopWorkload):
             outcome = LoopAttempt(workload_type, job.start, site, agent, agent.should_stop).run()
         else:
-            outcome = Attempt(workload_type, job.start, site, agent, agent.should_stop).run()
+            stop = agent.should_stop
+            outcome = Attempt(workload_type, job.start, site, agent, stop, rank=job.rank, listening_fd=gang_fd).run()
         return Finish(outcome=outcome)
     except (CheckpointMissing, CheckpointCorrupt, TrainingFault) as error:
         return finish_of(error)
+    except PeerLost as error:
+        return finish_of_lost_peer(error)
     # SystemExit too: user code may call sys.exit, and that is no reason to end without a word.
     except BaseException as error:
+        if job.rank is not None and is_peer_lost(error):
+            return finish_of_lost_peer(error)
         return Finish(outcome=Outcome.FAILED, error=_unexpected(error))
+
+
+def _leads(job: RunJob) -> bool:
+    return job.rank is None or job.rank.rank == 0
 
 
 def _study(job: RunJob, agent: AgentPipe) -> Finish:
@@ -189,6 +209,7 @@ def validated(job: RunJob) -> Validated:
 
             return studies.judged(job.start.job, _studied(job.start.job))
         workload_type = find_workload(job.start.job.workload)
+        check_ranks(job.start.job, workload_type, in_gang=True)
         if problems := config_problems(workload_type, config):
             return Validated(problems=problems)
         whole, schema = with_defaults(workload_type, config), workload_type.Config.model_json_schema()

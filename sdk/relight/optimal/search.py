@@ -234,7 +234,13 @@ def _knobs(given: Execution | Mapping[str, Any] | None, dataset: Any) -> Executi
                 "and neither sampler nor batch_sampler"
             )
         said = {"batch_size": dataset.batch_size, "num_workers": dataset.num_workers} | said
-    return _checked(Execution, said)
+    knobs = _checked(Execution, said)
+    if knobs.devices > 1:
+        raise ValueError(
+            f"execution.devices: {knobs.devices}, but it trains in this process, on one; leave it out, or submit an "
+            "isoflop study to a service (ops sweep), whose trainings may have several"
+        )
+    return knobs
 
 
 def _checked(model: type[M], content: Mapping[str, Any]) -> M:

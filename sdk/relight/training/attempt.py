@@ -14,29 +14,33 @@ from torch.amp import GradScaler
 
 from ops_contract.agents import CheckpointRef, StartTraining
 from ops_contract.energy import Use
-from ops_contract.jobs import Execution
+from ops_contract.jobs import Execution, Strategy
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
+from ops_contract.pipe import Rank
 from ops_contract.plans import TrainingResult
 from ops_contract.reports import Note, Result, Started
 from relight.manifest import Manifest
 from relight.training import changes, numerics
-from relight.training.checkpoint import restore
+from relight.training.checkpoint import SHARDS, restore
 from relight.training.faults import TrainingFault
 from relight.training.final import publish_model
-from relight.training.finishing import finish
+from relight.training.finishing import finish, finish_together
 from relight.training.fork import check_samples_left, forked_tree
 from relight.training.interval import Pace
-from relight.training.loop import Loop, Why
+from relight.training.loop import Loop
 from relight.training.marks import Marks
 from relight.training.monitor import Monitor
 from relight.training.order import DataOrder
+from relight.training.parallel import divide, parallel
 from relight.training.randomness import Stream, derive, seed_everything
-from relight.training.reporting import Reporter, Sink
+from relight.training.reporting import Reporter, Sink, Unheard
 from relight.training.resolving import checked_config, resolved, resolved_knobs
 from relight.training.saving import Saver
+from relight.training.saving_together import Bystander, SaverTogether, Saves
 from relight.training.sizing import count_parameters
 from relight.training.source import source_digest, source_files
 from relight.training.state import Cursor, Live
+from relight.training.team import Why, agreed_wish, check_ranks, join
 from relight.workload import Env, MapDataset, Workload
 
 
@@ -50,7 +54,10 @@ class Site:
 
 
 class Attempt:
-    """`clock` is monotonic, in seconds; it decides when metrics are sent and when to save by time, nothing else."""
+    """`clock` is monotonic, in seconds; it decides when metrics are sent and when to save by time, nothing else.
+
+    `rank` is which of a gang's processes this is; on rank 0 `listening_fd` is a socket that listens for the others.
+    """
 
     def __init__(
         self,
@@ -60,32 +67,46 @@ class Attempt:
         sink: Sink,
         should_stop: Callable[[], Why | None],
         clock: Callable[[], float] = time.monotonic,
+        rank: Rank | None = None,
+        listening_fd: int | None = None,
     ) -> None:
         self._workload_type = workload_type
         self._start = start
         self._knobs = resolved_knobs(workload_type, start.job)
         self._site = site
-        self._env = Env(device=torch.device(site.device), rank=0, world_size=1, seed=self._knobs.seed)
-        self._sink = sink
+        self._rank = rank
+        self._listening_fd = listening_fd
+        number, world_size = (rank.rank, rank.world_size) if rank else (0, 1)
+        self._env = Env(torch.device(site.device), number, world_size, self._knobs.seed)
+        self._sink = Unheard(sink) if number else sink
         self._marks = Marks(sink, self._env.device)
         self._should_stop = should_stop
         self._clock = clock
         self._inexact: list[str] = []
 
     def run(self) -> Outcome:
-        """COMPLETED, CANCELLED or PREEMPTED.
+        """COMPLETED, CANCELLED or PREEMPTED; of a gang all ranks end with the same, and none before what is saved.
 
-        Raises TrainingFault, CheckpointMissing, CheckpointCorrupt, and whatever the workload raises.
+        Raises TrainingFault, CheckpointMissing, CheckpointCorrupt, and whatever the workload raises; in a gang also
+        what `is_peer_lost`.
         """
+        check_ranks(self._start.job, self._workload_type, self._rank is not None)
+        name = f"{self._start.operation_id}-{self._start.attempt}"
+        self._team = join(self._rank, name, self._site.device, self._listening_fd)
+        outcome = self._run()
+        self._team.leave()
+        return outcome
+
+    def _run(self) -> Outcome:
         ref = self._start.checkpoint
-        if ref is not None and (why := self._should_stop()):
+        if ref is not None and (why := agreed_wish(self._team, self._should_stop())[0]):
             return Outcome(why)  # what it would restore is where it stops
         config = checked_config(self._workload_type, self._start.job.config)
         begun_at_s = self._clock()
         before, tree = self._restored(ref) if ref is not None else (None, None)
         restored_s = self._clock() - begun_at_s
         numerics.configure(self._threads(before), self._knobs.deterministic)
-        with numerics.operators_noted(self._operator):
+        with numerics.operators_noted(self._note_inexact):
             loop = self._build(config, before, tree, restored_s)
             with loop.saver:
                 if tree is None:
@@ -102,15 +123,31 @@ class Attempt:
         self._marks.mark(loop.cursor, then=Use.FINISH)
         model, root = loop.live.model, self._site.storage_root
         where = self._start.operation_id, self._start.attempt, loop.cursor.step
-        for report in finish(loop.workload, model, root, *where):
+        state = None
+        if self._is_divided:
+            from relight.training.sharding import whole_state
+
+            reports = finish_together(self._team, loop.workload, model, root, *where)
+            loop.parallel.passed()
+            state = whole_state(model, kept=self._team.leads)
+        elif self._team.leads:
+            reports = finish(loop.workload, model, root, *where)
+        else:
+            reports = []
+        for report in reports:
             self._sink.report(report)
-        self._sink.report(publish_model(root, *where, model))
-        self._sink.report(Result(content=_result(loop)))
+        if self._team.leads:
+            self._sink.report(publish_model(root, *where, model, state))
+            self._sink.report(Result(content=_result(loop)))
         self._marks.mark(loop.cursor)
+
+    @property
+    def _is_divided(self) -> bool:
+        return self._team.is_gang and self._knobs.strategy is Strategy.FSDP
 
     def _restored(self, ref: CheckpointRef) -> tuple[Manifest, Any]:
         with self._marks.doing(Use.RESTORE, Cursor(step=ref.step)):
-            return restore(self._site.storage_root, ref)
+            return restore(self._site.storage_root, ref, self._team)
 
     def _threads(self, before: Manifest | None) -> int:
         """Sums depend on the number of threads: what the first attempt's slot decided holds for its successors."""
@@ -120,7 +157,7 @@ class Attempt:
     def _note(self, message: str) -> None:
         self._sink.report(Note(message=message))
 
-    def _operator(self, reason: str) -> None:
+    def _note_inexact(self, reason: str) -> None:
         """It may come before the attempt says that it started, or after."""
         self._inexact.append(reason)
         self._sink.report(Note(message=f"exactness is best effort: {reason}", inexact=reason))
@@ -145,19 +182,11 @@ class Attempt:
         if tree is not None and (parent := self._start.parent_job):
             tree = forked_tree(tree, live, scheduler_steps, parent, self._start.job)
         live.monitor.check(evaluates=validation is not None)
-        reporter = Reporter(self._sink, until_step, self._clock)
+        both = parallel(workload, live.model, self._knobs.strategy, self._team)
+        reporter = Reporter(self._sink, until_step, self._clock, self._team)
         cursor = Cursor() if tree is None else self._put_back(tree, live, reporter)
         self._tell_started(about, before, accepted, cursor)
-        saver = Saver(
-            self._site.storage_root,
-            about,
-            live,
-            self._sink,
-            self._marks,
-            saved=cursor if before else None,
-            clock=self._clock,
-            restored_s=restored_s,
-        )
+        saver = self._saver(about, live, cursor if before else None, restored_s)
         return Loop(
             workload=workload,
             env=self._env,
@@ -174,14 +203,35 @@ class Attempt:
             saver=saver,
             pace=Pace(self._knobs.checkpoint_every, self._start.record, saver.times, self._clock, self._note),
             should_stop=self._should_stop,
+            team=self._team,
+            parallel=both,
+            inexact=self._note_inexact,
         )
+
+    def _saver(self, about: Manifest, live: Live, saved: Cursor | None, restored_s: float) -> Saves:
+        root, sink, marks, clock = self._site.storage_root, self._sink, self._marks, self._clock
+        if self._is_divided:
+            return SaverTogether(root, about, live, sink, marks, self._team, saved, clock, restored_s)
+        if not self._team.leads:
+            return Bystander()
+        return Saver(root, about, live, sink, marks, saved=saved, clock=clock, restored_s=restored_s)
 
     def _put_back(self, tree: dict[str, Any], live: Live, reporter: Reporter) -> Cursor:
         cursor = Cursor.from_tree(tree["cursor"])
         with self._marks.doing(Use.RESTORE, cursor):
-            live.restore(tree)
+            live.restore(self._put_in(tree, live))
         reporter.add_again(cursor.step, tree["reported"])
         return cursor
+
+    def _put_in(self, tree: dict[str, Any], live: Live) -> dict[str, Any]:
+        ref = self._start.checkpoint
+        shards = self._site.storage_root / (ref.path if ref else "") / SHARDS
+        if not self._is_divided and not shards.is_dir():
+            return tree
+        from relight.training.sharding import put_in
+
+        placed: dict[str, Any] = put_in(tree, shards, live)
+        return placed
 
     def _accepted(self, before: Manifest, about: Manifest) -> list[str]:
         accepting = f"ops resume {self._start.operation_id} --accept-changes"
@@ -198,10 +248,13 @@ class Attempt:
             knobs.batch_size,
             knobs.num_workers,
             max_samples=knobs.max_samples,
+            rank=self._env.rank,
+            world_size=self._env.world_size,
         )
 
     def _about(self, workload: Workload[Any], training_samples: int) -> Manifest:
         """The manifest of this attempt's checkpoints, but for where they are taken and their files."""
+        self._of_gang = numerics.of_gang(self._team, self._knobs.strategy, self._env.device)
         code_files = source_files(*workload.sources())
         return Manifest(
             operation_id=self._start.operation_id,
@@ -214,12 +267,14 @@ class Attempt:
             code_files=code_files,
             data_digest=workload.data_digest(),
             training_samples=training_samples,
-            numerics=numerics.fingerprint(self._env.device),
+            numerics=numerics.fingerprint(self._env.device) | self._of_gang,
             files={},
         )
 
     def _live(self, workload: Workload[Any], steps_total: int) -> tuple[Live, str | None]:
         model = workload.model().to(self._env.device)
+        if self._is_divided:
+            divide(model, self._env.device, self._team)
         optimizer = workload.optimizer(model, self._knobs)
         scheduled = workload.scheduler(optimizer, self._knobs, steps_total)
         scheduler, when = scheduled or (None, None)
@@ -239,7 +294,7 @@ class Attempt:
                 trainer_pid=os.getpid(),
                 start_step=cursor.step,
                 exactness=numerics.exactness(self._knobs, about.numerics, before, accepted + self._inexact),
-                environment={**numerics.environment(self._env.device), **digests},
+                environment={**numerics.environment(self._env.device), **self._of_gang, **digests},
                 resolved=resolved(self._workload_type, self._start.job, self._knobs),
             )
         )

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ops_contract.agents import CheckpointRef, StartTraining
-from ops_contract.jobs import CheckpointEvery, Execution, Job
+from ops_contract.jobs import CheckpointEvery, Execution, Job, Strategy
 from ops_contract.lifecycle import Kind, Phase
 from ops_contract.reports import CheckpointSaved, Metrics, Note, Report
 from relight.importing import config_problems, import_workload
@@ -246,7 +246,7 @@ class _Runs:
 
     def run(self, until_step: int, checkpoint: CheckpointRef | None = None, **execution: Any) -> Run:
         length = {"max_steps": 2 * self.steps, "max_epochs": 2 * self.steps, "max_samples": None}
-        whole = length | {"checkpoint_every": _RARELY}
+        whole = length | {"checkpoint_every": _RARELY, "devices": 1, "strategy": Strategy.DDP}
         knobs = Execution.model_validate(self.execution.model_dump() | whole | execution)
         job = Job(kind=Kind.TRAINING, workload=self.path, config=self.config, execution=knobs, until_step=until_step)
         start = StartTraining(

@@ -1,15 +1,19 @@
 """Checkpoints on disk: published whole or not at all, verified while they are read.
 
 `<root>/<operation>/<attempt>-<step>/` (`-evaluate` appended when an evaluation is next) holds `state.json`,
-`state.safetensors` and `manifest.json`. An attempt writes below its own number only, so one that was fenced and still
+`state.safetensors` and `manifest.json`; of tensors that are divided among ranks, `shards/` has each rank's part in a
+file of its own. An attempt writes below its own number only, so one that was fenced and still
 runs touches no file of its successor.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 from uuid import uuid4
 
@@ -20,6 +24,7 @@ from ops_contract.agents import CheckpointRef
 from ops_contract.lifecycle import CheckpointType, Phase
 from ops_contract.reports import CheckpointSaved
 from relight.manifest import (
+    CHUNK_BYTES,
     MANIFEST,
     CheckpointCorrupt,
     FileEntry,
@@ -27,14 +32,16 @@ from relight.manifest import (
     opened,
     read_chunks,
 )
-from relight.publish import hashed_tree, make_directory, published_directory, write_file
+from relight.publish import hashed_tree, make_directory, published_directory, sync, write_file
 from relight.training import tensorfile
 from relight.training.codec import CodecError, Encoded, decode
 from relight.training.state import Cursor
+from relight.training.team import Team
 
 DOCUMENT = "state.json"
 TENSORS = "state.safetensors"
 FILES = "files"  # of a LoopWorkload
+SHARDS = "shards"  # of tensors that are divided among ranks
 
 
 @dataclass(frozen=True)
@@ -95,18 +102,63 @@ def _with_manifest(directory: int, about: Manifest, name: str, files: Mapping[st
     return Published(f"{about.operation_id}/{name}", manifest.size_bytes + len(raw), sha256(raw).hexdigest())
 
 
-def restore(root: Path, ref: CheckpointRef) -> tuple[Manifest, Any]:
+@contextmanager
+def published_shards(root: Path, about: Manifest) -> Iterator[Callable[[Encoded, Mapping[str, FileEntry]], Published]]:
+    """`publish` in two steps: others write files to `shards_directory`, then it is called with their entries.
+
+    It has its name when the block is done; if that fails nothing is left.
+    """
+    name = _directory_name(about)
+    with published_directory(root, str(about.operation_id), name) as directory:
+        os.close(make_directory(directory, SHARDS))
+
+        def commit(state: Encoded, shards: Mapping[str, FileEntry]) -> Published:
+            files = {
+                DOCUMENT: write_file(directory, DOCUMENT, [memoryview(state.document)]),
+                TENSORS: write_file(directory, TENSORS, tensorfile.chunks(state.tensors)),
+            }
+            sync(shards_directory(root, about))
+            return _with_manifest(directory, about, name, files | {f"{SHARDS}/{n}": e for n, e in shards.items()})
+
+        yield commit
+
+
+def shards_directory(root: Path, about: Manifest) -> Path:
+    """While it is written."""
+    return root / str(about.operation_id) / f"{_directory_name(about)}.tmp" / SHARDS
+
+
+def restore(root: Path, ref: CheckpointRef, team: Team | None = None) -> tuple[Manifest, Any]:
     """The manifest and the state tree, every byte checked against the manifest's hashes as it is read.
 
+    What was divided among ranks is `Sharded` in it; the files of that are verified each by one of the ranks of `team`.
     Raises CheckpointMissing, CheckpointCorrupt, and OSError when the storage cannot be read now.
     """
     with opened(root, ref) as (directory, manifest):
-        contents = _read_all(directory, manifest.files)
+        shards = {name: entry for name, entry in manifest.files.items() if name.startswith(f"{SHARDS}/")}
+        contents = _read_all(directory, {name: manifest.files[name] for name in manifest.files.keys() - shards.keys()})
+        if shards:
+            _verify_shards(root / ref.path / SHARDS, directory, shards, team or Team())
     try:
         document = bytes(tensorfile.raw_bytes(contents[DOCUMENT]))
         return manifest, decode(document, tensorfile.parse(contents[TENSORS]))
     except (CodecError, tensorfile.TensorFileError, KeyError) as error:
         raise CheckpointCorrupt(f"{ref.path}: {error}") from error
+
+
+def _verify_shards(where: Path, directory: int, shards: Mapping[str, FileEntry], team: Team) -> None:
+    """Each rank those of its turn; all raise CheckpointCorrupt when one finds anything."""
+    found = None
+    try:
+        if others := sorted({f"{SHARDS}/{name}" for name in os.listdir(where)} - shards.keys()):
+            raise CheckpointCorrupt(f"{others[0]} is none of its files")
+        buffers = defaultdict[int, memoryview](lambda: memoryview(bytearray(CHUNK_BYTES)))  # one a thread
+        for name, entry in sorted(shards.items())[team.rank :: team.world_size]:
+            read_chunks(directory, name, entry, lambda start, end: buffers[get_ident()][: end - start])
+    except CheckpointCorrupt as error:
+        found = str(error)
+    if problems := [each for each in team.gathered(found) if each is not None]:
+        raise CheckpointCorrupt("; ".join(dict.fromkeys(problems)))
 
 
 def _directory_name(about: Manifest) -> str:

@@ -1,7 +1,8 @@
 """State trees <-> tensors and tagged JSON, every bit kept. No pickle: reading a checkpoint runs no code.
 
 A tree nests dicts, lists, tuples and sets of None, bool, int, float, complex, str, bytes, numpy arrays and scalars,
-and tensors. Whatever JSON cannot say is an object whose key "$" names its type. A tensor is
+tensors, and `Sharded` for those whose parts lie elsewhere. Whatever JSON cannot say is an object whose key "$" names
+its type. A tensor is
 `{"$": "tensor", "of": name, "dtype", "shape", "stride", "offset"}`: a view of the stored tensor `name`, offset and
 strides in items of `dtype`. Tensors that share memory are views of one, so tied tensors come back tied.
 """
@@ -24,6 +25,15 @@ from relight.training.tensorfile import flat, raw_bytes
 
 _MAX_DEPTH = 100
 _MAX_DIMENSIONS = 64  # torch's and numpy's own; the product of a million sizes would take hours
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A tensor that is divided among ranks: this is its place in the tree. `dtype` is torch's name of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class CodecError(Exception):
@@ -102,6 +112,8 @@ class _Encoder:
             return self._array(value, path)
         if kind in (list, tuple, set, frozenset, dict, OrderedDict, Counter):
             return self._container(value, path, depth)
+        if kind is Sharded:
+            return {"$": "sharded", "of": value.name, "shape": list(value.shape), "dtype": value.dtype}
         if kind is complex:
             return {"$": "complex", "bits": struct.pack(">2d", value.real, value.imag).hex()}
         if kind is bytes or kind is bytearray:
@@ -240,6 +252,7 @@ class _Decoder:
             "Counter": lambda v, path, depth: Counter(dict(self._pairs(v, path, depth))),
             "tensor": lambda v, path, depth: self._tensor(v),
             "ndarray": lambda v, path, depth: self._array(v),
+            "sharded": lambda v, path, depth: _sharded(v),
         }
 
     def value(self, value: Any, path: str, depth: int) -> Any:
@@ -274,9 +287,7 @@ class _Decoder:
         return decoded
 
     def _tensor(self, record: dict[str, Any]) -> Tensor:
-        dtype = vars(torch).get(_text(record, "dtype"))  # getattr would import what torch loads by name
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"no dtype {record['dtype']!r}")
+        dtype = dtype_named(_text(record, "dtype"))
         shape, stride, offset = _counts(record["shape"]), _counts(record["stride"]), _count(record["offset"])
         if len(shape) != len(stride):
             raise ValueError(f"shape {shape} and strides {stride} differ in length")
@@ -305,6 +316,19 @@ class _Decoder:
         if name not in self._copies:
             self._copies[name] = flat(self._stored[name]).clone()
         return self._copies[name]
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Raises ValueError for what is none."""
+    dtype = vars(torch).get(name)  # getattr would import what torch loads by name
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"no dtype {name!r}")
+    return dtype
+
+
+def _sharded(record: dict[str, Any]) -> Sharded:
+    dtype_named(_text(record, "dtype"))
+    return Sharded(_text(record, "of"), tuple(_counts(record["shape"])), _text(record, "dtype"))
 
 
 def _join(path: str, key: Any) -> str:

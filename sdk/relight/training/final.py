@@ -14,12 +14,15 @@ from relight.publish import published_directory, write_file
 from relight.training import tensorfile
 
 
-def publish_model(root: Path, operation_id: UUID, attempt: int, step: int, model: nn.Module) -> ArtifactSaved:
+def publish_model(
+    root: Path, operation_id: UUID, attempt: int, step: int, model: nn.Module, state: dict[str, Any] | None = None
+) -> ArtifactSaved:
     """Write `<operation>/<attempt>-<step>-model/model.safetensors` as a checkpoint is written, and say so.
 
+    `state` stands for the model's own where that is not whole.
     Raises OSError; what was written is then removed.
     """
-    tensors, metadata = named_tensors(model.state_dict())
+    tensors, metadata = named_tensors(model.state_dict() if state is None else state)
     name, whole = f"{attempt}-{step}-model", sha256()
 
     def hashed(parts: Iterable[memoryview]) -> Iterator[memoryview]:

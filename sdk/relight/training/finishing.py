@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from hashlib import file_digest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -14,6 +15,7 @@ from ops_contract.reports import ArtifactSaved, Metrics, Report, Series
 from relight.publish import hashed_tree, published_directory
 from relight.training.faults import TrainingFault
 from relight.training.randomness import Stream, derive, seed_everything
+from relight.training.team import Team
 from relight.workload import Workload
 
 PREFIX = "final/"
@@ -45,6 +47,17 @@ def finish(
     if not saved:
         (root / str(operation_id) / name).rmdir()
     return [*saved, *([Metrics(series=series)] if series else [])]
+
+
+def finish_together(
+    team: Team, workload: Workload[Any], model: nn.Module, root: Path, operation_id: UUID, attempt: int, step: int
+) -> list[Report]:
+    """By every rank, as a model that is divided among them needs it; what rank 0's leaves is published."""
+    if team.leads:
+        return finish(workload, model, root, operation_id, attempt, step)
+    with TemporaryDirectory(prefix="relight-finish-") as scratch:
+        finish(workload, model, Path(scratch), operation_id, attempt, step)
+    return []
 
 
 def _series(scores: Mapping[str, float] | None, step: int) -> list[Series]:

@@ -57,10 +57,14 @@ class Pace:
         self._note = note
         self._told_s: float | None = None
 
+    @property
+    def goes_by_time(self) -> bool:
+        return not isinstance(self._every, CheckpointEvery) or self._every.seconds is not None
+
     def is_due_at(self, step: int, epoch: int, epoch_ends: bool) -> bool:
         """At the boundary before `step`, of `epoch`; `epoch_ends` says that one ended there."""
         every = self._every
-        if not isinstance(every, CheckpointEvery) or every.seconds is not None:
+        if not isinstance(every, CheckpointEvery) or self.goes_by_time:
             return self.is_due()
         if every.steps is not None:
             return step % every.steps == 0

@@ -6,7 +6,7 @@ What lasts is in `Live` and `Cursor`.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,13 +18,14 @@ from ops_contract.lifecycle import CheckpointType, Phase
 from relight.training.interval import Pace
 from relight.training.marks import Marks
 from relight.training.order import Batch, DataOrder, to_device
+from relight.training.parallel import Alone
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter
-from relight.training.saving import Saver
-from relight.training.state import Cursor, Live, check_round_trip
+from relight.training.saving_together import Saves
+from relight.training.state import Cursor, Live
+from relight.training.team import Team, Why, agreed_wish
 from relight.workload import Env, Workload
 
-Why = Literal["cancelled", "preempted"]
 STOPPED_BY: dict[Why, CheckpointType] = {"cancelled": CheckpointType.CANCEL, "preempted": CheckpointType.PREEMPT}
 _AUTOCAST = {"bf16": torch.bfloat16, "16": torch.float16}
 
@@ -37,11 +38,20 @@ class Interrupted(BaseException):
         self.why: Why = why
 
 
+@dataclass(frozen=True)
+class Orders:
+    """Rank 0's decisions by its clock, for the end of the step that begins."""
+
+    flush: bool = False
+    save: bool = False
+
+
 @dataclass
 class Loop:
     """One attempt's steps from `cursor` to `until_step`. `scheduler_steps` is when the scheduler does.
 
-    A replay ends before `steps_total`, which evaluation and schedules go by.
+    A replay ends before `steps_total`, which evaluation and schedules go by. The ranks of a gang run it in step: they
+    agree on stops and on what goes by time before each step, and everything else follows from what they share.
     """
 
     workload: Workload[Any]
@@ -56,9 +66,13 @@ class Loop:
     cursor: Cursor
     reporter: Reporter
     marks: Marks
-    saver: Saver
+    saver: Saves
     pace: Pace
     should_stop: Callable[[], Why | None]
+    team: Team
+    parallel: Alone
+    inexact: Callable[[str], None]
+    _orders: Orders = Orders()
     _round_trip_checked: bool = False
     _monitored: float | None = None  # measured on the weights as they are now
 
@@ -81,8 +95,8 @@ class Loop:
         self.marks.epoch = self.cursor.epoch
         for window in self._windows():
             self.saver.raise_failure()
-            self._poll()
-            self._update(window)
+            units = [0 if batch.idle else self.workload.units(batch.data) for batch in window]
+            self._update(window, units, self._agreed(sum(units)))
             self._end_step()
             if self._is_over():
                 return
@@ -101,15 +115,27 @@ class Loop:
         if window:
             yield window
 
-    def _update(self, window: list[Batch]) -> None:
+    def _agreed(self, units: int) -> int:
+        """Those of all ranks. Raises Interrupted where one is to stop: all do, here."""
+        if not self.team.is_gang:
+            self._poll()
+            return units
+        by_time = (self.reporter.is_due(), self.pace.goes_by_time and self.pace.is_due()) if self.team.leads else (0, 0)
+        total, flush, save = self._poll(units, *by_time)
+        self._orders = Orders(bool(flush), bool(save))
+        return total
+
+    def _update(self, window: list[Batch], units: list[int], total: int) -> None:
+        """`units` are of this rank's parts of the micro-batches, `total` of the whole window on all ranks."""
         model, optimizer, scaler, step = self.live.model, self.live.optimizer, self.live.scaler, self.cursor.step
-        units = [self.workload.units(batch.data) for batch in window]
         optimizer.zero_grad(set_to_none=True)
         for micro, batch in enumerate(window):
             seed_everything(derive(self.env.seed, Stream.TRAIN, step, micro, self.env.rank))
             with self._autocast():
-                loss, extras = self.workload.loss(model, to_device(batch.data, self.env.device))
-            part = loss * (units[micro] / sum(units))
+                on_device = to_device(batch.data, self.env.device)
+                loss, extras = self.parallel.loss(on_device, last=micro == len(window) - 1)
+            # What torch takes of the ranks' gradients is their mean.
+            part = loss * (self.team.world_size * units[micro] / total)
             (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]  # torch's own
             self.reporter.add_micro_batch(step, units[micro], loss, extras)
         if scaler is not None:
@@ -117,15 +143,27 @@ class Loop:
         if self.knobs.gradient_clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), self.knobs.gradient_clip)
         samples = sum(batch.samples for batch in window)
-        self.marks.add(sum(units))
+        self.marks.add(total if self.team.leads else 0)
         self.reporter.add_step(step, self.cursor.epoch, float(optimizer.param_groups[0]["lr"]), samples)
         self.saver.seal()
         changed = self._apply()
+        if self.team.is_gang:  # every rank has drawn from its own stream
+            seed_everything(derive(self.env.seed, Stream.TRAIN, step, len(window), 0))
         self.workload.after_step(model, step)
-        self.cursor = replace(self.cursor.after(samples, int(sum(units))), phase=Phase.EVALUATE)
+        self.parallel.updated()
+        self.cursor = replace(self.cursor.after(samples, int(total)), phase=Phase.EVALUATE)
         if changed and not self._round_trip_checked:
-            check_round_trip(self.live)
+            self.parallel.check_round_trip(self.live)
             self._round_trip_checked = True
+            self._compare_registered()
+
+    def _compare_registered(self) -> None:
+        """Each rank has its own, and all resume from that of rank 0."""
+        if not (self.team.is_gang and self.live.registered):
+            return
+        mine, *others = [set(each.items()) for each in self.team.gathered(self.parallel.registered(self.live))]
+        if differing := sorted({path for other in others for path, _ in mine ^ other}):
+            self.inexact(f"state() is not the same on every rank, in {', '.join(differing[:3])}: a resume has rank 0's")
 
     def _apply(self) -> bool:
         """One update. False when gradients overflowed: then it was skipped, and the scale is halved."""
@@ -160,18 +198,33 @@ class Loop:
         )
         if self.live.monitor.exhausted and not last:
             self.reporter.end_at(self.cursor.step, self.live.monitor.verdict)
-        if self.reporter.flush_if_due(self.cursor) or epoch_ends:
+        if self._flush_if_due() or epoch_ends:
             self.marks.mark(self.cursor)
         if self._is_over():
             self._save(CheckpointType.FINAL)
-        elif self.pace.is_due_at(self.cursor.step, self.cursor.epoch, epoch_ends) or self._is_best():
+        elif self._save_is_due(epoch_ends) or self._is_best():
             self._save(CheckpointType.PERIODIC)
+
+    def _flush_if_due(self) -> bool:
+        if not self.team.is_gang:
+            return self.reporter.flush_if_due(self.cursor)
+        if self._orders.flush:
+            self.reporter.flush(self.cursor)
+        return self._orders.flush
+
+    def _save_is_due(self, epoch_ends: bool) -> bool:
+        if self.team.is_gang and self.pace.goes_by_time:
+            return self._orders.save
+        return self.pace.is_due_at(self.cursor.step, self.cursor.epoch, epoch_ends)
 
     def _evaluate(self, validation: DataOrder) -> dict[str, float]:
         self.reporter.flush(self.cursor)
         self.live.model.eval()
         with self.marks.doing(Use.EVALUATE, self.cursor), torch.no_grad(), self._autocast():
             measured = self.workload.evaluate(self.live.model, _ValidationLoader(self, validation))
+            self.parallel.passed()
+            if self.team.is_gang:
+                measured = self.team.told({name: float(value) for name, value in measured.items()})
         self.reporter.add_evaluation(self.cursor.step, measured)
         return measured
 
@@ -194,9 +247,12 @@ class Loop:
         reported = self.reporter.newest(self.cursor.step) if self.cursor.phase is Phase.EVALUATE else {}
         self.saver.save(why, self.cursor, reported, self._monitored)
 
-    def _poll(self) -> None:
-        if why := self.should_stop():
+    def _poll(self, *numbers: int) -> list[int]:
+        """Their sums over the ranks. Raises Interrupted where one is to stop."""
+        why, sums = agreed_wish(self.team, self.should_stop(), *numbers)
+        if why is not None:
             raise Interrupted(why)
+        return sums
 
 
 class _ValidationLoader:
@@ -214,5 +270,5 @@ class _ValidationLoader:
         for i, batch in enumerate(self._order.validation()):
             self._loop._poll()
             # After the fetch: in this process it drew from the same generators, in a loader process it did not.
-            seed_everything(derive(env.seed, Stream.EVALUATE, step, i, env.rank))
+            seed_everything(derive(env.seed, Stream.EVALUATE, step, i, 0))
             yield to_device(batch.data, env.device)

@@ -21,13 +21,14 @@ from relight.training.attempt import Site
 from relight.training.checkpoint import FILES, publish_files
 from relight.training.faults import TrainingFault
 from relight.training.final import publish_model
-from relight.training.loop import STOPPED_BY, Why
+from relight.training.loop import STOPPED_BY
 from relight.training.marks import Marks
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter, Sink
 from relight.training.resolving import checked_config, resolved, resolved_knobs
 from relight.training.source import source_digest, source_files
 from relight.training.state import Cursor
+from relight.training.team import Why, check_ranks
 from relight.workload import Env, LoopWorkload
 
 _REASON = "loop and checkpoint files are the workload's own: a resume is as exact as they are"
@@ -59,6 +60,7 @@ class LoopAttempt:
 
         Raises TrainingFault, CheckpointMissing, CheckpointCorrupt, and whatever the workload raises.
         """
+        check_ranks(self._start.job, self._workload_type, in_gang=False)
         if self._start.job.until_step is not None:
             what = "a LoopWorkload's steps cannot be redone by the engine; resume or fork it instead"
             raise TrainingFault("not_replayable", what, permanent=True)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +20,9 @@ from ops_contract.jobs import Execution
 from ops_contract.reports import Exactness
 from relight.interpreter import packages
 from relight.manifest import Manifest
+from relight.training.team import Team
 
+_ONE_DEVICE = {"devices": "1"}  # which a fingerprint does not say
 _NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
@@ -63,6 +66,19 @@ def _cuda_numerics() -> dict[str, str]:
     return {"cuda": str(torch.version.cuda), "cudnn": str(version), "cudnn_tf32": str(cudnn.allow_tf32)}
 
 
+def of_gang(team: Team, strategy: str, device: torch.device) -> dict[str, str]:
+    """What decides a gang's bits besides: how many ranks sum what, and of NCCL how they lie on hosts. One device has
+    none of it."""
+    if not team.is_gang:
+        return {}
+    found = {"devices": str(team.world_size), "strategy": strategy}
+    if device.type == "cuda":
+        hosts = team.gathered(socket.gethostname())
+        found["placement"] = "+".join(str(len(list(same))) for _, same in groupby(hosts))
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # torch's own
+    return found
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """For people: where an attempt ran."""
     return {
@@ -81,8 +97,11 @@ def exactness(knobs: Execution, now: dict[str, str], before: Manifest | None, mo
     reasons = [] if knobs.deterministic else ["deterministic is false"]
     if before is not None:
         # What the predecessor did not record yet says nothing; another device differs by its name too.
-        pairs = [(name, old, now.get(name)) for name, old in sorted(before.numerics.items())]
-        reasons += [f"{name} was {old} and is {new}" for name, old, new in pairs if old != new]
+        old = _ONE_DEVICE | before.numerics
+        pairs = [(name, was, (_ONE_DEVICE | now).get(name)) for name, was in sorted(old.items())]
+        reasons += [f"{name} was {was} and is {new or 'none'}" for name, was, new in pairs if was != new]
+        if "+" in now.get("placement", ""):
+            reasons.append("how NCCL sums over hosts follows from their network, of which nothing is recorded")
     reasons += more
     return Exactness(promise="best_effort" if reasons else "promised", reasons=reasons)
 

@@ -20,10 +20,14 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 
 class Batch(NamedTuple):
-    """What `Workload.collate` made of this many samples."""
+    """Of this many samples, over all ranks; `data` is what `Workload.collate` made of this rank's part of them.
+
+    One that is `idle` got none of a short batch. It has the first sample, of weight 0, for each rank has to compute.
+    """
 
     samples: int
     data: Any
+    idle: bool = False
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class DataOrder:
     """The batches of a data set. Positions are samples consumed in the epoch.
 
     `shuffle`, `drop_last` and `pin_memory` are torch's; the first two are of training, and so is `max_samples`, with
-    which it ends, over all epochs.
+    which it ends, over all epochs. Of `world_size` ranks each fetches its contiguous part of every batch of training;
+    `batch_size` is of all.
     """
 
     dataset: MapDataset
@@ -43,6 +48,8 @@ class DataOrder:
     drop_last: bool = False
     pin_memory: bool = False
     max_samples: int | None = None
+    rank: int = 0
+    world_size: int = 1
 
     def __len__(self) -> int:
         """Batches in an epoch; a short last one counts, unless it is dropped."""
@@ -60,14 +67,22 @@ class DataOrder:
         order = order[: self.samples]
         if self.max_samples is not None:
             order = order[: max(0, self.max_samples - epoch * self.samples)]
-        return self._fetch(order, (epoch,), start_sample, Stream.SAMPLE, Stream.COLLATE)
+        return self._fetch(order, (epoch,), start_sample, Stream.SAMPLE, Stream.COLLATE, self.rank, self.world_size)
 
     def validation(self) -> Iterator[Batch]:
+        """Whole on every rank."""
         order = np.arange(len(self.dataset))
         return self._fetch(order, (), 0, Stream.VALIDATION_SAMPLE, Stream.VALIDATION_COLLATE)
 
     def _fetch(
-        self, order: NDArray[np.int64], epoch: tuple[int, ...], start_sample: int, sample: Stream, collate: Stream
+        self,
+        order: NDArray[np.int64],
+        epoch: tuple[int, ...],
+        start_sample: int,
+        sample: Stream,
+        collate: Stream,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> Iterator[Batch]:
         keys = (
             _Key(epoch, at // self.batch_size, order[at : at + self.batch_size])
@@ -75,7 +90,7 @@ class DataOrder:
         )
         return iter(
             DataLoader(
-                _Fetcher(self.dataset, self.collate, self.seed, sample, collate),
+                _Fetcher(self.dataset, self.collate, self.seed, sample, collate, rank, world_size),
                 sampler=keys,
                 batch_size=None,
                 collate_fn=_as_it_is,
@@ -112,7 +127,7 @@ class _Key(NamedTuple):
 
 
 class _Fetcher(Dataset[Batch]):
-    """Fetches whole batches: each sample under its own seed, then the collate under the batch's."""
+    """Fetches a rank's part of each batch: each sample under its own seed, then the collate under the batch's."""
 
     def __init__(
         self,
@@ -121,19 +136,25 @@ class _Fetcher(Dataset[Batch]):
         seed: int,
         sample_stream: Stream,
         collate_stream: Stream,
+        rank: int,
+        world_size: int,
     ) -> None:
         self.dataset = dataset
         self.collate = collate
         self.seed = seed
         self.sample_stream = sample_stream
         self.collate_stream = collate_stream
+        self.rank = rank
+        self.world_size = world_size
 
     def __getitem__(self, key: _Key) -> Batch:
         # An evaluation fetches within its autocast, a training step does not, and a loader process inherits either.
         with _one_thread(), torch.autocast("cpu", enabled=False):
-            items = [self._item(key.epoch, index) for index in key.indices.tolist()]
-            seed_everything(derive(self.seed, self.collate_stream, *key.epoch, key.batch))
-            return Batch(len(items), self.collate(items))
+            mine = np.array_split(key.indices, self.world_size)[self.rank].tolist()
+            items = [self._item(key.epoch, index) for index in mine or key.indices[:1].tolist()]
+            of_rank = (self.rank,) if self.world_size > 1 else ()
+            seed_everything(derive(self.seed, self.collate_stream, *key.epoch, key.batch, *of_rank))
+            return Batch(len(key.indices), self.collate(items), idle=not mine)
 
     def _item(self, epoch: tuple[int, ...], index: int) -> Any:
         seed_everything(derive(self.seed, self.sample_stream, *epoch, index))

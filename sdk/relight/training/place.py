@@ -38,8 +38,8 @@ from relight.pipe import AgentPipe
 from relight.publish import replace_file, sync
 from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
-from relight.training.loop import Why
 from relight.training.reporting import Sink
+from relight.training.team import Why
 
 _INDEX = "index.json"
 _METRICS = "metrics.jsonl"

@@ -15,11 +15,11 @@ class Stream(Enum):
     BUILD = b"build"  # none: workload, data and model are built under it
     SHUFFLE = b"shuffle"  # epoch
     SAMPLE = b"sample"  # epoch, index
-    COLLATE = b"collate"  # epoch, batch
-    TRAIN = b"train"  # step, micro-batch, rank
+    COLLATE = b"collate"  # epoch, batch; rank, in a gang
+    TRAIN = b"train"  # step, micro-batch, rank; in a gang also step, micro-batches, 0: after_step()
     VALIDATION_SAMPLE = b"val-sample"  # index: every evaluation sees the same samples
     VALIDATION_COLLATE = b"val-collate"  # batch
-    EVALUATE = b"evaluate"  # step, batch, rank
+    EVALUATE = b"evaluate"  # step, batch, 0: the same on every rank
     FINISH = b"finish"  # step
 
 

@@ -1,5 +1,6 @@
 """What a training tells while it runs. Values stay on the device until a flush, so that no step waits for one."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from ops_contract.pipe import Mark
 from ops_contract.reports import Metrics, Note, Progress, Report, Series
 from relight.training.state import Cursor
+from relight.training.team import Team
 
 FLUSH_S = 0.5
 MAX_WAITING = 10_000  # values; a step of a loop that does next to nothing takes microseconds
@@ -25,11 +27,33 @@ class Sink(Protocol):
     def mark(self, mark: Mark) -> None: ...
 
 
-class Reporter:
-    """Collects metrics by step and sends them about every `FLUSH_S`. `clock` is monotonic, in seconds."""
+class Unheard:
+    """The sink of a rank that does not lead: what its time goes to is told, the rest is rank 0's to say."""
 
-    def __init__(self, sink: Sink, steps_total: int | None, clock: Callable[[], float]) -> None:
+    def __init__(self, sink: Sink) -> None:
         self._sink = sink
+
+    def report(self, report: Report) -> None:
+        pass
+
+    def progress(self, progress: Progress) -> None:
+        pass
+
+    def mark(self, mark: Mark) -> None:
+        self._sink.mark(mark)
+
+
+class Reporter:
+    """Collects metrics by step and sends them about every `FLUSH_S`. `clock` is monotonic, in seconds.
+
+    Of a gang every rank flushes at the same boundaries: means of what micro-batches gave are over all ranks.
+    """
+
+    def __init__(
+        self, sink: Sink, steps_total: int | None, clock: Callable[[], float], team: Team | None = None
+    ) -> None:
+        self._sink = sink
+        self._team = team or Team()
         self._steps_total = steps_total
         self._clock = clock
         self._flushed_at_s = clock()
@@ -76,9 +100,12 @@ class Reporter:
         self._steps_total = step
         self._sink.report(Note(message=why))
 
-    def flush_if_due(self, cursor: Cursor) -> bool:
+    def is_due(self) -> bool:
         waiting = len(self._parts) + len(self._values)
-        due = waiting >= MAX_WAITING or self._clock() - self._flushed_at_s >= FLUSH_S
+        return waiting >= MAX_WAITING or self._clock() - self._flushed_at_s >= FLUSH_S
+
+    def flush_if_due(self, cursor: Cursor) -> bool:
+        due = self.is_due()
         if due:
             self.flush(cursor)
         return due
@@ -102,7 +129,8 @@ class Reporter:
         self._parts.setdefault((name, step), []).append((units, copied))
 
     def _collect(self) -> dict[str, list[tuple[int, float]]]:
-        values = {**_means(self._parts), **self._values}
+        means = _means_over(self._team, self._parts) if self._team.is_gang else _means(self._parts)
+        values = {**means, **self._values}
         self._parts, self._values = {}, {}
         series: dict[str, list[tuple[int, float]]] = {}
         for (name, step), value in sorted(values.items()):
@@ -142,6 +170,22 @@ def _means(parts: dict[tuple[str, int], list[tuple[int, Tensor]]]) -> dict[tuple
         return {}
     flat = iter(torch.stack([value for step in parts.values() for _, value in step]).tolist())
     return {key: _mean([(units, next(flat)) for units, _ in step]) for key, step in parts.items()}
+
+
+def _means_over(team: Team, parts: dict[tuple[str, int], list[tuple[int, Tensor]]]) -> dict[tuple[str, int], float]:
+    """The same over all ranks, on every rank. A part without units says nothing, be it NaN."""
+    flat = iter(torch.stack([value for step in parts.values() for _, value in step]).tolist() if parts else [])
+    mine = [[name, at, *_sum([(units, next(flat)) for units, _ in step])] for (name, at), step in parts.items()]
+    sums: dict[tuple[str, int], tuple[int, float]] = {}
+    for of_rank in team.gathered(mine):
+        for name, at, units, total in of_rank:
+            before = sums.get((name, at), (0, 0.0))
+            sums[name, at] = (before[0] + units, before[1] + total)
+    return {key: total / units if units else math.nan for key, (units, total) in sums.items()}
+
+
+def _sum(parts: list[tuple[int, float]]) -> tuple[int, float]:
+    return sum(units for units, _ in parts), sum(units * value for units, value in parts if units)
 
 
 def _mean(parts: list[tuple[int, float]]) -> float:
