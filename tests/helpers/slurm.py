@@ -85,8 +85,13 @@ class Slurm:
         self._ports = dict(zip(("ctld_port", "n1_port", "n2_port"), _free_ports(3), strict=True))
         self._conf.write_text(
             _CONF.format(
-                host=socket.gethostname(), directory=self.directory, munge=self._munge, cpus=CPUS, gres="",
-                node_gres="", **self._ports,
+                host=socket.gethostname(),
+                directory=self.directory,
+                munge=self._munge,
+                cpus=CPUS,
+                gres="",
+                node_gres="",
+                **self._ports,
             )
         )
         self.start_controller()
