@@ -7,6 +7,7 @@ the name of the job. Nothing is asked for inside a transaction.
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -119,17 +120,17 @@ class Provisioner:
             return bool(same) and await engine_jobs.hand_over(session, job, same[0].id)
 
     async def _intend(self) -> list[OpenJob]:
-        """Those that this backend is to ask for."""
-        settings, intended = self._settings, set()
+        """Those that this backend is to ask for, in the order of the queue."""
+        settings, engine = self._settings, self._engine.name
+        intended: list[UUID | None] = []
         async with self._sessions.begin() as session:
             room = await engine_jobs.room(session, settings.slurm_max_jobs)
             waiting = await self._wanting(session, _LOOKED_AT) if room else []
             askable = [(w, request) for w in waiting if (request := request_for(w.job, settings)) is not None]
-            for wanting, request in askable[:room]:
-                intended.add(
-                    await engine_jobs.intend(session, wanting.id, self._engine.name, request, wanting.failures)
-                )
-        return [job for job in await self._open() if job.id in intended] if intended else []
+            for one, request in askable[:room]:
+                intended.append(await engine_jobs.intend(session, one.id, engine, request, one.failures))
+        jobs = {job.id: job for job in await self._open()} if intended else {}
+        return [jobs[id] for id in intended if id in jobs]
 
     async def _wanting(self, session: AsyncSession, most: int) -> list[Wanting]:
         return await engine_jobs.wanting(session, self._settings.lease_s, self._settings.slurm_after_s, most)
