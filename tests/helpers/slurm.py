@@ -5,10 +5,12 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "sinfo", "srun")
@@ -190,3 +192,9 @@ def _free_ports(number: int) -> list[int]:
     for found in sockets:
         found.close()
     return ports
+
+
+if __name__ == "__main__":  # for scripts: what to export, and a cluster until stdin ends
+    with TemporaryDirectory(prefix="slurm-") as own, running_slurm(Path(own)) as cluster:
+        print("\n".join(f"export {name}={value}" for name, value in cluster.environ.items()), flush=True)
+        sys.stdin.read()

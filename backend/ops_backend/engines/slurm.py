@@ -13,7 +13,6 @@ from ops_backend.settings import Settings
 
 SCRIPT = Path(__file__).with_name("worker.sh")
 TIMEOUT_S = 20.0
-_MOST_BYTES = 2**20
 # What a refusal says may be a page.
 _MOST_WORDS = 500
 # From the signal that the time limit comes to the limit: Slurm sends it up to a minute early, never late.
@@ -80,11 +79,6 @@ class SlurmEngine:
             if not any(words in str(refusal) for words in _GONE):
                 raise
 
-    async def ping(self) -> str:
-        """Its partitions with their nodes and states, for people."""
-        told = await self._run("sinfo", "--noheader", "--format=%P %a, %D nodes %T")
-        return "; ".join(line.strip() for line in told.splitlines())
-
     def _options(self, name: str, request: EngineRequest) -> list[str]:
         settings = self._settings
         grace_s = math.ceil(settings.cancel_grace_s + _HAND_BACK_S)
@@ -115,35 +109,45 @@ class SlurmEngine:
         }
 
     async def _run(self, program: str, *arguments: str, environ: Mapping[str, str] | None = None) -> str:
-        command = [program, *arguments]
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                env=self._environ | dict(environ or {}),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                limit=_MOST_BYTES,
-            )
-        except OSError as error:
-            raise EngineAway(f"{program} cannot be run: {error.strerror}") from None
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                told, complaint = await process.communicate()
-        except TimeoutError:
-            raise EngineAway(f"{program} has not answered within {self._timeout_s:g} s") from None
-        finally:
-            if process.returncode is None:
-                with suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-        if process.returncode:
-            words = complaint.decode(errors="replace").strip() or f"it exited with {process.returncode}"
-            words = words[-_MOST_WORDS:]
-            if any(each in words for each in _AWAY):
-                raise EngineAway(f"{program}: {words}")
-            raise EngineRefused(f"{program}: {words}")
-        return told.decode(errors="replace")
+        return await _told(program, *arguments, environ=self._environ | dict(environ or {}), timeout_s=self._timeout_s)
+
+
+async def partitions(environ: Mapping[str, str] = os.environ) -> str:
+    """With their nodes and states, for people. Raises EngineAway and EngineRefused."""
+    told = await _told("sinfo", "--noheader", "--format=%P %a, %D nodes %T", environ=environ, timeout_s=TIMEOUT_S)
+    return "; ".join(line.strip() for line in told.splitlines())
+
+
+async def _told(program: str, *arguments: str, environ: Mapping[str, str], timeout_s: float) -> str:
+    """What a command prints. One that takes longer is ended: it may have done its work."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            program,
+            *arguments,
+            env=environ,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as error:
+        raise EngineAway(f"{program} cannot be run: {error.strerror}") from None
+    try:
+        async with asyncio.timeout(timeout_s):
+            told, complaint = await process.communicate()
+    except TimeoutError:
+        raise EngineAway(f"{program} has not answered within {timeout_s:g} s") from None
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if process.returncode:
+        words = complaint.decode(errors="replace").strip() or f"it exited with {process.returncode}"
+        words = words[-_MOST_WORDS:]
+        if any(each in words for each in _AWAY):
+            raise EngineAway(f"{program}: {words}")
+        raise EngineRefused(f"{program}: {words}")
+    return told.decode(errors="replace")
 
 
 def _job_of(line: str) -> tuple[str, EngineJob]:
