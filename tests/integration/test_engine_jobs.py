@@ -12,6 +12,7 @@ from helpers.store import LEASE_S, Store, held, started
 from ops_backend.engines import EngineAway, EngineJob, EngineRefused, EngineRequest, Stage
 from ops_backend.provisioner import Provisioner
 from ops_backend.settings import Settings
+from ops_backend.store import engine_jobs
 from ops_contract.lifecycle import Outcome
 
 
@@ -426,3 +427,16 @@ async def test_none_is_asked_for_where_it_is_off(store: Store, engine: FakeEngin
     await asyncio.wait_for(provisioner(store, engine, tmp_path, slurm_max_jobs=0).run(), 5)
 
     assert engine.requests == []
+
+
+async def test_an_intent_is_refused_where_nothing_waits_or_a_job_is_open(store: Store, known: None) -> None:
+    cancelled, waiting = await store.submit(), await store.submit()
+    await store.cancel(cancelled)
+
+    async def intend(id: UUID) -> UUID | None:
+        async with store.sessions.begin() as session:
+            return await engine_jobs.intend(session, id, "slurm", EngineRequest(), 0)
+
+    assert await intend(cancelled) is None
+    made = await asyncio.gather(*(intend(waiting) for _ in range(4)))
+    assert len([id for id in made if id is not None]) == 1

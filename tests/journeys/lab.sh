@@ -10,9 +10,17 @@ port=$(python -c 'from ops_cli.up import free_port; print(free_port())')
 mkdir "$root/shared"
 fill() {
     sed -e "s#/shared/venv/bin#$bin#; s#/shared#$root/shared#g; s#login.example.org:8470#127.0.0.1:$port#" \
-        -e "s#--port 8470#--port $port#; s#0\.0\.0\.0#127.0.0.1#; s#\bfirst\$#$id#"
+        -e "s#--port 8470#--port $port#; s#0\.0\.0\.0#127.0.0.1#; s#\b3b9b\b#$id#"
 }
-trap 'ops down >/dev/null 2>&1 || true; exec 9>&-; wait; leave' EXIT
+end() {
+    local code=$?
+    ops down >/dev/null 2>&1 || true
+    exec 9>&- # the cluster ends with its stdin
+    wait
+    [ $code = 0 ] || cat "$root/said" >&2
+    exit $code
+}
+trap end EXIT
 runs_on() { ops attempts "$id" --json | of "it[-1]['worker'].startswith('slurm-') and len(it) == $1" | grep -q True; }
 
 page "$repository/docs/slurm.md"
@@ -21,9 +29,11 @@ next_block # a cluster, the service, a token
 next_block # the setup
 next_block # the settings
 grep -q 'Slurm: .*low' "$root/said" || fail "ops doctor says nothing of Slurm"
-id=first
 next_block # a training
-id=$(grep -oE '[0-9a-f]{8}-[0-9a-f-]{27}' "$root/said" | head -n 1)
+id=$(said_id)
+waits() { ops status "$id" | grep -qE 'Slurm job [0-9]+: (PENDING|RUNNING)'; }
+until_true 60 waits
+next_block # what it waits for
 until_true 120 runs_on 1
 until_true 120 saved 1
 next_block # its job is taken away

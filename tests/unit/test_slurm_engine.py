@@ -142,6 +142,25 @@ async def test_a_poll_asks_by_name_and_takes_a_live_job_before_one_that_has_ende
     assert "--states=all" in commands.calls
 
 
+async def test_accounting_tells_of_what_the_controller_forgot_and_is_asked_no_more_where_there_is_none(
+    commands: Commands,
+) -> None:
+    commands.add("squeue", "echo '10|relight-a|RUNNING|None'")
+    commands.add("sacct", "echo '10|relight-a|COMPLETED|None'; echo '11|relight-b|CANCELLED by 0|None'")
+    engine = commands.engine()
+
+    found = await engine.poll(NAMES)
+    assert found["relight-a"].stage is Stage.RUNNING
+    assert found["relight-b"] == EngineJob("11", Stage.ENDED, "CANCELLED")
+
+    commands.add("sacct", "echo '11|relight-b|RUNNING|None'")
+    assert list(await engine.poll(NAMES)) == ["relight-a"]
+    commands.add("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    assert list(await engine.poll(NAMES)) == ["relight-a"]
+    commands.add("sacct", "echo '11|relight-b|FAILED|None'")
+    assert list(await engine.poll(NAMES)) == ["relight-a"]
+
+
 async def test_what_squeue_does_not_print_is_no_answer(commands: Commands) -> None:
     commands.add("squeue", "echo '<html>'")
 

@@ -1,6 +1,7 @@
 """Slurm by its commands, each with a time-out, none through a shell. They work as the user that the backend runs as."""
 
 import asyncio
+import logging
 import math
 import os
 import shlex
@@ -11,8 +12,12 @@ from pathlib import Path
 from ops_backend.engines import EngineAway, EngineJob, EngineRefused, EngineRequest, Stage
 from ops_backend.settings import Settings
 
+log = logging.getLogger(__name__)
+
 SCRIPT = Path(__file__).with_name("worker.sh")
 TIMEOUT_S = 20.0
+# An API that was down for longer asks anew.
+_SINCE = "now-7days"
 # What a refusal says may be a page.
 _MOST_WORDS = 500
 # From the signal that the time limit comes to the limit: Slurm sends it up to a minute early, never late.
@@ -44,6 +49,7 @@ class SlurmEngine:
     ) -> None:
         self._settings = settings
         self._timeout_s = timeout_s
+        self._has_accounting = True
         self._environ = {name: value for name, value in environ.items() if not name.startswith("OPS_")}
 
     async def submit(self, name: str, request: EngineRequest) -> str:
@@ -62,12 +68,23 @@ class SlurmEngine:
             return {}
         form = "--format=%i|%j|%T|%r"
         told = await self._run("squeue", "--noheader", "--states=all", f"--name={','.join(names)}", form)
-        found: dict[str, EngineJob] = {}
-        for line in told.splitlines():
-            name, job = _job_of(line)
-            if name in names and (name not in found or _rank(job) < _rank(found[name])):
-                found[name] = job
-        return found
+        found = _newest(told, names)
+        return await self._accounted([name for name in names if name not in found]) | found
+
+    async def _accounted(self, names: Sequence[str]) -> dict[str, EngineJob]:
+        """Of those that the controller has forgotten, where there is accounting; it tells more, and decides nothing."""
+        if not names or not self._has_accounting:
+            return {}
+        which = ["--noheader", "--parsable2", "--allocations", f"--starttime={_SINCE}", f"--name={','.join(names)}"]
+        try:
+            found = _newest(await self._run("sacct", *which, "--format=JobID,JobName,State,Reason"), names)
+            # One that accounting takes for live, unknown to the controller, is what a crash of that one left.
+            return {name: job for name, job in found.items() if job.stage is Stage.ENDED}
+        except EngineRefused:
+            self._has_accounting = False
+        except EngineAway as problem:
+            log.info("sacct is no help: %s", problem)
+        return {}
 
     async def signal(self, external_id: str, signal: str) -> None:
         await self._run("scancel", f"--signal={signal}", external_id)
@@ -150,12 +167,22 @@ async def _told(program: str, *arguments: str, environ: Mapping[str, str], timeo
     return told.decode(errors="replace")
 
 
+def _newest(told: str, names: Sequence[str]) -> dict[str, EngineJob]:
+    found: dict[str, EngineJob] = {}
+    for line in told.splitlines():
+        name, job = _job_of(line)
+        if name in names and (name not in found or _rank(job) < _rank(found[name])):
+            found[name] = job
+    return found
+
+
 def _job_of(line: str) -> tuple[str, EngineJob]:
-    """Raises EngineAway for what squeue does not print."""
+    """`CANCELLED by 0` is how sacct has it. Raises EngineAway for what neither prints."""
     try:
         id, name, state, reason = line.strip().split("|", 3)
     except ValueError:
         raise EngineAway(f"squeue answered {line[:_MOST_WORDS]!r}, which is no job") from None
+    state = state.split(" ")[0]
     return name, EngineJob(id, _stage(state), state, None if reason in ("None", "") else reason)
 
 
