@@ -66,7 +66,8 @@ class Provisioner:
         try:
             known = await self._engine.poll([job.name for job in jobs])
         except (EngineAway, EngineRefused) as problem:
-            for job in jobs:
+            # Those that would ask now wait for it too, and are told; they ask when it is back.
+            for job in [*jobs, *await self._intend()]:
                 await self._observe(job, away(job, self._engine.title, str(problem)))
             return
         for job in jobs:

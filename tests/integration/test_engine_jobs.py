@@ -380,6 +380,27 @@ async def test_a_scheduler_that_is_away_is_told_once_and_nothing_is_given_up(
     assert await rows(store) == [(id, "1", "submitted")]
 
 
+async def test_one_that_comes_while_the_scheduler_is_away_is_told_and_asks_when_it_is_back(
+    store: Store, engine: FakeEngine, tmp_path: Path, known: None
+) -> None:
+    loop = provisioner(store, engine, tmp_path, adopt_s=0.0)
+    await store.submit()
+    await loop.look()
+    engine.away = True
+    id = await store.submit()
+    await loop.look()
+    await loop.look()
+    assert len(engine.requests) == 1
+    assert ["does not answer" in line for line in await notes(store, id)] == [True]
+
+    engine.away = False
+    await loop.look()
+    await store.execute("UPDATE engine_jobs SET ended_at = now() - interval '1 hour' WHERE state = 'ended'")
+    await loop.look()
+
+    assert len(engine.requests) == 2
+
+
 async def test_a_job_that_the_scheduler_forgot_has_ended(store: Store, engine: FakeEngine, loop: Provisioner) -> None:
     id = await store.submit()
     await loop.look()
