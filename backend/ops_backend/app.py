@@ -13,10 +13,12 @@ from ops_backend.announcer import Announcer
 from ops_backend.audit import Auditor, Refusals
 from ops_backend.database import Limits, Sessions
 from ops_backend.dispatcher import Dispatcher
+from ops_backend.engines.slurm import SlurmEngine
 from ops_backend.exporter import Exporter
 from ops_backend.family import Family
 from ops_backend.identities import Identities
 from ops_backend.orphans import OrphanSweeper
+from ops_backend.provisioner import Provisioner
 from ops_backend.reaper import Reaper
 from ops_backend.routes import (
     agents,
@@ -127,7 +129,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         exporter = Exporter(patient, settings.storage_root, settings.tick_s)
         announcer = Announcer(sessions, sender, settings.tick_s)
         auditor = Auditor(sessions, app.state.refusals, settings.audit_days, settings.tick_s)
-        running = (dispatcher, reaper, family, sweeper, orphans, exporter, announcer, auditor, streams)
+        provisioner = Provisioner(sessions, SlurmEngine(settings), settings)
+        running = (dispatcher, reaper, family, sweeper, orphans, exporter, announcer, auditor, streams, provisioner)
         loops = [asyncio.create_task(loop.run()) for loop in running]
         yield
         for loop in loops:

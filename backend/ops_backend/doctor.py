@@ -14,6 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from ops_backend.database import OLDEST_POSTGRES, newest_revision
+from ops_backend.engines import EngineAway, EngineRefused
+from ops_backend.engines.slurm import partitions
 from ops_backend.postgres import socket_dir_of, url_of
 from ops_backend.postgres_place import PostgresError, existing_home
 from ops_backend.settings import with_our_driver
@@ -33,7 +35,7 @@ def examine(data_dir: Path | None, database_url: str | None, storage_root: Path 
     elif data_dir is None and storage_root is None:
         items.append(fail("database", "no database is known", "set OPS_DATABASE_URL, or start `ops up`"))
     root = storage_root or (data_dir / "storage" if data_dir else None)
-    return Findings(items=[*items, *_storage(root)])
+    return Findings(items=[*items, *_storage(root), *_slurm()])
 
 
 def _embedded(data_dir: Path) -> Iterator[Finding]:
@@ -92,6 +94,16 @@ async def _look_at(connection: AsyncConnection) -> AsyncIterator[Finding]:
         yield warn("reaper", "no API has looked after the operations of late", "is `ops server` running?")
     else:
         yield ok("reaper", f"looked {max(0.0, float(quiet_s)):.0f} s ago")
+
+
+def _slurm() -> Iterator[Finding]:
+    """Where the settings in this environment have jobs of it."""
+    if os.environ.get("OPS_SLURM_MAX_JOBS", "0") in ("", "0"):
+        return
+    try:
+        yield ok("Slurm", asyncio.run(partitions()))
+    except (EngineAway, EngineRefused) as problem:
+        yield fail("Slurm", str(problem), "is slurmctld running, and do `sinfo` and `sbatch` work on this host?")
 
 
 def _storage(root: Path | None) -> Iterator[Finding]:

@@ -1,10 +1,20 @@
 """The backend's settings: `OPS_*` variables, read once at start and passed on."""
 
 import os
+import shlex
 from collections.abc import Mapping
 from typing import Self
 
-from pydantic import BaseModel, DirectoryPath, Field, FilePath, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    DirectoryPath,
+    Field,
+    FilePath,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -74,6 +84,40 @@ class Settings(BaseModel):
         None, ge=0, allow_inf_nan=False, description="what a kilowatt-hour costs; else the cost is null"
     )
     currency: str | None = Field(None, min_length=1, max_length=8, description="of the price, such as EUR")
+    api_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/\s]+$",
+        description="where workers that Slurm starts reach the API, as seen from a node",
+    )
+    slurm_max_jobs: int = Field(
+        0, ge=0, le=1000, description="how many jobs of Slurm may be open at a time; 0: none is ever asked for"
+    )
+    slurm_after_s: float = Field(
+        10.0, ge=0, description="an operation that has been due for so long, with no free slot for it, asks for a job"
+    )
+    slurm_token_file: FilePath | None = Field(
+        None, description="a file with a token of scope `worker`, on every node, readable by the backend's user alone"
+    )
+    slurm_setup: FilePath | None = Field(
+        None, description="a script, on every node, that is sourced before `ops worker`, and makes it one that runs"
+    )
+    slurm_partition: str = Field("", description="where jobs are submitted to; else Slurm's default")
+    slurm_time_limit: str = Field("", description="of a job, as `sbatch --time` has it; else the partition's")
+    slurm_memory: str = Field(
+        "", description="of a node's worker, as `sbatch --mem` has it; else the cluster's default"
+    )
+    slurm_cores: int = Field(
+        4, ge=1, le=4096, description="of each slot, where an operation does not say `resources.cores`"
+    )
+    slurm_gpus_per_node: int = Field(0, ge=0, le=64, description="how many GPUs a node of the partition has; 0: none")
+    slurm_args: str = Field("", description="more arguments of sbatch, such as `--account=vision --qos=long`")
+    slurm_log_dir: DirectoryPath | None = Field(
+        None, description="where the output of jobs goes, `JOBNAME.log`; a directory of every node; else it is lost"
+    )
+    slurm_idle_exit_s: float = Field(120.0, gt=0, description="a worker of Slurm's that had no work for so long ends")
+    slurm_pending_warn_s: float = Field(
+        600.0, gt=0, description="an operation whose job has been pending for so long has a note of why"
+    )
     db_pool_size: int = Field(
         10,
         ge=1,
@@ -98,6 +142,20 @@ class Settings(BaseModel):
         if (key is None) != (info.data.get("tls_cert") is None):
             raise ValueError("OPS_TLS_CERT and OPS_TLS_KEY go together")
         return key
+
+    @model_validator(mode="after")
+    def _workers_of_slurm_can_come(self) -> Self:
+        if self.slurm_max_jobs == 0:
+            return self
+        if self.api_url is None or self.slurm_token_file is None:
+            raise ValueError("OPS_SLURM_MAX_JOBS needs OPS_API_URL and OPS_SLURM_TOKEN_FILE: workers register by them")
+        if self.slurm_token_file.stat().st_mode & 0o077:
+            raise ValueError(f"OPS_SLURM_TOKEN_FILE: others may read it; chmod 600 {self.slurm_token_file}")
+        try:
+            shlex.split(self.slurm_args)
+        except ValueError as error:
+            raise ValueError(f"OPS_SLURM_ARGS: {error}") from None
+        return self
 
     @property
     def heartbeat_s(self) -> float:
@@ -124,5 +182,7 @@ class Settings(BaseModel):
 
     @classmethod
     def _complaint(cls, loc: tuple[int | str, ...], message: str) -> str:
+        if not loc:
+            return message
         name = str(loc[0])
         return f"OPS_{name.upper()}: {message} ({cls.model_fields[name].description})"

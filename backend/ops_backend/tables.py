@@ -577,6 +577,41 @@ logins = Table(
     CheckConstraint("kind IN ('link', 'session')", name="kind"),
 )
 
+# Of schedulers that were asked to start workers. No foreign key: a job that is still to end outlives its operation.
+engine_jobs = Table(
+    "engine_jobs",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("operation_id", Uuid, nullable=False),
+    # Of the operation, when the job was asked for: none was begun on the job while it is the same.
+    Column("attempt", Integer, nullable=False),
+    Column("engine", Text, nullable=False),
+    # Null until the scheduler has said it; then the row is found by its name.
+    Column("external_id", Text),
+    Column("name", Text, nullable=False),
+    Column("request", JSONB, nullable=False),
+    Column("state", Text, nullable=False, server_default=text("'intended'")),
+    # What the scheduler said last: its own word, and why.
+    Column("engine_state", Text),
+    Column("reason", Text),
+    # How many jobs in a row, this one among them, ended before they were of use to the operation.
+    _count("failures"),
+    _instant("created_at", default_now=True, nullable=False),
+    _instant("submitted_at"),
+    # Since when it is known to wait for so long that its operation was told.
+    _instant("warned_at"),
+    _instant("ended_at"),
+    UniqueConstraint("name"),
+    CheckConstraint("state IN ('intended', 'submitted', 'running', 'ended')", name="state"),
+)
+Index("ix_engine_jobs_newest", engine_jobs.c.operation_id, engine_jobs.c.created_at.desc())
+Index(
+    "uq_engine_jobs_open",
+    engine_jobs.c.operation_id,
+    unique=True,
+    postgresql_where=engine_jobs.c.state != text("'ended'"),
+)
+
 service = Table(
     "service",
     metadata,

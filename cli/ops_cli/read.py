@@ -80,7 +80,8 @@ def status(client: "Client", operation_id: OperationId, json: Json = False) -> N
         return
     table = show.table("FACT", "", wide=[""])
     table.show_header = False
-    waits_for = _waits_for(operation, client.workers()) if operation.status == "pending" else ""
+    pending = operation.status == "pending"
+    waits_for = (_engine(operation) or _waits_for(operation, client.workers())) if pending else ""
     for label, value in _facts(operation, waits_for, datetime.now(UTC)).items():
         if value:
             table.add_row(f"[bold]{label}[/]", value)
@@ -107,6 +108,16 @@ def next_command(operation: "Operation") -> str:
             return f"ops logs {short}, ops metrics {short}, ops artifacts {short}"
         return f"ops metrics {short}, ops checkpoints list {short}"
     return f"ops watch {short}"
+
+
+def _engine(operation: "Operation") -> str:
+    """The scheduler's job that is to bring a worker."""
+    engine = operation.engine
+    if engine is None:
+        return ""
+    job = f" job {engine.job}" if engine.job else ""
+    why = f" ({engine.reason})" if engine.reason else ""
+    return show.plain(f"{engine.engine.capitalize()}{job}: {engine.state}{why}")
 
 
 def _waits_for(operation: "Operation", workers: "Sequence[WorkerView]") -> str:

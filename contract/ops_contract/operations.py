@@ -163,6 +163,19 @@ class LineageEntry(Wire):
     end_step: int | None
 
 
+class EngineView(Wire):
+    """The job of a scheduler that is to start a worker for it. `state` and `reason` are the scheduler's own words.
+
+    `job` is the scheduler's id of it; null until it has given one.
+    """
+
+    engine: str
+    job: str | None
+    state: str
+    reason: str | None
+    asked_at: datetime
+
+
 class OperationSummary(Wire):
     """A row of the list. `children`: of a study, how many there are of each status; null before it has planned them."""
 
@@ -185,7 +198,10 @@ class OperationSummary(Wire):
 
 
 class Operation(OperationSummary):
-    """`logs` is where its files are, below the storage root; null until those of its newest end are written."""
+    """`logs` is where its files are, below the storage root; null until those of its newest end are written.
+
+    `engine`: what a scheduler was asked for on its behalf, while it waits for that or runs on it; null: nothing.
+    """
 
     job: Job
     max_retries: int
@@ -199,6 +215,7 @@ class Operation(OperationSummary):
     forked_from: ForkedFrom | None
     replay_of: UUID | None
     lineage: list[LineageEntry]
+    engine: EngineView | None = None
     logs: str | None = None
 
 

@@ -4,7 +4,18 @@ import asyncio
 
 import pytest
 
-LOOPS = ("Dispatcher", "Reaper", "Family", "Sweeper", "OrphanSweeper", "Exporter", "Announcer", "Auditor", "Streams")
+LOOPS = (
+    "Dispatcher",
+    "Reaper",
+    "Family",
+    "Sweeper",
+    "OrphanSweeper",
+    "Exporter",
+    "Announcer",
+    "Auditor",
+    "Streams",
+    "Provisioner",
+)
 
 
 def stop_loops(patch: pytest.MonkeyPatch, but: tuple[str, ...] = ()) -> None:

@@ -4,7 +4,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,8 +32,16 @@ class Service:
     Whatever the two are answered has to be as the server's OpenAPI document says.
     """
 
-    def __init__(self, directory: Path, database_url: str, lease_s: float = LEASE_S, agent: str = "ops_worker") -> None:
-        """`agent` is the module that its workers run."""
+    def __init__(
+        self,
+        directory: Path,
+        database_url: str,
+        lease_s: float = LEASE_S,
+        agent: str = "ops_worker",
+        server: Mapping[str, str] | None = None,
+    ) -> None:
+        """`agent` is the module that its workers run; `server` are more variables of the API."""
+        self.server_settings = dict(server or {})
         self.directory = directory
         self.token = secrets.token_hex(16)
         self.storage = directory / "storage"
@@ -182,9 +190,11 @@ class Service:
         return self._environ() | {
             "OPS_DATABASE_URL": self._database_url,
             "OPS_PORT": str(self._port),
+            "OPS_API_URL": f"http://127.0.0.1:{self._port}",
             "OPS_LEASE_S": str(self._lease_s),
             "OPS_SLOT_REST_S": "0.5",
             "OPS_RETRY_BACKOFF_S": "0.2",
+            **self.server_settings,
         }
 
     def _environ(self) -> dict[str, str]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import slurm
+
 HERE = Path(__file__).parent
 
 
@@ -13,6 +15,17 @@ HERE = Path(__file__).parent
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("journey", ["readme.sh", "student.sh", "engineer.sh"])
 def test_a_page_takes_its_reader_to_where_it_promises(tmp_path: Path, journey: str) -> None:
+    walk(journey, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(slurm.missing() is not None, reason=slurm.missing() or "there is one")
+def test_an_administrator_has_workers_from_slurm_within_an_hour(tmp_path: Path) -> None:
+    walk("lab.sh", tmp_path)
+
+
+def walk(journey: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [HERE / journey, Path(sys.executable).parent, tmp_path], capture_output=True, text=True, check=False
     )

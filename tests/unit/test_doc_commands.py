@@ -19,6 +19,7 @@ JOURNEYS = {
     "README.md": "readme.sh",
     "docs/quickstart.md": "quickstart.sh",
     "docs/rest.md": "engineer.sh",
+    "docs/slurm.md": "lab.sh",
     "docs/tutorial.md": "student.sh",
 }
 

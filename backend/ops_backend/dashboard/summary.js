@@ -44,6 +44,7 @@ export function summary(operation, attempts, buttons) {
       operation.not_before &&
         status === "pending" &&
         h("span", {}, `waits until ${new Date(operation.not_before).toLocaleTimeString("en-GB")}`),
+      waiting(operation),
       Object.entries(labels).map(([key, value]) => h("span", { class: "label" }, `${key}=${value}`)),
     ),
     fault(operation),
@@ -54,6 +55,15 @@ export function summary(operation, attempts, buttons) {
     ),
     origin(operation),
   ];
+}
+
+/** The scheduler's job that is to bring a worker. */
+function waiting({ engine, status }) {
+  if (!engine || status !== "pending") return null;
+  const name = engine.engine[0].toUpperCase() + engine.engine.slice(1);
+  const job = engine.job ? ` job ${engine.job}` : "";
+  const why = engine.reason ? ` (${engine.reason})` : "";
+  return h("span", {}, `waiting for ${name}${job}: ${engine.state}${why}`);
 }
 
 function tiles(operation, attempts) {

@@ -15,6 +15,7 @@ from ops_backend.storage import LOGS
 from ops_backend.store import energy, ledger
 from ops_backend.store.children import COUNTS
 from ops_backend.store.energy import OUTCOMES, entries
+from ops_backend.store.engine_jobs import ENGINE
 from ops_backend.store.sql import continues, statement
 from ops_backend.store.story import tell
 from ops_backend.store.transitions import not_found
@@ -65,7 +66,8 @@ OPERATIONS = statement(f"""
            c.epoch AS checkpoint_epoch, c.step AS checkpoint_step,
            fork.operation_id AS fork_operation_id, fork.step AS fork_step,
            (SELECT array_agg(x.start_step ORDER BY x.number) FROM attempts x WHERE x.operation_id = o.id) AS starts,
-           {OUTCOMES} AS outcomes, {entries("o", "attempt", "quality", "use")} AS energy, {COUNTS} AS children
+           {OUTCOMES} AS outcomes, {entries("o", "attempt", "quality", "use")} AS energy, {COUNTS} AS children,
+           {ENGINE} AS engine
       FROM operations o {_PROGRESS}
       LEFT JOIN checkpoints c ON c.id = coalesce(o.resume_checkpoint_id, a.checkpoint_id)
       LEFT JOIN checkpoints fork ON fork.id = o.forked_from_checkpoint_id
@@ -194,6 +196,7 @@ def operation_of(row: Row[Any]) -> Operation:
         forked_from=_forked_from(row),
         replay_of=row.replay_of,
         lineage=lineage(row.starts or []),
+        engine=row.engine,
         logs=_logs(row),
     )
 

@@ -53,7 +53,7 @@ def tell(event: Row[Any]) -> str:
             accepted = ", with other code or data if need be" if detail.get("accept_changes") else ""
             return f"resumed at step {detail['step']}, from checkpoint {_short(detail['checkpoint_id'])}{accepted}"
         case Event.NOTE:
-            return f"{attempt}: {detail['message']}"
+            return detail["message"] if detail.get("engine") else f"{attempt}: {detail['message']}"
         case Event.REPLAY_DIVERGED:
             now_and_was = f"{detail['now']} instead of {detail['was']}"
             earlier = f"than attempt {detail['earlier_attempt']}"
