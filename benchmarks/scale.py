@@ -162,10 +162,11 @@ class Benchmark:
             print(f"{await self.sizes(stored)}\n\n{HEADER}", flush=True)
             few = self.given.workers[:1] if wanted != self.given.stored[-1] else self.given.workers
             await self.climb(1, few)
-        for backends in self.given.backends[1:]:
-            await self.climb(backends, self.given.workers[-1:] if self.given.quick else self.given.workers[2:])
         await self.tell_growth()
         await self.tell_claims()
+        print(f"\n{HEADER}", flush=True)
+        for backends in self.given.backends[1:]:
+            await self.climb(backends, self.given.workers[len(self.given.workers) // 2 :])
         print(f"\nThe whole took {time.monotonic() - began_s:.0f} s.")
 
     @property
@@ -280,10 +281,11 @@ class Benchmark:
     def tell_machine(self) -> None:
         print(
             f"{os.cpu_count()} cores, {platform.machine()}, {psutil.virtual_memory().total / 1e9:.0f} GB, "
-            f"Python {platform.python_version()}, uvloop {uvloop.__version__}; load {os.getloadavg()[0]:.1f}; a lease of "
-            f"{LEASE_S:g} s; windows of {self.given.seconds:g} s; {BUSY:.0%} of the workers train, for "
+            f"Python {platform.python_version()}, uvloop {uvloop.__version__}; load {os.getloadavg()[0]:.1f}; "
+            f"a lease of {LEASE_S:g} s; windows of {self.given.seconds:g} s; {BUSY:.0%} of the workers train, for "
             f"{self.given.training_s:g} s, and report every {self.given.report_s:g} s; {FAILING:.0%} of them fail, "
-            f"{DYING_A_MINUTE:.0%} of the workers die a minute; {READS_A_SECOND:g} polls and {LISTS_A_SECOND:g} lists a second"
+            f"{DYING_A_MINUTE:.0%} of the workers die a minute; {READS_A_SECOND:g} polls and {LISTS_A_SECOND:g} lists "
+            "a second"
         )
 
     async def tell_growth(self) -> None:
@@ -318,6 +320,8 @@ class Benchmark:
                     await session.rollback()
             print(f"| {about}{' (claimed)' if found else ''} | {statistics.median(took_ms):.0f} |", flush=True)
             await connection.execute("UPDATE workers SET last_seen_at = now() - interval '2 days'")
+        await connection.execute("SET session_replication_role = replica")
+        await connection.execute("DELETE FROM operations WHERE status = 'pending'")
         await connection.close()
         await sessions.dispose()
 
@@ -352,6 +356,7 @@ COLUMNS = {
     "304": ".0%",
     "list p99": ".0f",
     "errors": "d",
+    "failed reads": "d",
     "backend cpu": ".0%",
     "postgres cpu": ".0%",
     "fleet cpu": ".0%",
@@ -411,7 +416,8 @@ FILL = (
            now() - interval '400 days' + n * interval '30 s',
            now() - interval '400 days' + n * interval '30 s' + interval '1 h',
            CASE n % 10 WHEN 0 THEN 'failed' WHEN 1 THEN 'cancelled' ELSE 'completed' END, 4711,
-           '{"torch": "2.13.0", "python": "3.11.7", "device": "cpu", "threads": 1}', '{"promise": "promised", "reasons": []}'
+           '{"torch": "2.13.0", "python": "3.11.7", "device": "cpu", "threads": 1}',
+           '{"promise": "promised", "reasons": []}'
       FROM generate_series($1::int, $2::int) n WHERE $3::text <> ''
     """,
     """
@@ -426,7 +432,8 @@ FILL = (
     SELECT md5('o' || n)::uuid, seq, now() - interval '400 days' + n * interval '30 s', least(seq - 1, 1),
            (ARRAY['submit', 'claim', CASE n % 10 WHEN 0 THEN 'fail' WHEN 1 THEN 'stop' ELSE 'complete' END])[seq],
            (ARRAY[NULL, 'pending', 'running'])[seq],
-           (ARRAY['pending', 'running', CASE n % 10 WHEN 0 THEN 'failed' WHEN 1 THEN 'cancelled' ELSE 'completed' END])[seq],
+           (ARRAY['pending', 'running',
+                  CASE n % 10 WHEN 0 THEN 'failed' WHEN 1 THEN 'cancelled' ELSE 'completed' END])[seq],
            '{}', seq = 3
       FROM generate_series($1::int, $2::int) n, generate_series(1, 3) seq WHERE $3::text <> ''
     """,
@@ -446,7 +453,8 @@ FILL = (
     """,
 )
 PENDING = """
-    INSERT INTO operations (id, name, kind, workload, job, labels, priority, max_retries, submitted_by, status, event_seq)
+    INSERT INTO operations (id, name, kind, workload, job, labels, priority, max_retries, submitted_by, status,
+                            event_seq)
     SELECT md5('p' || n)::uuid, 'waits-' || n, 'training', 'toy', $2::text::jsonb, '{}', 0, 3, 'me', 'pending', 1
       FROM generate_series(1, $1::int) n
 """
@@ -605,17 +613,21 @@ class Fleet:
         await asyncio.gather(*(register() for _ in range(number - len(self.workers))))
         self.wanted = round(BUSY * number)
         until_s = time.monotonic() + 60
-        while self.running < 0.9 * self.wanted and time.monotonic() < until_s:
+        while self.running < 0.9 * self.wanted and time.monotonic() < until_s:  # noqa: ASYNC110 - not worth an event
             await asyncio.sleep(0.2)
         await asyncio.sleep(SETTLE_S)
 
     async def _register(self) -> None:
         incarnation = uuid4()
         port = self.ports[len(self.workers) % len(self.ports)]
-        connection = Connection(port, self.token)
-        status, _, answer = await connection.request(
-            "POST", "/workers", json.dumps(registration(incarnation, self.port))
-        )
+        connection, body = Connection(port, self.token), json.dumps(registration(incarnation, self.port))
+        status, answer = 503, b""
+        while status == 503:  # as an agent tries again
+            with suppress(OSError, TimeoutError):
+                status, _, answer = await connection.request("POST", "/workers", body)
+            if status == 503:
+                self.counts.seen["errors"] += 1
+                await asyncio.sleep(1.0)
         connection.close()
         if status != 201:
             raise Refused(answer.decode())
@@ -694,7 +706,6 @@ class Fleet:
                 length = int(head.partition("content-length: ")[2].partition("\r\n")[0] or 0)
                 order = json.loads(await reader.readexactly(length) or b"{}")
                 status = self._take(order) if "operation_id" in order else 404
-                body = b"{}"
                 writer.write(
                     b"HTTP/1.1 %d x\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n%s" % (status, body)
                 )
