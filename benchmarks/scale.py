@@ -706,9 +706,8 @@ class Fleet:
                 length = int(head.partition("content-length: ")[2].partition("\r\n")[0] or 0)
                 order = json.loads(await reader.readexactly(length) or b"{}")
                 status = self._take(order) if "operation_id" in order else 404
-                writer.write(
-                    b"HTTP/1.1 %d x\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n%s" % (status, body)
-                )
+                writer.write(b"HTTP/1.1 %d x\r\nContent-Type: application/json\r\n" % status)
+                writer.write(b"Content-Length: 2\r\n\r\n{}")
         writer.close()
 
     def _take(self, order: dict[str, Any]) -> int:
