@@ -874,8 +874,10 @@ class Readers:
 
     async def _window(self, seconds: float) -> dict[str, Any]:
         self.took_ms, self.seen = defaultdict(list), Counter()
-        status, _, answer = await Connection(self.ports[0], self.token).request("GET", "/operations?limit=50")
-        ids = [item["id"] for item in json.loads(answer)["items"]] if status == 200 else []
+        ids: list[str] = []
+        with suppress(OSError, TimeoutError):
+            status, _, answer = await Connection(self.ports[0], self.token).request("GET", "/operations?limit=50")
+            ids = [item["id"] for item in json.loads(answer)["items"]] if status == 200 else []
         began_s, tasks = time.monotonic(), []
         lists = list(LISTS.items())
         polls = [(n / READS_A_SECOND, ids[n % len(ids)], None) for n in range(int(READS_A_SECOND * seconds)) if ids]
