@@ -452,10 +452,13 @@ FILL = (
       FROM generate_series($1::int, $2::int, 10) n WHERE $3::text <> ''
     """,
 )
+# Each job another one, as in life: the plan of a claim remembers what it found for a job.
 PENDING = """
     INSERT INTO operations (id, name, kind, workload, job, labels, priority, max_retries, submitted_by, status,
-                            event_seq)
-    SELECT md5('p' || n)::uuid, 'waits-' || n, 'training', 'toy', $2::text::jsonb, '{}', 0, 3, 'me', 'pending', 1
+                            event_seq, created_at)
+    SELECT md5('p' || n)::uuid, 'waits-' || n, 'training', 'toy',
+           jsonb_set($2::text::jsonb, '{config,number}', to_jsonb(n)),
+           '{}', 0, 3, 'me', 'pending', 1, now() - interval '1 h' + n * interval '10 ms'
       FROM generate_series(1, $1::int) n
 """
 CLAIMS: dict[str, dict[str, Any]] = {
