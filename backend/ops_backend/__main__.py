@@ -73,8 +73,8 @@ def examine(data_dir: Path | None) -> int:
     """Print what there is to say of database and storage, as JSON."""
     from ops_backend import doctor
 
-    root = os.environ.get("OPS_STORAGE_ROOT")
-    findings = doctor.examine(data_dir, os.environ.get("OPS_DATABASE_URL"), Path(root) if root else None)
+    root, lease_s = os.environ.get("OPS_STORAGE_ROOT"), float(os.environ.get("OPS_LEASE_S") or doctor.LEASE_S)
+    findings = doctor.examine(data_dir, os.environ.get("OPS_DATABASE_URL"), Path(root) if root else None, lease_s)
     print(findings.model_dump_json())
     return int(any(finding.state == "fail" for finding in findings.items))
 

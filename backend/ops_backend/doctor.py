@@ -5,7 +5,9 @@ import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from uuid import uuid4
 
 from asyncpg import PostgresError as PostgresRefusal
 from sqlalchemy import text
@@ -18,24 +20,40 @@ from ops_backend.engines import EngineAway, EngineRefused
 from ops_backend.engines.slurm import partitions
 from ops_backend.postgres import socket_dir_of, url_of
 from ops_backend.postgres_place import PostgresError, existing_home
-from ops_backend.settings import with_our_driver
+from ops_backend.settings import Settings, with_our_driver
+from ops_backend.shared_storage import FREE_BYTES, LiveWorker, compare, remove_stale
+from ops_backend.storage import sync_directory
+from ops_contract.agents import PROBE_PREFIX
 from ops_contract.doctor import Finding, Findings, clock, fail, ok, warn
 
-FREE_BYTES = 2_000_000_000
 QUIET_S = 60.0
 TIMEOUT_S = 5.0
+LEASE_S: float = Settings.model_fields["lease_s"].default
+RENAMES = 50
+
+# One that has said goodbye may be gone already; one without a secret never spoke to a backend of this database.
+LIVE_WORKERS = text("""
+    SELECT incarnation, name, url, secret FROM workers
+     WHERE secret <> '' AND NOT draining AND last_seen_at > now() - make_interval(secs => :lease_s)
+     ORDER BY name, incarnation
+""")
 
 
-def examine(data_dir: Path | None, database_url: str | None, storage_root: Path | None) -> Findings:
+def examine(
+    data_dir: Path | None, database_url: str | None, storage_root: Path | None, lease_s: float = LEASE_S
+) -> Findings:
     """Of a service by its settings, or of the `ops up` on `data_dir`."""
     items = list(_embedded(data_dir)) if data_dir and not database_url else []
-    url = database_url or _embedded_url(data_dir)
+    url, workers = database_url or _embedded_url(data_dir), list[LiveWorker]()
     if url:
-        items += asyncio.run(_database(url))
+        items += asyncio.run(_database(url, workers, lease_s))
     elif data_dir is None and storage_root is None:
         items.append(fail("database", "no database is known", "set OPS_DATABASE_URL, or start `ops up`"))
     root = storage_root or (data_dir / "storage" if data_dir else None)
-    return Findings(items=[*items, *_storage(root), *_slurm()])
+    items += _storage(root)
+    if root and root.is_dir():
+        items += asyncio.run(compare(root, workers))
+    return Findings(items=[*items, *_slurm()])
 
 
 def _embedded(data_dir: Path) -> Iterator[Finding]:
@@ -60,11 +78,16 @@ def _embedded_url(data_dir: Path | None) -> str | None:
         return None
 
 
-async def _database(url: str) -> list[Finding]:
+async def _database(url: str, workers: list[LiveWorker], lease_s: float) -> list[Finding]:
+    """What is to be said of it; the workers that live by it are put into `workers`."""
     try:
         engine = create_async_engine(with_our_driver(url), poolclass=NullPool, connect_args={"timeout": TIMEOUT_S})
         async with asyncio.timeout(2 * TIMEOUT_S), engine.connect() as connection:
-            return [finding async for finding in _look_at(connection)]
+            found = [finding async for finding in _look_at(connection)]
+            if found[-1].check == "reaper":  # the schema is this version's
+                rows = await connection.execute(LIVE_WORKERS, {"lease_s": lease_s})
+                workers += [LiveWorker(**row) for row in rows.mappings()]
+            return found
     except ValueError as error:
         return [fail("database", f"OPS_DATABASE_URL: {error}", "write it like postgresql://user:password@host/name")]
     except (OSError, DBAPIError, PostgresRefusal) as error:
@@ -127,19 +150,48 @@ def _storage(root: Path | None) -> Iterator[Finding]:
 
 
 def _write_as_trainers_do(root: Path) -> None:
-    """A file, synced, renamed, and the directory synced; gone again afterwards. Raises OSError."""
-    old, new = (root / f".doctor-{os.getpid()}{suffix}" for suffix in (".tmp", ""))
+    """In a directory that is gone again afterwards. Raises OSError."""
+    directory = root / f"{PROBE_PREFIX}{uuid4().hex}"
+    directory.mkdir(mode=0o700)
     try:
-        with old.open("xb") as file:
-            file.write(b"ops doctor\n")
-            file.flush()
-            os.fsync(file.fileno())
-        old.rename(new)
-        directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        now_s = directory.stat().st_mtime
+        remove_stale(root, now_s)
+        _write_new(directory / "new")
+        _refuses_what_is_there(directory / "new")
+        _replaces_whole(directory)
+        sync_directory(directory)
+        directory.rename(renamed := directory.with_suffix(".renamed"))
+        directory = renamed
+        sync_directory(root)
     finally:
-        old.unlink(missing_ok=True)
-        new.unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _write_new(path: Path, content: bytes = b"ops doctor\n") -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _refuses_what_is_there(path: Path) -> None:
+    try:
+        _write_new(path)
+    except FileExistsError:
+        return
+    raise OSError("a file that is there is made a second time: O_EXCL does not hold")
+
+
+def _replaces_whole(directory: Path) -> None:
+    """Who reads a name while it is replaced finds the old or the new, never neither."""
+    name, contents = directory / "name", (b"a" * 4096, b"b" * 4096)
+    _write_new(name, contents[0])
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(lambda: [name.read_bytes() for _ in range(RENAMES)])
+        for number in range(RENAMES):
+            _write_new(scratch := directory / "scratch", content := contents[number % 2])
+            scratch.replace(name)
+            if name.read_bytes() != content:
+                raise OSError("a rename over a name does not show at once")
+        if not {*reading.result()} <= {*contents}:
+            raise OSError("a rename over a name is not atomic")

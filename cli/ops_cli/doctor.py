@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from relight.settings import Server
 
 TIMEOUT_S = 5.0
-BACKEND_TIMEOUT_S = 60.0  # its start takes seconds on a busy host
+BACKEND_TIMEOUT_S = 90.0  # its start takes seconds on a busy host, and workers may let it wait for half a minute
 STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 

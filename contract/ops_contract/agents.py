@@ -199,6 +199,40 @@ class Validate(Wire):
     job: Job
 
 
+# Below the storage root, for an operation's in the place of its id; what a doctor leaves that is killed bears it too.
+PROBE_PREFIX = ".doctor-"
+PROBE_FILE = "probe"
+
+
+class ProbeStorage(Wire):
+    """POST /storage on a worker: what it sees of `<root>/.doctor-<probe>/<look_for>/probe`, which the API's host made.
+
+    With `publish` it publishes one of its own there, named by its incarnation, and looks for `absent` too, so that a
+    cache may remember that it was not there. Without, it removes its own. Waits so long for what is not there yet.
+    """
+
+    incarnation: UUID
+    probe: UUID
+    look_for: Literal["first", "second"]
+    absent: Literal["second"] | None = None
+    publish: bool
+    wait_s: float = Field(ge=0, le=30)
+
+
+class StorageProbed(Wire):
+    """`sha256` of what was found and of what was published; null where that failed, and `…_errno` says by which."""
+
+    root: str
+    filesystem: str = ""
+    uid: int
+    free_bytes: int
+    found_sha256: str | None = None
+    found_after_ms: float | None = None
+    find_errno: str | None = None
+    published_sha256: str | None = None
+    publish_errno: str | None = None
+
+
 class Problem(Wire):
     """`field` is a path within the job."""
 

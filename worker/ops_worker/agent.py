@@ -20,9 +20,11 @@ from ops_contract.agents import (
     Heartbeat,
     HeartbeatAnswer,
     HoldRef,
+    ProbeStorage,
     Problem,
     SlotOffer,
     StartTraining,
+    StorageProbed,
     Validate,
     Validated,
     WorkerHealth,
@@ -45,6 +47,7 @@ from ops_worker.outbox import Outbox, Sender
 from ops_worker.rendezvous import interface_environment
 from ops_worker.settings import Settings
 from ops_worker.slots import Slot
+from ops_worker.storage_probe import probe
 from ops_worker.waiting import Backoff, Trouble, first_of
 from ops_worker.workspace import NoWorkspace, Workspaces
 from relight.manifest import CheckpointCorrupt, CheckpointMissing, check_manifest
@@ -188,6 +191,11 @@ class Agent:
         if told is None:
             raise OpsError(ErrorCode.UNAVAILABLE, "the job could not be validated; its start will tell")
         return told
+
+    async def probe_storage(self, wish: ProbeStorage) -> StorageProbed:
+        """What this host sees of the storage root. Raises 409 `stale`."""
+        self._check_incarnation(wish.incarnation)
+        return await asyncio.to_thread(probe, self._settings.storage_root.absolute(), wish)
 
     def health(self) -> WorkerHealth:
         return WorkerHealth(

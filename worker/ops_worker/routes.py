@@ -10,7 +10,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from ops_contract.agents import CancelTraining, HoldRef, StartTraining, Validate, Validated, WorkerHealth
+from ops_contract.agents import (
+    CancelTraining,
+    HoldRef,
+    ProbeStorage,
+    StartTraining,
+    StorageProbed,
+    Validate,
+    Validated,
+    WorkerHealth,
+)
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.http_gate import HEADERS, MAX_HEAD_BYTES, Gate
 from ops_contract.lifecycle import Kind
@@ -88,6 +97,11 @@ async def resume(kind: Kind, order: StartTraining, agent: AgentDep) -> Response:
 @backend_only.post("/validate")
 async def validate(question: Validate, agent: AgentDep) -> Validated:
     return await agent.validate(question)
+
+
+@backend_only.post("/storage")
+async def probe_storage(wish: ProbeStorage, agent: AgentDep) -> StorageProbed:
+    return await agent.probe_storage(wish)
 
 
 @backend_only.post("/operations/{id}/cancel", status_code=202)
