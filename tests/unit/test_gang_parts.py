@@ -15,7 +15,7 @@ from ops_contract.agents import StartTraining
 from ops_contract.jobs import Execution, Job, Strategy
 from ops_contract.lifecycle import Kind, Outcome
 from ops_contract.pipe import Rank, RunJob
-from ops_contract.reports import Finish, Metrics
+from ops_contract.reports import PEER_LOST, Finish, Metrics
 from ops_worker import trainer
 from relight.manifest import Manifest
 from relight.training import numerics
@@ -215,7 +215,7 @@ SECOND = Rank(rank=1, local_rank=1, world_size=2, host="127.0.0.1", port=1)
 @pytest.mark.parametrize(
     ("error", "outcome", "code"),
     [
-        (RuntimeError(GLOO), Outcome.PREEMPTED, "peer_lost"),
+        (RuntimeError(GLOO), Outcome.PREEMPTED, PEER_LOST),
         (ValueError("mine"), Outcome.FAILED, "exception"),
     ],
 )
