@@ -3,6 +3,7 @@
 import asyncio
 import json
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -173,11 +174,9 @@ async def test_a_gang_that_is_too_large_is_refused_at_submit_at_a_dry_run_and_at
 
 async def test_an_incarnation_keeps_its_ports(api: httpx.AsyncClient, store: Store) -> None:
     """The same one registers again with the ports that it has; with others it is another's."""
-    incarnation = await store.worker()
-    await store.execute("DELETE FROM slots")
-    await store.execute("DELETE FROM workers")
+    incarnation = uuid4()
     slot = {"index": 0, "device": "cpu", "cores": 1, "port": 4000}
-    for port, status in ((4000, 200), (4000, 200), (4001, 409)):
+    for port, status in ((4000, 201), (4000, 201), (4001, 409)):
         body = registration(incarnation, slots=[slot | {"port": port}], workloads=[])
         assert (await api.post("/workers", json=body)).status_code == status
     assert [row.port for row in await store.fetch("SELECT port FROM slots")] == [4000]
