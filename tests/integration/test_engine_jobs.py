@@ -145,6 +145,12 @@ async def test_the_bound_is_of_all_backends_together(
     assert len(engine.requests) == 2
 
 
+async def test_who_counts_is_alone(store: Store) -> None:
+    async with store.sessions.begin() as first, store.sessions.begin() as second:
+        assert await engine_jobs.room(first, 2) == 2
+        assert await engine_jobs.room(second, 2) == 0
+
+
 async def test_nothing_is_asked_for_where_a_slot_is_idle_or_the_wait_was_short(
     store: Store, engine: FakeEngine, tmp_path: Path
 ) -> None:
