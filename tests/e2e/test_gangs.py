@@ -21,7 +21,7 @@ Curves = dict[str, list[tuple[int, float]]]
 
 # Three ranks: at two the order of a sum hides.
 GANG: dict[str, Any] = {"devices": 3, "batch_size": 30, "max_epochs": 8}
-APART: dict[str, Any] = {"devices": 4, "batch_size": 32, "max_epochs": 8}
+APART: dict[str, Any] = {"devices": 4, "batch_size": 32, "max_epochs": 3}
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,10 @@ class Apart(Service):
         """A live worker in each."""
         fresh = []
         for place in places:
-            if place.name not in self._places or not self._places[place.name].running:
+            there = self._places.get(place.name)
+            if there is None or not there.running:
+                if there is not None:
+                    there.close()
                 self._places[place.name] = self._worker_in(place)
                 fresh.append(self._places[place.name])
         self.workers = list(self._places.values())
