@@ -236,11 +236,11 @@ def attempts(client: "Client", operation_id: OperationId, json: Json = False) ->
 
 
 def _where(attempt: "AttemptView") -> str:
+    """Of a gang the worker of rank 0, and how many more: the events name them all."""
     if attempt.world_size == 1:
         return attempt.worker
-    names = [member.worker for member in attempt.members]
-    workers = "1 worker" if len(names) == 1 else f"{len(names)} workers"
-    return f"{attempt.world_size} ranks on {workers}: {', '.join(names)}"
+    others = len(attempt.members) - 1
+    return f"{attempt.world_size} ranks: {attempt.worker}" + (f" +{others}" if others else "")
 
 
 def _reason(attempt: "AttemptView") -> str:

@@ -951,11 +951,11 @@ def test_attempts_name_all_workers_of_a_gang(api: Api, ops: Ops, monkeypatch: py
     monkeypatch.setenv("COLUMNS", "200")
     api.replays = [None]
     id = api.holds(operation())
-    assert "ranks on" not in ops("attempts", id).out
+    assert "ranks" not in ops("attempts", id).out
     api.members = [MemberView(worker_id=uuid4(), worker=name, host="h", first_rank=2 * n, ranks=2) for n, name in AB]
-    assert "4 ranks on 2 workers: a, b" in ops("attempts", id).out
+    assert "4 ranks: a +1" in ops("attempts", id).out
     api.members = api.members[:1]
-    assert "2 ranks on 1 worker: a" in ops("attempts", id).out
+    assert "2 ranks: a" in ops("attempts", id).out
 
 
 def test_run_submits_the_command_as_it_was_typed_with_all_that_it_asks_for(
