@@ -947,15 +947,15 @@ def test_status_says_what_a_gang_waits_for(
     assert said in " ".join(ops("status", id).out.split())
 
 
-def test_attempts_name_all_workers_of_a_gang(api: Api, ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attempts_say_where_a_gang_ran(api: Api, ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     api.replays = [None]
     id = api.holds(operation())
     assert "ranks" not in ops("attempts", id).out
     api.members = [MemberView(worker_id=uuid4(), worker=name, host="h", first_rank=2 * n, ranks=2) for n, name in AB]
-    assert "4 ranks: a +1" in ops("attempts", id).out
+    assert "4 ranks: w +1" in ops("attempts", id).out
     api.members = api.members[:1]
-    assert "2 ranks: a" in ops("attempts", id).out
+    assert "2 ranks: w " in ops("attempts", id).out
 
 
 def test_run_submits_the_command_as_it_was_typed_with_all_that_it_asks_for(
