@@ -65,7 +65,6 @@ class FakeTrainer:
         exactness = Exactness(promise="promised")
         environment = {"pid": os.getpid(), "secrets": [name for name in os.environ if name.startswith("OPS_")]}
         environment["sees"] = (os.environ | job.environ).get("CUDA_VISIBLE_DEVICES")
-        environment["interfaces"] = [os.environ.get(f"{name}_SOCKET_IFNAME") for name in ("GLOO", "NCCL")]
         if job.rank is not None and config.get("meet"):
             environment["met"] = self.meet(job.rank)
         self.say(Started(trainer_pid=os.getpid(), start_step=0, exactness=exactness, environment=environment))

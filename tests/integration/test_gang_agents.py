@@ -155,18 +155,6 @@ async def test_each_slot_has_a_port_of_its_own_on_which_nobody_answers_before_ra
                 early.recv(1)
 
 
-async def test_trainers_talk_through_the_interface_of_the_worker_unless_the_admin_says_another(api, tmp_path, shared):
-    hold = await shared.start()
-    await eventually(lambda: hold.finish)
-    async with running_agent(api, tmp_path, environ={"NCCL_SOCKET_IFNAME": "ib0"}) as agent:
-        await agent.ready()
-        told = await agent.start()
-        await eventually(lambda: told.finish)
-
-    assert hold.started.environment["interfaces"] == ["lo", "lo"]
-    assert told.started.environment["interfaces"] == ["lo", "ib0"]
-
-
 async def test_a_start_where_one_slot_is_busy_is_refused_and_nothing_begins(shared):
     busy = await shared.start(slot=1, end="wait")
     hold = shared.api.claim(uuid4(), shared.incarnation)

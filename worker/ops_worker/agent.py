@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from uuid import UUID, uuid4
@@ -44,7 +44,6 @@ from ops_worker.energy.devices import Devices
 from ops_worker.holds import Hold
 from ops_worker.job_secrets import MissingSecret, Secrets
 from ops_worker.outbox import Outbox, Sender
-from ops_worker.rendezvous import interface_environment
 from ops_worker.settings import Settings
 from ops_worker.slots import Slot
 from ops_worker.storage_probe import probe
@@ -86,10 +85,8 @@ class Agent:
         self._trainer_command = trainer_command
         self._credential = CREDENTIAL_PREFIX + secrets.token_urlsafe(32)
         self._secret = secrets.token_urlsafe(32)
-        meeting = interface_environment(settings, os.environ)
         self._slots = [
-            self._slot(offer, meeting, gang_socket)
-            for offer, gang_socket in zip(devices.offers(), gang_sockets, strict=True)
+            self._slot(offer, gang_socket) for offer, gang_socket in zip(devices.offers(), gang_sockets, strict=True)
         ]
         self._workspaces = Workspaces(settings.worker_state_dir, incarnation, self._api)
         self._secrets = Secrets(os.environ, settings.secrets_dir)
@@ -206,11 +203,11 @@ class Agent:
             holds=list(self._holds),
         )
 
-    def _slot(self, offer: SlotOffer, meeting: Mapping[str, str], gang_socket: socket.socket) -> Slot:
+    def _slot(self, offer: SlotOffer, gang_socket: socket.socket) -> Slot:
         offer = offer.model_copy(update={"port": gang_socket.getsockname()[1]})
         logs, prefix = self._settings.worker_state_dir / "logs", str(self.incarnation)
         environ = self._devices.environ(offer.index)
-        return Slot(offer, self._trainer_command, logs, prefix, environ, meeting, gang_socket.fileno())
+        return Slot(offer, self._trainer_command, logs, prefix, environ, gang_socket.fileno())
 
     def _api(self) -> ApiClient:
         return ApiClient(self._settings.api_url, self._credential)

@@ -24,8 +24,7 @@ DEATHS_TOLERATED = 3
 class Slot:
     """Keeps one trainer ready, lends it for one job, then replaces it. A job that needs another process gets that.
 
-    `environ` shows its processes the slot's device. Trainers alone have `trainer_environ`, and `gang_fd`, the socket of
-    the offer's port.
+    `environ` shows its processes the slot's device. Trainers alone have `gang_fd`, the socket of the offer's port.
     """
 
     def __init__(
@@ -35,7 +34,6 @@ class Slot:
         logs: Path,
         log_prefix: str,
         environ: Mapping[str, str],
-        trainer_environ: Mapping[str, str],
         gang_fd: int,
     ) -> None:
         self.offer = offer
@@ -44,7 +42,6 @@ class Slot:
         self.failing = asyncio.Event()
         self._command = command
         self._environment = trainer_environment(os.environ, offer.cores) | dict(environ)
-        self._trainer_environ = trainer_environ
         self._gang_fd = gang_fd
         self._logs = logs
         self._log_prefix = log_prefix
@@ -89,7 +86,7 @@ class Slot:
 
         The warm one may stay beside it: it holds memory, but no device.
         """
-        return self._process(self._command, {**self._trainer_environ, **environ}, self._gang_fd)
+        return self._process(self._command, environ, self._gang_fd)
 
     def runner(self, command: Sequence[str]) -> contextlib.AbstractAsyncContextManager[Trainer]:
         """As `trainer`, of a command: what gangs need is none of it."""

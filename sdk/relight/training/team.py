@@ -150,9 +150,10 @@ def join(rank: Rank | None, name: str, device: str, listening_fd: int | None, fo
     import torch.distributed as dist
 
     _tell_users_code(rank)
-    # gloo would take the address that the host's name has, which is often that of no network.
+    # By themselves they look the host's name up, and that is 127.0.1.1 on Debian: no other host would reach this rank.
     if (interface := _interface_towards(rank.host, rank.port)) is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
     try:
         store = _store(rank, name, listening_fd, forming_s)
     except RuntimeError as error:
