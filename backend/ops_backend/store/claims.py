@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.children import children, planned
 from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
+from ops_backend.tables import WISH
 from ops_contract.agents import CheckpointRef, FailureRecord
 from ops_contract.jobs import MOST_THREADS, Job
 from ops_contract.lifecycle import Status, StudyPhase
@@ -90,6 +91,7 @@ _MEMBERS = """coalesce((SELECT jsonb_build_object('members', jsonb_agg(
                               jsonb_build_object('worker', name, 'ranks', ranks) ORDER BY first_rank))
                             FROM members HAVING sum(ranks) > 1), '{}')"""
 _QUEUE = "ORDER BY o.priority DESC, o.created_at, o.id"
+
 # By scalars that are read once: null, and so false, where no gang reserves.
 _BEHIND = """coalesce((-o.priority, o.created_at, o.id) > ((SELECT -priority FROM head),
                                (SELECT created_at FROM head), (SELECT id FROM head)), false)"""
@@ -100,27 +102,43 @@ _BEHIND = """coalesce((-o.priority, o.created_at, o.id) > ((SELECT -priority FRO
 # use: whoever is behind it passes those over, else the small ones would always be there first. It takes the host that
 # has the least room which is enough, else as few hosts as there can be. Ranks go by member, the members of a host side
 # by side; an address that only its own host reaches cannot be rank 0's for others.
+# Of those that wish for the same, only the first one due is looked at: where that does not fit, none behind it does. So
+# a claim costs what there are of different wishes, not of operations that wait.
 # A lease counts from the claim itself: a transaction that was held up dates its now() back.
 # A fork without a checkpoint of its own is handed its fork point even if that was marked corrupt meanwhile: the worker
 # then refuses it, and the fork fails. Without one it would begin at step 0, which nobody asked for.
 CLAIM = statement(f"""
-    WITH offered AS MATERIALIZED ({OFFERED}
+    WITH RECURSIVE offered AS MATERIALIZED ({OFFERED}
     ), vacant AS MATERIALIZED (
         SELECT f.* FROM offered f
          WHERE f.undrained AND coalesce(f.rests_until <= now(), true)
            AND NOT EXISTS (SELECT FROM holds h
                             WHERE h.operation_id = f.operation_id AND h.attempt = f.attempt
                               AND h.incarnation = f.incarnation AND h.ended_at IS NULL)
+    ), wishes AS (
+        (SELECT {WISH} AS wish FROM operations
+          WHERE status = 'pending' AND EXISTS (SELECT FROM vacant) ORDER BY {WISH} LIMIT 1)
+        UNION ALL
+        SELECT (SELECT {WISH} FROM operations
+                 WHERE status = 'pending' AND {WISH} > wishes.wish ORDER BY {WISH} LIMIT 1)
+          FROM wishes WHERE wishes.wish IS NOT NULL
+    ), first AS MATERIALIZED (
+        SELECT due.*
+          FROM wishes
+          CROSS JOIN LATERAL (
+            SELECT o.id, o.priority, o.created_at, o.not_before, o.kind, o.workload, o.job
+              FROM operations o
+             WHERE o.status = 'pending' AND {WISH} = wishes.wish AND coalesce(o.not_before <= now(), true)
+             {_QUEUE} LIMIT 1
+          ) due
     ), head AS MATERIALIZED (
         SELECT o.id, o.priority, o.created_at, reserved.*
-          FROM operations o
+          FROM (SELECT * FROM first o WHERE {IS_GANG} {_QUEUE} OFFSET 0) o
           CROSS JOIN LATERAL (
             SELECT array_agg(incarnation) AS incarnations, array_agg(index) AS indexes
               FROM ({room("offered f WHERE f.undrained")}) usable
             HAVING {_IS_ENOUGH}
           ) reserved
-         WHERE o.status = 'pending' AND coalesce(o.not_before <= now(), true) AND {IS_GANG}
-           AND EXISTS (SELECT FROM vacant)
          {_QUEUE} LIMIT 1
     ), free AS MATERIALIZED (
         SELECT f.*, (f.incarnation, f.index) IN (
@@ -128,8 +146,8 @@ CLAIM = statement(f"""
                                                                      AS r (incarnation, index)) AS reserved
           FROM vacant f
     ), chosen AS MATERIALIZED (
-        SELECT o.id, o.not_before, o.resume_checkpoint_id, o.forked_from_checkpoint_id, placed.slots
-          FROM operations o
+        SELECT o.id, o.not_before, waiting.resume_checkpoint_id, waiting.forked_from_checkpoint_id, placed.slots
+          FROM (SELECT * FROM first o {_QUEUE} OFFSET 0) o
           CROSS JOIN LATERAL (
             SELECT CASE WHEN {IS_GANG} THEN (
                 SELECT jsonb_agg(jsonb_build_array(incarnation, index) ORDER BY {_RANKS})
@@ -155,12 +173,12 @@ CLAIM = statement(f"""
                  LIMIT 1
             ) END AS slots OFFSET 0
           ) placed
-         WHERE o.status = 'pending' AND coalesce(o.not_before <= now(), true)
-           AND EXISTS (SELECT FROM free) AND (EXISTS (SELECT FROM free WHERE NOT reserved) OR NOT {_BEHIND})
+          JOIN operations waiting ON waiting.id = o.id AND waiting.status = 'pending'
+         WHERE (EXISTS (SELECT FROM free WHERE NOT reserved) OR NOT {_BEHIND})
            AND placed.slots IS NOT NULL
          {_QUEUE}
          LIMIT 1
-           FOR NO KEY UPDATE OF o SKIP LOCKED
+           FOR NO KEY UPDATE OF waiting SKIP LOCKED
     ), members AS MATERIALIZED (
         SELECT f.incarnation, f.name, f.url, f.secret, array_agg(f.index ORDER BY given.nth) AS slots,
                min(f.cores) AS cores, (min(given.nth) - 1)::int AS first_rank, count(*)::int AS ranks,
