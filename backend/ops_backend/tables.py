@@ -72,15 +72,16 @@ def _flag(name: str) -> Column[bool]:
 
 
 # All that decides what an operation fits: what `store.claims` reads in `runs`, `suits`, `room` and its choice of slots
-# has to be in it. Ordered by bytes, so that an operating system's new rules of sorting break no index.
-WISH = """((
+# has to be in it. Null of what does not wait: a condition on it is one that no other index can serve, whatever the
+# planner believes of how many wait. Ordered by bytes: new rules of sorting of an operating system break no such index.
+WISH = """((CASE WHEN status = 'pending' THEN
     CASE WHEN kind IN ('study', 'training') THEN left(kind, 1) ELSE '' END
     || ' ' || coalesce(job->'resources'->>'cores', '') || ' ' || coalesce(job->'resources'->>'nodes', '')
     || ' ' || coalesce(job->'execution'->>'accelerator', '') || ' ' || coalesce(job->'execution'->>'devices', '')
     || ' ' || coalesce(job->'execution'->>'threads', '')
     || CASE WHEN coalesce(job->'env', '{}') = '{}' THEN ' ' ELSE ' env ' END
     || CASE WHEN workload = 'command' OR workload LIKE '%:%' THEN ':' ELSE workload END
-) COLLATE "C")"""
+END) COLLATE "C")"""
 
 operations = Table(
     "operations",
@@ -147,7 +148,7 @@ Index(
     operations.c.priority.desc(),
     operations.c.created_at,
     operations.c.id,
-    postgresql_where=operations.c.status == text("'pending'"),
+    postgresql_where=text(f"{WISH} IS NOT NULL"),
 )
 # Lists, newest first. Of what completed there is always some; of all else there may be one among a million.
 Index(

@@ -117,10 +117,10 @@ CLAIM = statement(f"""
                               AND h.incarnation = f.incarnation AND h.ended_at IS NULL)
     ), wishes AS (
         (SELECT {WISH} AS wish FROM operations
-          WHERE status = 'pending' AND EXISTS (SELECT FROM vacant) ORDER BY {WISH} LIMIT 1)
+          WHERE {WISH} IS NOT NULL AND EXISTS (SELECT FROM vacant) ORDER BY {WISH} LIMIT 1)
         UNION ALL
         SELECT (SELECT {WISH} FROM operations
-                 WHERE status = 'pending' AND {WISH} > wishes.wish ORDER BY {WISH} LIMIT 1)
+                 WHERE {WISH} > wishes.wish ORDER BY {WISH} LIMIT 1)
           FROM wishes WHERE wishes.wish IS NOT NULL
     ), first AS MATERIALIZED (
         SELECT due.*
@@ -128,7 +128,7 @@ CLAIM = statement(f"""
           CROSS JOIN LATERAL (
             SELECT o.id, o.priority, o.created_at, o.not_before, o.kind, o.workload, o.job
               FROM operations o
-             WHERE o.status = 'pending' AND {WISH} = wishes.wish AND coalesce(o.not_before <= now(), true)
+             WHERE {WISH} = wishes.wish AND coalesce(o.not_before <= now(), true)
              {_QUEUE} LIMIT 1
           ) due
     ), head AS MATERIALIZED (

@@ -11,7 +11,7 @@ from ops_backend.store.sql import statement
 from ops_contract.operations import LiveCounts
 
 # By partial indexes of the queue, live holds and studies: operations that have ended may be millions. The last move of
-# a pending one is that which made it pending; one that has a single event was made pending when it was made. A join, not
+# a pending one is that which made it pending; one with a single event has been pending since it was made. A join, not
 # looked up one by one, would read all events of all time.
 OPERATIONS = statement("""
     SELECT count(*) FILTER (WHERE status = 'pending') AS pending,

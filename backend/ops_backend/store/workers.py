@@ -40,7 +40,7 @@ OFFER_WORKLOAD = statement("""
      WHERE NOT EXISTS (SELECT FROM workloads
                         WHERE name = :name AND title = :title AND validates = :validates
                           AND config_schema::text = CAST(:config_schema AS text)
-                          AND reports = CAST(:reports AS jsonb))
+                          AND reports::text = CAST(:reports AS text))
     ON CONFLICT (name) DO UPDATE
        SET title = EXCLUDED.title, config_schema = EXCLUDED.config_schema, reports = EXCLUDED.reports,
            validates = EXCLUDED.validates, updated_at = now()
