@@ -90,7 +90,7 @@ def main() -> None:
         return uvloop.run(role(json.loads(sys.stdin.readline())).run())
     if given.quick:
         given.stored, given.workers, given.seconds, given.pending = [1_000, 10_000], [50], 4.0, 5_000
-        given.training_s, given.settle_s, given.minutes = 15.0, 1.0, 1.0
+        given.training_s, given.settle_s, given.minutes = 5.0, 1.0, 5.0
     with tempfile.TemporaryDirectory() as directory, postgres(Path(directory)) as (url, pid):
         asyncio.run(Benchmark(given, url, pid, Path(directory)).run())
 
@@ -199,7 +199,7 @@ class Benchmark:
         path.write_text("".join([before, MARKS[0], "\n".join(self.said), "\n", MARKS[1], after]))
 
     def has_time_for_a_step(self) -> bool:
-        needed_s = 0.0 if self.given.quick else self.given.seconds + FILL_AND_START_S
+        needed_s = self.given.seconds + FILL_AND_START_S
         return time.monotonic() - self.began_s + needed_s < self.given.minutes * 60
 
     @property

@@ -40,7 +40,7 @@ async def test_every_wish_is_told_from_the_others_and_what_decides_nothing_is_no
     """)
     different = len(WISHES) + 4
     assert len(set(await wishes(store))) == different
-    await store.submit(name="another", config={"layers": 3}, labels={"a": "b"}, priority=3)
+    await store.submit(name="another", labels={"a": "b"}, priority=3)
     assert len(set(await wishes(store))) == different
 
 
