@@ -80,8 +80,7 @@ OFFERED = """
           FROM slots s JOIN workers w USING (incarnation)
          WHERE NOT w.draining AND w.last_seen_at > now() - make_interval(secs => :lease_s)"""
 
-# Of a row that is found by its id: where the planner believes that little waits, `=` would have it look through all that
-# does.
+# Of a row found by its id: where the planner believes that little waits, `=` would have it look through all that does.
 _STILL_PENDING = "CASE o.status WHEN 'pending' THEN true ELSE false END"
 
 # Of `room`: whether it is enough for gang `o`.
