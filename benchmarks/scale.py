@@ -2,12 +2,13 @@
 
 The API (one process, then two), Postgres (the embedded one, with fsync) and HTTP are real. Workers are simulated by a
 process of its own: each registers, beats at the service's interval, takes starts, reports metrics as `delivery.py` does
-(one request at a time, with all that waits), commits rows of checkpoints, finishes; some trainings fail, some workers
-die, so that their leases run out. Another process polls statuses and lists, at a steady rate. Stored operations are
-rows written by SQL, with attempts, holds, events, and of every tenth metrics and a checkpoint.
+(one request at a time, with all that waits; again after a pause, not before the API's `Retry-After`), commits rows of
+checkpoints, finishes; some trainings fail, some workers die, so that their leases run out. Another process polls
+statuses and lists, at a steady rate. Stored operations are rows written by SQL, with attempts, holds, events, and of
+every tenth metrics and a checkpoint. What the simulation took of the cores is in the table.
 
-    .venv/bin/python benchmarks/scale.py            # about 12 minutes
-    .venv/bin/python benchmarks/scale.py --quick    # less than one
+    .venv/bin/python benchmarks/scale.py --into docs/performance.md    # 15 minutes at most
+    .venv/bin/python benchmarks/scale.py --quick                       # less than one
 """
 
 import argparse
@@ -47,7 +48,10 @@ from ops_contract.wire import API_PREFIX
 
 LEASE_S = 15.0
 BEAT_TIMEOUT_S = LEASE_S / 3
-SETTLE_S = 6.0
+RAMP_S = 45.0  # until the wished share of the workers trains, at most
+FILL_AND_START_S = 60.0  # what a step takes at most beside its window
+RETRY_CAP_S = 2.0
+MARKS = ("<!-- scale.py begins -->\n", "<!-- scale.py ends -->\n")
 BUSY = 0.8
 FAILING = 0.05
 DYING_A_MINUTE = 0.02  # of all workers
@@ -69,8 +73,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke test in less than a minute")
     parser.add_argument("--stored", type=int, nargs="+", default=[1_000, 1_000_000], help="operations, rising")
-    parser.add_argument("--workers", type=int, nargs="+", default=[250, 500, 1000, 1500, 2000, 3000], help="rising")
+    parser.add_argument("--workers", type=int, nargs="+", default=[250, 500, 1000], help="rising")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each window")
+    parser.add_argument("--settle-s", type=float, default=6.0, help="before each window")
+    parser.add_argument("--minutes", type=float, default=15.0, help="no step begins that would end later")
+    parser.add_argument("--into", type=Path, help="a file whose part between two marks becomes what was measured")
     parser.add_argument("--report-s", type=float, default=5.0, help="between two reports of a training")
     parser.add_argument("--training-s", type=float, default=90.0, help="how long a training takes")
     parser.add_argument("--backends", type=int, nargs="+", default=[1, 2], help="API processes")
@@ -82,8 +89,8 @@ def main() -> None:
         role = Fleet if given.role == "workers" else Readers
         return uvloop.run(role(json.loads(sys.stdin.readline())).run())
     if given.quick:
-        given.stored, given.workers, given.seconds, given.pending = [1_000, 10_000], [50, 150], 4.0, 5_000
-        given.training_s = 15.0
+        given.stored, given.workers, given.seconds, given.pending = [1_000, 10_000], [50], 4.0, 5_000
+        given.training_s, given.settle_s, given.minutes = 5.0, 1.0, 5.0
     with tempfile.TemporaryDirectory() as directory, postgres(Path(directory)) as (url, pid):
         asyncio.run(Benchmark(given, url, pid, Path(directory)).run())
 
@@ -117,13 +124,20 @@ class Child:
         self._say(wish)
         assert self.process.stdout is not None
         line = await asyncio.to_thread(self.process.stdout.readline)
+        if not line:
+            raise RuntimeError(f"{self.process.args} has ended; what it said is above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        with suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
     def _say(self, what: dict[str, Any]) -> None:
         print(json.dumps(what), file=self.process.stdin, flush=True)
@@ -148,58 +162,85 @@ class Benchmark:
     token: str = field(default_factory=lambda: secrets.token_hex(16))
     rows: list[dict[str, Any]] = field(default_factory=list)
     dead: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
     lost: int = 0
+    began_s: float = field(default_factory=time.monotonic)
 
     async def run(self) -> None:
-        began_s = time.monotonic()
         await migrate(self._driver_url)
         self.tell_machine()
         stored = 0
         for wanted in self.given.stored:
             took_s = await self.fill(stored, wanted)
             stored = wanted
-            print(f"\n{stored:,} stored operations (written in {took_s:.0f} s)\n", flush=True)
-            print(f"{await self.sizes(stored)}\n\n{HEADER}", flush=True)
+            self.say(f"\n{stored:,} stored operations (written in {took_s:.0f} s)\n")
+            self.say(f"{await self.sizes(stored)}\n\n{HEADER}")
             few = self.given.workers[:1] if wanted != self.given.stored[-1] else self.given.workers
             await self.climb(1, few)
-        await self.tell_growth()
-        await self.tell_claims()
-        print(f"\n{HEADER}", flush=True)
+        if self.given.backends[1:]:
+            self.say(f"\n{HEADER}")
         for backends in self.given.backends[1:]:
             await self.climb(backends, self.given.workers[len(self.given.workers) // 2 :])
-        print(f"\nThe whole took {time.monotonic() - began_s:.0f} s.")
+        await self.tell_growth()
+        await self.tell_claims()
+        self.say(f"\nThe whole took {time.monotonic() - self.began_s:.0f} s.")
+        if self.given.into:
+            self.write(self.given.into)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.said.append(text)
+
+    def write(self, path: Path) -> None:
+        before, _, rest = path.read_text().partition(MARKS[0])
+        _, mark, after = rest.partition(MARKS[1])
+        if not mark:
+            raise SystemExit(f"{path} has not the lines {MARKS[0].strip()} and {MARKS[1].strip()}: nothing was written")
+        path.write_text("".join([before, MARKS[0], "\n".join(self.said), "\n", MARKS[1], after]))
+
+    def has_time_for_a_step(self) -> bool:
+        needed_s = self.given.seconds + FILL_AND_START_S
+        return time.monotonic() - self.began_s + needed_s < self.given.minutes * 60
 
     @property
     def _driver_url(self) -> str:
         return make_url(self.url).set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
 
     async def climb(self, backends: int, numbers: Sequence[int]) -> None:
-        """More and more workers, until a lease is lost without a death or a poll takes a second."""
+        """More and more workers."""
         with self.servers(backends) as (ports, processes):
             about = {"ports": ports, "token": self.token, "training_s": self.given.training_s}
-            fleet = Child("workers", about | {"report_s": self.given.report_s})
+            about |= {"report_s": self.given.report_s, "settle_s": self.given.settle_s}
+            fleet = Child("workers", about)
             readers = Child("readers", about)
             try:
                 for number in numbers:
+                    if not self.has_time_for_a_step():
+                        self.say(f"\n{number:,} workers: left out, there was no time for it.")
+                        break
                     row = await self.step(number, fleet, readers, [process.pid for process in processes])
                     row |= {"backends": backends}
                     self.rows.append(row)
-                    print(table_row(row), flush=True)
-                    if row["wrongly lost"] or row["beats late"] or row["poll p99"] > 1000:
-                        break
-            finally:
+                    self.say(table_row(row))
                 self.dead += (await fleet.ask(seconds=0))["dead"]
+            finally:
                 readers.close()
                 fleet.close()
         await self.forget_live()
 
     async def step(self, number: int, fleet: Child, readers: Child, servers: list[int]) -> dict[str, Any]:
         await fleet.ask(workers=number)
-        pids = {"backend": servers, "postgres": [self.postgres_pid], "fleet": [fleet.process.pid]}
+        pids = {
+            "backend": servers,
+            "postgres": [self.postgres_pid],
+            "simulation": [fleet.process.pid, readers.process.pid],
+        }
         before, began_s = {name: cpu_s(each) for name, each in pids.items()}, time.monotonic()
         ran, read = await asyncio.gather(fleet.ask(seconds=self.given.seconds), readers.ask(seconds=self.given.seconds))
         lasted_s = time.monotonic() - began_s
-        used = {f"{name} cpu": (cpu_s(each) - before[name]) / lasted_s for name, each in pids.items()}
+        cores = os.cpu_count() or 1
+        used = {f"{name} cores": (cpu_s(each) - before[name]) / lasted_s / cores for name, each in pids.items()}
+        used["requests/s"] = ran.pop("requests/s") + read.pop("requests/s")
         lost = await self.value(
             "SELECT count(*) FROM attempts a WHERE a.outcome = 'lost' AND NOT a.incarnation = ANY ($1::uuid[])",
             self.dead + ran.pop("dead"),
@@ -279,13 +320,13 @@ class Benchmark:
     # ---- what is said
 
     def tell_machine(self) -> None:
-        print(
+        self.say(
             f"{os.cpu_count()} cores, {platform.machine()}, {psutil.virtual_memory().total / 1e9:.0f} GB, "
             f"Python {platform.python_version()}, uvloop {uvloop.__version__}; load {os.getloadavg()[0]:.1f}; "
             f"a lease of {LEASE_S:g} s; windows of {self.given.seconds:g} s; {BUSY:.0%} of the workers train, for "
             f"{self.given.training_s:g} s, and report every {self.given.report_s:g} s; {FAILING:.0%} of them fail, "
             f"{DYING_A_MINUTE:.0%} of the workers die a minute; {READS_A_SECOND:g} polls and {LISTS_A_SECOND:g} lists "
-            "a second"
+            "a second. Times in ms; *cores* are shares of all cores; *simulation* is what this benchmark took itself."
         )
 
     async def tell_growth(self) -> None:
@@ -293,10 +334,10 @@ class Benchmark:
         if len(ones) < 2:
             return
         few, many = ones[0], ones[-1]
-        print(f"\n| median, ms | {few['stored']:,} stored | {many['stored']:,} stored | ratio |\n|---|---|---|---|")
+        self.say(f"\n| median, ms | {few['stored']:,} stored | {many['stored']:,} stored | ratio |\n|---|---|---|---|")
         names = ["poll p50", "dispatch p50", "beat p50", *(f"list {name}" for name in LISTS)]
         for name in names:
-            print(f"| {name} | {few[name]:.1f} | {many[name]:.1f} | {many[name] / max(few[name], 0.01):.1f}× |")
+            self.say(f"| {name} | {few[name]:.1f} | {many[name]:.1f} | {many[name] / max(few[name], 0.01):.1f}× |")
 
     async def tell_claims(self) -> None:
         """What a claim costs that finds nothing: it is made after every finish, and twice a second."""
@@ -304,7 +345,7 @@ class Benchmark:
         connection = await connect(self.url)
         await connection.execute(PENDING, self.given.pending, JOB)
         await connection.execute("VACUUM ANALYZE operations")
-        print(f"\n| {self.given.pending:,} operations wait, 100 live workers: one claim | ms |\n|---|---|")
+        self.say(f"\n| {self.given.pending:,} operations wait, 100 live workers: one claim | ms |\n|---|---|")
         for about, slots in CLAIMS.items():
             async with sessions.begin() as session:
                 for _ in range(100):
@@ -315,10 +356,10 @@ class Benchmark:
             for _ in range(3):
                 async with sessions.begin() as session:
                     began_s = time.monotonic()
-                    found = await claim_next(session, LEASE_S)
+                    found = await claim_next(session, 3600.0)  # nobody beats for these workers
                     took_ms.append((time.monotonic() - began_s) * 1e3)
                     await session.rollback()
-            print(f"| {about}{' (claimed)' if found else ''} | {statistics.median(took_ms):.0f} |", flush=True)
+            self.say(f"| {about}{' (claimed)' if found else ''} | {statistics.median(took_ms):.0f} |")
             await connection.execute("UPDATE workers SET last_seen_at = now() - interval '2 days'")
         await connection.execute("SET session_replication_role = replica")
         await connection.execute("DELETE FROM operations WHERE status = 'pending'")
@@ -342,6 +383,7 @@ def cpu_s(pids: Sequence[int]) -> float:
 COLUMNS = {
     "backends": "d",
     "workers": "d",
+    "requests/s": ".0f",
     "beats/s": ".0f",
     "beat p99": ".0f",
     "beats late": "d",
@@ -357,9 +399,9 @@ COLUMNS = {
     "list p99": ".0f",
     "errors": "d",
     "failed reads": "d",
-    "backend cpu": ".0%",
-    "postgres cpu": ".0%",
-    "fleet cpu": ".0%",
+    "backend cores": ".0%",
+    "postgres cores": ".0%",
+    "simulation cores": ".0%",
 }
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
@@ -491,6 +533,8 @@ class Refused(Exception):
 class Connection:
     """One, kept while it is used; one request at a time."""
 
+    asked = 0  # of all connections of this process
+
     def __init__(self, port: int, token: str) -> None:
         self._port = port
         self._token = token
@@ -503,6 +547,7 @@ class Connection:
     ) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body. Raises OSError, and TimeoutError."""
         async with self._turn:
+            Connection.asked += 1
             try:
                 async with asyncio.timeout(timeout_s):
                     return await self._request(method, path, body, tag)
@@ -537,6 +582,18 @@ class Connection:
         if headers.get("connection") == "close":
             self.close()
         return int(lines[0].split()[1]), headers, answer
+
+
+def is_for_later(status: int) -> bool:
+    """Says nothing of the request: an agent tries again."""
+    return status in (408, 429) or status >= 500
+
+
+async def pause(failures: int, headers: dict[str, str]) -> None:
+    """As `ops_worker.waiting.Backoff`: longer after each failure in a row, and not before `Retry-After`, seconds."""
+    said = headers.get("retry-after", "")
+    backoff_s = min(RETRY_CAP_S, 0.1 * 2 ** min(failures, 10)) * random.uniform(0.5, 1.0)
+    await asyncio.sleep(max(backoff_s, float(said) if said.isdecimal() else 0.0))
 
 
 # ---- simulated workers
@@ -577,6 +634,7 @@ class Fleet:
         self.token: str = about["token"]
         self.training_s: float = about["training_s"]
         self.report_s: float = about["report_s"]
+        self.settle_s: float = about["settle_s"]
         self.counts = Counts()
         self.workers: dict[UUID, SimulatedWorker] = {}
         self.dead: list[UUID] = []
@@ -615,22 +673,25 @@ class Fleet:
 
         await asyncio.gather(*(register() for _ in range(number - len(self.workers))))
         self.wanted = round(BUSY * number)
-        until_s = time.monotonic() + 60
+        until_s = time.monotonic() + RAMP_S
         while self.running < 0.9 * self.wanted and time.monotonic() < until_s:  # noqa: ASYNC110 - not worth an event
             await asyncio.sleep(0.2)
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(self.settle_s)
 
     async def _register(self) -> None:
         incarnation = uuid4()
         port = self.ports[len(self.workers) % len(self.ports)]
         connection, body = Connection(port, self.token), json.dumps(registration(incarnation, self.port))
-        status, answer = 503, b""
-        while status == 503:  # as an agent tries again
+        failures = 0
+        while True:
+            status, headers, answer = 503, {}, b""
             with suppress(OSError, TimeoutError):
-                status, _, answer = await connection.request("POST", "/workers", body)
-            if status == 503:
-                self.counts.seen["errors"] += 1
-                await asyncio.sleep(1.0)
+                status, headers, answer = await connection.request("POST", "/workers", body)
+            if not is_for_later(status):
+                break
+            failures += 1
+            self.counts.seen["errors"] += 1
+            await pause(failures, headers)
         connection.close()
         if status != 201:
             raise Refused(answer.decode())
@@ -640,11 +701,12 @@ class Fleet:
 
     async def _window(self, seconds: float) -> dict[str, Any]:
         self.counts = counts = Counts()
-        began_s = time.monotonic()
+        began_s, asked = time.monotonic(), Connection.asked
         await asyncio.sleep(seconds)
-        lasted_s = time.monotonic() - began_s
+        lasted_s = max(time.monotonic() - began_s, 1e-3)
         seen = counts.seen
         return {
+            "requests/s": (Connection.asked - asked) / lasted_s,
             "beats/s": len(counts.beat_ms) / lasted_s,
             "beat p50": quantile(counts.beat_ms, 50),
             "beat p99": quantile(counts.beat_ms, 99),
@@ -664,21 +726,23 @@ class Fleet:
         body = json.dumps(
             {"workload": "toy", "execution": {"accelerator": "cpu"}, "max_retries": 0, "labels": {"team": "t7"}}
         )
-        number = 0
+        number = failures = 0
         while True:
             await asyncio.sleep(0.005)
             if self.running + len(self.submitted_s) >= self.wanted or len(self.submitted_s) >= 50:
                 continue
             number += 1
-            try:
-                status, _, answer = await connections[number % len(connections)].request("POST", "/operations", body)
-            except (OSError, TimeoutError):
-                self.counts.seen["errors"] += 1
-                continue
+            status, headers, answer = 503, {}, b""
+            with suppress(OSError, TimeoutError):
+                status, headers, answer = await connections[number % len(connections)].request(
+                    "POST", "/operations", body
+                )
             if status != 201:
-                print(f"not submitted: {answer.decode()}", file=sys.stderr)
                 self.counts.seen["errors"] += 1
+                failures += 1
+                await pause(failures, headers)
                 continue
+            failures = 0
             id = json.loads(answer)["id"]
             if self.began_s.pop(id, None) is not None:
                 self.counts.dispatch_ms.append(0.0)  # its start was here before the answer
@@ -736,6 +800,7 @@ class SimulatedWorker:
         self._heartbeat_s = heartbeat_s
         self._beats = Connection(port, credential_of(incarnation))
         self._reports = Connection(port, credential_of(incarnation))
+        self._failures = 0
 
     def die(self) -> None:
         for task in (self.beating, self.working):
@@ -810,18 +875,19 @@ class SimulatedWorker:
             f'{{"incarnation":"{self.incarnation}","first_seq":{seq},"progress":{progress},'
             f'"reports":[{",".join(waiting)}]}}'
         )
-        try:
+        status, headers, answer = 503, {}, b""
+        with suppress(OSError, TimeoutError):
             path = f"/operations/{id}/attempts/{attempt}/reports"
-            status, _, answer = await self._reports.request("POST", path, body)
-        except (OSError, TimeoutError):
-            status = 503
+            status, headers, answer = await self._reports.request("POST", path, body)
         if status == 200:
             self._fleet.counts.seen["reports"] += 1
+            self._failures = 0
             return seq + len(waiting), []
-        if status < 500:
+        if not is_for_later(status):
             raise Refused(answer.decode())
         self._fleet.counts.seen["errors"] += 1
-        await asyncio.sleep(1.0)
+        self._failures += 1
+        await pause(self._failures, headers)
         return seq, waiting
 
 
@@ -878,9 +944,17 @@ class Readers:
     async def _window(self, seconds: float) -> dict[str, Any]:
         self.took_ms, self.seen = defaultdict(list), Counter()
         ids: list[str] = []
-        with suppress(OSError, TimeoutError):
-            status, _, answer = await Connection(self.ports[0], self.token).request("GET", "/operations?limit=50")
-            ids = [item["id"] for item in json.loads(answer)["items"]] if status == 200 else []
+        for failures in range(5):
+            status, headers, answer = 503, {}, b""
+            with suppress(OSError, TimeoutError):
+                first = Connection(self.ports[0], self.token)
+                status, headers, answer = await first.request("GET", "/operations?limit=50")
+                first.close()
+            if status == 200:
+                ids = [item["id"] for item in json.loads(answer)["items"]]
+                break
+            await pause(failures, headers)
+        asked = Connection.asked
         began_s, tasks = time.monotonic(), []
         lists = list(LISTS.items())
         polls = [(n / READS_A_SECOND, ids[n % len(ids)], None) for n in range(int(READS_A_SECOND * seconds)) if ids]
@@ -894,6 +968,7 @@ class Readers:
         await asyncio.gather(*tasks)
         polled, listed = self.took_ms["poll"], [ms for name in LISTS for ms in self.took_ms[name]]
         return {
+            "requests/s": (Connection.asked - asked) / max(time.monotonic() - began_s, seconds, 1e-3),
             "poll p50": quantile(polled, 50),
             "poll p99": quantile(polled, 99),
             "304": self.seen["304"] / max(len(polled), 1),

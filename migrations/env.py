@@ -14,7 +14,14 @@ MIGRATION_LOCK = 59_614_283_477
 
 
 def _migrate(connection: Connection) -> None:
-    context.configure(connection=connection, target_metadata=metadata, compare_server_default=True)
+    context.configure(
+        connection=connection,
+        target_metadata=metadata,
+        compare_server_default=True,
+        # Postgres prints such an expression in its own way, which Alembic takes for another one.
+        include_name=lambda name, kind, _: name != "ix_operations_wish",
+        include_object=lambda _, name, *__: name != "ix_operations_wish",
+    )
     with context.begin_transaction():
         # Two servers that start together: the second waits, then finds nothing to do.
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})

@@ -16,6 +16,7 @@ from helpers.store import TOY, Store, credential_of, losses, registration, saved
 from ops_backend.app import create_app
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings, SettingsError
+from ops_backend.store import queries
 from ops_contract.errors import ErrorBody, OpsError
 from ops_contract.lifecycle import Outcome
 from ops_contract.reports import ArtifactSaved, LogChunk, Progress
@@ -431,6 +432,23 @@ async def test_what_was_meant_is_said(api: httpx.AsyncClient, offered: str) -> N
     assert f"did you mean {offered}?" in workload.json()["error"]["message"]
 
 
+async def test_a_search_goes_on_where_its_page_has_stopped_looking(
+    api: httpx.AsyncClient, offered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queries, "SEARCHED", 3)
+    names = ["big 1", "x", "big 2", "x", "x", "x", "x", "big 3", "x"]
+    for name in names:
+        await api.post("/operations", json={"workload": offered, "name": name})
+    pages, params = [], {"q": "big", "workload": offered}
+    while True:
+        page = (await api.get("/operations", params=params)).json()
+        pages.append([item["name"] for item in page["items"]])
+        if page["next_cursor"] is None:
+            break
+        params["cursor"] = page["next_cursor"]
+    assert pages == [["big 3"], [], ["big 2", "big 1"], []]
+
+
 async def test_filters_narrow_the_list(api: httpx.AsyncClient, offered: str) -> None:
     async def add(**job: Any) -> str:
         return str((await api.post("/operations", json={"workload": offered, **job})).json()["id"])
@@ -448,7 +466,7 @@ async def test_filters_narrow_the_list(api: httpx.AsyncClient, offered: str) -> 
     assert await listed(q="100%") == []
     assert await listed(label="team=a") == await listed(label="x") == [labelled]
     assert await listed(label="team=b") == await listed(workload="other") == []
-    assert len(await listed(mine="true")) == 3
+    assert await listed(label="=a") == await listed(mine="true") == [labelled, named, plain]
 
 
 async def test_the_same_incarnation_registers_twice_but_a_device_has_one_owner(api: httpx.AsyncClient) -> None:

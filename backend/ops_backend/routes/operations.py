@@ -140,7 +140,10 @@ async def list_operations(
     cursor: Annotated[str | None, Query(description="the `next_cursor` of the page before")] = None,
     if_none_match: Annotated[str | None, Header(description="an `ETag`; 304 while nothing has changed")] = None,
 ) -> Response:
-    """Operations, newest first, in pages: `next_cursor` is the `cursor` of the next one, null on the last."""
+    """Operations, newest first, in pages: `next_cursor` is the `cursor` of the next one, null on the last.
+
+    A page by `q` looks at 100,000 operations at most: it may be short, or empty, and not the last.
+    """
     wanted = queries.Filter(_known(status), kind, workload, label, q, user.name if mine else None, parent_id)
     return Tagged(await queries.list_page(session, wanted, limit, cursor)).answer(if_none_match)
 

@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.children import children, planned
 from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
+from ops_backend.tables import WISH
 from ops_contract.agents import CheckpointRef, FailureRecord
 from ops_contract.jobs import MOST_THREADS, Job
 from ops_contract.lifecycle import Status, StudyPhase
@@ -79,6 +80,9 @@ OFFERED = """
           FROM slots s JOIN workers w USING (incarnation)
          WHERE NOT w.draining AND w.last_seen_at > now() - make_interval(secs => :lease_s)"""
 
+# Of a row found by its id: where the planner believes that little waits, `=` would have it look through all that does.
+_STILL_PENDING = "CASE o.status WHEN 'pending' THEN true ELSE false END"
+
 # Of `room`: whether it is enough for gang `o`.
 _IS_ENOUGH = f"""count(*) >= {_DEVICES} AND ({_NODES} IS NULL OR count(DISTINCT host) >= {_NODES})"""
 
@@ -90,6 +94,7 @@ _MEMBERS = """coalesce((SELECT jsonb_build_object('members', jsonb_agg(
                               jsonb_build_object('worker', name, 'ranks', ranks) ORDER BY first_rank))
                             FROM members HAVING sum(ranks) > 1), '{}')"""
 _QUEUE = "ORDER BY o.priority DESC, o.created_at, o.id"
+
 # By scalars that are read once: null, and so false, where no gang reserves.
 _BEHIND = """coalesce((-o.priority, o.created_at, o.id) > ((SELECT -priority FROM head),
                                (SELECT created_at FROM head), (SELECT id FROM head)), false)"""
@@ -100,27 +105,44 @@ _BEHIND = """coalesce((-o.priority, o.created_at, o.id) > ((SELECT -priority FRO
 # use: whoever is behind it passes those over, else the small ones would always be there first. It takes the host that
 # has the least room which is enough, else as few hosts as there can be. Ranks go by member, the members of a host side
 # by side; an address that only its own host reaches cannot be rank 0's for others.
+# Of those that wish for the same, only the first one due is looked at: where that does not fit, none behind it does. So
+# a claim costs what there are of different wishes, not of operations that wait. One that another transaction has locked
+# is passed over, and with it, this once, those behind it that wish for the same.
 # A lease counts from the claim itself: a transaction that was held up dates its now() back.
 # A fork without a checkpoint of its own is handed its fork point even if that was marked corrupt meanwhile: the worker
 # then refuses it, and the fork fails. Without one it would begin at step 0, which nobody asked for.
 CLAIM = statement(f"""
-    WITH offered AS MATERIALIZED ({OFFERED}
+    WITH RECURSIVE offered AS MATERIALIZED ({OFFERED}
     ), vacant AS MATERIALIZED (
         SELECT f.* FROM offered f
          WHERE f.undrained AND coalesce(f.rests_until <= now(), true)
            AND NOT EXISTS (SELECT FROM holds h
                             WHERE h.operation_id = f.operation_id AND h.attempt = f.attempt
                               AND h.incarnation = f.incarnation AND h.ended_at IS NULL)
+    ), wishes AS (
+        (SELECT {WISH} AS wish FROM operations
+          WHERE {WISH} IS NOT NULL AND EXISTS (SELECT FROM vacant) ORDER BY {WISH} LIMIT 1)
+        UNION ALL
+        SELECT (SELECT {WISH} FROM operations
+                 WHERE {WISH} > wishes.wish ORDER BY {WISH} LIMIT 1)
+          FROM wishes WHERE wishes.wish IS NOT NULL
+    ), first AS MATERIALIZED (
+        SELECT due.*
+          FROM wishes
+          CROSS JOIN LATERAL (
+            SELECT o.id, o.priority, o.created_at, o.not_before, o.kind, o.workload, o.job
+              FROM operations o
+             WHERE {WISH} = wishes.wish AND coalesce(o.not_before <= now(), true)
+             {_QUEUE} LIMIT 1
+          ) due
     ), head AS MATERIALIZED (
         SELECT o.id, o.priority, o.created_at, reserved.*
-          FROM operations o
+          FROM (SELECT * FROM first o WHERE {IS_GANG} {_QUEUE} OFFSET 0) o
           CROSS JOIN LATERAL (
             SELECT array_agg(incarnation) AS incarnations, array_agg(index) AS indexes
               FROM ({room("offered f WHERE f.undrained")}) usable
             HAVING {_IS_ENOUGH}
           ) reserved
-         WHERE o.status = 'pending' AND coalesce(o.not_before <= now(), true) AND {IS_GANG}
-           AND EXISTS (SELECT FROM vacant)
          {_QUEUE} LIMIT 1
     ), free AS MATERIALIZED (
         SELECT f.*, (f.incarnation, f.index) IN (
@@ -128,39 +150,49 @@ CLAIM = statement(f"""
                                                                      AS r (incarnation, index)) AS reserved
           FROM vacant f
     ), chosen AS MATERIALIZED (
-        SELECT o.id, o.not_before, o.resume_checkpoint_id, o.forked_from_checkpoint_id, placed.slots
-          FROM operations o
-          CROSS JOIN LATERAL (
-            SELECT CASE WHEN {IS_GANG} THEN (
-                SELECT jsonb_agg(jsonb_build_array(incarnation, index) ORDER BY {_RANKS})
-                  FROM (
-                    SELECT *, row_number() OVER (ORDER BY node, {_FIRST}) AS nth,
-                           row_number() OVER (PARTITION BY node ORDER BY {_FIRST}) AS nth_of_node
+        SELECT fitting.id, fitting.not_before, locked.resume_checkpoint_id, locked.forked_from_checkpoint_id,
+               fitting.slots
+          FROM (
+            SELECT o.id, o.not_before, placed.slots
+              FROM (SELECT * FROM first o {_QUEUE} OFFSET 0) o
+              CROSS JOIN LATERAL (
+                SELECT CASE WHEN {IS_GANG} THEN (
+                    SELECT jsonb_agg(jsonb_build_array(incarnation, index) ORDER BY {_RANKS})
                       FROM (
-                        SELECT *, dense_rank() OVER (
-                                      ORDER BY on_host >= share DESC,
-                                               CASE WHEN on_host >= share THEN on_host ELSE -on_host END, host) AS node
-                          FROM ({room(f"free f WHERE NOT (f.reserved AND {_BEHIND})")}) usable
-                      ) by_node
-                  ) ordered
-                 WHERE CASE WHEN {_NODES} IS NULL THEN nth <= {_DEVICES}
-                            ELSE node <= {_NODES} AND nth_of_node <= share END
-                HAVING count(*) = {_DEVICES}
-            ) ELSE (
-                SELECT jsonb_build_array(jsonb_build_array(f.incarnation, f.index))
-                  FROM free f
-                 WHERE NOT (f.reserved AND {_BEHIND}) AND {suits("f")}
-                 ORDER BY o.kind = 'study' AND f.device = 'cpu' DESC,
-                          f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index
-                 LIMIT 1
-            ) END AS slots OFFSET 0
-          ) placed
-         WHERE o.status = 'pending' AND coalesce(o.not_before <= now(), true)
-           AND EXISTS (SELECT FROM free) AND (EXISTS (SELECT FROM free WHERE NOT reserved) OR NOT {_BEHIND})
-           AND placed.slots IS NOT NULL
-         {_QUEUE}
+                        SELECT *, row_number() OVER (ORDER BY node, {_FIRST}) AS nth,
+                               row_number() OVER (PARTITION BY node ORDER BY {_FIRST}) AS nth_of_node
+                          FROM (
+                            SELECT *, dense_rank() OVER (
+                                          ORDER BY on_host >= share DESC,
+                                                   CASE WHEN on_host >= share THEN on_host ELSE -on_host END, host
+                                      ) AS node
+                              FROM ({room(f"free f WHERE NOT (f.reserved AND {_BEHIND})")}) usable
+                          ) by_node
+                      ) ordered
+                     WHERE CASE WHEN {_NODES} IS NULL THEN nth <= {_DEVICES}
+                                ELSE node <= {_NODES} AND nth_of_node <= share END
+                    HAVING count(*) = {_DEVICES}
+                ) ELSE (
+                    SELECT jsonb_build_array(jsonb_build_array(f.incarnation, f.index))
+                      FROM free f
+                     WHERE NOT (f.reserved AND {_BEHIND}) AND {suits("f")}
+                     ORDER BY o.kind = 'study' AND f.device = 'cpu' DESC,
+                              f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index
+                     LIMIT 1
+                ) END AS slots OFFSET 0
+              ) placed
+             WHERE (EXISTS (SELECT FROM free WHERE NOT reserved) OR NOT {_BEHIND})
+               AND placed.slots IS NOT NULL
+             {_QUEUE}
+            OFFSET 0
+          ) fitting
+          CROSS JOIN LATERAL (
+            SELECT resume_checkpoint_id, forked_from_checkpoint_id
+              FROM operations o
+             WHERE o.id = fitting.id AND {_STILL_PENDING}
+               FOR NO KEY UPDATE SKIP LOCKED
+          ) locked
          LIMIT 1
-           FOR NO KEY UPDATE OF o SKIP LOCKED
     ), members AS MATERIALIZED (
         SELECT f.incarnation, f.name, f.url, f.secret, array_agg(f.index ORDER BY given.nth) AS slots,
                min(f.cores) AS cores, (min(given.nth) - 1)::int AS first_rank, count(*)::int AS ranks,
@@ -187,7 +219,7 @@ CLAIM = statement(f"""
                                          to_jsonb(least((SELECT min(cores) FROM members), {MOST_THREADS})))
                           ELSE o.job END
           FROM chosen
-         WHERE o.id = chosen.id AND o.status = 'pending'
+         WHERE o.id = chosen.id AND {_STILL_PENDING}
            AND (NOT EXISTS (SELECT FROM checkpoint) OR EXISTS (SELECT FROM pinned))
         RETURNING o.id, o.event_seq, o.attempt, 'pending' AS from_status, o.status, o.job, o.phase, o.accept_changes,
                   (chosen.slots->0->>0)::uuid AS incarnation, chosen.not_before AS was_due_at

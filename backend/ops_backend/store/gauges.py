@@ -11,7 +11,8 @@ from ops_backend.store.sql import statement
 from ops_contract.operations import LiveCounts
 
 # By partial indexes of the queue, live holds and studies: operations that have ended may be millions. The last move of
-# a pending one is that which made it pending. A join, not looked up one by one, would read all events of all time.
+# a pending one is that which made it pending; one with a single event has been pending since it was made. A join, not
+# looked up one by one, would read all events of all time.
 OPERATIONS = statement("""
     SELECT count(*) FILTER (WHERE status = 'pending') AS pending,
            count(*) FILTER (WHERE status = 'running') AS running,
@@ -19,11 +20,11 @@ OPERATIONS = statement("""
            count(*) FILTER (WHERE status = 'cancelling') AS cancelling,
            coalesce(max(due_s), 0)::float8 AS queue_oldest_s
       FROM (SELECT o.status, CASE WHEN coalesce(o.not_before <= now(), true)
-                                  THEN extract(epoch FROM now() - greatest(o.not_before, (
-                                      SELECT at FROM events
-                                       WHERE operation_id = o.id AND from_status IS DISTINCT FROM to_status
-                                       ORDER BY seq DESC LIMIT 1
-                                  ))) END AS due_s
+                                  THEN extract(epoch FROM now() - greatest(o.not_before,
+                                      CASE WHEN o.event_seq = 1 THEN o.created_at ELSE (
+                                          SELECT at FROM events
+                                           WHERE operation_id = o.id AND from_status IS DISTINCT FROM to_status
+                                           ORDER BY seq DESC LIMIT 1) END)) END AS due_s
               FROM operations o
              WHERE o.status = 'pending'
             UNION ALL

@@ -32,9 +32,15 @@ OFFER_SLOT = statement("""
 
 SLOTS = statement("SELECT index, device, device_uuid, cores, port FROM slots WHERE incarnation = :incarnation")
 
+# Only what differs is written: ON CONFLICT locks the row even where its WHERE says no, and a fleet that starts at once
+# would queue for it, each worker for as long as the one before it takes to commit.
 OFFER_WORKLOAD = statement("""
     INSERT INTO workloads (name, title, config_schema, reports, validates)
-    VALUES (:name, :title, :config_schema, :reports, :validates)
+    SELECT :name, :title, :config_schema, :reports, :validates
+     WHERE NOT EXISTS (SELECT FROM workloads
+                        WHERE name = :name AND title = :title AND validates = :validates
+                          AND config_schema::text = CAST(:config_schema AS text)
+                          AND reports::text = CAST(:reports AS text))
     ON CONFLICT (name) DO UPDATE
        SET title = EXCLUDED.title, config_schema = EXCLUDED.config_schema, reports = EXCLUDED.reports,
            validates = EXCLUDED.validates, updated_at = now()
