@@ -48,6 +48,8 @@ LIKELY = {
     Status.FAILED: ("resume", "resume_first"),
     Status.CANCELLED: ("resume", "resume_first"),
 }
+# Once a member of a gang has left, the others are likely to leave too.
+LEAVING = ("complete", "complete", "preempt", "stop", "save", "lose")
 LEASES = ("goes on", "goes on", "runs out", "is renewed")
 FAULT = Fault(code="it", message="it")
 FINISHES: dict[str, dict[str, Any]] = {
@@ -259,7 +261,7 @@ class StoreMachine(RuleBasedStateMachine):
             self._runner.run(self._start_over(devices))
         if live := self.model.live():
             self._set_lease(lease, live[members[0] % len(live)])
-        choices = LIKELY[self.model.status]
+        choices = LEAVING if live and any(self.model.left) else LIKELY[self.model.status]
         names = [choices[likely % len(choices)], *others]
         calls = [Call(name, member) for name, member in zip(names, members, strict=False)]
         self.oldest = self._runner.run(self._lineage())[:1]
