@@ -242,6 +242,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     async def _submit(self, devices: int) -> None:
         self.model = Model(members=MEMBERS[devices])
+        self.runs = []
         self.id = await self.store.submit(max_retries=MAX_RETRIES, execution={"devices": devices})
 
     async def _start_over(self, devices: int) -> None:

@@ -277,11 +277,11 @@ def _means_of_ranks() -> None:
 
 
 def _own_clocks() -> None:
-    """Ranks that wait for each other in different places may do so for ever."""
-    signal.alarm(60)
+    """Ranks that wait for each other in different places would do so for ever."""
 
     def agreed(self: Loop, units: int) -> int:
         total = really(self, units)
+        signal.alarm(20)
         self._orders = Orders(self.reporter.is_due(), self.pace.goes_by_time and self.pace.is_due())
         return total
 
