@@ -229,8 +229,8 @@ class Children(Wire):
 class StudyPreview(Wire):
     """What a study would run, and take on the `slots` that could run it now.
 
-    Time and energy go by the median of the newest trainings of the same workload, `by_trainings` of them; null with
-    the reason where they are not known.
+    Time and energy go by the median of the newest trainings of the same workload on as many devices, `by_trainings` of
+    them; null with the reason where they are not known.
     """
 
     job: Job

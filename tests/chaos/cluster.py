@@ -26,6 +26,7 @@ from relight.client import Client
 
 DISK = "512m"
 LEASE_S = 4.0
+SLOTS = (1, 2)  # of each worker: a gang of three needs both
 AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 # Module, statement, guard, and what stands in its place.
@@ -56,7 +57,9 @@ class Cluster(Service):
         self.proxy.start()
         self.client = Client(self.proxy.url_for("test"), self.token)
         self.http = self.user("test")
-        self.workers = [self._agent(name, port) for name, port in agent_ports.items()]
+        self.workers = [
+            self._agent(name, port, slots) for (name, port), slots in zip(agent_ports.items(), SLOTS, strict=True)
+        ]
         for child in (*self.apis, *self.workers):
             child.start()
         self.await_ready()
@@ -150,14 +153,15 @@ class Cluster(Service):
             self.directory / f"{name}.log",
         )
 
-    def _agent(self, name: str, port: int) -> Child:
+    def _agent(self, name: str, port: int, slots: int) -> Child:
         own = {
             "OPS_API_URL": self.proxy.url_for(name),
             "OPS_WORKER_URL": self.proxy.url_of(name),
             "OPS_WORKER_PORT": str(port),
             "OPS_WORKER_NAME": name,
             "OPS_WORKER_STATE_DIR": str(self.directory / name),
-            "OPS_CPU_CORES": "1",
+            "OPS_CPU_SLOTS": str(slots),
+            "OPS_CPU_CORES": str(slots),
         }
         return Child(
             name, ("ops_worker",), lambda: self._environ() | own | self._faked(name), self.directory / f"{name}.log"

@@ -98,5 +98,9 @@ def _explained(act: str, status: int, error: dict[str, Any]) -> bool:
     if (status, code) == (409, "not_resumable"):
         return stands not in RESUMABLE or "branch" in error["message"]
     if (status, code) == (422, "invalid"):
-        return act == "fork" and "at the end of epoch" in error["message"]
+        # A worker that is away for longer than a lease is not counted on.
+        too_large = error["details"].get("errors", [{}])[0].get("field", "").endswith("execution.devices")
+        return (act in ("submit", "fork") and too_large) or (
+            act == "fork" and "at the end of epoch" in error["message"]
+        )
     return (status, code) == (404, "no_checkpoint")

@@ -656,6 +656,51 @@ async def test_a_refusal_while_it_is_cancelled_leaves_the_others_exit_unconfirme
     assert (await store.get(claim.operation_id)).exit_unconfirmed
 
 
+async def newest_event(store: Store, id: UUID) -> str:
+    async with store.sessions.begin() as session:
+        return (await queries.events(session, id, 0)).items[-1].message
+
+
+@pytest.mark.parametrize("who", [0, 1])
+async def test_the_event_names_the_member_that_ended_the_attempt(store: Store, who: int) -> None:
+    name = "ab"[who]
+    await worker(store, "a", 2)
+    await worker(store, "b")
+    id = await gang(store, 3)
+    claim = await claimed(store)
+    assert [len(member.slots) for member in claim.members] == [2, 1]
+    await store.refuse(claim, member=who)
+    assert (await newest_event(store, id)).startswith(f"{name} did not take attempt 1: busy")
+    members = await next_pair(store)
+    await store.finish(members[who], Outcome.PREEMPTED, error=BOOM)
+    assert (await newest_event(store, id)).startswith(f"attempt 2 was handed back by {name}: boom")
+    members = await next_pair(store)
+    await expire_one(store, members[who])
+    await store.lose(members[0])
+    assert (await newest_event(store, id)).startswith(f"{name} was lost with attempt 3")
+
+
+async def test_of_a_gang_that_is_handed_back_in_order_the_leader_is_named(store: Store) -> None:
+    leader, other = await pair(store)
+    await store.finish(leader, Outcome.PREEMPTED)
+    await store.finish(other, Outcome.PREEMPTED)
+    [event] = await store.fetch("SELECT detail FROM events WHERE name = 'preempt'")
+    assert "member" not in event.detail
+
+
+async def test_of_two_that_are_lost_the_first_is_named_and_none_that_had_finished(store: Store) -> None:
+    for name in ("a", "b", "c"):
+        await worker(store, name)
+    await gang(store, 3)
+    members = holds_of(await claimed(store))
+    for ago_s, member in zip((9, 5, 7), members, strict=True):
+        sql = "UPDATE holds SET lease_expires_at = now() - make_interval(secs => :s) WHERE incarnation = :i"
+        await store.execute(sql, s=float(ago_s), i=member.incarnation)
+    await store.finish(members[0], Outcome.COMPLETED)
+    await store.lose(members[1])
+    assert (await newest_event(store, members[0].operation_id)).startswith("c was lost")
+
+
 async def test_forty_concurrent_resumes_of_a_gang_make_one(store: Store) -> None:
     members = await pair(store)
     members[0] = await store.report(members[0], started(), saved(members[0], 0))

@@ -1,7 +1,8 @@
 """A stateful test of the real store on real Postgres, with concurrent callers, against the transition table.
 
-Each step fires up to three calls at once. What they answer, and where the operation stands afterwards, must be what
-some order of the same calls gives on a plain model of the table; the events must be a path of the table itself.
+Each step fires up to three calls at once, of an operation that one worker holds, or a gang of two or three. What they
+answer, and where the operation stands afterwards, must be what some order of the same calls gives on a plain model of
+the table; the events must be a path of the table itself.
 Taking a guard out of a statement makes it fail: the last tests do that, so the checker is known to see.
 """
 
@@ -24,15 +25,20 @@ from hypothesis.stateful import (
 )
 
 from helpers.databases import Databases
-from helpers.store import Held, Store, at_once, held, saved, started
+from helpers.history import half_gangs
+from helpers.store import Held, Store, at_once, holds_of, saved, started
 from ops_backend.database import Sessions
 from ops_backend.store import claims, reports, sql, transitions
 from ops_backend.store.claims import Claim
 from ops_contract.errors import OpsError
 from ops_contract.lifecycle import TERMINAL, Outcome, Status, allowed
+from ops_contract.reports import Fault
 
 MAX_RETRIES = 2
-OTHER_ENDS = ("lose", "fail", "preempt", "stop", "corrupt", "complete", "fail_for_good")
+# By devices: how many members an attempt has, of workers with 2, 1 and 1 slots.
+MEMBERS = {1: 1, 2: 1, 3: 2, 4: 3}
+SLOTS = (2, 1, 1)
+OTHER_ENDS = ("lose", "fail", "preempt", "hand_back", "refuse", "stop", "corrupt", "complete", "fail_for_good")
 CALLS = ("claim", "save", "cancel", "resume", "resume_first", *OTHER_ENDS)
 # The first call of a step is one that can succeed, and what ends an operation for good is rare: else little happens.
 LIKELY = {
@@ -42,29 +48,47 @@ LIKELY = {
     Status.FAILED: ("resume", "resume_first"),
     Status.CANCELLED: ("resume", "resume_first"),
 }
+# Once a member of a gang has left, the others are likely to leave too.
+LEAVING = ("complete", "complete", "preempt", "stop", "save", "lose")
 LEASES = ("goes on", "goes on", "runs out", "is renewed")
-FINISHES = {
-    "complete": (Outcome.COMPLETED, False),
-    "fail": (Outcome.FAILED, False),
-    "fail_for_good": (Outcome.FAILED, True),
-    "preempt": (Outcome.PREEMPTED, False),
-    "stop": (Outcome.CANCELLED, False),
-    "corrupt": (Outcome.CHECKPOINT_CORRUPT, False),
+FAULT = Fault(code="it", message="it")
+FINISHES: dict[str, dict[str, Any]] = {
+    "complete": {"outcome": Outcome.COMPLETED},
+    "fail": {"outcome": Outcome.FAILED},
+    "fail_for_good": {"outcome": Outcome.FAILED, "permanent": True},
+    "preempt": {"outcome": Outcome.PREEMPTED},
+    "hand_back": {"outcome": Outcome.PREEMPTED, "error": FAULT},
+    "stop": {"outcome": Outcome.CANCELLED},
+    "corrupt": {"outcome": Outcome.CHECKPOINT_CORRUPT},
 }
+IN_ORDER = ("complete", "preempt", "stop")
+BY_A_MEMBER = ("refuse", *FINISHES)
+
+
+@dataclass(frozen=True)
+class Call:
+    """`member` counts from any number: whose word it is, of those that the attempt has."""
+
+    name: str
+    member: int = 0
 
 
 @dataclass(frozen=True)
 class Model:
-    """One operation, one slot: the table of the design in plain Python.
+    """One operation: the table of the design in plain Python.
 
-    `steps` are the steps of its committed checkpoints on the lineage, `given` the one that the attempt was given,
-    `chosen` the one that a resume chose and no attempt has gone past.
+    `seqs` are the numbers of its members' newest reports, the leader's first, `left` how each has finished while others
+    held the attempt. `steps` are the steps of its committed checkpoints on the lineage, `given` the one that the
+    attempt was given, `chosen` the one that a resume chose and no attempt has gone past.
     """
 
+    members: int = 1
     status: Status = Status.PENDING
     attempt: int = 0
-    seq: int = 0
-    expired: bool = False
+    seqs: tuple[int, ...] = ()
+    left: tuple[str | None, ...] = ()
+    expired: tuple[bool, ...] = ()
+    unconfirmed: bool = False
     failures: int = 0
     lost: int = 0
     steps: tuple[int, ...] = ()
@@ -73,27 +97,42 @@ class Model:
     by_hand: bool = False
     progressed: bool = False
 
-    def apply(self, call: str, seen: "Model") -> tuple["Model", bool]:
+    def apply(self, call: Call, seen: "Model") -> tuple["Model", bool]:
         """After `call`, made by someone who knew the state `seen`; and whether it was accepted."""
-        live = self.status in (Status.RUNNING, Status.CANCELLING)
-        own = live and self.attempt == seen.attempt
-        if call == "claim":
+        if call.name == "claim":
             return (self._claim(), True) if self.status is Status.PENDING else (self, False)
-        if call == "cancel":
+        if call.name == "cancel":
             return self._cancel()
-        if call == "resume":
+        if call.name == "resume":
             return self._resume(self.chosen if self.chosen is not None else max(self.steps, default=None))
-        if call == "resume_first":
+        if call.name == "resume_first":
             first = min(seen.steps, default=None)
             return self._resume(first if first in self.steps else None, by_hand=True)
-        if call == "lose":
-            return (self._lose(), True) if own and self.expired else (self, False)
-        if not own or self.seq != seen.seq:
+        if seen.attempt == 0 or self.attempt != seen.attempt:
+            return self, False
+        return self._of_attempt(call, seen)
+
+    def _of_attempt(self, call: Call, seen: "Model") -> tuple["Model", bool]:
+        live, who = self.live(), seen.who(call)
+        if call.name == "lose":
+            return (self._lose(), True) if any(self.expired[member] for member in live) else (self, False)
+        if call.name == "refuse":
+            return (self._refuse(), True) if who in live and self.seqs[who] == 0 else (self, False)
+        if who not in live or self.seqs[who] != seen.seqs[who]:
             # Who repeats the number of a finish that was accepted is told that all is well.
-            return self, self.attempt == seen.attempt and self.seq > seen.seq
-        if call == "save":
+            return self, self.seqs[who] > seen.seqs[who]
+        if call.name == "save":
             return self._save(), True
-        return self._finish(call), True
+        return self._finish(call.name, who), True
+
+    def live(self) -> list[int]:
+        """Members that hold the attempt."""
+        running = self.status in (Status.RUNNING, Status.CANCELLING)
+        return [member for member, how in enumerate(self.left) if running and how is None]
+
+    def who(self, call: Call) -> int:
+        """Only the leader saves."""
+        return call.member % self.members if call.name in BY_A_MEMBER else 0
 
     def _claim(self) -> "Model":
         given = self.chosen if self.chosen is not None else max(self.steps, default=None)
@@ -102,8 +141,10 @@ class Model:
             self,
             status=Status.RUNNING,
             attempt=self.attempt + 1,
-            seq=1,  # `started` is reported along with the claim
-            expired=False,
+            # `started` is reported along with the claim, by the leader
+            seqs=(1, *(0,) * (self.members - 1)),
+            left=(None,) * self.members,
+            expired=(False,) * self.members,
             given=given,
             steps=steps,
             progressed=False,
@@ -119,33 +160,48 @@ class Model:
     def _resume(self, chosen: int | None, by_hand: bool = False) -> tuple["Model", bool]:
         if self.status not in (Status.FAILED, Status.CANCELLED) or chosen is None:
             return self, False
-        state = dataclasses.replace(self, status=Status.PENDING, failures=0, lost=0, chosen=chosen, by_hand=by_hand)
-        return state, True
+        fresh: dict[str, Any] = {"failures": 0, "lost": 0, "unconfirmed": False}
+        return dataclasses.replace(self, status=Status.PENDING, chosen=chosen, by_hand=by_hand, **fresh), True
 
     def _save(self) -> "Model":
         steps = (*self.steps, self.next_step())
-        return dataclasses.replace(self, seq=self.seq + 1, steps=steps, chosen=None, progressed=True)
+        return dataclasses.replace(self, seqs=self._counted(0), steps=steps, chosen=None, progressed=True)
 
     def next_step(self) -> int:
         """Odd attempts are fast: what a resume leaves behind is often ahead of its successor."""
-        return (self.given or 0) + self.seq * (5 if self.attempt % 2 else 1)
+        return (self.given or 0) + self.seqs[0] * (5 if self.attempt % 2 else 1)
+
+    def _counted(self, who: int) -> tuple[int, ...]:
+        return tuple(seq + (member == who) for member, seq in enumerate(self.seqs))
 
     def _lose(self) -> "Model":
         lost = 0 if self.progressed else self.lost + 1
         if self.status is Status.CANCELLING:
-            return dataclasses.replace(self, status=Status.CANCELLED, lost=lost)
+            return dataclasses.replace(self, status=Status.CANCELLED, lost=lost, unconfirmed=True)
         status = Status.FAILED if lost >= transitions.MAX_LOST_WITHOUT_PROGRESS else Status.PENDING
         return dataclasses.replace(self, status=status, lost=lost)
 
-    def _finish(self, call: str) -> "Model":
-        after = dataclasses.replace(self, seq=self.seq + 1)
+    def _refuse(self) -> "Model":
+        if self.status is Status.CANCELLING:
+            return dataclasses.replace(self, status=Status.CANCELLED, unconfirmed=len(self.live()) > 1)
+        return dataclasses.replace(self, status=Status.PENDING)
+
+    def _finish(self, call: str, who: int) -> "Model":
+        """In order it is the last member's that counts, and by the leader's word."""
+        others, after = len(self.live()) > 1, dataclasses.replace(self, seqs=self._counted(who))
+        if call in IN_ORDER and others:
+            left = tuple(call if member == who else how for member, how in enumerate(self.left))
+            return dataclasses.replace(after, left=left)
+        return self._end(after, (self.left[0] or call) if call in IN_ORDER else call, others)
+
+    def _end(self, after: "Model", call: str, others: bool) -> "Model":
         if call == "corrupt":
             after = dataclasses.replace(after, steps=_without(self.steps, self.given), chosen=None)
         if call == "complete":
             return dataclasses.replace(after, status=Status.COMPLETED)
         if self.status is Status.CANCELLING:
-            return dataclasses.replace(after, status=Status.CANCELLED)
-        if call in ("preempt", "stop"):
+            return dataclasses.replace(after, status=Status.CANCELLED, unconfirmed=others)
+        if call in ("preempt", "hand_back", "stop"):
             return dataclasses.replace(after, status=Status.PENDING)
         if call == "corrupt":
             by_hand = self.by_hand and self.chosen is not None
@@ -171,37 +227,44 @@ class StoreMachine(RuleBasedStateMachine):
         self._runner = asyncio.Runner()
         self._sessions: Sessions | None = None
         self.model = Model()
-        self.run = Held(None, 0, None)  # type: ignore[arg-type]
+        self.runs: list[Held] = []
 
-    @initialize()
-    def a_new_database(self) -> None:
+    @initialize(devices=st.sampled_from(list(MEMBERS)))
+    def a_new_database(self, devices: int) -> None:
         self._runner.run(self._open())
-        self._runner.run(self._submit())
+        self._runner.run(self._submit(devices))
 
     async def _open(self) -> None:
         self._sessions = Sessions(await self.databases.fresh(), pool_size=6)
         self.store = Store(self._sessions)
-        await self.store.worker()
+        for number, slots in enumerate(SLOTS):
+            await self.store.worker(f"w-{number}", slots=slots, host=f"h-{number}", slot={"port": 40_000})
 
-    async def _submit(self) -> None:
-        self.model = Model()
-        self.id = await self.store.submit(max_retries=MAX_RETRIES)
+    async def _submit(self, devices: int) -> None:
+        self.model = Model(members=MEMBERS[devices])
+        self.runs = []
+        self.id = await self.store.submit(max_retries=MAX_RETRIES, execution={"devices": devices})
 
-    async def _start_over(self) -> None:
+    async def _start_over(self, devices: int) -> None:
         await self.store.execute("TRUNCATE operations CASCADE")
-        await self._submit()
+        await self._submit(devices)
 
     # What is drawn must not depend on who wins, which no seed decides: hence a number, not a call.
     @rule(
-        likely=st.integers(0, 999), others=st.lists(st.sampled_from(CALLS), max_size=2), lease=st.sampled_from(LEASES)
+        likely=st.integers(0, 999),
+        others=st.lists(st.sampled_from(CALLS), max_size=2),
+        members=st.tuples(*[st.integers(0, 5)] * 3),
+        lease=st.sampled_from(LEASES),
+        devices=st.sampled_from(list(MEMBERS)),
     )
-    def call_at_once(self, likely: int, others: list[str], lease: str) -> None:
+    def call_at_once(self, likely: int, others: list[str], members: tuple[int, ...], lease: str, devices: int) -> None:
         if self.model.status is Status.COMPLETED:
-            self._runner.run(self._start_over())
-        if self.model.status in (Status.RUNNING, Status.CANCELLING):
-            self._set_lease(lease)
-        choices = LIKELY[self.model.status]
-        calls = [choices[likely % len(choices)], *others]
+            self._runner.run(self._start_over(devices))
+        if live := self.model.live():
+            self._set_lease(lease, live[members[0] % len(live)])
+        choices = LEAVING if live and any(self.model.left) else LIKELY[self.model.status]
+        names = [choices[likely % len(choices)], *others]
+        calls = [Call(name, member) for name, member in zip(names, members, strict=False)]
         self.oldest = self._runner.run(self._lineage())[:1]
         answers = self._runner.run(at_once_accepted(*(self._call(call) for call in calls)))
         status, attempt = self._runner.run(self._status())
@@ -224,46 +287,64 @@ class StoreMachine(RuleBasedStateMachine):
             self._runner.run(self._sessions.dispose())
         self._runner.close()
 
-    def _set_lease(self, lease: str) -> None:
+    def _set_lease(self, lease: str, member: int) -> None:
+        run = self.runs[member]
         if lease == "runs out":
-            self._runner.run(self.store.expire(self.run))
-            self.model = dataclasses.replace(self.model, expired=True)
+            self._runner.run(self._expire(run))
+            self._set_expired(member, True)
         if lease == "is renewed":
-            answer = self._runner.run(self.store.heartbeat(self.run.incarnation, self.run))
+            answer = self._runner.run(self.store.heartbeat(run.incarnation, run))
             assert bool(answer.cancelling) == (self.model.status is Status.CANCELLING)
-            self.model = dataclasses.replace(self.model, expired=False)
+            self._set_expired(member, False)
 
-    def _in_order(self, calls: list[str], order: tuple[int, ...]) -> tuple[Model, list[bool]]:
+    async def _expire(self, run: Held) -> None:
+        """Of this member alone."""
+        await self.store.execute(
+            "UPDATE holds SET lease_expires_at = now() - interval '1 s' WHERE attempt = :n AND incarnation = :who",
+            n=run.attempt,
+            who=run.incarnation,
+        )
+
+    def _set_expired(self, who: int, expired: bool) -> None:
+        now = tuple(expired if member == who else was for member, was in enumerate(self.model.expired))
+        self.model = dataclasses.replace(self.model, expired=now)
+
+    def _in_order(self, calls: list[Call], order: tuple[int, ...]) -> tuple[Model, list[bool]]:
         state, accepted = self.model, [False] * len(calls)
         for index in order:
             state, accepted[index] = state.apply(calls[index], self.model)
         return state, accepted
 
-    async def _call(self, call: str) -> bool:
-        if call == "claim":
-            return await self._claim()
-        if call == "cancel":
-            return await self.store.cancel(self.id) is not None
-        if call == "resume":
-            return await self.store.resume(self.id) is not None
-        if call == "resume_first":
-            return bool(self.oldest) and await self.store.resume(self.id, self.oldest[0].id) is not None
-        if self.model.attempt == 0:
-            return False
-        if call == "lose":
-            return await self.store.lose(self.run) is not None
-        if call == "save":
-            await self.store.report(self.run, saved(self.run, self.model.next_step()))
-            return True
-        outcome, permanent = FINISHES[call]
-        await self.store.finish(self.run, outcome, permanent=permanent)
+    async def _call(self, call: Call) -> bool:
+        match call.name:
+            case "claim":
+                return await self._claim()
+            case "cancel":
+                return await self.store.cancel(self.id) is not None
+            case "resume":
+                return await self.store.resume(self.id) is not None
+            case "resume_first":
+                return bool(self.oldest) and await self.store.resume(self.id, self.oldest[0].id) is not None
+        return self.model.attempt > 0 and await self._call_of_attempt(call.name, self.model.who(call))
+
+    async def _call_of_attempt(self, name: str, who: int) -> bool:
+        run = self.runs[who]
+        if name == "lose":
+            return await self.store.lose(run) is not None
+        if name == "refuse":
+            return await self.store.refuse(self.claim, member=who) is not None
+        if name == "save":
+            await self.store.report(run, saved(run, self.model.next_step()))
+        else:
+            await self.store.finish(run, **FINISHES[name])
         return True
 
     async def _claim(self) -> bool:
         claim: Claim | None = await self.store.claim()
         if claim is None:
             return False
-        self._claimed = await self.store.report(held(claim), started())
+        leader, *others = holds_of(claim)
+        self._claimed = claim, [await self.store.report(leader, started()), *others]
         return True
 
     async def _status(self) -> tuple[str, int]:
@@ -277,24 +358,29 @@ class StoreMachine(RuleBasedStateMachine):
         assert matching, f"rows say {rows}, but the model {[self._seen(s) for s in states]}"
         [state, *_] = matching
         if state.attempt != self.model.attempt:
-            self.run = self._claimed
-        self.run = dataclasses.replace(self.run, seq=state.seq + 1)
+            self.claim, self.runs = self._claimed
+        self.runs = [dataclasses.replace(run, seq=seq + 1) for run, seq in zip(self.runs, state.seqs, strict=True)]
         return state
 
     def _seen(self, state: Model) -> tuple[Any, ...]:
         by_hand = state.by_hand and state.chosen is not None
-        seq = state.seq if state.attempt else None
-        return (state.failures, state.lost, seq, sorted(state.steps), state.chosen, by_hand)
+        ended = [member not in state.live() for member in range(len(state.seqs))]
+        held = list(zip(state.seqs, ended, strict=True))
+        return (state.failures, state.lost, held, state.unconfirmed, sorted(state.steps), state.chosen, by_hand)
 
     async def _rows(self) -> tuple[Any, ...]:
         [o] = await self.store.fetch("SELECT * FROM operations")
-        seqs = await self.store.fetch("SELECT last_seq FROM holds WHERE attempt = :n", n=o.attempt)
+        holds = await self.store.fetch(
+            "SELECT last_seq, ended_at IS NOT NULL AS ended FROM holds WHERE attempt = :n ORDER BY first_rank",
+            n=o.attempt,
+        )
         steps = await self._lineage()
         chosen = await self.store.fetch("SELECT step FROM checkpoints WHERE id = :id", id=o.resume_checkpoint_id)
         return (
             o.failures,
             o.lost_without_progress,
-            seqs[0].last_seq if seqs else None,
+            [tuple(hold) for hold in holds],
+            o.exit_unconfirmed,
             [row.step for row in steps],
             chosen[0].step if chosen else None,
             bool(chosen) and o.resume_explicit,
@@ -316,13 +402,16 @@ class StoreMachine(RuleBasedStateMachine):
         for before, event in zip([None, *events], events, strict=False):
             assert event.from_status == (before.to_status if before else None)
             assert allowed(event.from_status, event.name, event.to_status), f"{event} is not in the table"
-        live = await self.store.fetch("SELECT attempt FROM holds WHERE ended_at IS NULL")
+        live = await self.store.fetch("SELECT DISTINCT attempt FROM holds WHERE ended_at IS NULL")
         running = operation.status in (Status.RUNNING, Status.CANCELLING)
         assert [hold.attempt for hold in live] == ([operation.attempt] if running else [])
         open_attempts = await self.store.fetch("SELECT number FROM attempts WHERE ended_at IS NULL")
         assert len(open_attempts) == len(live)
         if operation.status in TERMINAL:
             assert not live
+        gang = await self.store.fetch("SELECT id, kind, job::text AS job FROM operations")
+        holds = await self.store.fetch("SELECT operation_id, attempt, first_rank, ranks FROM holds")
+        assert half_gangs([row._mapping for row in gang], [row._mapping for row in holds]) == []
 
 
 async def at_once_accepted(*calls: Any) -> list[bool]:
@@ -361,7 +450,9 @@ def test_any_calls_at_once_equal_some_order_of_them_for_long(databases: Database
 
 # Module, statement, guard, what stands in its place.
 MUTANTS: dict[str, tuple[Any, str, str, str]] = {
-    "finish ignores the order of reports": (transitions, "FINISH", "last_seq = :seq - 1", "true"),
+    "finish ignores the order of reports": (
+        transitions, "FINISH", ":incarnation AND last_seq = :seq - 1", ":incarnation",
+    ),
     "finish leaves the hold alive": (transitions, "FINISH", "ended_at = now(), last_seq", "last_seq"),
     "a report counts after its hold has ended": (reports, "ADVANCE", "ended_at IS NULL", "true"),
     "lost ignores the lease": (transitions, "LOST", "lease_expires_at < now()", "true"),
@@ -370,6 +461,26 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
     ),
     "resume takes anything": (transitions, "RESUME", "status IN ('failed', 'cancelled')", "true"),
     "claim takes what is not pending": (claims, "CLAIM", "o.status = 'pending'", "o.status <> 'completed'"),
+    "a gang ends with the first that finishes": (transitions, "FINISH", "(:for_all OR count(*) = 1)", "true"),
+    "a gang ends by the word of the last": (
+        transitions, "FINISH", "coalesce(min(outcome), :outcome)", "coalesce(min(:outcome), :outcome)",
+    ),
+    "a fault ends its own hold alone": (
+        transitions, "FINISH", "moved.attempt AND h.incarnation = locked.incarnation",
+        "moved.attempt AND h.incarnation = locked.incarnation AND h.incarnation = :incarnation",
+    ),
+    "a member leaves out of order": (transitions, "FINISH", "AND locked.last_seq = :seq - 1", ""),
+    "a fault leaves it to the others too": (
+        transitions, "FINISH", "AND NOT :for_all AND (SELECT count(*) FROM locked) > 1", "",
+    ),
+    "a gang is lost with its last member": (transitions, "LOST", "bool_or(lease", "bool_and(lease"),
+    "who has begun may refuse": (claims, "REFUSE", "AND last_seq = 0", ""),
+    "a refusal ends its own hold alone": (
+        claims, "REFUSE", "h.incarnation = locked.incarnation", "h.incarnation = :incarnation",
+    ),
+    "nobody is missed in a gang that is cut short": (
+        transitions, "FINISH", "n.status = 'cancelled' AND (SELECT count(*) FROM locked) > 1", "false",
+    ),
 }  # fmt: skip
 
 

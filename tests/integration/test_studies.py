@@ -12,6 +12,7 @@ from helpers.store import Held, Store, held, losses, plan, saved, started, windo
 from ops_backend.store import estimates
 from ops_contract.jobs import JobSpec
 from ops_contract.lifecycle import Outcome
+from ops_contract.operations import StudyPreview
 from ops_contract.plans import TrainingResult
 from ops_contract.problems import problems_of
 from ops_contract.reports import Result
@@ -184,6 +185,32 @@ async def test_an_estimate_goes_by_trainings_of_the_same_workload(store: Store) 
     # 6e6 FLOPs took 3 s and 100 J: 12e6 take 6 s of work, on two slots.
     assert (known.time_s, known.energy_j, known.by_trainings) == (pytest.approx(3.0), pytest.approx(200.0), 1)
     assert known.reason is None
+
+
+async def test_an_estimate_of_gangs_counts_those_that_have_room_and_goes_by_gangs(store: Store) -> None:
+    """5 slots that gangs can use are two of two at a time: of three children one comes later."""
+    await store.worker("no ports", slots=2)
+    await store.worker("one", slot={"port": 40_000})
+    await store.worker("four", slots=4, slot={"port": 40_000})
+    job = (await store.get(await store.submit(**GRID | {"execution": {"devices": 2}}))).job
+    await store.cancel((await store.fetch("SELECT id FROM operations"))[0].id)
+    wanted = plan("a", "b", "c").model_copy(update={"flops": 12e6})
+
+    async def said() -> StudyPreview:
+        async with store.sessions.begin() as session:
+            return await estimates.preview(session, job, wanted, 60)
+
+    for devices in (1, 2):
+        assert (await said()).reason == "no training of toy on 2 devices has completed here yet to go by"
+        run = await store.running(execution={"devices": devices})
+        await store.finish(await store.report(run, started(), _trained(100, 10_000)), Outcome.COMPLETED)
+        await store.execute("UPDATE attempts SET started_at = ended_at - interval '3 s'")
+    known = await said()
+    assert (known.slots, known.time_s, known.by_trainings) == (5, pytest.approx(6.0 / 2), 1)
+
+    await store.execute("DELETE FROM slots WHERE incarnation IN (SELECT incarnation FROM workers WHERE name = 'four')")
+
+    assert (await said()).reason == "one of its gangs takes 2 slots, and 1 are there"
 
 
 async def _planned(store: Store, *names: str) -> Held:

@@ -1,7 +1,9 @@
 """Trainings on several ranks, each a process that tests may kill, and the backend's view of them."""
 
+import errno
 import inspect
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -30,12 +32,13 @@ from ops_contract.agents import StartTraining
 from ops_contract.lifecycle import CheckpointType, Outcome
 from ops_contract.pipe import Rank
 from ops_contract.reports import Finish, Report
+from ops_worker.trainer import _unexpected
 from relight.manifest import CheckpointCorrupt, CheckpointMissing
-from relight.training import parallel, reporting
+from relight.training import parallel, reporting, sharding
 from relight.training.attempt import Attempt, Site
 from relight.training.checkpoint import SHARDS, restore
 from relight.training.codec import digests, encode
-from relight.training.faults import TrainingFault, fault, finish_of, finish_of_lost_peer, is_peer_lost
+from relight.training.faults import TrainingFault, finish_of, finish_of_lost_peer, is_peer_lost
 from relight.training.loop import Loop, Orders
 from relight.training.sharding import read_in
 from relight.workload import MapDataset, Workload
@@ -125,7 +128,9 @@ GANG_WORKLOADS: dict[str, type[Workload[Any]]] = {**WORKLOADS, "blocks": Blocks}
 
 @dataclass(frozen=True)
 class Upset:
-    """What is done to the ranks: a mutant of the engine, or a wish to stop that one of them gets at its n-th poll."""
+    """What is done to the ranks: a mutant of the engine; a wish to stop that one of them gets at its n-th poll, or its
+    death; and its death, or a full disk, in its n-th write of a part of a checkpoint.
+    """
 
     mutant: str | None = None
     stop_rank: int = 0
@@ -133,6 +138,9 @@ class Upset:
     why: Literal["cancelled", "preempted"] = "cancelled"
     die_rank: int = 0
     die_at_poll: int | None = None
+    write_rank: int = 0
+    die_in_write: int | None = None
+    full_in_write: int | None = None
 
 
 @dataclass
@@ -201,6 +209,8 @@ def _rank(
     parallel.BUCKET_MIB = 1e-4  # several in the smallest model
     if upset.mutant is not None:
         MUTANTS[upset.mutant]()
+    if rank.rank == upset.write_rank:
+        _write_badly(rank.rank, upset)
     # Clocks differ, as they do: by that of rank 0 everything is due always, by the others' never.
     clock = ticking() if rank.rank == 0 else lambda: 0.0
     site, workload = Site(Path(root), "cpu", cores=1), GANG_WORKLOADS[start.job.workload]
@@ -211,8 +221,7 @@ def _rank(
     except (TrainingFault, CheckpointMissing, CheckpointCorrupt) as error:
         finish = finish_of(error)
     except BaseException as error:
-        said = f"{type(error).__name__}: {error}"
-        failed = Finish(outcome=Outcome.FAILED, error=fault("exception", said))
+        failed = Finish(outcome=Outcome.FAILED, error=_unexpected(error))
         finish = finish_of_lost_peer(error) if is_peer_lost(error) else failed
     sink.report(finish)
     os._exit(0)
@@ -229,6 +238,23 @@ def _asked(rank: int, upset: Upset) -> Callable[[], Any]:
         return upset.why if rank == upset.stop_rank and stops else None
 
     return asked
+
+
+def _write_badly(rank: int, upset: Upset) -> None:
+    """Half a file is there when it goes wrong."""
+    really, writes = sharding.HuggingFaceStorageWriter.write_data, count()
+
+    def write_data(self: Any, *args: Any) -> Any:
+        number = next(writes)
+        if number in (upset.die_in_write, upset.full_in_write):
+            (Path(self.path) / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors").write_bytes(b"half")
+        if number == upset.die_in_write:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == upset.full_in_write:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return really(self, *args)
+
+    sharding.HuggingFaceStorageWriter.write_data = write_data  # type: ignore[method-assign]
 
 
 def _buckets_as_ddp_likes() -> None:
@@ -251,8 +277,11 @@ def _means_of_ranks() -> None:
 
 
 def _own_clocks() -> None:
+    """Ranks that wait for each other in different places would do so for ever."""
+
     def agreed(self: Loop, units: int) -> int:
         total = really(self, units)
+        signal.alarm(20)
         self._orders = Orders(self.reporter.is_due(), self.pace.goes_by_time and self.pace.is_due())
         return total
 

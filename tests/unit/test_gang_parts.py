@@ -1,6 +1,7 @@
 """What a gang is made of, without processes: parts of batches, who is asked, whose fault it was, what is refused."""
 
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -9,7 +10,7 @@ import pytest
 import torch
 from gang_child import Blocks, BlocksConfig, BlocksNet
 from torch import Tensor, nn
-from training_child import Listed, RandomItems
+from training_child import FixedItems, Listed, RandomItems
 
 from ops_contract.agents import StartTraining
 from ops_contract.jobs import Execution, Job, Strategy
@@ -31,6 +32,16 @@ from relight.workload import Env, LoopWorkload
 GLOO = (
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.7]:25510: Connection reset by peer"
 )
+
+
+@pytest.fixture(autouse=True)
+def numerics_given_back() -> Iterator[None]:
+    """An attempt configures its whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
 
 
 class Told(Team):
@@ -63,19 +74,36 @@ def test_the_ranks_parts_are_the_batch_of_one_device(num_workers: int) -> None:
     whole = list(order().training(1, 0))
     parts = [list(order(rank, 3, num_workers=num_workers).training(1, 0)) for rank in range(3)]
 
-    assert [[len(b.data[0]) for b in of_rank] for of_rank in parts] == [[3, 3, 2], [3, 3, 1], [2, 2, 1]]
+    assert [[len(b.data[0]) for b in of_rank] for of_rank in parts] == [[3, 3, 2], [3, 3, 2], [2, 2, 2]]
     for batch, *of_ranks in zip(whole, *parts, strict=True):
-        assert torch.equal(batch.data[0], torch.cat([part.data[0] for part in of_ranks]))
+        assert torch.equal(batch.data[0], torch.cat([part.data[0] for part in of_ranks if not part.idle]))
         assert {part.samples for part in of_ranks} == {batch.samples}
-        assert not any(part.idle for part in of_ranks)
+    assert [[part.idle for part in of_rank] for of_rank in parts] == [[False] * 3] * 2 + [[False, False, True]]
 
 
-def test_a_rank_without_samples_gets_the_first_one_and_is_idle() -> None:
+def test_a_rank_without_samples_gets_the_first_ones_and_is_idle() -> None:
     *_, last = order(2, 3, samples=18).training(0, 0)
     *_, whole = order(samples=18).training(0, 0)
 
     assert (last.idle, last.samples) == (True, 2)
-    assert torch.equal(last.data[0], whole.data[0][:1])
+    assert torch.equal(last.data[0], whole.data[0])
+
+
+@pytest.mark.parametrize("left", range(1, 8))
+def test_no_rank_gets_a_single_sample_of_a_short_batch_unless_that_is_all(left: int) -> None:
+    parts = [list(order(rank, 3, samples=8 + left).training(0, 0))[-1] for rank in range(3)]
+
+    assert {len(part.data[0]) for part in parts} <= ({1} if left == 1 else {2, 3})
+    assert sum(len(part.data[0]) for part in parts if not part.idle) == left
+    assert not parts[0].idle
+
+
+def test_where_a_full_batch_has_no_two_for_every_rank_a_single_sample_is_a_part() -> None:
+    parts = [
+        next(DataOrder(FixedItems(9), torch.stack, 7, 4, 0, rank=r, world_size=3).training(0, 0)) for r in range(3)
+    ]
+
+    assert [(len(part.data), part.idle) for part in parts] == [(2, False), (1, False), (1, False)]
 
 
 def test_what_collate_draws_is_each_ranks_own_and_of_one_device_as_ever() -> None:

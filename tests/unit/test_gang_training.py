@@ -6,10 +6,11 @@ Every rank is a process. `EXACTNESS_SEED=…` plays the kills again.
 import os
 import random
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from gang_child import GANG_WORKLOADS, RANKS, GangOperation
 from training_child import Listed, Operation, ticking
@@ -38,6 +39,16 @@ KNOBS: dict[str, Any] = {
 PLAIN = {"norm": "layer", "dropout": 0.0, "random": False}
 
 Maker = Callable[..., GangOperation]
+
+
+@pytest.fixture(autouse=True)
+def numerics_given_back() -> Iterator[None]:
+    """An attempt configures its whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +168,21 @@ def test_a_rank_without_samples_of_a_short_batch_waits_for_nothing(
 
 
 @LONGER
+@pytest.mark.parametrize("samples", [40 + 2, 40 + 5])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_batchnorm_trains_on_short_batches_of_which_no_rank_gets_one_sample(
+    make: Maker, uninterrupted: Maker, strategy: Strategy, samples: int
+) -> None:
+    reference = uninterrupted("blocks", {"samples": samples}, strategy=strategy)
+    gang = make("blocks", {"samples": samples}, strategy=strategy)
+
+    gang.train(kill_at=lambda n, report: getattr(report, "step", -1) == 2)
+    gang.to_the_end()
+
+    assert gang.differences(reference) == []
+
+
+@LONGER
 def test_a_moving_average_registered_state_and_every_draw_resume_exactly(make: Maker, uninterrupted: Maker) -> None:
     """Those of one device that are a way to resume wrongly; scalars and transposed weights, with DDP."""
     reference = uninterrupted("zoo", {"samples": 46})
@@ -186,6 +212,10 @@ def test_the_wish_of_any_rank_stops_all_at_one_boundary(
     last = gang.checkpoints[-1]
     assert (last.step, last.phase) == cursor
     assert polls == 1 or last.checkpoint_type is CheckpointType.PREEMPT
+
+    known = len(gang.reports)
+    assert gang.train(stop_rank=stop_rank, stop_at_poll=0) is Outcome.CANCELLED
+    assert len(gang.reports) == known, "nothing is restored of what is to stop where it is"
 
 
 def test_the_error_of_a_rank_is_its_own_and_the_others_have_lost_it(make: Maker) -> None:
@@ -220,9 +250,15 @@ def test_a_rank_that_is_killed_is_lost_to_the_others(make: Maker, strategy: Stra
         ("means of ranks' means", Strategy.DDP, "one device"),
         ("means of ranks' means", Strategy.FSDP, "one device"),
         ("metrics of rank 0", Strategy.DDP, "one device"),
+        ("each rank's clock", Strategy.DDP, "end"),
+        ("each rank's clock", Strategy.FSDP, "end"),
     ],
 )
 def test_an_engine_that_does_it_wrongly_is_found(make: Maker, mutant: str, strategy: Strategy, found_by: str) -> None:
+    if found_by == "end":
+        gang = make(strategy=strategy, checkpoint_every="auto")
+        assert gang.train(mutant=mutant) is not Outcome.COMPLETED
+        return
     if found_by == "one device":
         gang = make("blocks", PLAIN, strategy=strategy, optimizer="sgd")
         gang.train(mutant=mutant)

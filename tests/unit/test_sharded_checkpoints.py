@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,16 @@ KNOBS: dict[str, Any] = {
     "learning_rate": 0.02,
     "checkpoint_every": {"steps": 2},
 }
+
+
+@pytest.fixture(autouse=True)
+def numerics_given_back() -> Iterator[None]:
+    """An attempt configures its whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +121,82 @@ def test_a_file_that_nobody_committed_is_refused(gang: GangOperation, shard: Pat
             restore(gang.root, ref_of(gang.checkpoints[-1]))
     finally:
         foreign.unlink()
+
+
+def directories(operation: GangOperation) -> set[str]:
+    """Of checkpoints that have their name."""
+    place = operation.root / str(operation.id)
+    names = {path.name for path in place.iterdir()}
+    return {f"{operation.id}/{name}" for name in names if not name.endswith((".tmp", "-model"))}
+
+
+def committed(operation: GangOperation) -> set[str]:
+    return {saved.path for saved in operation.checkpoints}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_is_killed_while_it_writes_leaves_no_half_checkpoint_and_the_next_goes_on(
+    gang: GangOperation, tmp_path: Path, rank: int
+) -> None:
+    killed = GangOperation(tmp_path, gang.workload, gang.config, gang.execution)
+
+    assert killed.train(write_rank=rank, die_in_write=2) is None
+
+    assert [saved.step for saved in killed.checkpoints] == [0, 2]
+    assert directories(killed) == committed(killed)
+    codes = [finish.error.code for finish in killed.finishes if finish and finish.error]
+    assert (codes, killed.finishes[rank]) == (["peer_lost"] * 2, None)
+    killed.to_the_end()
+    assert directories(killed) == committed(killed)
+    assert killed.differences(gang) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_is_full_for_one_rank_fails_all_and_the_checkpoint_before_is_good(
+    gang: GangOperation, tmp_path: Path, rank: int
+) -> None:
+    full = GangOperation(tmp_path, gang.workload, gang.config, gang.execution)
+
+    full.train(write_rank=rank, full_in_write=2)
+
+    codes = [finish.error.code for finish in full.finishes if finish and finish.error]
+    assert codes == ["disk_full" if number == rank else "peer_lost" for number in range(RANKS)]
+    assert [saved.step for saved in full.checkpoints] == [0, 2]
+    assert {str(path.relative_to(tmp_path)) for path in (tmp_path / str(full.id)).iterdir()} == committed(full)
+    full.to_the_end()
+    assert full.differences(gang) == []
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """Of a quarter of a megabyte."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "relight-test", place]
+    if (mounted := subprocess.run(command, capture_output=True, text=True)).returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.mark.slow
+def test_a_gang_whose_disk_fills_up_goes_on_exactly_once_there_is_room(disk: Path, tmp_path: Path) -> None:
+    often = Execution.model_validate(KNOBS | {"checkpoint_every": {"steps": 1}, "max_epochs": 4})
+    calm = GangOperation(tmp_path / "calm", "blocks", {}, often)
+    calm.to_the_end()
+    full = GangOperation(disk, "blocks", {}, often)
+
+    assert full.train() is not Outcome.COMPLETED
+
+    codes = {finish.error.code for finish in full.finishes if finish and finish.error}
+    assert "disk_full" in codes <= {"disk_full", "peer_lost"}
+    assert 0 < len(full.checkpoints) < len(calm.checkpoints)
+    assert directories(full) == committed(full)
+    subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
+    full.to_the_end()
+    assert full.differences(calm) == []
 
 
 @pytest.mark.slow

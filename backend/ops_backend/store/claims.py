@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.children import children, planned
-from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
+from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, by_member, continues, plain, record, statement
 from ops_backend.tables import WISH
 from ops_contract.agents import CheckpointRef, FailureRecord
 from ops_contract.jobs import MOST_THREADS, Job
@@ -273,6 +273,8 @@ FAILURE_RECORD = statement("""
              WHERE started_at IS NOT NULL ORDER BY started_at DESC LIMIT 1000) newest
 """)
 
+REFUSE_DETAIL = f"CAST(:detail AS jsonb) || {by_member('incarnation = :incarnation')}"
+
 REFUSE = statement(f"""
     WITH {LOCK_HOLDS}, target AS MATERIALIZED (
         SELECT id, status FROM operations
@@ -298,7 +300,7 @@ REFUSE = statement(f"""
         UPDATE slots s SET rests_until = now() + make_interval(secs => :rest_s)
           FROM moved WHERE s.incarnation = :incarnation AND s.operation_id = moved.id AND s.attempt = moved.attempt
     )
-    {record("CASE from_status WHEN 'running' THEN 'refuse' ELSE 'stop' END")}
+    {record("CASE from_status WHEN 'running' THEN 'refuse' ELSE 'stop' END", REFUSE_DETAIL)}
     RETURNING to_status
 """)
 

@@ -25,6 +25,7 @@ PACE = statement(f"""
                                    FROM energy_sums s WHERE s.operation_id = o.id
                                     AND s.quality IN ({", ".join(f"'{q}'" for q in IN_SUMS)})) used
              WHERE o.kind = 'training' AND o.workload = :workload AND o.status = 'completed'
+               AND coalesce((o.job->'execution'->>'devices')::int, 1) = :ranks
                AND o.created_at > now() - interval '30 days'
              ORDER BY o.created_at DESC LIMIT {RECENT}) recent
      WHERE flops > 0 AND running_s > 0
@@ -34,31 +35,36 @@ SLOTS = statement(f"""
     SELECT count(*) FROM slots s JOIN workers w USING (incarnation)
       JOIN (SELECT CAST(:workload AS text) AS workload, CAST(:job AS jsonb) AS job) o ON {runs("w")}
      WHERE NOT w.draining AND w.drain IS NULL AND w.last_seen_at > now() - make_interval(secs => :lease_s)
-       AND s.cores >= :cores AND (:device = 'auto' OR s.device = :device)
+       AND s.cores >= :cores AND (:device = 'auto' OR s.device = :device) AND (:ranks = 1 OR s.port IS NOT NULL)
 """)
 
 
 async def preview(session: AsyncSession, job: Job, plan: Plan | None, lease_s: float) -> StudyPreview:
-    """Nothing is stored."""
+    """Nothing is stored. Of gangs so many train at once as have room together, on whatever hosts."""
+    devices = job.execution.devices
     wanted = {
         "workload": job.workload,
         "job": {"env": job.env},
         "cores": job.resources.cores or 1,
         "device": job.execution.accelerator,
+        "ranks": devices,
         "lease_s": lease_s,
     }
     slots = await session.scalar(SLOTS, wanted) or 0
-    pace = (await session.execute(PACE, {"workload": job.workload})).one()
+    at_once = slots // devices
+    pace = (await session.execute(PACE, {"workload": job.workload, "ranks": devices})).one()
     reason = None
     if plan is None:
         reason = "no worker was there to plan it; start one (`ops worker`) and ask again"
     elif plan.flops is None:
         reason = "the FLOPs of a grid are not known before it runs"
     elif pace.flops_per_s is None:
-        reason = f"no training of {job.workload} has completed here yet to go by"
-    elif not slots:
-        reason = "no worker that could run it is there"
-    if plan is None or plan.flops is None or pace.flops_per_s is None or not slots:
+        so_many = f" on {devices} devices" if devices > 1 else ""
+        reason = f"no training of {job.workload}{so_many} has completed here yet to go by"
+    elif not at_once:
+        too_few = f"one of its gangs takes {devices} slots, and {slots} are there"
+        reason = too_few if slots else "no worker that could run it is there"
+    if plan is None or plan.flops is None or pace.flops_per_s is None or not at_once:
         return StudyPreview(job=job, plan=plan, slots=slots, reason=reason)
     work_s = plan.flops / pace.flops_per_s
     energy_j = None if pace.uj_per_flop is None else plan.flops * pace.uj_per_flop / MICRO
@@ -66,7 +72,7 @@ async def preview(session: AsyncSession, job: Job, plan: Plan | None, lease_s: f
         job=job,
         plan=plan,
         slots=slots,
-        time_s=work_s / min(slots, len(plan.children)),
+        time_s=work_s / min(at_once, len(plan.children)),
         energy_j=energy_j,
         by_trainings=pace.trainings,
         reason=None if energy_j is not None else "the energy of the trainings it goes by is not known",

@@ -85,6 +85,7 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "plans": Boolean(),
     "progress": JSONB(none_as_null=True),
     "q": Text(),
+    "ranks": Integer(),
     "reason": Text(),
     "replay": JSONB(),
     "replay_of": Uuid(),
@@ -173,6 +174,13 @@ LOCK_HOLDS = """
          ORDER BY incarnation
            FOR UPDATE
     ), locked AS MATERIALIZED (SELECT * FROM every WHERE ended_at IS NULL)"""
+
+
+def by_member(whose: str) -> str:
+    """Of an event's detail, after LOCK_HOLDS: which worker of several ended the attempt. `whose` is of a hold."""
+    return f"""coalesce((SELECT jsonb_build_object('member', w.name) FROM every JOIN workers w USING (incarnation)
+                          WHERE {whose} AND (SELECT count(*) FROM every) > 1
+                          ORDER BY every.lease_expires_at LIMIT 1), '{{}}')"""
 
 
 def record(event: str, detail: str = "CAST(:detail AS jsonb)") -> str:

@@ -12,9 +12,11 @@ _QUEUED = "back in the queue, not charged"
 
 def tell(event: Row[Any]) -> str:
     """`event` has besides its own columns submitted_by of the operation, and worker, start_step and checkpoint_id
-    of the attempt; null where there is none.
+    of the attempt; null where there is none. The worker is a gang's leader: where another member ended the attempt, the
+    detail has that.
     """
     attempt, detail = f"attempt {event.attempt}", event.detail
+    by = detail.get("member", event.worker)
     match Event(event.name):
         case Event.SUBMIT:
             return f"submitted by {event.submitted_by}{_origin(detail)}"
@@ -22,7 +24,7 @@ def tell(event: Row[Any]) -> str:
             came_from = f", from checkpoint {_short(event.checkpoint_id)}" if event.checkpoint_id else ""
             return f"{attempt} began on {_workers(event)} at step {event.start_step}{came_from}"
         case Event.REFUSE:
-            return f"{event.worker} did not take {attempt}{_fault(detail)}; {_QUEUED}"
+            return f"{by} did not take {attempt}{_fault(detail)}; {_QUEUED}"
         case Event.CHECKPOINT_CORRUPT:
             return f"{attempt} could not restore its checkpoint{_fault(detail)}; {_after_corrupt(event.to_status)}"
         case Event.COMPLETE:
@@ -31,11 +33,11 @@ def tell(event: Row[Any]) -> str:
         case Event.FAIL | Event.RETRY:
             return f"{attempt} failed{_fault(detail)}; {_after_failure(event)}"
         case Event.PREEMPT:
-            return f"{attempt} was handed back by {event.worker}{_fault(detail)}; {_QUEUED}"
+            return f"{attempt} was handed back by {by}{_fault(detail)}; {_QUEUED}"
         case Event.STOP:
             return f"{attempt} has ended{_fault(detail)}; cancelled" if event.attempt else "cancelled"
         case Event.LOST:
-            return f"{event.worker} was lost with {attempt}: it renewed its lease no more; {_after_loss(event)}"
+            return f"{by} was lost with {attempt}: it renewed its lease no more; {_after_loss(event)}"
         case Event.PLAN:
             return f"{attempt} planned its children, and waits for them"
         case Event.REDUCE:

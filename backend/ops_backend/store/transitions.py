@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy import TextClause
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
+from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, by_member, continues, plain, record, statement
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import CANCELLABLE, RESUMABLE, TRANSITIONS, Outcome, Status
 from ops_contract.operations import ResumeAccepted, ResumedFrom
@@ -23,7 +23,8 @@ IN_ORDER = frozenset({Outcome.COMPLETED, Outcome.CANCELLED, Outcome.PREEMPTED})
 FINISH_DETAIL = f"""CAST(:detail AS jsonb) || jsonb_build_object('outcome', (SELECT outcome FROM told))
     || CASE WHEN event IN ({CHARGED}) THEN jsonb_strip_nulls(jsonb_build_object(
     'failures', failures, 'max_retries', max_retries, 'permanent', CAST(:permanent AS boolean),
-    'retry_in_s', round(retry_in_s, 1))) ELSE '{{}}' END"""
+    'retry_in_s', round(retry_in_s, 1))) ELSE '{{}}' END
+    || {by_member("incarnation = :incarnation AND :for_all")}"""
 
 # `decided` is the table of the design, top to bottom. A corrupt checkpoint fails the operation when it was chosen by
 # hand or when the lineage has no other. Backoff doubles per failure and is spread over ±50 %.
@@ -101,6 +102,8 @@ FINISH = statement(f"""
      UNION ALL SELECT o.status FROM left_to_others l JOIN operations o ON o.id = l.operation_id
 """)
 
+LOST_DETAIL = f"CAST(:detail AS jsonb) || {by_member('every.ended_at IS NULL AND lease_expires_at < now()')}"
+
 # A lost attempt made progress when it committed a checkpoint past its start: else the next one redoes the same.
 LOST = statement(f"""
     WITH {LOCK_HOLDS}, target AS MATERIALIZED (
@@ -137,7 +140,7 @@ LOST = statement(f"""
           FROM moved, locked
          WHERE h.operation_id = moved.id AND h.attempt = moved.attempt AND h.incarnation = locked.incarnation
     )
-    {record("'lost'")}
+    {record("'lost'", LOST_DETAIL)}
     RETURNING to_status
 """)
 

@@ -22,7 +22,7 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 class Batch(NamedTuple):
     """Of this many samples, over all ranks; `data` is what `Workload.collate` made of this rank's part of them.
 
-    One that is `idle` got none of a short batch. It has the first sample, of weight 0, for each rank has to compute.
+    One that is `idle` got none of a short batch. It has the first ones, of weight 0, for each rank has to compute.
     """
 
     samples: int
@@ -36,7 +36,8 @@ class DataOrder:
 
     `shuffle`, `drop_last` and `pin_memory` are torch's; the first two are of training, and so is `max_samples`, with
     which it ends, over all epochs. Of `world_size` ranks each fetches its contiguous part of every batch of training;
-    `batch_size` is of all.
+    `batch_size` is of all. Where a full batch has two samples for every rank, a short one is divided among so few ranks
+    that no part of it is a single sample: BatchNorm refuses those.
     """
 
     dataset: MapDataset
@@ -74,6 +75,10 @@ class DataOrder:
         order = np.arange(len(self.dataset))
         return self._fetch(order, (), 0, Stream.VALIDATION_SAMPLE, Stream.VALIDATION_COLLATE)
 
+    @property
+    def _smallest_part(self) -> int:
+        return 2 if self.batch_size >= 2 * self.world_size else 1
+
     def _fetch(
         self,
         order: NDArray[np.int64],
@@ -90,7 +95,7 @@ class DataOrder:
         )
         return iter(
             DataLoader(
-                _Fetcher(self.dataset, self.collate, self.seed, sample, collate, rank, world_size),
+                _Fetcher(self.dataset, self.collate, self.seed, sample, collate, rank, world_size, self._smallest_part),
                 sampler=keys,
                 batch_size=None,
                 collate_fn=_as_it_is,
@@ -138,6 +143,7 @@ class _Fetcher(Dataset[Batch]):
         collate_stream: Stream,
         rank: int,
         world_size: int,
+        smallest_part: int,
     ) -> None:
         self.dataset = dataset
         self.collate = collate
@@ -146,15 +152,22 @@ class _Fetcher(Dataset[Batch]):
         self.collate_stream = collate_stream
         self.rank = rank
         self.world_size = world_size
+        self.smallest_part = smallest_part
 
     def __getitem__(self, key: _Key) -> Batch:
         # An evaluation fetches within its autocast, a training step does not, and a loader process inherits either.
         with _one_thread(), torch.autocast("cpu", enabled=False):
-            mine = np.array_split(key.indices, self.world_size)[self.rank].tolist()
-            items = [self._item(key.epoch, index) for index in mine or key.indices[:1].tolist()]
+            mine = self._part(key.indices)
+            items = [self._item(key.epoch, index) for index in mine or key.indices[: self.smallest_part].tolist()]
             of_rank = (self.rank,) if self.world_size > 1 else ()
             seed_everything(derive(self.seed, self.collate_stream, *key.epoch, key.batch, *of_rank))
             return Batch(len(key.indices), self.collate(items), idle=not mine)
+
+    def _part(self, indices: NDArray[np.int64]) -> list[int]:
+        """This rank's; none of a short batch that has not `smallest_part` for each."""
+        busy = min(self.world_size, max(1, len(indices) // self.smallest_part))
+        part: list[int] = np.array_split(indices, busy)[self.rank].tolist() if self.rank < busy else []
+        return part
 
     def _item(self, epoch: tuple[int, ...], index: int) -> Any:
         seed_everything(derive(self.seed, self.sample_stream, *epoch, index))
