@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.children import children, planned
-from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, plain, record, statement
+from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, continues, moved_at, plain, record, statement
 from ops_contract.agents import CheckpointRef, FailureRecord
 from ops_contract.jobs import MOST_THREADS, Job
 from ops_contract.lifecycle import Status, StudyPhase
@@ -100,11 +100,9 @@ _BEHIND = """coalesce((-o.priority, o.created_at, o.id) > ((SELECT -priority FRO
 # use: whoever is behind it passes those over, else the small ones would always be there first. It takes the host that
 # has the least room which is enough, else as few hosts as there can be. Ranks go by member, the members of a host side
 # by side; an address that only its own host reaches cannot be rank 0's for others.
-# A lease counts from the claim itself: a transaction that was held up dates its now() back.
-# A fork without a checkpoint of its own is handed its fork point even if that was marked corrupt meanwhile: the worker
-# then refuses it, and the fork fails. Without one it would begin at step 0, which nobody asked for.
-CLAIM = statement(f"""
-    WITH offered AS MATERIALIZED ({OFFERED}
+#
+# Of it: what is offered, and what a claim may give (`free`; what is `reserved` is not for who is behind the `head`).
+SUPPLY = f"""offered AS MATERIALIZED ({OFFERED}
     ), vacant AS MATERIALIZED (
         SELECT f.* FROM offered f
          WHERE f.undrained AND coalesce(f.rests_until <= now(), true)
@@ -126,11 +124,10 @@ CLAIM = statement(f"""
         SELECT f.*, (f.incarnation, f.index) IN (
                         SELECT r.incarnation, r.index FROM head, unnest(head.incarnations, head.indexes)
                                                                      AS r (incarnation, index)) AS reserved
-          FROM vacant f
-    ), chosen AS MATERIALIZED (
-        SELECT o.id, o.not_before, o.resume_checkpoint_id, o.forked_from_checkpoint_id, placed.slots
-          FROM operations o
-          CROSS JOIN LATERAL (
+          FROM vacant f"""
+
+# The slots that operation `o` gets of `free` just now, the leader's first; null where it cannot be placed.
+PLACED = f"""
             SELECT CASE WHEN {IS_GANG} THEN (
                 SELECT jsonb_agg(jsonb_build_array(incarnation, index) ORDER BY {_RANKS})
                   FROM (
@@ -153,7 +150,18 @@ CLAIM = statement(f"""
                  ORDER BY o.kind = 'study' AND f.device = 'cpu' DESC,
                           f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index
                  LIMIT 1
-            ) END AS slots OFFSET 0
+            ) END AS slots OFFSET 0"""
+
+# A lease counts from the claim itself: a transaction that was held up dates its now() back.
+# A fork without a checkpoint of its own is handed its fork point even if that was marked corrupt meanwhile: the worker
+# then refuses it, and the fork fails. Without one it would begin at step 0, which nobody asked for.
+CLAIM = statement(f"""
+    WITH {SUPPLY}
+    ), chosen AS MATERIALIZED (
+        SELECT o.id, o.not_before, o.resume_checkpoint_id, o.forked_from_checkpoint_id, placed.slots
+          FROM operations o
+          CROSS JOIN LATERAL (
+{PLACED}
           ) placed
          WHERE o.status = 'pending' AND coalesce(o.not_before <= now(), true)
            AND EXISTS (SELECT FROM free) AND (EXISTS (SELECT FROM free WHERE NOT reserved) OR NOT {_BEHIND})
@@ -214,9 +222,9 @@ CLAIM = statement(f"""
               FROM members) AS members,
            pinned.id AS checkpoint_id, pinned.path, pinned.step, pinned.epoch, pinned.phase, pinned.size_bytes,
            pinned.manifest_sha256, parent.job AS parent_job,
-           coalesce(extract(epoch FROM clock_timestamp() - greatest(moved.was_due_at, queued.at)), 0)::float8 AS due_s
+           coalesce(extract(epoch FROM clock_timestamp() - greatest(moved.was_due_at, {moved_at("moved")})),
+                    0)::float8 AS due_s
       FROM moved LEFT JOIN pinned ON true
-      LEFT JOIN events queued ON queued.operation_id = moved.id AND queued.seq = moved.event_seq - 1
       LEFT JOIN operations parent ON parent.id = pinned.operation_id AND parent.id <> moved.id
 """)
 
