@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 import pytest
 
 from helpers.store import LEASE_S, Store, held, saved, started
+from integration.conftest import TOKEN
 from ops_backend.engines import EngineAway, EngineJob, EngineRefused, EngineRequest, Stage
 from ops_backend.engines.requests import elastic
 from ops_backend.provisioner import Provisioner
@@ -299,6 +301,45 @@ async def test_a_fork_too_may_ask_for_what_only_the_scheduler_has(store: Store, 
         await store.fork(run.operation_id, elastic=elastic(settings(tmp_path, slurm_max_jobs=0)), **wish)
 
     assert await store.fork(run.operation_id, elastic=elastic(settings(tmp_path)), **wish)
+
+
+async def test_the_routes_accept_what_the_scheduler_could_start(
+    api: httpx.AsyncClient, store: Store, tmp_path: Path
+) -> None:
+    await store.worker()
+    run = await store.running()
+    await store.report(run, started(), saved(run, 0))
+    job = {"workload": "toy", "execution": PAIR}
+    calls = {
+        "/operations?dry_run=true": job,
+        "/operations": job,
+        f"/operations/{run.operation_id}/fork?dry_run=true": {"overrides": {"execution": PAIR}},
+        f"/operations/{run.operation_id}/fork": {"overrides": {"execution": PAIR}},
+    }
+    for path, body in calls.items():
+        assert (await api.post(path, json=body)).status_code == 422
+
+    app = api._transport.app  # type: ignore[attr-defined]
+    app.state.settings = settings(tmp_path, api_token=TOKEN)  # its loops have begun without
+
+    for path, body in calls.items():
+        answer = await api.post(path, json=body)
+        assert answer.status_code == (200 if "dry_run" in path else 201), answer.text
+
+
+async def test_how_long_an_operation_was_due_is_since_its_last_move_whatever_was_noted_meanwhile(
+    store: Store, loop: Provisioner
+) -> None:
+    id = await store.submit()
+    await store.execute("UPDATE events SET at = now() - interval '1 hour' WHERE operation_id = :id", id=id)
+    await loop.look()
+    assert len(await notes(store, id)) == 1
+    await come(store, "1")
+
+    claim = await store.claim()
+
+    assert claim is not None
+    assert claim.due_s >= 3600
 
 
 async def test_an_operation_waits_since_its_last_move_whatever_was_noted_meanwhile(
