@@ -609,6 +609,18 @@ async def test_one_that_is_pending_for_long_is_told_once_with_the_reason(
     told = await notes(store, id)
     assert len(told) == 2
     assert told[-1].startswith("Slurm job 1 has been pending for 3600 s: QOSMaxJobsPerUserLimit")
+    for stage, state, reason in (
+        (Stage.PENDING, "PENDING", "Priority"),
+        (Stage.RUNNING, "RUNNING", None),
+        (Stage.PENDING, "REQUEUED", "BeginTime"),
+        (Stage.PENDING, "PENDING", "BeginTime"),
+    ):
+        engine.become("1", stage, state, reason)
+        await loop.look()
+    assert (await notes(store, id))[2:] == [
+        "Slurm job 1 has begun",
+        "Slurm job 1 is pending again: REQUEUED (BeginTime)",
+    ]
 
 
 async def test_notes_leave_what_has_ended_alone(store: Store, engine: FakeEngine, loop: Provisioner) -> None:
