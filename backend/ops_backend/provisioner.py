@@ -13,11 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.database import Sessions
 from ops_backend.engines import Engine, EngineAway, EngineJob, EngineRefused, EngineRequest, Stage
+from ops_backend.engines.requests import request_for
 from ops_backend.settings import Settings
 from ops_backend.store import engine_jobs
 from ops_backend.store.engine_jobs import OpenJob, Seen, Wanting
-from ops_contract.jobs import Accelerator, Job
-from ops_contract.lifecycle import Kind
 
 log = logging.getLogger(__name__)
 
@@ -153,25 +152,6 @@ class Provisioner:
 
     async def _is_known(self, job: OpenJob) -> bool:
         return any(other.id == job.id for other in await self._open())
-
-
-def request_for(job: Job, settings: Settings) -> EngineRequest | None:
-    """What holds all of its devices, a worker a node; None where the nodes could not."""
-    is_study = job.kind is Kind.STUDY
-    devices = 1 if is_study else job.execution.devices
-    accelerator = Accelerator.CPU if is_study else job.execution.accelerator
-    if accelerator is Accelerator.MPS or (accelerator is Accelerator.CUDA and not settings.slurm_gpus_per_node):
-        return None
-    on_gpus = accelerator is not Accelerator.CPU and settings.slurm_gpus_per_node > 0
-    most = settings.slurm_gpus_per_node if on_gpus else devices
-    nodes = job.resources.nodes or next(n for n in range(-(-devices // most), devices + 1) if devices % n == 0)
-    on_each = devices // nodes
-    if on_each > most:
-        return None
-    cores = settings.slurm_cores if is_study else job.resources.cores or settings.slurm_cores
-    # A worker divides its cores among all its slots, and has one on the CPU beside those of GPUs.
-    slots, gpus = (1, on_each) if on_gpus else (on_each, 0)
-    return EngineRequest(nodes=nodes, slots=slots, gpus=gpus, cores=cores * (slots + gpus))
 
 
 def observed(job: OpenJob, found: EngineJob, title: str, warn_s: float) -> Seen | None:

@@ -1,6 +1,7 @@
 """Workers that a real Slurm starts, preempts and ends."""
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -16,16 +17,47 @@ from helpers.databases import Databases
 from helpers.service import LONG, Service, eventually
 from helpers.slurm import Slurm, running_slurm
 from ops_contract.operations import Operation
-from ops_worker.settings import Settings as WorkerSettings
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(300),
     pytest.mark.skipif(of_slurm.missing() is not None, reason=of_slurm.missing() or "there is one"),
 ]
+# It lasts in its first attempt.
+RUN = """
+import os, time, torch, relight
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+run = relight.Run(model=model, optimizer=optimizer)
+pause_s = float(os.environ["PAUSE_S"]) if os.environ["RELIGHT_ATTEMPT"] == "1" else 0.0
+for step in run.steps(1000):
+    loss = model(torch.randn(8, 4)).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    run.report(loss=loss)
+    time.sleep(pause_s)
+"""
+# What Slurm's signal to every process of the job reaches before its agent does.
+ITS_OWN = """
+import os, signal, sys, time, relight
+signal.signal(signal.SIGTERM, {at_sigterm})
+relight.report(0, loss=1.0)
+while os.environ["RELIGHT_ATTEMPT"] == "1":
+    time.sleep(0.01)
+"""
+GANG = {"devices": 2, "batch_size": 32, "max_epochs": 12, "threads": 1}
 # Enough to be preempted in the middle.
 CURVE = LONG | {"max_epochs": 25, "threads": 1}
 WAIT_S = 120.0
+# Both nodes are this host; to Relight a node is a host, by its name.
+SETUP = """export PATH={bin}:$PATH
+export OPS_USER_CODE=1
+ops() {{
+    unshare --uts bash -c 'hostname "$SLURMD_NODENAME" && exec ops "$@"' ops "$@"
+}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +72,9 @@ def service(slurm: Slurm, databases: Databases, tmp_path_factory: pytest.TempPat
     """It has known a worker, and has none."""
     directory = tmp_path_factory.mktemp("service")
     (directory / "jobs").mkdir()
+    (directory / "project").mkdir()
     setup = directory / "setup.sh"
-    setup.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+    setup.write_text(SETUP.format(bin=Path(sys.executable).parent))
     token = directory / "token"
     token.touch(0o600)
     service = Service(directory, asyncio.run(databases.fresh()), lease_s=6.0)
@@ -188,20 +221,76 @@ def test_a_controller_that_dies_and_comes_back_costs_nothing(service: Service, s
     assert sum("does not answer" in line for line in told(service, id)) <= 2
 
 
-def test_a_gang_gets_one_job_with_a_worker_on_each_node(service: Service, slurm: Slurm) -> None:
-    job = {
-        "workload": "digits",
-        "execution": {"devices": 2, "max_epochs": 1, "learning_rate": 0.01},
-        "resources": {"nodes": 2},
-    }
-    id = service.client.submit(job).id
-    number = job_of(service, id)
+def test_a_gang_gets_one_job_with_a_worker_on_each_node_and_goes_on_exactly_in_another(
+    service: Service, slurm: Slurm
+) -> None:
+    service.have_workers(2)
+    ideal = service.submit(**GANG)
+    service.until(ideal, lambda o: o.status == "completed", "is completed", WAIT_S)
+    for worker in service.workers:
+        worker.kill()
+    eventually(lambda: not live(service), "no worker is live", service.logs)
 
-    names = {f"slurm-{number}-n1", f"slurm-{number}-n2"}
-    eventually(lambda: names <= live(service), "both are there", service.logs, WAIT_S)
+    execution = GANG | {"learning_rate": 0.01, "checkpoint_every": {"steps": 20}}
+    id = service.client.submit({"workload": "digits", "execution": execution, "resources": {"nodes": 2}}).id
+    first = job_of(service, id)
+    service.until(id, lambda o: o.status == "running", "runs", WAIT_S)
+    service.until_saved(id, 1)
+    [attempt] = service.attempts(id)
+    assert {member.worker for member in attempt.members} == {f"slurm-{first}-n1", f"slurm-{first}-n2"}
+    slurm.run("scancel", first)
+    service.until(id, lambda o: o.status == "completed", "is completed", WAIT_S)
+
+    attempts = service.attempts(id)
+    assert [attempt.outcome for attempt in attempts] == ["preempted", "completed"]
+    assert service.get(id).failures == 0
+    assert attempts[1].start_step > 0
+    assert {member.worker for member in attempts[1].members}.isdisjoint(member.worker for member in attempt.members)
+    assert service.curves(id) == service.curves(ideal)
 
 
-@pytest.mark.skipif("worker_idle_exit_s" not in WorkerSettings.model_fields, reason="they stay")
+@pytest.mark.parametrize("at_sigterm", ["signal.SIG_DFL", "lambda *_: sys.exit(0)"], ids=["dies", "leaves"])
+def test_a_command_that_slurms_signal_ends_is_preempted(service: Service, slurm: Slurm, at_sigterm: str) -> None:
+    id = run(service, ITS_OWN.format(at_sigterm=at_sigterm))
+    first = job_of(service, id)
+    eventually(lambda: service.client.metric_names(id), "it has begun", service.logs, WAIT_S)
+
+    slurm.run("scancel", first)
+    service.until(id, lambda o: o.status == "completed", "is completed", WAIT_S)
+
+    assert [attempt.outcome for attempt in service.attempts(id)] == ["preempted", "completed"]
+    assert service.get(id).failures == 0
+
+
+@pytest.mark.timeout(600)
+def test_before_its_time_limit_a_worker_hands_back_and_another_ends_with_the_same_curve(
+    service: Service, slurm: Slurm
+) -> None:
+    """Its signal comes to a loop with `relight.Run` too, which saves at the end of its step all the same."""
+    before = dict(service.server_settings)
+    # Slurm looks twice a minute, and signals early rather than late: three quarters of a minute after the begin.
+    service.server_settings |= {"OPS_SLURM_TIME_LIMIT": "2", "OPS_CANCEL_GRACE_S": "10"}
+    again(service)
+    try:
+        ideal = run(service, RUN, PAUSE_S="0")
+        service.until(ideal, lambda o: o.status == "completed", "is completed", WAIT_S)
+        id = run(service, RUN, PAUSE_S="0.2")
+        service.until(id, lambda o: o.attempt == 2, "is begun again", 2 * WAIT_S)
+        service.until(id, lambda o: o.status == "completed", "is completed", WAIT_S)
+
+        attempts = service.attempts(id)
+        assert [attempt.outcome for attempt in attempts] == ["preempted", "completed"]
+        assert service.get(id).failures == 0
+        assert attempts[1].worker != attempts[0].worker
+        assert attempts[1].start_step == max(c.step for c in service.checkpoints(id) if c.checkpoint_type == "preempt")
+        assert attempts[1].start_step > 0
+        assert service.curves(id) == service.curves(ideal)
+        assert not any("TIMEOUT" in line for line in told(service, id))
+    finally:
+        service.server_settings = before
+        again(service)
+
+
 def test_a_worker_without_work_ends_and_its_job_with_it(service: Service, slurm: Slurm) -> None:
     id = service.submit(threads=1, max_epochs=1)
     number = job_of(service, id)
@@ -224,10 +313,26 @@ def cmdline(process: Path) -> bytes:
         return b""
 
 
+def again(service: Service) -> None:
+    """The API, by the settings that it has now."""
+    service.server.kill()
+    service.server.close()
+    service.restart_server()
+
+
+def run(service: Service, program: str, **environ: str) -> UUID:
+    (service.directory / "project" / "train.py").write_text(program)
+    wanted = [word for name, value in environ.items() for word in ("--env", f"{name}={value}")]
+    done = ops(service, "run", "--json", *wanted, "--", "python", "train.py")
+    assert done.returncode == 0, done.stderr
+    return UUID(json.loads(done.stdout)["id"])
+
+
 def ops(service: Service, *arguments: str) -> subprocess.CompletedProcess[str]:
     environ = os.environ | service._server_environ()
     program = Path(sys.executable).with_name("ops")
-    return subprocess.run([program, *arguments], env=environ, capture_output=True, text=True)
+    project = service.directory / "project"
+    return subprocess.run([program, *arguments], env=environ, capture_output=True, text=True, cwd=project)
 
 
 def job_of(service: Service, id: UUID) -> str:

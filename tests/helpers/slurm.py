@@ -48,7 +48,7 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PreemptExemptTime=0
-KillWait=5
+KillWait=20
 MinJobAge=5
 ReturnToService=2
 SlurmctldTimeout=30

@@ -24,6 +24,7 @@ from ops_backend.store import (
     workers,
 )
 from ops_backend.store.ledger_views import Rates
+from ops_backend.store.submit import Elastic
 from ops_contract.agents import (
     CREDENTIAL_PREFIX,
     Drain,
@@ -117,7 +118,7 @@ class Store:
             await workers.register(session, offer, LEASE_S, offer.url)
         return incarnation
 
-    async def submit(self, key: str | None = None, **spec: Any) -> UUID:
+    async def submit(self, key: str | None = None, elastic: Elastic | None = None, **spec: Any) -> UUID:
         body = b'{"workload": "toy"}'
         if "command" not in spec and spec.get("workload") != MEASUREMENT:
             # A period of its own, so that all its checkpoints are kept.
@@ -125,7 +126,9 @@ class Store:
             spec = {"workload": "toy"} | spec | {"execution": execution}
         async with self.sessions.begin() as session:
             found = await submit.replay(session, "me", key, body)
-            made = found or await submit.submit_if_new(session, JobSpec.model_validate(spec), "me", key, body, LEASE_S)
+            made = found or await submit.submit_if_new(
+                session, JobSpec.model_validate(spec), "me", key, body, LEASE_S, elastic=elastic
+            )
             made = made or await submit.replay(session, "me", key, body)
         assert made is not None
         return made
@@ -178,11 +181,11 @@ class Store:
         async with self.sessions.begin() as session:
             return await transitions.resume_if_ended(session, id, from_checkpoint, accept_changes)
 
-    async def fork(self, id: UUID, key: str | None = None, **wish: Any) -> UUID | None:
+    async def fork(self, id: UUID, key: str | None = None, elastic: Elastic | None = None, **wish: Any) -> UUID | None:
         request = ForkRequest.model_validate(wish)
         async with self.sessions.begin() as session:
             return await fork.fork_if_there(
-                session, id, request, "me", key, request.model_dump_json().encode(), LEASE_S
+                session, id, request, "me", key, request.model_dump_json().encode(), LEASE_S, elastic=elastic
             )
 
     async def replay(self, id: UUID, key: str | None = None, **wish: Any) -> UUID | None:

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 import pytest
 
-from helpers.store import LEASE_S, Store, held, started
+from helpers.store import LEASE_S, Store, held, saved, started
+from integration.conftest import TOKEN
 from ops_backend.engines import EngineAway, EngineJob, EngineRefused, EngineRequest, Stage
+from ops_backend.engines.requests import elastic
 from ops_backend.provisioner import Provisioner
 from ops_backend.settings import Settings
 from ops_backend.store import engine_jobs
+from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Outcome
 
 
@@ -63,9 +67,7 @@ def engine() -> FakeEngine:
     return FakeEngine()
 
 
-def provisioner(
-    store: Store, engine: FakeEngine, directory: Path, adopt_s: float = 60.0, **changes: Any
-) -> Provisioner:
+def settings(directory: Path, **changes: Any) -> Settings:
     token = directory / "token"
     token.touch(0o600)
     given = {
@@ -73,7 +75,13 @@ def provisioner(
         "api_url": "http://api", "slurm_max_jobs": 2, "slurm_after_s": 0.0, "slurm_token_file": token,
         "slurm_cores": 1, "lease_s": LEASE_S,
     }  # fmt: skip
-    return Provisioner(store.sessions, engine, Settings.model_validate(given | changes), adopt_s=adopt_s)
+    return Settings.model_validate(given | changes)
+
+
+def provisioner(
+    store: Store, engine: FakeEngine, directory: Path, adopt_s: float = 60.0, **changes: Any
+) -> Provisioner:
+    return Provisioner(store.sessions, engine, settings(directory, **changes), adopt_s=adopt_s)
 
 
 @pytest.fixture
@@ -166,6 +174,172 @@ async def test_nothing_is_asked_for_where_a_slot_is_idle_or_the_wait_was_short(
     assert engine.requests == []
     await provisioner(store, engine, tmp_path).look()
     assert len(engine.requests) == 1
+
+
+async def test_one_that_the_claim_cannot_place_asks_though_a_slot_is_idle(
+    store: Store, engine: FakeEngine, tmp_path: Path
+) -> None:
+    """As the claim has it: `auto` waits for the GPU that somebody has, and a gang's slots are not for who is behind."""
+    await store.worker("gpu", device="cuda")
+    await store.worker("cpu", host="h2", slot={"port": 1})
+    loop = provisioner(store, engine, tmp_path, slurm_max_jobs=9)
+    await store.running(execution={"accelerator": "cuda"})
+    await loop.look()
+    assert engine.requests == []
+
+    await store.submit(execution={"accelerator": "cpu"})
+    await loop.look()
+    assert engine.requests == []
+    await store.submit()
+    await loop.look()
+    assert len(engine.requests) == 1
+
+
+@pytest.mark.parametrize(("ports", "asked"), [((1, 2), 0), ((1, None), 1)], ids=["placed", "no-gang-there"])
+async def test_a_gang_asks_where_the_claim_cannot_place_it(
+    store: Store, engine: FakeEngine, tmp_path: Path, ports: tuple[int | None, ...], asked: int
+) -> None:
+    for port in ports:
+        await store.worker(f"w{port}", slot={"port": port})
+    execution = {"devices": 2, "batch_size": 1024, "accelerator": "cpu"}
+    await store.submit(execution=execution, elastic=lambda *_: None)
+
+    await provisioner(store, engine, tmp_path).look()
+
+    assert [request.slots for request in engine.requests] == [2] * asked
+
+
+async def test_who_is_behind_a_gang_that_reserves_asks_for_a_worker_of_its_own(
+    store: Store, engine: FakeEngine, tmp_path: Path
+) -> None:
+    for port in (1, 2):
+        await store.worker(f"w{port}", slot={"port": port})
+    await store.running()
+    gang = await store.submit(execution={"devices": 2, "batch_size": 1024}, elastic=lambda *_: None)
+    small = await store.submit()
+
+    await provisioner(store, engine, tmp_path).look()
+
+    assert [row[0] for row in await rows(store)] == [gang, small]
+
+
+# ---- what is accepted though nobody has it
+
+
+GPUS = {"accelerator": "cuda"}
+PAIR = {"devices": 4, "batch_size": 1024}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "spec", "nodes", "each"),
+    [
+        (2, {"execution": GPUS}, 1, 1),
+        (0, {"resources": {"cores": 64}}, 1, 64),
+        (0, {"execution": PAIR}, 1, 4),
+        (2, {"execution": PAIR | GPUS}, 2, 2),
+        (2, {"execution": PAIR | GPUS, "resources": {"nodes": 4}}, 4, 1),
+    ],
+    ids=["gpu", "cores", "gang", "gang-of-gpus", "nodes"],
+)
+async def test_what_the_scheduler_could_start_is_accepted_and_asked_for(
+    store: Store, engine: FakeEngine, tmp_path: Path, gpus: int, spec: dict[str, Any], nodes: int, each: int
+) -> None:
+    await store.worker()
+    changes = {"slurm_gpus_per_node": gpus}
+
+    await store.submit(elastic=elastic(settings(tmp_path, **changes)), **spec)
+    await provisioner(store, engine, tmp_path, **changes).look()
+
+    [request] = engine.requests
+    assert (request.nodes, request.gpus if gpus else request.cores) == (nodes, each)
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize(
+    ("gpus", "spec", "words"),
+    [
+        (0, {"execution": GPUS}, "no worker has ever offered a cuda device; Slurm's nodes have 0 GPUs"),
+        (0, {"execution": GPUS, "resources": {"cores": 2}}, "Slurm's nodes have 0 GPUs"),
+        (2, {"execution": {"accelerator": "mps"}}, "Slurm is never asked for an mps device"),
+        (0, {"execution": PAIR | GPUS}, "Slurm's nodes have 0 GPUs"),
+        (2, {"execution": PAIR | {"accelerator": "auto"}, "resources": {"nodes": 1}},
+         "Slurm's nodes have 2 GPUs each .*, and 1 of them would need 4"),
+    ],
+    ids=["no-gpu", "no-gpu-of-cores", "mps", "no-gpus", "too-many-on-a-node"],
+)  # fmt: skip
+async def test_what_neither_the_scheduler_nor_live_workers_could_hold_is_refused_with_the_numbers(
+    store: Store, tmp_path: Path, live: bool, gpus: int, spec: dict[str, Any], words: str
+) -> None:
+    worker = await store.worker()
+    if not live:
+        await store.execute(
+            "UPDATE workers SET last_seen_at = now() - interval '1 day' WHERE incarnation = :id", id=worker
+        )
+
+    with pytest.raises(OpsError, match=words) as refused:
+        await store.submit(elastic=elastic(settings(tmp_path, slurm_gpus_per_node=gpus)), **spec)
+
+    assert refused.value.code is ErrorCode.INVALID
+
+
+async def test_what_live_workers_could_hold_is_accepted_whatever_the_scheduler_has(
+    store: Store, tmp_path: Path
+) -> None:
+    await store.worker(device="cuda", slots=4, slot={"port": 1})
+
+    assert await store.submit(
+        elastic=elastic(settings(tmp_path, slurm_gpus_per_node=2)), execution=PAIR, resources={"nodes": 1}
+    )
+
+
+async def test_a_fork_too_may_ask_for_what_only_the_scheduler_has(store: Store, tmp_path: Path) -> None:
+    await store.worker()
+    run = await store.running()
+    run = await store.report(run, started(), saved(run, 0))
+    wish = {"overrides": {"execution": PAIR}}
+    with pytest.raises(OpsError, match="4 are more than the 0 slots"):
+        await store.fork(run.operation_id, elastic=elastic(settings(tmp_path, slurm_max_jobs=0)), **wish)
+
+    assert await store.fork(run.operation_id, elastic=elastic(settings(tmp_path)), **wish)
+
+
+async def test_the_routes_accept_what_the_scheduler_could_start(
+    api: httpx.AsyncClient, store: Store, tmp_path: Path
+) -> None:
+    await store.worker()
+    run = await store.running()
+    await store.report(run, started(), saved(run, 0))
+    job = {"workload": "toy", "execution": PAIR}
+    calls = {
+        "/operations?dry_run=true": job,
+        "/operations": job,
+        f"/operations/{run.operation_id}/fork?dry_run=true": {"overrides": {"execution": PAIR}},
+        f"/operations/{run.operation_id}/fork": {"overrides": {"execution": PAIR}},
+    }
+    for path, body in calls.items():
+        assert (await api.post(path, json=body)).status_code == 422
+
+    app = api._transport.app  # type: ignore[attr-defined]
+    app.state.settings = settings(tmp_path, api_token=TOKEN)  # its loops have begun without
+
+    for path, body in calls.items():
+        answer = await api.post(path, json=body)
+        assert answer.status_code == (200 if "dry_run" in path else 201), answer.text
+
+
+async def test_how_long_an_operation_was_due_is_since_its_last_move_whatever_was_noted_meanwhile(
+    store: Store, loop: Provisioner
+) -> None:
+    id = await store.submit()
+    await store.execute("UPDATE events SET at = now() - interval '1 hour' WHERE operation_id = :id", id=id)
+    await loop.look()
+    assert len(await notes(store, id)) == 1
+    await come(store, "1")
+
+    claim = await store.claim()
+
+    assert claim is not None
+    assert claim.due_s >= 3600
 
 
 async def test_an_operation_waits_since_its_last_move_whatever_was_noted_meanwhile(
@@ -435,6 +609,18 @@ async def test_one_that_is_pending_for_long_is_told_once_with_the_reason(
     told = await notes(store, id)
     assert len(told) == 2
     assert told[-1].startswith("Slurm job 1 has been pending for 3600 s: QOSMaxJobsPerUserLimit")
+    for stage, state, reason in (
+        (Stage.PENDING, "PENDING", "Priority"),
+        (Stage.RUNNING, "RUNNING", None),
+        (Stage.PENDING, "REQUEUED", "BeginTime"),
+        (Stage.PENDING, "PENDING", "BeginTime"),
+    ):
+        engine.become("1", stage, state, reason)
+        await loop.look()
+    assert (await notes(store, id))[2:] == [
+        "Slurm job 1 has begun",
+        "Slurm job 1 is pending again: REQUEUED (BeginTime)",
+    ]
 
 
 async def test_notes_leave_what_has_ended_alone(store: Store, engine: FakeEngine, loop: Provisioner) -> None:

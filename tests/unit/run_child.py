@@ -159,6 +159,9 @@ class Runner:
     def kill(self) -> None:
         self._child.kill()
 
+    def signal(self, number: int) -> None:
+        os.kill(self._child.pid or 0, number)
+
     def end(self) -> Ended:
         return _end(self._child, self.cwd)
 

@@ -275,6 +275,59 @@ while True: time.sleep(0.01)"""
     assert [saved.name for saved in runner.of(ArtifactSaved)] == ["files/saved"]
 
 
+@pytest.mark.parametrize(
+    "at_sigterm",
+    ["signal.SIG_DFL", "lambda *_: sys.exit(0)", "lambda *_: sys.exit(3)"],
+    ids=["dies", "leaves", "fails"],
+)
+def test_what_a_scheduler_ends_by_a_sigterm_to_every_process_is_preempted_when_its_agent_says_so(
+    runner: Runner, at_sigterm: str
+) -> None:
+    runner.python(f"""
+import signal, sys
+signal.signal(signal.SIGTERM, {at_sigterm})
+print('{{"step": 1, "loss": 2}}', flush=True)
+while True: signal.pause()""")
+    runner.until_printed(b"loss")
+
+    os.killpg(runner.process.pid, signal.SIGTERM)
+    assert gone(runner.of(Started)[0].trainer_pid)
+    runner.stop("preempted")
+
+    assert runner.finish() == Finish(outcome=Outcome.PREEMPTED)
+
+
+def test_one_that_saves_at_such_a_sigterm_gets_no_second_one(runner: Runner) -> None:
+    code = """
+import os, signal, sys, time
+def save(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    print('{"step": 2, "saves": 1}', flush=True)
+    time.sleep(1)  # to save takes its time
+    open("saved", "w").write("weights")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+print('{"step": 1, "loss": 2}', flush=True)
+while True: signal.pause()"""
+    runner.python(code, artifacts=["saved"])
+    runner.until_printed(b"loss")
+
+    os.killpg(runner.process.pid, signal.SIGTERM)
+    while "saves" not in runner.points():
+        runner.receive()
+    runner.stop("preempted")
+
+    assert runner.finish() == Finish(outcome=Outcome.PREEMPTED)
+    assert [saved.name for saved in runner.of(ArtifactSaved)] == ["files/saved"]
+
+
+def test_a_sigterm_of_its_own_is_a_failure(runner: Runner) -> None:
+    finish = runner.start("sh", "-c", "kill -TERM $$").finish()
+
+    assert finish.error
+    assert "killed by SIGTERM" in finish.error.message
+
+
 def test_a_stop_before_the_job_starts_nothing(runner: Runner) -> None:
     runner.stop()
     runner.python("open('ran', 'w')")

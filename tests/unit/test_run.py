@@ -467,9 +467,12 @@ def test_in_the_service_it_speaks_as_a_trainer_and_ends_bit_for_bit_as_undisturb
 def test_a_stop_saves_at_the_next_boundary_and_leaves_with_0(
     scripts: dict[str, Path], operation: Operation, why: Any
 ) -> None:
+    """Also where a scheduler has sent a SIGTERM to every process."""
     with running(operation, scripts["plain"], "1000") as runner:
         for report in runner.reports():
             if isinstance(report, Metrics):
+                if why == "preempted":
+                    runner.signal(signal.SIGTERM)
                 runner.stop(why)
         ended = runner.end()
 
@@ -477,6 +480,35 @@ def test_a_stop_saves_at_the_next_boundary_and_leaves_with_0(
     assert ended.code == 0, ended.said
     assert saved.checkpoint_type is (CheckpointType.CANCEL if why == "cancelled" else CheckpointType.PREEMPT)
     assert max(operation.curves["loss"]) == saved.step - (saved.phase is Phase.UPDATE)
+
+
+def test_a_sigterm_ends_what_the_script_has_forked_and_after_the_last_step_the_script_itself(
+    operation: Operation, tmp_path: Path
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("""
+import os, signal, torch, relight
+from torch import nn
+model = nn.Linear(2, 1)
+run = relight.Run(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+for step in run.steps(2):
+    run.report(loss=float(step))
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+os.kill(os.getpid(), signal.SIGTERM)
+""")
+
+    with running(operation, script) as runner:
+        for _ in runner.reports():
+            pass
+        ended = runner.end()
+
+    assert ended.code == -signal.SIGTERM, ended.said
+    assert operation.curves["loss"] == {0: 0.0, 1: 1.0}
 
 
 def test_it_ends_at_once_when_nobody_listens_any_more(scripts: dict[str, Path], operation: Operation) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from ops_backend.engines import EngineAway, EngineJob, EngineRefused, EngineRequest, Stage
+from ops_backend.engines.requests import request_for
 from ops_backend.engines.slurm import SCRIPT, SlurmEngine
-from ops_backend.provisioner import away, observed, request_for
+from ops_backend.provisioner import away, observed
 from ops_backend.settings import Settings, SettingsError
 from ops_backend.store.engine_jobs import OpenJob
 from ops_contract.jobs import Job

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import math
 import os
 import platform
 import select
@@ -40,6 +41,8 @@ from relight.publish import have_directory, operation_directory
 
 FLUSH_S = 0.5
 DRAIN_S = 2.0
+# A scheduler signals every process of a job: what ended the program has reached its agent too, whose word may be later.
+WORD_S = 5.0
 OUTPUT = "output"
 _READ_BYTES = 2**16
 _PR_SET_CHILD_SUBREAPER = 36
@@ -51,8 +54,8 @@ def main() -> None:
     parser.add_argument("--in-fd", type=int, required=True, help="inherited descriptor of the agent's messages")
     parser.add_argument("--out-fd", type=int, required=True, help="inherited descriptor for messages to the agent")
     given = parser.parse_args()
-    _own_signals()
     agent = RunnerPipe(given.in_fd, given.out_fd)
+    _own_signals(agent)
     agent.send(Hello(pid=os.getpid()))
     job = agent.job()
     runner = Runner(job, agent)
@@ -60,7 +63,7 @@ def main() -> None:
     agent.finish(artifacts.keep(job, runner.points.step or 0, agent, finish))
 
 
-def _own_signals() -> None:
+def _own_signals(agent: "RunnerPipe") -> None:
     """Those to the group are for the program, and only the program dies of them.
 
     It begins with the defaults: a handler does not survive exec, but what is ignored stays ignored, by nohup too.
@@ -68,8 +71,9 @@ def _own_signals() -> None:
     for number in signal.valid_signals() - {signal.SIGPIPE}:  # that one Popen restores
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGCHLD):
+    for number in (signal.SIGINT, signal.SIGABRT, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGTERM, agent.terminated)
     # Python programs answer an abort with the stacks of all their threads (PYTHONFAULTHANDLER), also while they hang.
     signal.signal(STACKS_SIGNAL, lambda *_: os.killpg(os.getpgrp(), signal.SIGABRT))
     if sys.platform == "linux":  # what the program leaves behind becomes our child: see `_rest_of_the_group`
@@ -82,14 +86,23 @@ class RunnerPipe(AgentPipe):
     def __init__(self, in_fd: int, out_fd: int) -> None:
         self.program: Program | None = None
         self.stop: Stop | None = None
+        self._terminated_at_s = -math.inf
         self.lock = threading.Lock()
         super().__init__(in_fd, out_fd)
 
     def stopped(self, stop: Stop) -> None:
         with self.lock:
             if self.stop is None and self.program is not None:
-                self.program.stop(stop)
+                self.program.stop(stop, has_sigterm=self.was_terminated)
             self.stop = self.stop or stop
+
+    def terminated(self, *_: object) -> None:
+        self._terminated_at_s = time.monotonic()
+
+    @property
+    def was_terminated(self) -> bool:
+        """Whether a SIGTERM has come just now that is not ours."""
+        return self.stop is None and time.monotonic() < self._terminated_at_s + WORD_S
 
     def lost(self) -> NoReturn:
         os.killpg(os.getpgrp(), signal.SIGKILL)
@@ -125,10 +138,11 @@ class Program:
             if stop is not None:
                 self.tell(stop)
 
-    def stop(self, stop: Stop) -> None:
+    def stop(self, stop: Stop, *, has_sigterm: bool) -> None:
+        """A second signal would mean that it is not to save first."""
         if self.run_attached:
             self.tell(stop)
-        else:
+        elif not has_sigterm:
             os.killpg(os.getpgrp(), signal.SIGTERM)
 
     def tell(self, message: RunJob | Stop) -> None:
@@ -148,6 +162,7 @@ class Runner:
         self._ended = set[int]()
         self._complained = False
         self._reported = False
+        self._gone = False
         self._last_word: Finish | None = None
         self._flush_at_s = 0.0
         self._wakes, wakeup = os.pipe()
@@ -204,13 +219,25 @@ class Runner:
 
     def _attend(self, program: Program) -> int:
         """Pass on what it says until it has ended; its exit code, or minus the signal."""
-        while program.process.poll() is None or (self._agent.stop is not None and _rest_of_the_group()):
+        while self._lives(program):
             self._turn(program, FLUSH_S)
         until_s = time.monotonic() + DRAIN_S  # of what it left behind somebody may write for ever
         while self._turn(program, 0.0) and time.monotonic() < until_s:
             pass
         self._flush(program)
         return program.process.wait()
+
+    def _lives(self, program: Program) -> bool:
+        """Or may have been ended by a signal that the agent has got too, and will say so."""
+        status = program.process.poll()
+        if status is None:
+            return True
+        if self._agent.stop is not None:
+            return _rest_of_the_group()
+        if status == -signal.SIGTERM and not self._gone:
+            self._agent.terminated()
+        self._gone = True
+        return self._agent.was_terminated
 
     def _mark(self, use: Use, step: int) -> None:
         """What it does besides is not known; with relight.Run it says so itself."""

@@ -21,6 +21,7 @@ from ops_backend.dependencies import (
     Validating,
     ValidatorDep,
 )
+from ops_backend.engines.requests import elastic
 from ops_backend.routes.errors import read, refusals
 from ops_backend.routes.files import FILE_ANSWERS, ArtifactResponse
 from ops_backend.routes.raw_bodies import reads
@@ -98,20 +99,21 @@ async def submit(
     async def asked(session: AsyncSession) -> Question | None:
         if not dry_run and await replay(session, user.name, idempotency_key, body):
             return None
-        return await question(
-            session, await resolved_job(session, read(JobSpec, body), settings.lease_s), settings.lease_s
-        )
+        job = await resolved_job(session, read(JobSpec, body), settings.lease_s, elastic=elastic(settings))
+        return await question(session, job, settings.lease_s)
 
     told = await _told(sessions, validator, asked)
     async with sessions.begin() as session:
         if dry_run:
-            job = await resolved_job(session, read(JobSpec, body), settings.lease_s, told=told)
+            spec = read(JobSpec, body)
+            job = await resolved_job(session, spec, settings.lease_s, told=told, elastic=elastic(settings))
             plan = told.plan if told else None
             return as_json(job if job.study is None else await preview(session, job, plan, settings.lease_s))
 
         async def make() -> UUID | None:
+            spec, lease_s = read(JobSpec, body), settings.lease_s
             return await submit_if_new(
-                session, read(JobSpec, body), user.name, idempotency_key, body, settings.lease_s, told
+                session, spec, user.name, idempotency_key, body, lease_s, told, elastic(settings)
             )
 
         id, is_new = await once(session, user.name, idempotency_key, body, make)
@@ -256,16 +258,20 @@ async def fork_operation(
             return None
         if not (wish.overrides.config or wish.overrides.code):
             return None
-        return await question(session, await forked_job(session, id, wish, settings.lease_s), settings.lease_s)
+        job = await forked_job(session, id, wish, settings.lease_s, elastic=elastic(settings))
+        return await question(session, job, settings.lease_s)
 
     told = await _told(sessions, validator, asked)
     async with sessions.begin() as session:
         if dry_run:
-            return as_json(await forked_job(session, id, read(ForkRequest, body), settings.lease_s, told))
+            wish = read(ForkRequest, body)
+            return as_json(await forked_job(session, id, wish, settings.lease_s, told, elastic(settings)))
 
         async def make() -> UUID | None:
             wish = read(ForkRequest, body)
-            return await fork_if_there(session, id, wish, user.name, idempotency_key, whole, settings.lease_s, told)
+            return await fork_if_there(
+                session, id, wish, user.name, idempotency_key, whole, settings.lease_s, told, elastic(settings)
+            )
 
         fork_id, is_new = await once(session, user.name, idempotency_key, whole, make)
         operation = await queries.get(session, fork_id)

@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.children import children, planned
-from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, by_member, continues, plain, record, statement
+from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, by_member, continues, moved_at, plain, record, statement
 from ops_backend.tables import WISH
 from ops_contract.agents import CheckpointRef, FailureRecord
 from ops_contract.jobs import MOST_THREADS, Job
@@ -106,13 +106,11 @@ _BEHIND = """coalesce((-o.priority, o.created_at, o.id) > ((SELECT -priority FRO
 # has the least room which is enough, else as few hosts as there can be. Ranks go by member, the members of a host side
 # by side; an address that only its own host reaches cannot be rank 0's for others.
 # Of those that wish for the same, only the first one due is looked at: where that does not fit, none behind it does. So
-# a claim costs what there are of different wishes, not of operations that wait. One that another transaction has locked
-# is passed over, and with it, this once, those behind it that wish for the same.
-# A lease counts from the claim itself: a transaction that was held up dates its now() back.
-# A fork without a checkpoint of its own is handed its fork point even if that was marked corrupt meanwhile: the worker
-# then refuses it, and the fork fails. Without one it would begin at step 0, which nobody asked for.
-CLAIM = statement(f"""
-    WITH RECURSIVE offered AS MATERIALIZED ({OFFERED}
+# a claim costs what there are of different wishes, not of operations that wait.
+#
+# Of it, after WITH RECURSIVE: the `first` of each wish, what is offered, and what a claim may give (`free`; what is
+# `reserved` is not for who is behind the `head`).
+SUPPLY = f"""offered AS MATERIALIZED ({OFFERED}
     ), vacant AS MATERIALIZED (
         SELECT f.* FROM offered f
          WHERE f.undrained AND coalesce(f.rests_until <= now(), true)
@@ -148,7 +146,40 @@ CLAIM = statement(f"""
         SELECT f.*, (f.incarnation, f.index) IN (
                         SELECT r.incarnation, r.index FROM head, unnest(head.incarnations, head.indexes)
                                                                      AS r (incarnation, index)) AS reserved
-          FROM vacant f
+          FROM vacant f"""
+
+# The slots that operation `o` gets of `free` just now, the leader's first; null where it cannot be placed.
+PLACED = f"""
+            SELECT CASE WHEN {IS_GANG} THEN (
+                SELECT jsonb_agg(jsonb_build_array(incarnation, index) ORDER BY {_RANKS})
+                  FROM (
+                    SELECT *, row_number() OVER (ORDER BY node, {_FIRST}) AS nth,
+                           row_number() OVER (PARTITION BY node ORDER BY {_FIRST}) AS nth_of_node
+                      FROM (
+                        SELECT *, dense_rank() OVER (
+                                      ORDER BY on_host >= share DESC,
+                                               CASE WHEN on_host >= share THEN on_host ELSE -on_host END, host) AS node
+                          FROM ({room(f"free f WHERE NOT (f.reserved AND {_BEHIND})")}) usable
+                      ) by_node
+                  ) ordered
+                 WHERE CASE WHEN {_NODES} IS NULL THEN nth <= {_DEVICES}
+                            ELSE node <= {_NODES} AND nth_of_node <= share END
+                HAVING count(*) = {_DEVICES}
+            ) ELSE (
+                SELECT jsonb_build_array(jsonb_build_array(f.incarnation, f.index))
+                  FROM free f
+                 WHERE NOT (f.reserved AND {_BEHIND}) AND {suits("f")}
+                 ORDER BY o.kind = 'study' AND f.device = 'cpu' DESC,
+                          f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index
+                 LIMIT 1
+            ) END AS slots OFFSET 0"""
+
+# One that another transaction has locked is passed over, and with it, this once, those behind it with the same wish.
+# A lease counts from the claim itself: a transaction that was held up dates its now() back.
+# A fork without a checkpoint of its own is handed its fork point even if that was marked corrupt meanwhile: the worker
+# then refuses it, and the fork fails. Without one it would begin at step 0, which nobody asked for.
+CLAIM = statement(f"""
+    WITH RECURSIVE {SUPPLY}
     ), chosen AS MATERIALIZED (
         SELECT fitting.id, fitting.not_before, locked.resume_checkpoint_id, locked.forked_from_checkpoint_id,
                fitting.slots
@@ -156,30 +187,7 @@ CLAIM = statement(f"""
             SELECT o.id, o.not_before, placed.slots
               FROM (SELECT * FROM first o {_QUEUE} OFFSET 0) o
               CROSS JOIN LATERAL (
-                SELECT CASE WHEN {IS_GANG} THEN (
-                    SELECT jsonb_agg(jsonb_build_array(incarnation, index) ORDER BY {_RANKS})
-                      FROM (
-                        SELECT *, row_number() OVER (ORDER BY node, {_FIRST}) AS nth,
-                               row_number() OVER (PARTITION BY node ORDER BY {_FIRST}) AS nth_of_node
-                          FROM (
-                            SELECT *, dense_rank() OVER (
-                                          ORDER BY on_host >= share DESC,
-                                                   CASE WHEN on_host >= share THEN on_host ELSE -on_host END, host
-                                      ) AS node
-                              FROM ({room(f"free f WHERE NOT (f.reserved AND {_BEHIND})")}) usable
-                          ) by_node
-                      ) ordered
-                     WHERE CASE WHEN {_NODES} IS NULL THEN nth <= {_DEVICES}
-                                ELSE node <= {_NODES} AND nth_of_node <= share END
-                    HAVING count(*) = {_DEVICES}
-                ) ELSE (
-                    SELECT jsonb_build_array(jsonb_build_array(f.incarnation, f.index))
-                      FROM free f
-                     WHERE NOT (f.reserved AND {_BEHIND}) AND {suits("f")}
-                     ORDER BY o.kind = 'study' AND f.device = 'cpu' DESC,
-                              f.cores = (o.job->'execution'->>'threads')::int DESC NULLS LAST, f.incarnation, f.index
-                     LIMIT 1
-                ) END AS slots OFFSET 0
+{PLACED}
               ) placed
              WHERE (EXISTS (SELECT FROM free WHERE NOT reserved) OR NOT {_BEHIND})
                AND placed.slots IS NOT NULL
@@ -246,9 +254,9 @@ CLAIM = statement(f"""
               FROM members) AS members,
            pinned.id AS checkpoint_id, pinned.path, pinned.step, pinned.epoch, pinned.phase, pinned.size_bytes,
            pinned.manifest_sha256, parent.job AS parent_job,
-           coalesce(extract(epoch FROM clock_timestamp() - greatest(moved.was_due_at, queued.at)), 0)::float8 AS due_s
+           coalesce(extract(epoch FROM clock_timestamp() - greatest(moved.was_due_at, {moved_at("moved")})),
+                    0)::float8 AS due_s
       FROM moved LEFT JOIN pinned ON true
-      LEFT JOIN events queued ON queued.operation_id = moved.id AND queued.seq = moved.event_seq - 1
       LEFT JOIN operations parent ON parent.id = pinned.operation_id AND parent.id <> moved.id
 """)
 

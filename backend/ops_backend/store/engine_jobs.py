@@ -10,8 +10,8 @@ from uuid import UUID, uuid4
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.engines import EngineRequest
-from ops_backend.store.claims import runs
-from ops_backend.store.sql import plain, record, statement
+from ops_backend.store.claims import PLACED, SUPPLY
+from ops_backend.store.sql import moved_at, plain, record, statement
 from ops_contract.jobs import Job
 
 # Spells "engin" in base 36. Whoever counts open rows, or moves one to another operation, has it.
@@ -24,17 +24,9 @@ BACKOFF_S, MAX_BACKOFF_S = 5, 300
 
 COUNT_OPEN = statement("SELECT count(*) FROM engine_jobs WHERE state <> 'ended'")
 
-# Due for so long, and fewer idle slots than it takes: what fits one is claimed, whatever waits here.
-# Its last move made it pending; notes that came since are no moves.
+# Due for so long, and the claim could not place it; whatever it can, it claims.
 WANTING = statement(f"""
-    WITH offered AS MATERIALIZED (
-        SELECT s.device, s.cores, w.workloads, w.user_code,
-               coalesce(s.rests_until <= now(), true)
-               AND NOT EXISTS (SELECT FROM holds h
-                                WHERE h.operation_id = s.operation_id AND h.attempt = s.attempt
-                                  AND h.incarnation = s.incarnation AND h.ended_at IS NULL) AS free
-          FROM slots s JOIN workers w USING (incarnation)
-         WHERE NOT w.draining AND w.drain IS NULL AND w.last_seen_at > now() - make_interval(secs => :lease_s)
+    WITH RECURSIVE {SUPPLY}
     )
     SELECT o.id, o.attempt, o.job, coalesce(last.failures, 0) AS failures
       FROM operations o
@@ -42,17 +34,11 @@ WANTING = statement(f"""
         SELECT j.ended_at, j.failures FROM engine_jobs j WHERE j.operation_id = o.id ORDER BY j.created_at DESC LIMIT 1
       ) last ON true
      WHERE o.status = 'pending'
-       AND greatest(o.not_before, (SELECT e.at FROM events e
-                                    WHERE e.operation_id = o.id AND e.from_status IS DISTINCT FROM e.to_status
-                                    ORDER BY e.seq DESC LIMIT 1)) <= now() - make_interval(secs => :after_s)
+       AND greatest(o.not_before, {moved_at("o")}) <= now() - make_interval(secs => :after_s)
        AND NOT EXISTS (SELECT FROM engine_jobs j WHERE j.operation_id = o.id AND j.state <> 'ended')
        AND (coalesce(last.failures, 0) = 0 OR last.ended_at <= now() - make_interval(
             secs => least({MAX_BACKOFF_S}, {BACKOFF_S} * 2 ^ least(last.failures - 1, 16))))
-       AND (SELECT count(*) FROM offered f
-             WHERE f.free AND {runs("f")}
-               AND (o.kind = 'study' OR f.cores >= coalesce((o.job->'resources'->>'cores')::int, 1))
-               AND (o.kind = 'study' OR o.job->'execution'->>'accelerator' IN ('auto', f.device))
-           ) < coalesce((o.job->'execution'->>'devices')::int, 1)
+       AND ({PLACED}) IS NULL
      ORDER BY o.priority DESC, o.created_at, o.id
      LIMIT :most
 """)

@@ -183,6 +183,13 @@ def by_member(whose: str) -> str:
                           ORDER BY every.lease_expires_at LIMIT 1), '{{}}')"""
 
 
+def moved_at(operation: str) -> str:
+    """When this operation moved last: where it waits, since when. Notes are no moves."""
+    return f"""(SELECT e.at FROM events e
+                 WHERE e.operation_id = {operation}.id AND e.from_status IS DISTINCT FROM e.to_status
+                 ORDER BY e.seq DESC LIMIT 1)"""
+
+
 def record(event: str, detail: str = "CAST(:detail AS jsonb)") -> str:
     """The event row of a move; `moved` yields id, event_seq, attempt, from_status and status."""
     return f"""

@@ -24,12 +24,16 @@ from ops_contract.jobs import (
     Execution,
     Job,
     JobSpec,
+    Resources,
     Setup,
 )
 from ops_contract.lifecycle import Kind
 from ops_contract.measurements import MEASUREMENT, MeasurementConfig
 from ops_contract.problems import Problem, offer, problems_of, unknown_field
 from ops_contract.resolving import Unresolvable, check_plain_knobs, resolved_execution
+
+# Where more workers may be started: why they could never hold such a job, or None where they could.
+Elastic = Callable[[Execution, Resources], str | None]
 
 FIND_REPLAY = statement("""
     SELECT id, body_sha256 FROM operations WHERE submitted_by = :submitted_by AND idempotency_key = :idempotency_key
@@ -102,13 +106,14 @@ async def submit_if_new(
     body: bytes,
     lease_s: float,
     told: Validated | None = None,
+    elastic: Elastic | None = None,
 ) -> UUID | None:
     """Insert the operation; None when a concurrent request with the same key was first.
 
     Raises 422 for an unknown workload, a config that its schema refuses, a metric that it does not report, a GPU
-    that nobody has, or more devices than the live workers could give.
+    that nobody has, or more devices than the live workers could give, unless others may be started that could.
     """
-    job = await resolved_job(session, spec, lease_s, told=told)
+    job = await resolved_job(session, spec, lease_s, told=told, elastic=elastic)
     submitted: UUID | None = await session.scalar(SUBMIT, new_operation(spec, job, submitted_by, key, body))
     return submitted
 
@@ -149,40 +154,53 @@ def body_sha256(body: bytes) -> str:
 
 
 async def resolved_job(
-    session: AsyncSession, spec: JobSpec, lease_s: float, path: str = "", told: Validated | None = None
+    session: AsyncSession,
+    spec: JobSpec,
+    lease_s: float,
+    path: str = "",
+    told: Validated | None = None,
+    elastic: Elastic | None = None,
 ) -> Job:
     """With every default. Raises 422; `path` is where in the body the submitter wrote it, with its dot.
 
     Of the user's own workload only a worker knows them: without `told` they stay open until it starts.
     """
+    # Those of a study are its children's.
+    never = elastic(spec.execution, spec.resources) if elastic else None
+    if elastic is None or never is not None:
+        await _check_accelerator(session, spec.execution.accelerator, f"{path}execution", never)
+        await _check_cores(session, spec, f"{path}resources", never)
     job = await _resolved(session, spec, path, told)
-    await could_hold(session, job, lease_s, path)
+    if elastic is None or never is not None:
+        await could_hold(session, job, lease_s, path, never)
     return job
 
 
-async def could_hold(session: AsyncSession, job: Job, lease_s: float, path: str = "", *, elastic: bool = False) -> None:
+async def could_hold(session: AsyncSession, job: Job, lease_s: float, path: str = "", never: str | None = None) -> None:
     """Raises 422 for a gang that the slots of the live workers could never hold, however free they are.
 
-    Without a live worker nobody knows, and where more may be started (`elastic`) it waits for those. A child of a
+    `never` is why no others could be started for it. Without it and without a live worker nobody knows. A child of a
     study, a resume and a replay are not asked: they wait.
     """
     devices, nodes = job.execution.devices, job.resources.nodes
-    if job.kind is not Kind.TRAINING or devices == 1 or elastic:
+    if job.kind is not Kind.TRAINING or devices == 1:
         return
     there = await capacity(session, job, lease_s)
-    if there.enough or not there.anybody:
+    if there.enough or not (there.anybody or never):
         return
     if nodes is None:
         problem = f"{devices} are more than the {there.slots} slots for it that live workers have, taken ones included"
     else:
         each = f"{devices // nodes} each on {nodes} nodes"
         problem = f"{devices} cannot be had: {each} are asked for, and {there.nodes} nodes of live workers have so many"
-    raise invalid([(f"{path}execution.devices", f"{problem}; ask for less, or start workers first")])
+    raise invalid([(f"{path}execution.devices", f"{problem}{_also(never)}; ask for less, or start workers first")])
+
+
+def _also(never: str | None) -> str:
+    return f"; {never}" if never else ""
 
 
 async def _resolved(session: AsyncSession, spec: JobSpec, path: str, told: Validated | None) -> Job:
-    await _check_accelerator(session, spec.execution.accelerator, f"{path}execution")
-    await _check_cores(session, spec, f"{path}resources")
     await _check_code(session, spec.code, f"{path}code")
     setup = {name: getattr(spec, name) for name in Setup.model_fields}
     setup |= {"kind": spec.kind, "study": spec.study}
@@ -227,16 +245,16 @@ def invalid(problems: list[Problem]) -> OpsError:
     return OpsError(ErrorCode.INVALID, f"{field}: {problem}", errors=errors)
 
 
-async def _check_accelerator(session: AsyncSession, accelerator: Accelerator, path: str) -> None:
+async def _check_accelerator(session: AsyncSession, accelerator: Accelerator, path: str, never: str | None) -> None:
     """Raises 422 for a GPU that no worker has ever offered."""
     if accelerator in (Accelerator.AUTO, Accelerator.CPU):
         return
     if not await session.scalar(EVER_OFFERED, {"device": accelerator}):
-        problem = f"no worker has ever offered a {accelerator} device; start a worker with one first, or use auto"
-        raise invalid([(f"{path}.accelerator", problem)])
+        problem = f"no worker has ever offered a {accelerator} device{_also(never)}"
+        raise invalid([(f"{path}.accelerator", f"{problem}; start a worker with one first, or use auto")])
 
 
-async def _check_cores(session: AsyncSession, spec: JobSpec, path: str) -> None:
+async def _check_cores(session: AsyncSession, spec: JobSpec, path: str, never: str | None) -> None:
     """Raises 422 for more than a slot of the device that is asked for has ever had."""
     cores, device = spec.resources.cores, spec.execution.accelerator
     if cores is None:
@@ -244,7 +262,8 @@ async def _check_cores(session: AsyncSession, spec: JobSpec, path: str) -> None:
     offered = await session.scalar(MOST_CORES, {"device": None if device is Accelerator.AUTO else device})
     if offered is None or offered < cores:
         most = f"the most so far was {offered}; ask for that" if offered else "none has offered any; leave it out"
-        raise invalid([(f"{path}.cores", f"no worker has ever offered a slot of {cores}: {most}, or start one first")])
+        problem = f"no worker has ever offered a slot of {cores}: {most}, or start one first{_also(never)}"
+        raise invalid([(f"{path}.cores", problem)])
 
 
 async def _check_code(session: AsyncSession, code: Code | None, path: str) -> None:

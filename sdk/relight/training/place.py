@@ -85,6 +85,7 @@ class Service:
     def __init__(self, fd: int) -> None:
         self._runner = _runner(fd)
         self._runner.send(Hello(pid=os.getpid()))
+        self._sigterm = _RunnersSigterm()
         job = self._runner.job()
         self._start = start = job.start
         self.root = Path(job.storage_root)
@@ -109,9 +110,33 @@ class Service:
     def leave(self) -> NoReturn:
         raise SystemExit(0)
 
-    def over(self) -> None: ...
+    def over(self) -> None:
+        self._sigterm.give_back()
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self._sigterm.give_back()
+
+
+class _RunnersSigterm:
+    """A scheduler's, which signals every process of a job: its stop comes from the runner, as any other.
+
+    A handler of the script's own stays, and threads other than the main one cannot have any.
+    """
+
+    def __init__(self) -> None:
+        self._ours = False
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            self._ours, self._pid = True, os.getpid()
+            signal.signal(signal.SIGTERM, self._take)
+
+    def give_back(self) -> None:
+        if self._ours and signal.getsignal(signal.SIGTERM) == self._take:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a process that the script has forked ends as it would
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 def _runner(fd: int) -> AgentPipe:
