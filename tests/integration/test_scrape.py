@@ -170,6 +170,7 @@ async def test_the_queue_is_as_old_as_what_has_been_due_longest(api: Api, store:
     assert (await api.scrape()).value("relight_queue_oldest_seconds") == 0
     backing_off, due = await store.submit(), await store.submit()
     await store.execute("UPDATE events SET at = now() - interval '10 h'")
+    await store.execute("UPDATE operations SET created_at = now() - interval '10 h'")
     until = "UPDATE operations SET not_before = now() + CAST(:span AS interval) WHERE id = :id"
     await store.execute(until, id=backing_off, span=timedelta(hours=1))
     await store.execute(until, id=due, span=-timedelta(hours=2))
