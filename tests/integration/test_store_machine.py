@@ -470,9 +470,6 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         "moved.attempt AND h.incarnation = locked.incarnation AND h.incarnation = :incarnation",
     ),
     "a member leaves out of order": (transitions, "FINISH", "AND locked.last_seq = :seq - 1", ""),
-    "a fault leaves it to the others too": (
-        transitions, "FINISH", "AND NOT :for_all AND (SELECT count(*) FROM locked) > 1", "",
-    ),
     "a gang is lost with its last member": (transitions, "LOST", "bool_or(lease", "bool_and(lease"),
     "who has begun may refuse": (claims, "REFUSE", "AND last_seq = 0", ""),
     "a refusal ends its own hold alone": (
