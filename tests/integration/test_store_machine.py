@@ -487,6 +487,12 @@ RARE = (
     "finish leaves the hold alive",
     "lost ignores the lease",
     "claim takes what is not pending",
+    "a gang ends by the word of the last",
+    "a member leaves out of order",
+    "a gang is lost with its last member",
+    "who has begun may refuse",
+    "a refusal ends its own hold alone",
+    "nobody is missed in a gang that is cut short",
 )
 
 
