@@ -321,6 +321,17 @@ while True: signal.pause()"""
     assert [saved.name for saved in runner.of(ArtifactSaved)] == ["files/saved"]
 
 
+def test_its_death_by_a_sigterm_may_be_seen_before_the_runner_has_got_its_own(runner: Runner) -> None:
+    runner.start("sh", "-c", "kill -TERM $$")
+    assert gone(runner.until(Started).trainer_pid)
+    while len(runner.of(Mark)) < 4:  # more than there are until it is gone
+        runner.receive()
+
+    runner.stop("preempted")
+
+    assert runner.finish() == Finish(outcome=Outcome.PREEMPTED)
+
+
 def test_a_sigterm_of_its_own_is_a_failure(runner: Runner) -> None:
     finish = runner.start("sh", "-c", "kill -TERM $$").finish()
 
