@@ -465,7 +465,8 @@ def test_a_later_attempt_begins_where_its_first_report_says(runner: Runner) -> N
     assert runner.finish().outcome == Outcome.COMPLETED
 
     assert [each.start_step for each in runner.of(Started)] == [0, 40]
-    assert isinstance(runner.seen[runner.seen.index(runner.of(Started)[1]) + 1], Metrics)
+    after = runner.seen[runner.seen.index(runner.of(Started)[1]) + 1 :][:2]
+    assert [type(each) for each in after] == [ProgressNow, Metrics], "progress goes on with what comes after it"
 
 
 def test_why_a_run_cannot_go_on_is_the_word_of_its_command_if_that_then_fails(runner: Runner) -> None:

@@ -301,9 +301,9 @@ class Runner:
             if not self._reported and first > 0 and self._job.start.attempt > 1 and not program.run_attached:
                 self._agent.report(self._started(program, first))  # it goes on from a file of its own
             self._reported = True
-            self._agent.report(metrics)
             if not program.run_attached:  # Run tells its own, which says more
-                self._agent.progress(self.points.progress())
+                self._agent.progress(self.points.progress())  # it goes on with the report that comes after it
+            self._agent.report(metrics)
         while self.points.notes:
             self._agent.report(Note(message=self.points.notes.pop()))
         if not program.run_attached:

@@ -111,11 +111,11 @@ class Reporter:
         return due
 
     def flush(self, cursor: Cursor) -> None:
-        """Send every value so far, and the progress."""
+        """Send the progress, and every value so far: progress goes on with the reports that come after it."""
         series = self._collect()
+        self._sink.progress(self._progress(cursor))
         if series:
             self._sink.report(Metrics(series=[Series.of(name, points) for name, points in series.items()]))
-        self._sink.progress(self._progress(cursor))
 
     def newest(self, step: int) -> dict[str, float]:
         """What was flushed of this step, the newest one."""
