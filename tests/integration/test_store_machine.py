@@ -460,7 +460,7 @@ MUTANTS: dict[str, tuple[Any, str, str, str]] = {
         transitions, "REQUEST_CANCEL", "status IN ('pending', 'running', 'waiting')", "true",
     ),
     "resume takes anything": (transitions, "RESUME", "status IN ('failed', 'cancelled')", "true"),
-    "claim takes what is not pending": (claims, "CLAIM", "o.status = 'pending'", "o.status <> 'completed'"),
+    "claim takes what is not pending": (claims, "CLAIM", "status = 'pending' THEN", "status <> 'completed' THEN"),
     "a gang ends with the first that finishes": (transitions, "FINISH", "(:for_all OR count(*) = 1)", "true"),
     "a gang ends by the word of the last": (
         transitions, "FINISH", "coalesce(min(outcome), :outcome)", "coalesce(min(:outcome), :outcome)",

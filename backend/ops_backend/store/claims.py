@@ -81,7 +81,7 @@ OFFERED = """
          WHERE NOT w.draining AND w.last_seen_at > now() - make_interval(secs => :lease_s)"""
 
 # Of a row found by its id: where the planner believes that little waits, `=` would have it look through all that does.
-_STILL_PENDING = "CASE o.status WHEN 'pending' THEN true ELSE false END"
+_STILL_PENDING = "CASE WHEN o.status = 'pending' THEN true ELSE false END"
 
 # Of `room`: whether it is enough for gang `o`.
 _IS_ENOUGH = f"""count(*) >= {_DEVICES} AND ({_NODES} IS NULL OR count(DISTINCT host) >= {_NODES})"""
