@@ -20,7 +20,7 @@ from ops_contract.operations import AttemptView
 Curves = dict[str, list[tuple[int, float]]]
 
 # Three ranks: at two the order of a sum hides.
-GANG: dict[str, Any] = {"devices": 3, "batch_size": 30, "max_epochs": 8}
+GANG: dict[str, Any] = {"devices": 3, "batch_size": 30, "max_epochs": 4}
 APART: dict[str, Any] = {"devices": 4, "batch_size": 32, "max_epochs": 3}
 
 
