@@ -87,6 +87,9 @@ def serve(in_fd: int, out_fd: int, gang_fd: int | None = None) -> NoReturn:
         os.set_inheritable(gang_fd, False)  # rank 0's alone: a process that outlives it must not listen on
     agent.send(Hello(pid=os.getpid()))
     job = agent.job()
+    if gang_fd is not None and (job.rank is None or job.rank.rank > 0):
+        os.close(gang_fd)  # rank 0's alone: loader processes are forks
+        gang_fd = None
     finish = run(job, agent, gang_fd)
     # What a study's job keeps is its children's, and what a gang's does is rank 0's.
     keeps = job.start.job.study is None and _leads(job)
