@@ -76,3 +76,15 @@ def fake_driver(
     yield play
     for driver in opened:
         driver.close()
+
+
+@pytest.fixture
+def numerics_given_back() -> Iterator[None]:
+    """For trainings in this process: an attempt configures the whole of it."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False

@@ -1,7 +1,6 @@
 """The replay check on real trainings: one that keeps the promise, and one that is secretly not pure."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +53,7 @@ class Reports(list[Report]):
     def mark(self, mark: Mark) -> None: ...
 
 
-@pytest.fixture(autouse=True)
-def numerics_given_back() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
+pytestmark = pytest.mark.usefixtures("numerics_given_back")
 
 
 async def trained(store: Store, root: Path, workload: type[Pure]) -> tuple[Held, list[Report]]:

@@ -1,7 +1,6 @@
 """What a gang is made of, without processes: parts of batches, who is asked, whose fault it was, what is refused."""
 
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -34,14 +33,7 @@ GLOO = (
 )
 
 
-@pytest.fixture(autouse=True)
-def numerics_given_back() -> Iterator[None]:
-    """An attempt configures its whole process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
+pytestmark = pytest.mark.usefixtures("numerics_given_back")
 
 
 class Told(Team):

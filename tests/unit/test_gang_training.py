@@ -6,11 +6,10 @@ Every rank is a process. `EXACTNESS_SEED=…` plays the kills again.
 import os
 import random
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from gang_child import GANG_WORKLOADS, RANKS, GangOperation
 from training_child import Listed, Operation, ticking
@@ -41,14 +40,7 @@ PLAIN = {"norm": "layer", "dropout": 0.0, "random": False}
 Maker = Callable[..., GangOperation]
 
 
-@pytest.fixture(autouse=True)
-def numerics_given_back() -> Iterator[None]:
-    """An attempt configures its whole process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
+pytestmark = pytest.mark.usefixtures("numerics_given_back")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,7 @@ from relight.training.checkpoint import publish_files
 from relight.training.faults import TrainingFault
 from relight.training.loop_attempt import LoopAttempt
 
-
-@pytest.fixture(autouse=True)
-def numerics_given_back() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
+pytestmark = pytest.mark.usefixtures("numerics_given_back")
 
 
 class Config(BaseModel):

@@ -1,7 +1,6 @@
 """What a training says its time went to, and when."""
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,7 @@ from relight.training.saving import Saver
 from relight.training.state import Cursor
 from relight.workload import LoopControl, LoopWorkload, MapDataset, Workload
 
-
-@pytest.fixture(autouse=True)
-def numerics_given_back() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
+pytestmark = pytest.mark.usefixtures("numerics_given_back")
 
 
 class Config(BaseModel):

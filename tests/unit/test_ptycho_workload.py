@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,13 +35,7 @@ ENV = Env(device=torch.device("cpu"), rank=0, world_size=1, seed=0)
 SMALL: dict[str, Any] = {"simulate": {"size": 64, "step": 3.0}, "n_groups": 16}
 
 
-@pytest.fixture(autouse=True)
-def numerics_given_back() -> Iterator[None]:
-    """An attempt configures its whole process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("numerics_given_back")
 
 
 def workload(**config: Any) -> Ptycho:

@@ -33,14 +33,7 @@ KNOBS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def numerics_given_back() -> Iterator[None]:
-    """An attempt configures its whole process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
+pytestmark = pytest.mark.usefixtures("numerics_given_back")
 
 
 @pytest.fixture(scope="module")

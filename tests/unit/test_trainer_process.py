@@ -321,15 +321,6 @@ def run_here(operation: Operation, agent: InThisProcess | None = None) -> Finish
     return run(job, agent or InThisProcess())
 
 
-@pytest.fixture
-def numerics_given_back() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
-
-
 @pytest.mark.usefixtures("numerics_given_back")
 @pytest.mark.parametrize(
     ("workload", "code", "permanent", "said"),

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,15 +24,7 @@ from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
 from relight.workload import MapDataset, WarmupCosine, Workload
 
-
-@pytest.fixture(autouse=True)
-def numerics_given_back() -> Iterator[None]:
-    """An attempt configures its whole process."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.deterministic = False
+pytestmark = pytest.mark.usefixtures("numerics_given_back")
 
 
 class TinyConfig(BaseModel):
