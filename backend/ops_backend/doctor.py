@@ -44,9 +44,10 @@ def examine(
 ) -> Findings:
     """Of a service by its settings, or of the `ops up` on `data_dir`."""
     items = list(_embedded(data_dir)) if data_dir and not database_url else []
-    url, workers = database_url or _embedded_url(data_dir), list[LiveWorker]()
-    if url:
-        items += asyncio.run(_database(url, workers, lease_s))
+    workers: list[LiveWorker] = []
+    if url := database_url or _embedded_url(data_dir):
+        found, workers = asyncio.run(_database(url, lease_s))
+        items += found
     elif data_dir is None and storage_root is None:
         items.append(fail("database", "no database is known", "set OPS_DATABASE_URL, or start `ops up`"))
     root = storage_root or (data_dir / "storage" if data_dir else None)
@@ -78,21 +79,22 @@ def _embedded_url(data_dir: Path | None) -> str | None:
         return None
 
 
-async def _database(url: str, workers: list[LiveWorker], lease_s: float) -> list[Finding]:
-    """What is to be said of it; the workers that live by it are put into `workers`."""
+async def _database(url: str, lease_s: float) -> tuple[list[Finding], list[LiveWorker]]:
+    """What is to be said of it, and the workers that live by it."""
     try:
         engine = create_async_engine(with_our_driver(url), poolclass=NullPool, connect_args={"timeout": TIMEOUT_S})
         async with asyncio.timeout(2 * TIMEOUT_S), engine.connect() as connection:
             found = [finding async for finding in _look_at(connection)]
-            if found[-1].check == "reaper":  # the schema is this version's
-                rows = await connection.execute(LIVE_WORKERS, {"lease_s": lease_s})
-                workers += [LiveWorker(**row) for row in rows.mappings()]
-            return found
+            if found[-1].check != "reaper":  # the schema is another version's
+                return found, []
+            rows = await connection.execute(LIVE_WORKERS, {"lease_s": lease_s})
+            return found, [LiveWorker(**row) for row in rows.mappings()]
     except ValueError as error:
-        return [fail("database", f"OPS_DATABASE_URL: {error}", "write it like postgresql://user:password@host/name")]
+        problem = fail("database", f"OPS_DATABASE_URL: {error}", "write it like postgresql://user:password@host/name")
     except (OSError, DBAPIError, PostgresRefusal) as error:
         cause = str(error).splitlines()[0] if str(error) else "it does not answer in time"
-        return [fail("database", f"cannot be reached: {cause}", "is it running, and may this host connect to it?")]
+        problem = fail("database", f"cannot be reached: {cause}", "is it running, and may this host connect to it?")
+    return [problem], []
 
 
 async def _look_at(connection: AsyncConnection) -> AsyncIterator[Finding]:

@@ -24,8 +24,6 @@ log = logging.getLogger(__name__)
 TICK_S = 2.0
 # Longer than a submission may take: what the scheduler does not know by then it was never asked for.
 ADOPT_S = 60.0
-# Jobs that nobody waits for are looked for among so many operations that could use them.
-_LOOKED_AT = 1000
 AWAY = "UNKNOWN"
 REFUSED = "REFUSED"
 _STAGES = {Stage.PENDING: "submitted", Stage.RUNNING: "running", Stage.ENDED: "ended"}
@@ -106,18 +104,25 @@ class Provisioner:
 
     async def _give_up(self, idle: Sequence[OpenJob]) -> None:
         """Of jobs whose operation needs them no more, before a worker came: handed over, or killed."""
+        if not idle:
+            return
+        async with self._sessions.begin() as session:
+            waiting = [(w.id, request_for(w.job, self._settings)) for w in await self._wanting(session)]
         for job in idle:
-            if not await self._handed_over(job) and job.external_id is not None:
+            same = next((one for one in waiting if one[1] == job.request), None)
+            if same is not None:
+                waiting.remove(same)
+            if same is not None and await self._handed_over(job, same[0]):
+                continue
+            if job.external_id is not None:
                 try:
                     await self._engine.kill(job.external_id)
                 except (EngineAway, EngineRefused) as problem:
                     log.warning("%s is not cancelled yet: %s", job.name, problem)
 
-    async def _handed_over(self, job: OpenJob) -> bool:
+    async def _handed_over(self, job: OpenJob, operation_id: UUID) -> bool:
         async with self._sessions.begin() as session:
-            waiting = await self._wanting(session, _LOOKED_AT)
-            same = [w for w in waiting if request_for(w.job, self._settings) == job.request]
-            return bool(same) and await engine_jobs.hand_over(session, job, same[0].id)
+            return await engine_jobs.hand_over(session, job, operation_id)
 
     async def _intend(self) -> list[OpenJob]:
         """Those that this backend is to ask for, in the order of the queue."""
@@ -125,15 +130,15 @@ class Provisioner:
         intended: list[UUID | None] = []
         async with self._sessions.begin() as session:
             room = await engine_jobs.room(session, settings.slurm_max_jobs)
-            waiting = await self._wanting(session, _LOOKED_AT) if room else []
+            waiting = await self._wanting(session) if room else []
             askable = [(w, request) for w in waiting if (request := request_for(w.job, settings)) is not None]
             for one, request in askable[:room]:
                 intended.append(await engine_jobs.intend(session, one.id, engine, request, one.failures))
         jobs = {job.id: job for job in await self._open()} if intended else {}
         return [jobs[id] for id in intended if id in jobs]
 
-    async def _wanting(self, session: AsyncSession, most: int) -> list[Wanting]:
-        return await engine_jobs.wanting(session, self._settings.lease_s, self._settings.slurm_after_s, most)
+    async def _wanting(self, session: AsyncSession) -> list[Wanting]:
+        return await engine_jobs.wanting(session, self._settings.lease_s, self._settings.slurm_after_s)
 
     async def _ask(self, jobs: Sequence[OpenJob]) -> None:
         for job in jobs:

@@ -234,9 +234,7 @@ def _advice(name: str | None, told: StorageProbed, *, here: bool = False) -> str
     if name in ("EACCES", "EPERM"):
         ours, theirs = os.geteuid(), told.uid
         writer, reader = (theirs, ours) if here else (ours, theirs)
-        root_squash = (
-            "; NFS makes nobody of uid 0 unless the export says `no_root_squash`" if 0 in (ours, theirs) else ""
-        )
+        root_squash = "; NFS makes nobody of uid 0 unless the export says `no_root_squash`"
         return (
             f"uid {writer} wrote it, uid {reader} wants it: run backends and workers as one user (the same uid on all "
             f"hosts), or give the root mode 2770 and a group of both{root_squash if 0 in (ours, theirs) else ''}"

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.engines import EngineRequest
 from ops_backend.store.claims import PLACED, SUPPLY
-from ops_backend.store.sql import moved_at, plain, record, statement
+from ops_backend.store.sql import PENDING_SINCE, plain, record, statement
 from ops_contract.jobs import Job
 
 # Spells "engin" in base 36. Whoever counts open rows, or moves one to another operation, has it.
@@ -24,6 +24,9 @@ BACKOFF_S, MAX_BACKOFF_S = 5, 300
 
 COUNT_OPEN = statement("SELECT count(*) FROM engine_jobs WHERE state <> 'ended'")
 
+# There may be any number, of which no more are looked at: the first to ask for workers, or to take one over.
+LOOKED_AT = 1000
+
 # Due for so long, and the claim could not place it; whatever it can, it claims.
 WANTING = statement(f"""
     WITH RECURSIVE {SUPPLY}
@@ -34,13 +37,13 @@ WANTING = statement(f"""
         SELECT j.ended_at, j.failures FROM engine_jobs j WHERE j.operation_id = o.id ORDER BY j.created_at DESC LIMIT 1
       ) last ON true
      WHERE o.status = 'pending'
-       AND greatest(o.not_before, {moved_at("o")}) <= now() - make_interval(secs => :after_s)
+       AND greatest(o.not_before, {PENDING_SINCE}) <= now() - make_interval(secs => :after_s)
        AND NOT EXISTS (SELECT FROM engine_jobs j WHERE j.operation_id = o.id AND j.state <> 'ended')
        AND (coalesce(last.failures, 0) = 0 OR last.ended_at <= now() - make_interval(
             secs => least({MAX_BACKOFF_S}, {BACKOFF_S} * 2 ^ least(last.failures - 1, 16))))
        AND ({PLACED}) IS NULL
      ORDER BY o.priority DESC, o.created_at, o.id
-     LIMIT :most
+     LIMIT {LOOKED_AT}
 """)
 
 INTEND = statement("""
@@ -160,9 +163,9 @@ async def room(session: AsyncSession, max_jobs: int) -> int:
     return max(0, max_jobs - int(await session.scalar(COUNT_OPEN) or 0))
 
 
-async def wanting(session: AsyncSession, lease_s: float, after_s: float, most: int) -> list[Wanting]:
-    """Those that have been due for so long, in the order of the queue, and have no open job."""
-    rows = await session.execute(WANTING, {"lease_s": lease_s, "after_s": after_s, "most": most})
+async def wanting(session: AsyncSession, lease_s: float, after_s: float) -> list[Wanting]:
+    """Those that have been due for so long, in the order of the queue, and have no open job; the first of them."""
+    rows = await session.execute(WANTING, {"lease_s": lease_s, "after_s": after_s})
     return [Wanting(row.id, Job.model_validate(row.job), row.failures) for row in rows]
 
 

@@ -7,12 +7,10 @@ from typing import Any
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.sql import moved_at, statement
+from ops_backend.store.sql import PENDING_SINCE, statement
 from ops_contract.operations import LiveCounts
 
-# By partial indexes of the queue, live holds and studies: operations that have ended may be millions. The last move of
-# a pending one is that which made it pending; one with a single event has been pending since it was made. A join, not
-# looked up one by one, would read all events of all time.
+# By partial indexes of the queue, live holds and studies: operations that have ended may be millions.
 OPERATIONS = statement(f"""
     SELECT count(*) FILTER (WHERE status = 'pending') AS pending,
            count(*) FILTER (WHERE status = 'running') AS running,
@@ -20,9 +18,7 @@ OPERATIONS = statement(f"""
            count(*) FILTER (WHERE status = 'cancelling') AS cancelling,
            coalesce(max(due_s), 0)::float8 AS queue_oldest_s
       FROM (SELECT o.status, CASE WHEN coalesce(o.not_before <= now(), true)
-                                  THEN extract(epoch FROM now() - greatest(o.not_before,
-                                      CASE WHEN o.event_seq = 1 THEN o.created_at ELSE {moved_at("o")} END)) END
-                                  AS due_s
+                                  THEN extract(epoch FROM now() - greatest(o.not_before, {PENDING_SINCE})) END AS due_s
               FROM operations o
              WHERE o.status = 'pending'
             UNION ALL

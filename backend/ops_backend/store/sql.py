@@ -69,7 +69,6 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "message": Text(),
     "max_bytes": BigInteger(),
     "max_points": Integer(),
-    "most": Integer(),
     "name": Text(),
     "names": ARRAY(Text),
     "next_seq": BigInteger(),
@@ -188,6 +187,11 @@ def moved_at(operation: str) -> str:
     return f"""(SELECT e.at FROM events e
                  WHERE e.operation_id = {operation}.id AND e.from_status IS DISTINCT FROM e.to_status
                  ORDER BY e.seq DESC LIMIT 1)"""
+
+
+# Of a pending operation `o`. One with a single event has been so since it was made: no look-up for each of those that
+# wait, and one by one all the same, for a join would read all events of all time.
+PENDING_SINCE = f"CASE WHEN o.event_seq = 1 THEN o.created_at ELSE {moved_at('o')} END"
 
 
 def record(event: str, detail: str = "CAST(:detail AS jsonb)") -> str:

@@ -2,8 +2,8 @@
 
 `<root>/<operation>/<attempt>-<step>/` (`-evaluate` appended when an evaluation is next) holds `state.json`,
 `state.safetensors` and `manifest.json`; of tensors that are divided among ranks, `shards/` has each rank's part in a
-file of its own. An attempt writes below its own number only, so one that was fenced and still
-runs touches no file of its successor.
+file of its own. An attempt writes below its own number only, so one that was fenced and still runs touches no file of
+its successor.
 """
 
 import os
@@ -74,11 +74,7 @@ def publish(root: Path, about: Manifest, state: Encoded) -> Published:
     """
     name = _directory_name(about)
     with published_directory(root, str(about.operation_id), name) as directory:
-        files = {
-            DOCUMENT: write_file(directory, DOCUMENT, [memoryview(state.document)]),
-            TENSORS: write_file(directory, TENSORS, tensorfile.chunks(state.tensors)),
-        }
-        return _with_manifest(directory, about, name, files)
+        return _with_manifest(directory, about, name, _state_files(directory, state))
 
 
 def publish_files(root: Path, about: Manifest, write: Callable[[Path], object]) -> Published:
@@ -93,6 +89,13 @@ def publish_files(root: Path, about: Manifest, write: Callable[[Path], object]) 
         write(written)
         files = {f"{FILES}/{path}": entry for path, entry in hashed_tree(written)}
         return _with_manifest(directory, about, name, files)
+
+
+def _state_files(directory: int, state: Encoded) -> dict[str, FileEntry]:
+    return {
+        DOCUMENT: write_file(directory, DOCUMENT, [memoryview(state.document)]),
+        TENSORS: write_file(directory, TENSORS, tensorfile.chunks(state.tensors)),
+    }
 
 
 def _with_manifest(directory: int, about: Manifest, name: str, files: Mapping[str, FileEntry]) -> Published:
@@ -113,12 +116,9 @@ def published_shards(root: Path, about: Manifest) -> Iterator[Callable[[Encoded,
         os.close(make_directory(directory, SHARDS))
 
         def commit(state: Encoded, shards: Mapping[str, FileEntry]) -> Published:
-            files = {
-                DOCUMENT: write_file(directory, DOCUMENT, [memoryview(state.document)]),
-                TENSORS: write_file(directory, TENSORS, tensorfile.chunks(state.tensors)),
-            }
+            files = _state_files(directory, state) | {f"{SHARDS}/{file}": entry for file, entry in shards.items()}
             sync(shards_directory(root, about))
-            return _with_manifest(directory, about, name, files | {f"{SHARDS}/{n}": e for n, e in shards.items()})
+            return _with_manifest(directory, about, name, files)
 
         yield commit
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from ops_contract.lifecycle import Outcome
-from ops_contract.reports import Fault, Finish
+from ops_contract.reports import PEER_LOST, Fault, Finish
 from relight.manifest import CheckpointCorrupt, CheckpointMissing
 
 MAX_MESSAGE_CHARS = 2_000
@@ -68,8 +68,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def finish_of_lost_peer(error: BaseException) -> Finish:
     """Nobody is charged for it by this rank."""
     what = f"another rank of this training has failed or is gone: {type(error).__name__}: {error}"
-    # The contract's PEER_LOST, spelled out: docs/troubleshooting.md has every code that is.
-    return Finish(outcome=Outcome.PREEMPTED, error=fault("peer_lost", what))
+    return Finish(outcome=Outcome.PREEMPTED, error=fault(PEER_LOST, what))
 
 
 def finish_of(error: TrainingFault | CheckpointMissing | CheckpointCorrupt) -> Finish:
