@@ -17,7 +17,7 @@ from training_child import Listed, Operation, RandomItems, stopping_after, ticki
 from ops_contract.jobs import CheckpointEvery, Execution
 from ops_contract.lifecycle import Outcome
 from ops_contract.plans import TrainingResult
-from ops_contract.reports import Metrics, Note, Result, Started
+from ops_contract.reports import Metrics, Note, Progress, Report, Result, Started
 from relight.training import numerics
 from relight.training.attempt import Attempt, Site
 from relight.training.checkpoint import restore
@@ -367,6 +367,26 @@ def test_progress_says_rate_and_time_left(operation: Operation) -> None:
     assert second.samples_per_s is not None
     # Two steps are left; every step has two samples, whatever the ticks between two reports are.
     assert second.eta_s * second.samples_per_s == pytest.approx(2 * 2)
+
+
+def test_progress_is_told_before_the_metrics_that_carry_it_on(operation: Operation) -> None:
+    """An agent sends the newest with its next report: one that came after would stand until the one after that."""
+    told: list[Progress | Report] = []
+
+    class InOrder(Listed):
+        def report(self, report: Report) -> None:
+            told.append(report)
+
+        def progress(self, progress: Progress) -> None:
+            told.append(progress)
+
+    Attempt(Tiny, operation.start(), Site(operation.root, "cpu", 1), InOrder(), lambda: None, ticking()).run()
+
+    carried = [(before, told[i]) for i, before in enumerate(told[1:]) if isinstance(before, Metrics)]
+    assert carried
+    for metrics, progress in carried:
+        assert isinstance(progress, Progress)
+        assert progress.step == 1 + max(step for series in metrics.series for step in series.steps)
 
 
 def test_gradients_are_clipped_by_their_global_norm(operation: Operation) -> None:
