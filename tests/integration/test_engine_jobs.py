@@ -346,6 +346,7 @@ async def test_an_operation_waits_since_its_last_move_whatever_was_noted_meanwhi
     store: Store, engine: FakeEngine, tmp_path: Path, known: None
 ) -> None:
     id = await store.submit()
+    await store.execute("UPDATE operations SET created_at = now() - interval '1 hour' WHERE id = :id", id=id)
     await store.execute("UPDATE events SET at = now() - interval '1 hour' WHERE operation_id = :id", id=id)
     loop = provisioner(store, engine, tmp_path, slurm_after_s=600.0)
 

@@ -493,12 +493,14 @@ model = nn.Linear(2, 1)
 run = relight.Run(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
 for step in run.steps(2):
     run.report(loss=float(step))
-    child = os.fork()
-    if child == 0:
-        signal.pause()
+    for _ in range(100):  # it comes in the middle of a fork too
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            signal.pause()
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
     os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(child, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 os.kill(os.getpid(), signal.SIGTERM)
 """)
 

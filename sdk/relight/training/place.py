@@ -120,23 +120,33 @@ class Service:
 class _RunnersSigterm:
     """A scheduler's, which signals every process of a job: its stop comes from the runner, as any other.
 
-    A handler of the script's own stays, and threads other than the main one cannot have any.
+    A handler of the script's own stays, and threads other than the main one cannot have any. A process that the script
+    forks ends by it: held back during the fork, for Python drops a signal that its child has not handled by then.
     """
 
     def __init__(self) -> None:
         self._ours = False
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            self._ours, self._pid = True, os.getpid()
+            self._ours, self._forking = True, threading.local()
             signal.signal(signal.SIGTERM, self._take)
+            os.register_at_fork(before=self._hold_back, after_in_parent=self._let_come, after_in_child=self._in_child)
 
     def give_back(self) -> None:
         if self._ours and signal.getsignal(signal.SIGTERM) == self._take:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a process that the script has forked ends as it would
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        pass
+
+    def _hold_back(self) -> None:
+        self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def _let_come(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
+
+    def _in_child(self) -> None:
+        self.give_back()
+        self._let_come()
 
 
 def _runner(fd: int) -> AgentPipe:
