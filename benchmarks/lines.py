@@ -17,7 +17,7 @@ Values = Sequence[float]
 
 @dataclass(frozen=True)
 class Line:
-    """`figure` is what the goal speaks of, a value for each round, in `figure_unit`: "×" for a ratio of ours to theirs."""
+    """`figure` is what the goal speaks of, a value a round, in `figure_unit`: "×" for a ratio of ours to theirs."""
 
     what: str
     against: str
