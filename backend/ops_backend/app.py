@@ -99,7 +99,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(scrape.router)
     app.include_router(dashboard.router)
     users = (operations, energy, stream, exports, cleanup, snapshots, catalog, webhooks, session, tokens, audit)
-    for module in (*users, agents):
+    for module in (agents, *users):  # in this order a request is looked for, and most are agents'
         app.include_router(module.router, prefix=API_PREFIX)
     return app
 

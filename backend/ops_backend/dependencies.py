@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Annotated, Protocol, cast
+from typing import Annotated, Any, Protocol, cast
 from uuid import UUID
 
 from fastapi import Depends, Request, Security
@@ -41,58 +41,18 @@ class Validating(Protocol):
     async def ask(self, question: Question) -> Validated | None: ...
 
 
-def settings_of(request: Request) -> Settings:
-    return cast(Settings, request.app.state.settings)
+def _of_app(name: str) -> Any:
+    """What the app has by this name; awaited, for FastAPI runs plain functions in a thread each, however short."""
 
+    async def found(request: Request) -> Any:
+        return getattr(request.app.state, name)
 
-def dispatcher_of(request: Request) -> Dispatching:
-    return cast(Dispatching, request.app.state.dispatcher)
-
-
-def validator_of(request: Request) -> Validating:
-    return cast(Validating, request.app.state.validator)
-
-
-def webhook_sender_of(request: Request) -> WebhookSender:
-    return cast(WebhookSender, request.app.state.webhook_sender)
-
-
-def telemetry_of(request: Request) -> Telemetry:
-    return cast(Telemetry, request.app.state.telemetry)
-
-
-def sessions_of(request: Request) -> Sessions:
-    return cast(Sessions, request.app.state.sessions)
-
-
-def identities_of(request: Request) -> Identities:
-    return cast(Identities, request.app.state.identities)
-
-
-def names_of(request: Request) -> Names:
-    return cast(Names, request.app.state.names)
-
-
-def status_reads_of(request: Request) -> StatusReads:
-    return cast(StatusReads, request.app.state.status_reads)
-
-
-def streams_of(request: Request) -> Streams:
-    return cast(Streams, request.app.state.streams)
-
-
-def patient_sessions_of(request: Request) -> Sessions:
-    """For reads as long as an operation is."""
-    return cast(Sessions, request.app.state.patient_sessions)
-
-
-def export_turns_of(request: Request) -> asyncio.Semaphore:
-    return cast(asyncio.Semaphore, request.app.state.export_turns)
+    return Depends(found)
 
 
 async def session_of(request: Request) -> AsyncIterator[AsyncSession]:
     """One transaction a request, committed before the answer is sent; an error rolls it back."""
-    async with sessions_of(request).begin() as session:
+    async with cast(Sessions, request.app.state.sessions).begin() as session:
         yield session
 
 
@@ -100,6 +60,10 @@ async def vital_session_of(request: Request) -> AsyncIterator[AsyncSession]:
     """The same, for what keeps leases alive: no load of requests can keep it waiting for a connection."""
     async with cast(Sessions, request.app.state.vital_sessions).begin() as session:
         yield session
+
+
+async def audit_of(request: Request) -> Audit:
+    return Audit(request)
 
 
 class Bearer(SecurityBase):
@@ -128,11 +92,11 @@ async def caller(
 
 async def identified(request: Request) -> Identity:
     """Raises 401, and 429."""
-    identities = identities_of(request)
+    identities = cast(Identities, request.app.state.identities)
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         found = await identities.of_token(token, address_of(request))
-    elif not scheme and (secret := cookie_of(request, settings_of(request))):
+    elif not scheme and (secret := cookie_of(request, request.app.state.settings)):
         found = await identities.of_cookie(secret, address_of(request))
     else:
         found = None
@@ -171,15 +135,17 @@ async def agent(identity: CallerDep) -> Agent:
     return Agent(identity.incarnation)
 
 
-SessionsDep = Annotated[Sessions, Depends(sessions_of)]
-PatientSessionsDep = Annotated[Sessions, Depends(patient_sessions_of)]
-ExportTurnsDep = Annotated[asyncio.Semaphore, Depends(export_turns_of)]
-SettingsDep = Annotated[Settings, Depends(settings_of)]
-DispatcherDep = Annotated[Dispatching, Depends(dispatcher_of)]
-TelemetryDep = Annotated[Telemetry, Depends(telemetry_of)]
-ValidatorDep = Annotated[Validating, Depends(validator_of)]
-StreamsDep = Annotated[Streams, Depends(streams_of)]
-WebhookSenderDep = Annotated[WebhookSender, Depends(webhook_sender_of)]
+SessionsDep = Annotated[Sessions, _of_app("sessions")]
+# For reads as long as an operation is.
+PatientSessionsDep = Annotated[Sessions, _of_app("patient_sessions")]
+ExportTurnsDep = Annotated[asyncio.Semaphore, _of_app("export_turns")]
+SettingsDep = Annotated[Settings, _of_app("settings")]
+DispatcherDep = Annotated[Dispatching, _of_app("dispatcher")]
+TelemetryDep = Annotated[Telemetry, _of_app("telemetry")]
+ValidatorDep = Annotated[Validating, _of_app("validator")]
+StatusReadsDep = Annotated[StatusReads, _of_app("status_reads")]
+StreamsDep = Annotated[Streams, _of_app("streams")]
+WebhookSenderDep = Annotated[WebhookSender, _of_app("webhook_sender")]
 SessionDep = Annotated[AsyncSession, Depends(session_of, scope="function")]
 VitalSessionDep = Annotated[AsyncSession, Depends(vital_session_of, scope="function")]
 ReaderDep = Annotated[Identity, Security(caller, scopes=[Scope.READ])]
@@ -187,6 +153,6 @@ UserDep = Annotated[Identity, Security(caller, scopes=[Scope.OPERATE])]
 AdminDep = Annotated[Identity, Security(caller, scopes=[Scope.ADMIN])]
 RegistrarDep = Annotated[Identity, Security(registrar, scopes=[Scope.WORKER])]
 AgentDep = Annotated[Agent, Security(agent, scopes=[Scope.WORKER])]
-NamesDep = Annotated[Names, Depends(names_of)]
-AuditDep = Annotated[Audit, Depends(Audit)]
-IdentitiesDep = Annotated[Identities, Depends(identities_of)]
+NamesDep = Annotated[Names, _of_app("names")]
+AuditDep = Annotated[Audit, Depends(audit_of)]
+IdentitiesDep = Annotated[Identities, _of_app("identities")]

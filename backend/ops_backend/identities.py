@@ -71,7 +71,7 @@ class Identities:
             return known[1]
         if not known:
             self._admit(address)
-        async with self._sessions.begin() as session:
+        async with self._sessions.reading() as session:
             found = await find(session, digest)
         if found is None and not known:
             self._failed.failed(address)

@@ -3,7 +3,7 @@
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi import FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from fastapi.security import SecurityScopes
@@ -11,9 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.types import Receive, Send
 from starlette.types import Scope as Connection
 
-from ops_backend.dependencies import ReaderDep, caller, status_reads_of
+from ops_backend.dependencies import ReaderDep, StatusReadsDep, caller
 from ops_backend.routes.errors import refusals
-from ops_backend.status_reads import StatusReads
 from ops_contract.operations import Operation
 from ops_contract.tokens import Scope
 from ops_contract.wire import API_PREFIX
@@ -41,7 +40,7 @@ def install(app: FastAPI) -> None:
 
 async def get_operation(
     id: UUID,
-    reads: Annotated[StatusReads, Depends(status_reads_of)],
+    reads: StatusReadsDep,
     _: ReaderDep,
     if_none_match: Annotated[str | None, Header(description="an `ETag`; 304 while nothing has changed")] = None,
 ) -> Response:
@@ -56,7 +55,7 @@ class StatusRoute(APIRoute):
         if scope["method"] not in (self.methods or ()):
             return await super().handle(scope, receive, send)  # 405
         request = Request(scope)
-        user, reads = await caller(request, _WANTED), status_reads_of(request)
+        user, reads = await caller(request, _WANTED), request.app.state.status_reads
         response = await get_operation(_id(request), reads, user, request.headers.get("if-none-match"))
         await response(scope, receive, send)
 
