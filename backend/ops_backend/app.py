@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from ops_backend.addresses import Names
 from ops_backend.announcer import Announcer
 from ops_backend.audit import Auditor, Refusals
-from ops_backend.database import Limits, Sessions
+from ops_backend.database import Drivers, Limits, Sessions
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.engines.slurm import SlurmEngine
 from ops_backend.exporter import Exporter
@@ -41,7 +41,7 @@ from ops_backend.routes import (
     webhooks,
 )
 from ops_backend.settings import Settings
-from ops_backend.status_reads import StatusReads
+from ops_backend.status_reads import READERS, StatusReads
 from ops_backend.streams import Streams
 from ops_backend.sweeper import Sweeper
 from ops_backend.telemetry import CountRequests, Telemetry
@@ -93,7 +93,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.refusals = Refusals()
     app.state.export_turns = asyncio.Semaphore(EXPORTS)
     errors.install(app)
-    status.install(app)
+    status.install(app, telemetry)
     raw_bodies.install(app)
     app.include_router(health.router)
     app.include_router(scrape.router)
@@ -113,7 +113,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.vital_sessions = sessions = Sessions(url, VITAL_CONNECTIONS, limits)
     app.state.identities = Identities(settings, sessions)
     app.state.names = names = Names()
-    app.state.status_reads = reads = StatusReads(requests)
+    polls = Drivers(url, READERS, limits)
+    app.state.status_reads = reads = StatusReads(polls)
     app.state.scrape_sessions = scrapes = Sessions(url, 1, Limits(SCRAPE_S, SCRAPE_S))
     app.state.patient_sessions = patient = Sessions(url, 1 + EXPORTS, Limits(limits.wait_s, EXPORT_S))
     # Slots bound what is asked at a time; those that hang must not keep the others waiting.
@@ -138,5 +139,5 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             with suppress(asyncio.CancelledError):
                 await loop
     await reads.close()
-    for pool in (requests, sessions, scrapes, patient):
+    for pool in (requests, sessions, scrapes, patient, polls):
         await pool.dispose()

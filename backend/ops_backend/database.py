@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -57,7 +57,27 @@ class Sessions:
         await self._engine.dispose()
 
 
-def _engine(url: str, pool_size: int, limits: Limits) -> AsyncEngine:
+class Drivers:
+    """Connections of the driver itself, for a statement that is sent a thousand times a second; JSON is text there."""
+
+    def __init__(self, url: str, pool_size: int, limits: Limits = UNHURRIED) -> None:
+        # To plan such a statement takes longer than to carry it out, and its plan is always the same.
+        self._engine = _engine(url, pool_size, limits, read_json=str, plan_cache_mode="force_generic_plan")
+        self._transaction_s = limits.transaction_s
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Any]:
+        """Each statement by itself, as in `Sessions.reading`."""
+        async with asyncio.timeout(self._transaction_s), self._engine.connect() as connection:
+            yield (await connection.get_raw_connection()).driver_connection
+
+    async def dispose(self) -> None:
+        await self._engine.dispose()
+
+
+def _engine(
+    url: str, pool_size: int, limits: Limits, read_json: Callable[[str], Any] = json.loads, **settings: str
+) -> AsyncEngine:
     # In ms. Without a client (frozen, or its network is gone) the database itself ends what holds locks.
     transaction, wait = str(round(limits.transaction_s * 1000)), str(round(limits.wait_s * 1000))
     engine = create_async_engine(
@@ -68,6 +88,7 @@ def _engine(url: str, pool_size: int, limits: Limits) -> AsyncEngine:
         hide_parameters=True,  # an error that is logged would tell secrets
         # NaN is not JSON, and Postgres refuses it: better a loud error here than a row that cannot be read.
         json_serializer=partial(json.dumps, allow_nan=False),
+        json_deserializer=read_json,
         connect_args={
             "timeout": limits.wait_s,
             "server_settings": {
@@ -76,10 +97,10 @@ def _engine(url: str, pool_size: int, limits: Limits) -> AsyncEngine:
                 "lock_timeout": wait,
                 "statement_timeout": transaction,
                 "idle_in_transaction_session_timeout": transaction,
+                **settings,
             },
         },
     )
-    event.listen(engine.sync_engine, "connect", _decode_json)
     event.listen(engine.sync_engine, "checkout", _try_it)
     return engine
 
@@ -129,16 +150,6 @@ def _try_it(connection: Any, _record: object, _proxy: object) -> None:
         connection.run_async(lambda driver: driver.execute("SELECT"))
     except Exception as error:
         raise InvalidatePoolError() from error
-
-
-def _decode_json(connection: Any, _record: object) -> None:
-    """Our statements are text, whose result columns have no types: let the driver itself turn JSON into objects."""
-    for name in ("json", "jsonb"):
-        connection.run_async(partial(_set_json_codec, name))
-
-
-async def _set_json_codec(name: str, driver: Any) -> None:
-    await driver.set_type_codec(name, encoder=str, decoder=json.loads, schema="pg_catalog", format="text")
 
 
 def _migrations() -> Path:

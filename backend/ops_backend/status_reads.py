@@ -8,14 +8,14 @@ from itertools import islice
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row
-
-from ops_backend.database import Sessions
+from ops_backend.database import Drivers
 from ops_backend.store import queries
 from ops_backend.store.transitions import not_found
 from ops_backend.tags import Tagged
 
 IDS_A_QUERY = 200
+# While Postgres carries out one query, the answers of another are sent.
+READERS = 2
 # A connection serves one query after another for so long, then goes back to its pool, which looks whether it lives ...
 TURN_S = 0.1
 # ... and no longer than so long after the last of them.
@@ -29,30 +29,34 @@ Waiting = dict[UUID, list[asyncio.Future[Tagged]]]
 class StatusReads:
     """A read joins only a query that is not sent yet, so no answer is older than its request.
 
-    One query at a time: those who come while it is under way are the next one's. Nothing is answered from memory.
+    `READERS` queries at a time: those who come while they are under way are the next one's. Nothing is answered from
+    memory.
     """
 
-    def __init__(self, sessions: Sessions) -> None:
-        self._sessions = sessions
+    def __init__(self, drivers: Drivers) -> None:
+        self._drivers = drivers
         self._waiting: Waiting = {}
         self._asked = asyncio.Event()
-        self._reader: asyncio.Task[None] | None = None
-        self._bodies: dict[UUID, tuple[Row[Any], Tagged]] = {}  # the longest unread first
+        self._readers: list[asyncio.Task[None]] = []
+        self._idle = 0
+        self._bodies: dict[UUID, tuple[Any, Tagged]] = {}  # the longest unread first
 
     async def get(self, id: UUID) -> Tagged:
         """Raises 404, and whatever becomes of the query. A caller who goes away disturbs nobody."""
         answer: asyncio.Future[Tagged] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(id, []).append(answer)
         self._asked.set()
-        if self._reader is None or self._reader.done():
-            self._reader = asyncio.create_task(self._read())
+        if not self._idle:
+            self._readers = [reader for reader in self._readers if not reader.done()]
+            if len(self._readers) < READERS:
+                self._readers.append(asyncio.create_task(self._read()))
         return await answer
 
     async def close(self) -> None:
-        if self._reader is not None:
-            self._reader.cancel()
+        for reader in self._readers:
+            reader.cancel()
             with suppress(asyncio.CancelledError):
-                await self._reader
+                await reader
 
     async def _read(self) -> None:
         """Until nobody asks any more."""
@@ -60,11 +64,11 @@ class StatusReads:
             under_way: Waiting = {}
             served = False
             try:
-                async with self._sessions.reading() as session:
+                async with self._drivers.connection() as driver:
                     until_s = time.monotonic() + TURN_S
                     while time.monotonic() < until_s and await self._somebody_asks():
                         under_way = self._taken()
-                        self._tell(under_way, await queries.operation_rows(session, list(under_way)))
+                        self._tell(under_way, await queries.raw_operations(driver, list(under_way)))
                         under_way, served = {}, True
             except Exception as error:
                 # A connection that had served may have died since, as after a restart: a fresh one tells.
@@ -75,11 +79,15 @@ class StatusReads:
                         _tell(answers, error)
 
     async def _somebody_asks(self) -> bool:
-        self._asked.clear()
         if not self._waiting:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LINGER_S):
-                    await self._asked.wait()
+            self._asked.clear()
+            self._idle += 1
+            try:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER_S):
+                        await self._asked.wait()
+            finally:
+                self._idle -= 1
         return bool(self._waiting)
 
     def _taken(self) -> Waiting:
@@ -90,20 +98,20 @@ class StatusReads:
         for id, answers in waiting.items():
             self._waiting.setdefault(id, []).extend(answers)
 
-    def _tell(self, waiting: Waiting, rows: Iterable[Row[Any]]) -> None:
-        found = {row.id: row for row in rows}
+    def _tell(self, waiting: Waiting, rows: Iterable[Any]) -> None:
+        found = {row["id"]: row for row in rows}
         for id, answers in waiting.items():
             _tell(answers, self._body(found[id]) if id in found else not_found(id))
 
-    def _body(self, row: Row[Any]) -> Tagged | Exception:
+    def _body(self, row: Any) -> Tagged | Exception:
         """A row that cannot be shown is nobody's trouble but its own readers'."""
-        kept = self._bodies.pop(row.id, None)
+        kept = self._bodies.pop(row["id"], None)
         if kept is None or kept[0] != row:
             try:
-                kept = row, Tagged(queries.operation_of(row))
+                kept = row, Tagged(queries.operation_of_raw(row))
             except ValueError as error:
                 return error
-        self._bodies[row.id] = kept
+        self._bodies[row["id"]] = kept
         if len(self._bodies) > BODIES_KEPT:
             del self._bodies[next(iter(self._bodies))]
         return kept[1]

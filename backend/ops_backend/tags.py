@@ -4,7 +4,9 @@ import hashlib
 import re
 
 from starlette.responses import Response
+from starlette.types import Message
 
+from ops_contract.http_gate import with_headers
 from ops_contract.wire import Wire
 
 _TAG = re.compile(r'"[^"]*"')
@@ -19,11 +21,22 @@ class Tagged:
         headers = {"ETag": self.tag, "Cache-Control": "no-cache"}
         self._whole = Response(content, headers=headers, media_type="application/json")
         self._unchanged = Response(status_code=304, headers=headers)
+        self._messages = {answer: _messages(answer) for answer in (self._whole, self._unchanged)}
 
     def answer(self, if_none_match: str | None) -> Response:
         has_it = if_none_match is not None and self._is_among(if_none_match)
         return self._unchanged if has_it else self._whole
 
+    def messages(self, if_none_match: str | None) -> tuple[Message, Message]:
+        """The answer as it leaves the gate: its start, with the status, and its body."""
+        return self._messages[self.answer(if_none_match)]
+
     def _is_among(self, tags: str) -> bool:
         """Of several, weak ones (`W/`) included: the comparison is the weak one."""
         return tags == self.tag or tags.strip() == "*" or self.tag in _TAG.findall(tags)
+
+
+def _messages(answer: Response) -> tuple[Message, Message]:
+    headers = with_headers(answer.raw_headers)
+    start = {"type": "http.response.start", "status": answer.status_code, "headers": headers}
+    return start, {"type": "http.response.body", "body": answer.body}

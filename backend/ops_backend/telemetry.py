@@ -80,6 +80,7 @@ class Telemetry:
             ["worker", "device", "quality", "use"],
             registry=registry,
         )
+        self._answered: dict[tuple[str, str, int], tuple[Total, Histogram]] = {}
         self._begin_at_zero()
 
     def dispatched(self, outcome: str, seconds: float) -> None:
@@ -104,12 +105,13 @@ class Telemetry:
         for new in windows:
             self._joules.labels(new.worker, new.device, new.quality, new.use).inc(new.energy_j)
 
-    def answered(self, scope: Scope, status: int, seconds: float) -> None:
-        # Of the route, never the path: that has ids. Whether it has the prefix depends on the version of FastAPI.
-        route = getattr(scope.get("route"), "path", NO_ROUTE).removeprefix(API_PREFIX)
-        method = scope["method"] if scope["method"] in METHODS else "other"
-        self._requests.labels(method, route, status).inc()
-        self._answers.labels(method, route).observe(seconds)
+    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+        """`route` without the prefix, and never the path: that has ids."""
+        key = method, route, status
+        if (series := self._answered.get(key)) is None:
+            series = self._answered[key] = self._requests.labels(*key), self._answers.labels(method, route)
+        series[0].inc()
+        series[1].observe(seconds)
 
     def render(self, accept: str, found: Gauges | None) -> tuple[bytes, str]:
         """Body and content type; without what the database would have said where it is away."""
@@ -142,15 +144,20 @@ class CountRequests:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                self._telemetry.answered(scope, message["status"], perf_counter() - began_s)
+                self._count(scope, message["status"], perf_counter() - began_s)
             await send(message)
 
         try:
             await self._app(scope, receive, watch)
         except Exception:
             if not begun:  # it becomes a 500 further out
-                self._telemetry.answered(scope, 500, perf_counter() - began_s)
+                self._count(scope, 500, perf_counter() - began_s)
             raise
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        # Whether the route has the prefix depends on the version of FastAPI.
+        route = getattr(scope.get("route"), "path", NO_ROUTE).removeprefix(API_PREFIX)
+        self._telemetry.answered(scope["method"] if scope["method"] in METHODS else "other", route, status, seconds)
 
 
 class _Scrape(Collector):

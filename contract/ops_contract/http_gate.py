@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -28,6 +28,12 @@ LINGER_S = 1.0
 LINGER_BYTES = 64 * 2**20
 
 
+def with_headers(given: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Of an answer, with those of `HEADERS` that it has not itself."""
+    names = {name for name, _ in given}
+    return [*given, *(each for each in HEADERS if each[0] not in names)]
+
+
 class Gate:
     """Plain ASGI, before everything: a body reaches its route whole, within its bound, as JSON that is strict.
 
@@ -45,9 +51,7 @@ class Gate:
 
         async def secured(message: Message) -> None:
             if message["type"] == "http.response.start":
-                given = message["headers"]
-                names = {name for name, _ in given}
-                message = {**message, "headers": [*given, *(each for each in HEADERS if each[0] not in names)]}
+                message = {**message, "headers": with_headers(message["headers"])}
             await send(message)
 
         try:

@@ -13,8 +13,8 @@ import pytest
 from helpers.postgres_proxy import PostgresProxy, postgres_proxy
 from helpers.store import Store, losses, saved, started
 from ops_backend import status_reads
-from ops_backend.database import Limits, Sessions
-from ops_backend.status_reads import StatusReads
+from ops_backend.database import Drivers, Limits
+from ops_backend.status_reads import READERS, StatusReads
 from ops_backend.store import queries
 from ops_backend.tags import Tagged
 from ops_contract.errors import ErrorCode, OpsError
@@ -23,9 +23,16 @@ from ops_contract.reports import Progress
 
 
 @pytest.fixture
-async def reads(store: Store) -> AsyncIterator[StatusReads]:
+async def drivers(database_url: str) -> AsyncIterator[Drivers]:
+    drivers = Drivers(database_url, READERS)
+    yield drivers
+    await drivers.dispose()
+
+
+@pytest.fixture
+async def reads(store: Store, drivers: Drivers) -> AsyncIterator[StatusReads]:
     await store.worker()
-    reads = StatusReads(store.sessions)
+    reads = StatusReads(drivers)
     yield reads
     await reads.close()
 
@@ -33,13 +40,13 @@ async def reads(store: Store) -> AsyncIterator[StatusReads]:
 @pytest.fixture
 def queried(monkeypatch: pytest.MonkeyPatch) -> list[list[UUID]]:
     """The ids of every query that was sent."""
-    real, sent = queries.operation_rows, list[list[UUID]]()
+    real, sent = queries.raw_operations, list[list[UUID]]()
 
-    async def counting(session: Any, ids: list[UUID]) -> Any:
+    async def counting(driver: Any, ids: list[UUID]) -> Any:
         sent.append(ids)
-        return await real(session, ids)
+        return await real(driver, ids)
 
-    monkeypatch.setattr(queries, "operation_rows", counting)
+    monkeypatch.setattr(queries, "raw_operations", counting)
     return sent
 
 
@@ -101,15 +108,15 @@ async def test_who_comes_while_a_query_is_under_way_waits_for_the_next(
     store: Store, reads: StatusReads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     id, other = await store.submit(), await store.submit()
-    real, answered, go = queries.operation_rows, asyncio.Event(), asyncio.Event()
+    real, answered, go = queries.raw_operations, asyncio.Event(), asyncio.Event()
 
-    async def held(session: Any, ids: list[UUID]) -> Any:
-        rows = await real(session, ids)
+    async def held(driver: Any, ids: list[UUID]) -> Any:
+        rows = await real(driver, ids)
         answered.set()
         await go.wait()
         return rows
 
-    monkeypatch.setattr(queries, "operation_rows", held)
+    monkeypatch.setattr(queries, "raw_operations", held)
     early = asyncio.create_task(reads.get(id))
     await answered.wait()
     await store.cancel(id)
@@ -157,14 +164,16 @@ async def test_a_reader_who_goes_away_disturbs_nobody(store: Store, reads: Statu
     assert shown(await reads.get(id)).id == id
 
 
-async def test_the_tag_changes_with_the_operation_and_with_nothing_else(store: Store, reads: StatusReads) -> None:
+async def test_the_tag_changes_with_the_operation_and_with_nothing_else(
+    store: Store, drivers: Drivers, reads: StatusReads
+) -> None:
     run = await store.running()
     tags = [(await reads.get(run.operation_id)).tag]
     for batch, step in (([started()], None), ([losses((0, 1.0)), saved(run, 1)], 1), ([losses((1, 0.5))], 2)):
         progress = None if step is None else Progress(step=step)
         run = await store.report(run, *batch, progress=progress)
         tags.append((await reads.get(run.operation_id)).tag)
-        fresh = StatusReads(store.sessions)  # that has nothing kept
+        fresh = StatusReads(drivers)  # that has nothing kept
         assert (await fresh.get(run.operation_id)).tag == (await reads.get(run.operation_id)).tag == tags[-1]
         await fresh.close()
     assert len(set(tags)) == len(tags)
@@ -205,11 +214,11 @@ async def test_a_connection_that_died_after_it_had_served_costs_nobody_an_answer
 async def through_proxy(database_url: str) -> AsyncIterator[tuple[PostgresProxy, StatusReads]]:
     with tempfile.TemporaryDirectory(prefix="pg") as directory:
         async with postgres_proxy(database_url, Path(directory)) as (proxy, url):
-            sessions = Sessions(url, 1, Limits(wait_s=0.5, transaction_s=0.5))
-            reads = StatusReads(sessions)
+            drivers = Drivers(url, READERS, Limits(wait_s=0.5, transaction_s=0.5))
+            reads = StatusReads(drivers)
             yield proxy, reads
             await reads.close()
-            await sessions.dispose()
+            await drivers.dispose()
 
 
 @pytest.mark.parametrize(
