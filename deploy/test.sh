@@ -4,6 +4,8 @@
 # Arguments go to pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+# Some hundred processes are started, which need not compile all of ours each time.
+unset PYTHONDONTWRITEBYTECODE
 reports=$(mktemp -d)
 pids=()
 trap 'kill "${pids[@]}" 2>/dev/null; rm -rf "$reports"' EXIT

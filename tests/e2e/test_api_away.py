@@ -7,11 +7,14 @@ from contextlib import closing, suppress
 from pathlib import Path
 from uuid import UUID
 
+import pytest
+
 from helpers.service import Service, eventually
 
 UNTIL_NAN = {"max_epochs": 12, "learning_rate": 1e30}  # from the second step on the loss is NaN
 
 
+@pytest.mark.slow
 def test_what_ended_while_the_api_was_away_and_its_agent_started_again_is_complete_once(
     service: Service, tmp_path: Path
 ) -> None:

@@ -41,6 +41,7 @@ def undisturbed(lab: Service) -> Curves:
     return lab.curves(id)
 
 
+@pytest.mark.slow
 def test_a_gang_takes_all_its_slots_at_once_and_every_member_is_seen(lab: Service, undisturbed: Curves) -> None:
     small = lab.submit(max_epochs=200)
     lab.until_step(small, 1)
@@ -83,6 +84,7 @@ def test_a_killed_rank_ends_the_attempt_for_all_and_the_next_goes_on_exactly(lab
     assert lab.curves(id) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_cancelled_gang_stops_at_one_boundary_and_goes_on_exactly(lab: Service, undisturbed: Curves) -> None:
     """Scenario 4, and 5: `cancelled` means that every rank is gone."""
     id = lab.submit(**GANG, checkpoint_every={"epochs": 100})

@@ -114,6 +114,7 @@ def test_a_cancel_saves_at_the_very_next_step_and_the_resumed_curve_is_the_undis
     assert service.attempts(id)[1].start_step == saved.step
 
 
+@pytest.mark.slow
 def test_a_cancel_before_the_first_step_leaves_a_resumable_operation(
     service: Service, undisturbed: dict[str, list[tuple[int, float]]]
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_cancel_before_the_first_step_leaves_a_resumable_operation(
     assert service.curves(id) == undisturbed
 
 
+@pytest.mark.slow
 def test_resume_waits_for_the_old_process_to_be_gone(service: Service) -> None:
     """Scenario 5."""
     id = service.submit(max_epochs=200)
@@ -201,6 +203,7 @@ def test_the_same_idempotency_key_from_twenty_clients_makes_one_operation(servic
     service.wait(UUID(answers[0].json()["id"]), "completed")
 
 
+@pytest.mark.slow
 def test_resume_from_an_old_checkpoint_then_a_crash_goes_on_along_the_new_lineage(service: Service) -> None:
     """Scenario 26."""
     id = service.submit(max_epochs=40)

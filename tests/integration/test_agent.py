@@ -585,6 +585,7 @@ async def test_the_successor_of_a_fenced_agent_deletes_what_nobody_wants(api, tm
     assert len(hold.accepted) == said
 
 
+@pytest.mark.slow
 async def test_what_nobody_takes_from_a_predecessor_stays_and_is_not_asked_about_for_ever(api, tmp_path):
     agent, hold = await killed_with_a_backlog(api, tmp_path)
     api.shut_out.add(agent.incarnation)
@@ -658,6 +659,7 @@ async def test_a_draining_agent_takes_nothing_and_kills_what_does_not_stop(tmp_p
     await api.down()
 
 
+@pytest.mark.slow
 async def test_a_second_signal_kills_at_once_and_what_cannot_be_sent_waits_for_the_successor(tmp_path):
     api = FakeApi(cancel_grace_s=600)
     await api.up()

@@ -4,6 +4,8 @@ import asyncio
 import sys
 from pathlib import Path
 
+import pytest
+
 from helpers.store import Held, Store, held
 from ops_backend.orphans import OrphanSweeper
 from ops_contract.jobs import CheckpointEvery, Execution
@@ -25,6 +27,7 @@ async def committed(store: Store, run: Held, operation: Operation, since: int) -
     return await store.report(run, *(report for report in operation.reports[since:] if isinstance(report, kinds)))
 
 
+@pytest.mark.slow
 async def test_the_orphan_goes_and_the_resume_is_exact(store: Store, tmp_path: Path) -> None:
     await store.worker(slots=2)
     run = await store.running()

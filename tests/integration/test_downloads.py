@@ -76,6 +76,7 @@ async def test_an_artifact_is_sent_whole_or_in_part(api: httpx.AsyncClient, stor
     assert past.status_code == 416
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sent"),
     [

@@ -236,6 +236,7 @@ def test_a_killed_postgres_comes_back_on_the_same_url(data_dir: Path, number: in
         assert count_up(ready["url"]) == before + 1
 
 
+@pytest.mark.slow
 def test_a_postgres_that_cannot_run_is_given_up_with_its_reason(data_dir: Path) -> None:
     pauses: list[float] = []
     control_file, hidden = data_dir / "postgres/data/global/pg_control", data_dir / "pg_control"
@@ -317,6 +318,7 @@ def test_a_path_unfit_for_a_socket_gets_a_private_one_elsewhere(unfit_dir: Path,
         socket_dir.unlink()
 
 
+@pytest.mark.slow
 def test_an_initdb_that_was_killed_is_made_anew(tmp_path: Path) -> None:
     with owner(tmp_path) as owned:
         eventually((tmp_path / "postgres/data.new/base").exists)
@@ -438,6 +440,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
     assert re.fullmatch(r"ops db: initdb failed .*No space left on device: free some space.*\n", full.stderr)
 
 
+@pytest.mark.slow
 @needs_root
 @pytest.mark.parametrize("uid", [USER_WITH_ENTRY, USER_WITHOUT_ENTRY])
 def test_an_ordinary_user_stays_who_he_is(public_dir: Path, uid: int) -> None:
@@ -463,6 +466,7 @@ def can_run(uid: int, *command: str) -> bool:
     return False
 
 
+@pytest.mark.slow
 @needs_root
 @pytest.mark.parametrize("reachable", [True, False])
 def test_root_without_namespaces_uses_a_system_uid(

@@ -111,6 +111,7 @@ async def test_four_ranks_on_two_workers_meet_at_the_socket_of_rank_0_which_alon
     assert said[0][1] == said[1][1] != said[2][1] == said[3][1]
 
 
+@pytest.mark.slow
 async def test_trainers_of_a_jobs_own_environment_listen_too_and_a_command_does_not(shared):
     hold = shared.api.claim(uuid4(), shared.incarnation)
     order = shared.order(hold, slots=[0, 1], gang=gang_at(shared, world_size=2), meet=True)
@@ -188,6 +189,7 @@ async def test_a_start_that_contradicts_itself_is_refused(shared, slots, gang, s
     assert hold.beats == 0
 
 
+@pytest.mark.slow
 async def test_a_hold_waits_for_all_its_trainers_and_is_handed_back_when_one_fails_for_ever(api, tmp_path):
     broken = tmp_path / "broken"
     code = (
@@ -254,6 +256,7 @@ async def test_a_cancel_that_came_before_the_ranks_stops_them_all(shared):
     assert hold.finish == Finish(outcome=Outcome.CANCELLED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("force", [False, True], ids=["after the grace", "at once with force"])
 async def test_ranks_that_do_not_stop_are_all_killed(shared, force):
     hold = await begin(shared, gang_at(shared), end="wait", deaf=True)
@@ -322,6 +325,7 @@ async def test_a_rank_that_is_killed_takes_the_others_along_and_is_the_cause(sha
     assert first_rank == 0 or hold.accepted == [hold.finish]
 
 
+@pytest.mark.slow
 async def test_a_rank_that_hangs_is_the_cause_though_the_others_get_on(shared):
     silent = Execution(stall_timeout_s=1)
     ranks = {"0": {"reports": 10**6, "pause_s": 0.01}, "1": {"reports": 0}}
@@ -336,6 +340,7 @@ async def test_a_rank_that_hangs_is_the_cause_though_the_others_get_on(shared):
     assert not any(map(alive, pids.values()))
 
 
+@pytest.mark.slow
 async def test_ranks_that_wait_for_a_hung_one_are_said_to_be_silent_too(shared):
     hold = await begin(shared, gang_at(shared, 2), reports=1, end="wait", execution=Execution(stall_timeout_s=1))
     await eventually(lambda: hold.finish)
@@ -383,6 +388,7 @@ async def test_a_lost_peer_is_left_to_the_other_member_to_say(shared, first_rank
     assert hold.finish is None
 
 
+@pytest.mark.slow
 async def test_a_lost_peer_is_said_after_two_leases_when_no_other_member_has_ended_the_attempt(tmp_path):
     api = FakeApi()
     api.terms = api.terms.model_copy(update={"lease_s": 0.5})
@@ -397,6 +403,7 @@ async def test_a_lost_peer_is_said_after_two_leases_when_no_other_member_has_end
     assert hold.finish.error.details["rank"] in (2, 3)
 
 
+@pytest.mark.slow
 async def test_a_lost_peer_is_said_at_once_when_all_ranks_are_here_or_the_worker_ends(tmp_path):
     api = FakeApi()
     api.terms = api.terms.model_copy(update={"lease_s": 600})
@@ -420,6 +427,7 @@ async def test_a_lost_peer_is_said_at_once_when_all_ranks_are_here_or_the_worker
 # ---- joules
 
 
+@pytest.mark.slow
 async def test_the_joules_of_two_slots_with_one_meter_are_booked_once(api, tmp_path):
     async with running_agent(api, tmp_path, slots=2, first=METERED) as agent:
         await agent.ready()
@@ -435,6 +443,7 @@ async def test_the_joules_of_two_slots_with_one_meter_are_booked_once(api, tmp_p
                 assert w.energy_j == pytest.approx(POWER_W * w.duration_s, abs=1e-6)
 
 
+@pytest.mark.slow
 async def test_a_successor_books_what_a_killed_agent_had_not_for_every_meter_of_its_slots(api, tmp_path):
     async with running_agent(api, tmp_path, slots=2, first=f"{METERED}; helpers.counting_meter.each_slot()") as agent:
         await agent.ready()
@@ -459,6 +468,7 @@ async def test_a_successor_books_what_a_killed_agent_had_not_for_every_meter_of_
 # ---- an idle worker
 
 
+@pytest.mark.slow
 async def test_an_idle_worker_leaves_in_order_but_not_while_it_has_work(api, tmp_path):
     async with running_agent(api, tmp_path, environ={"OPS_WORKER_IDLE_EXIT_S": "1.0"}) as agent:
         await agent.ready()
@@ -475,6 +485,7 @@ async def test_an_idle_worker_leaves_in_order_but_not_while_it_has_work(api, tmp
     assert "OPS_WORKER_IDLE_EXIT_S" in (tmp_path / "agent.log").read_text()
 
 
+@pytest.mark.slow
 async def test_a_worker_that_checks_a_start_is_not_idle(api, tmp_path):
     slowly = (
         "import asyncio; from ops_worker.agent import Agent; "
@@ -490,6 +501,7 @@ async def test_a_worker_that_checks_a_start_is_not_idle(api, tmp_path):
     assert hold.finish == Finish(outcome=Outcome.COMPLETED)
 
 
+@pytest.mark.slow
 async def test_an_idle_worker_that_never_had_work_leaves_too(api, tmp_path):
     async with running_agent(api, tmp_path, environ={"OPS_WORKER_IDLE_EXIT_S": "0.3"}) as agent:
         await agent.ready()

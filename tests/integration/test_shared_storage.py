@@ -118,6 +118,7 @@ for command in (["--make-rprivate", "/"], bind, ["-o", "remount,ro,bind", {str(t
     assert "read-only" in (found.advice or "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another")
 async def test_a_worker_of_a_user_who_may_not_is_told_who_wrote_and_who_cannot_read(
     api: FakeApi, root: Path, tmp_path: Path
@@ -174,6 +175,7 @@ async def test_what_a_killed_doctor_left_is_removed_by_the_next(
     assert os.listdir(root) == [fresh.name], "another doctor may be at work in it"
 
 
+@pytest.mark.slow
 async def test_the_process_asks_the_workers_that_live_by_the_database(
     api: FakeApi, root: Path, store: Store, database_url: str
 ) -> None:

@@ -196,6 +196,7 @@ FOUND_BY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutant", sorted(MUTANTS))
 def test_whatever_is_resumed_wrongly_is_found_by_its_name(stopped: tuple[Operation, Operation], mutant: str) -> None:
     whole, part = stopped

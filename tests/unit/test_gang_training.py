@@ -187,6 +187,7 @@ def test_a_moving_average_registered_state_and_every_draw_resume_exactly(make: M
     assert gang.differences(reference) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_rank", [2, pytest.param(0, marks=LONGER)])
 @pytest.mark.parametrize(
     ("polls", "cursor"),

@@ -71,6 +71,7 @@ def test_another_format_is_refused_by_its_name() -> None:
         log_formatter({"OPS_LOG_FORMAT": "xml"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["ops_backend", "ops_worker"])
 def test_a_process_with_a_wrong_format_says_so_and_does_not_start(module: str, tmp_path: object) -> None:
     verb = {"ops_backend": ["server"], "ops_worker": []}[module]

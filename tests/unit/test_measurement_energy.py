@@ -54,6 +54,7 @@ def test_the_joules_are_of_the_window_and_not_one_sample_more(host: Host, how: s
     assert result.figures["j_per_output_token"].value == pytest.approx(3000 / 320, abs=0.0001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset_s", [0.02, 0.0625, 0.11])
 @pytest.mark.parametrize("tick", ["", "tick 0.02 0.013", "tick 0.1 0.07"])
 def test_a_step_of_power_at_an_edge_is_off_by_no_more_than_is_said(host: Host, tick: str, offset_s: float) -> None:
@@ -294,6 +295,7 @@ def test_a_cached_idle_power_is_subtracted_without_a_rest(host: Host, fake_clock
     assert result.values()["energy_adjusted_j"] == pytest.approx(2500, abs=0.02)
 
 
+@pytest.mark.slow
 def test_an_idle_power_that_drifted_is_measured_afresh(host: Host, fake_clock: FakeClock) -> None:
     host(f"device GPU-a\n{STEPS}").measure()
     fake_clock.advance(BEGAN_S - fake_clock())
@@ -317,6 +319,7 @@ def test_an_idle_power_above_the_windows_leaves_no_adjusted_joules(host: Host) -
     assert any("took less in the window than when idle" in warning for warning in result.warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "strategy", "why"),
     [

@@ -48,6 +48,7 @@ def by_torch(model: Any, new_tokens: int) -> int:
     return int(counter.get_total_flops())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "mixtral", "gemma3_text"])
 def test_prefill_and_decode_are_what_torch_counts(model_type: str, attention: str) -> None:

@@ -119,6 +119,7 @@ def test_warming_up_ends_when_the_time_of_a_batch_has_settled(rig: Rig) -> None:
     assert warmup.latencies_s == [4.0, 2.0, 1.5, 1.0, 1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_warming_up_that_does_not_settle_goes_on_all_the_same_and_says_so(rig: Rig) -> None:
     given = config(warmup=Warmup(batches=2, cv=0.05, last=3, most=8), thermal_floor_s=0)
 
@@ -129,11 +130,13 @@ def test_warming_up_that_does_not_settle_goes_on_all_the_same_and_says_so(rig: R
     assert any("has not settled in 8 batches" in warning for warning in result.warnings)
 
 
+@pytest.mark.slow
 def test_as_many_batches_warm_up_as_are_asked_for_though_it_settles_before(rig: Rig) -> None:
     assert rig.measure(config(warmup=Warmup(batches=7, cv=0.05, last=2))).warmup.batches == 7
     assert rig.measure(config(warmup=Warmup(batches=4, cv=None))).warmup.converged is None
 
 
+@pytest.mark.slow
 def test_a_last_batch_of_another_size_has_run_before_the_window(rig: Rig) -> None:
     engine = FakeEngine(rig, config(task=Task(n_prompts=5), thermal_floor_s=0))
 

@@ -233,6 +233,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Operation, Operatio
 Twice = tuple[Operation, Operation]
 
 
+@pytest.mark.slow
 def test_smoke_learns(smoke: Twice) -> None:
     losses = list(smoke[0].curves["poisson_train_loss"].values())
 

@@ -245,6 +245,7 @@ def test_the_end_of_the_pipe_ends_it_at_once_while_it_trains(trainer: Trainer, t
     assert trainer.exit_code() == 1
 
 
+@pytest.mark.slow
 def test_the_end_of_the_pipe_ends_it_before_a_job_and_a_stop_before_a_job_counts(
     trainer: Trainer, tmp_path: Path
 ) -> None:
@@ -622,6 +623,7 @@ def test_a_workload_with_its_own_loop_is_stopped_and_goes_on(tmp_path: Path, str
     assert sorted(operation.curves["loss"]) == list(range(stopped.step + 5))
 
 
+@pytest.mark.slow
 def test_describe_lists_what_loads_and_says_what_does_not(strange: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ops_worker.trainer", "--describe"],
