@@ -58,14 +58,14 @@ def main() -> None:
 
 @dataclass
 class Place:
-    """A home of its own: nothing of the user's service is found, nor changed."""
+    """A home of its own: nothing of the user's service is found, nor changed. Bytecode is kept, as it is by default."""
 
     home: Path
     port: int = field(default_factory=free_port)
 
     @property
     def environ(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("OPS_", "XDG_"))}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("OPS_", "XDG_", "PYTHON"))}
         return kept | {"HOME": str(self.home)}
 
 
