@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import document
+import filling
 import psutil
 import uvloop
 from sqlalchemy import make_url
@@ -51,7 +53,6 @@ BEAT_TIMEOUT_S = LEASE_S / 3
 RAMP_S = 45.0  # until the wished share of the workers trains, at most
 FILL_AND_START_S = 60.0  # what a step takes at most beside its window
 RETRY_CAP_S = 2.0
-MARKS = ("<!-- scale.py begins -->\n", "<!-- scale.py ends -->\n")
 BUSY = 0.8
 FAILING = 0.05
 DYING_A_MINUTE = 0.02  # of all workers
@@ -171,7 +172,7 @@ class Benchmark:
         self.tell_machine()
         stored = 0
         for wanted in self.given.stored:
-            took_s = await self.fill(stored, wanted)
+            took_s = await filling.fill(self.url, stored, wanted)
             stored = wanted
             self.say(f"\n{stored:,} stored operations (written in {took_s:.0f} s)\n")
             self.say(f"{await self.sizes(stored)}\n\n{HEADER}")
@@ -185,18 +186,11 @@ class Benchmark:
         await self.tell_claims()
         self.say(f"\nThe whole took {time.monotonic() - self.began_s:.0f} s.")
         if self.given.into:
-            self.write(self.given.into)
+            document.replace_between(self.given.into, "scale.py", "\n".join(self.said))
 
     def say(self, text: str) -> None:
         print(text, flush=True)
         self.said.append(text)
-
-    def write(self, path: Path) -> None:
-        before, _, rest = path.read_text().partition(MARKS[0])
-        _, mark, after = rest.partition(MARKS[1])
-        if not mark:
-            raise SystemExit(f"{path} has not the lines {MARKS[0].strip()} and {MARKS[1].strip()}: nothing was written")
-        path.write_text("".join([before, MARKS[0], "\n".join(self.said), "\n", MARKS[1], after]))
 
     def has_time_for_a_step(self) -> bool:
         needed_s = self.given.seconds + FILL_AND_START_S
@@ -269,20 +263,6 @@ class Benchmark:
 
     # ---- rows
 
-    async def fill(self, stored: int, wanted: int) -> float:
-        began_s = time.monotonic()
-        connection = await connect(self.url)
-        # As if each had been checked when it was written: the rows fit together by how they are made.
-        await connection.execute("SET session_replication_role = replica; SET synchronous_commit = off")
-        await connection.execute(PAST_WORKERS)
-        for first in range(stored, wanted, FILL_AT_A_TIME):
-            for statement in FILL:
-                await connection.execute(statement, first, min(wanted, first + FILL_AT_A_TIME) - 1, JOB)
-        await connection.execute("VACUUM ANALYZE")  # as autovacuum would have
-        await connection.execute("CHECKPOINT")
-        await connection.close()
-        return time.monotonic() - began_s
-
     async def forget_live(self) -> None:
         """What the last fleet left: it is gone."""
         connection = await connect(self.url)
@@ -343,7 +323,7 @@ class Benchmark:
         """What a claim costs that finds nothing: it is made after every finish, and twice a second."""
         sessions = Sessions(self._driver_url, 2)
         connection = await connect(self.url)
-        await connection.execute(PENDING, self.given.pending, JOB)
+        await filling.wait(connection, self.given.pending)
         await connection.execute("VACUUM ANALYZE operations")
         self.say(f"\n| {self.given.pending:,} operations wait, 100 live workers: one claim | ms |\n|---|---|")
         for about, slots in CLAIMS.items():
@@ -410,99 +390,6 @@ def table_row(row: dict[str, Any]) -> str:
     return f"| {' | '.join(format(row[name], form) for name, form in COLUMNS.items())} |"
 
 
-FILL_AT_A_TIME = 20_000
-JOB = json.dumps(
-    {
-        "kind": "training",
-        "workload": "toy",
-        "config": {"layers": 12, "width": 768, "dropout": 0.1, "data": "s3://somewhere/with/a/name"},
-        "execution": {
-            "accelerator": "cpu",
-            "threads": 1,
-            "max_epochs": 3,
-            "learning_rate": 0.001,
-            "batch_size": 32,
-            "checkpoint_every": {"epochs": 1},
-            "checkpoint_mode": "min",
-            "checkpoint_save_top_k": 1,
-            "checkpoint_save_last": True,
-            "devices": 1,
-        },
-        "resources": {"cores": 1},
-        "env": {},
-    }
-)
-PAST_WORKERS = """
-    INSERT INTO workers (incarnation, name, host, url, secret, workloads, versions, last_seen_at)
-    SELECT md5('w' || n)::uuid, 'past-' || n, 'host-' || n % 50, 'http://127.0.0.1:1', 's', '{toy}', '{}',
-           now() - interval '30 days'
-      FROM generate_series(0, 999) n ON CONFLICT DO NOTHING
-"""
-# Every statement takes the numbers of the first and the last, and the job. Of ten operations eight completed.
-FILL = (
-    """
-    INSERT INTO operations (id, name, kind, workload, job, labels, priority, max_retries, submitted_by, status, attempt,
-                            event_seq, logged_event_seq, failures, created_at, started_at, ended_at)
-    SELECT md5('o' || n)::uuid, 'train-' || n, 'training', 'toy', $3::text::jsonb,
-           jsonb_build_object('team', 't' || n % 50, 'sweep', 's' || n / 100), 0, 3, 'user-' || n % 20,
-           CASE n % 10 WHEN 0 THEN 'failed' WHEN 1 THEN 'cancelled' ELSE 'completed' END, 1, 3, 3,
-           CASE n % 10 WHEN 0 THEN 1 ELSE 0 END,
-           now() - interval '400 days' + n * interval '30 s', now() - interval '400 days' + n * interval '30 s',
-           now() - interval '400 days' + n * interval '30 s' + interval '1 h'
-      FROM generate_series($1::int, $2::int) n
-    """,
-    """
-    INSERT INTO attempts (operation_id, number, incarnation, start_step, claimed_at, started_at, ended_at, outcome,
-                          trainer_pid, environment, exactness)
-    SELECT md5('o' || n)::uuid, 1, md5('w' || n % 1000)::uuid, 0, now() - interval '400 days' + n * interval '30 s',
-           now() - interval '400 days' + n * interval '30 s',
-           now() - interval '400 days' + n * interval '30 s' + interval '1 h',
-           CASE n % 10 WHEN 0 THEN 'failed' WHEN 1 THEN 'cancelled' ELSE 'completed' END, 4711,
-           '{"torch": "2.13.0", "python": "3.11.7", "device": "cpu", "threads": 1}',
-           '{"promise": "promised", "reasons": []}'
-      FROM generate_series($1::int, $2::int) n WHERE $3::text <> ''
-    """,
-    """
-    INSERT INTO holds (operation_id, attempt, incarnation, lease_expires_at, last_seq, progress, first_step, last_step,
-                       ended_at)
-    SELECT md5('o' || n)::uuid, 1, md5('w' || n % 1000)::uuid, now() - interval '1 day', 12,
-           '{"step": 1000, "steps_total": 1000, "epoch": 2, "loss": 0.125}', 1, 1000, now() - interval '1 day'
-      FROM generate_series($1::int, $2::int) n WHERE $3::text <> ''
-    """,
-    """
-    INSERT INTO events (operation_id, seq, at, attempt, name, from_status, to_status, detail, announced)
-    SELECT md5('o' || n)::uuid, seq, now() - interval '400 days' + n * interval '30 s', least(seq - 1, 1),
-           (ARRAY['submit', 'claim', CASE n % 10 WHEN 0 THEN 'fail' WHEN 1 THEN 'stop' ELSE 'complete' END])[seq],
-           (ARRAY[NULL, 'pending', 'running'])[seq],
-           (ARRAY['pending', 'running',
-                  CASE n % 10 WHEN 0 THEN 'failed' WHEN 1 THEN 'cancelled' ELSE 'completed' END])[seq],
-           '{}', seq = 3
-      FROM generate_series($1::int, $2::int) n, generate_series(1, 3) seq WHERE $3::text <> ''
-    """,
-    """
-    INSERT INTO metrics (operation_id, attempt, seq, name, first_step, steps, values)
-    SELECT md5('o' || n)::uuid, 1, seq, 'loss', (seq - 2) * 50,
-           ARRAY(SELECT generate_series((seq - 2) * 50, (seq - 1) * 50 - 1)),
-           ARRAY(SELECT random() FROM generate_series(1, 50))
-      FROM generate_series($1::int, $2::int, 10) n, generate_series(2, 5) seq WHERE $3::text <> ''
-    """,
-    """
-    INSERT INTO checkpoints (id, operation_id, attempt, checkpoint_type, status, step, epoch, phase, path, size_bytes,
-                             manifest_sha256, monitored)
-    SELECT md5('c' || n)::uuid, md5('o' || n)::uuid, 1, 'periodic', 'committed', 1000, 2, 'update',
-           md5('o' || n)::uuid || '/1-1000', 302000000, repeat('0', 64), 0.125
-      FROM generate_series($1::int, $2::int, 10) n WHERE $3::text <> ''
-    """,
-)
-# Each job another one, as in life: the plan of a claim remembers what it found for a job.
-PENDING = """
-    INSERT INTO operations (id, name, kind, workload, job, labels, priority, max_retries, submitted_by, status,
-                            event_seq, created_at)
-    SELECT md5('p' || n)::uuid, 'waits-' || n, 'training', 'toy',
-           jsonb_set($2::text::jsonb, '{config,number}', to_jsonb(n)),
-           '{}', 0, 3, 'me', 'pending', 1, now() - interval '1 h' + n * interval '10 ms'
-      FROM generate_series(1, $1::int) n
-"""
 CLAIMS: dict[str, dict[str, Any]] = {
     "every slot is taken": {
         "cores": 1,

@@ -1,28 +1,16 @@
 """`python -m ops_backend server|db`: each one process in the foreground, ready when it says so; other verbs end."""
 
 import argparse
-import asyncio
-import json
 import logging
 import os
 import resource
 import signal
-import socket
 import sys
 import threading
 from pathlib import Path
 
-import uvicorn
-from fastapi import FastAPI
-from sqlalchemy.exc import DBAPIError
-
 from ops_backend import postgres
-from ops_backend.app import create_app
-from ops_backend.database import UnfitDatabase, migrate
-from ops_backend.http_protocol import BoundedHttp
 from ops_backend.postgres_place import PostgresError
-from ops_backend.settings import Settings, SettingsError
-from ops_contract.backup import RESTORING
 from ops_contract.log_lines import LogFormatError, log_formatter
 
 
@@ -33,40 +21,28 @@ def main() -> int:
         _log_to_stderr()
         if arguments.verb == "db":
             return postgres.run(arguments.data_dir, json=arguments.json, exit_on_eof=arguments.exit_on_eof)
-        if arguments.verb == "doctor":
-            return examine(arguments.data_dir)
-        if arguments.verb in ("backup", "restore"):
-            return copy(arguments)
-        return serve(Settings.from_env(), as_json=arguments.json, exit_on_eof=arguments.exit_on_eof)
-    except (SettingsError, PostgresError, LogFormatError) as error:
+        return beside_a_database(arguments)
+    except (PostgresError, LogFormatError) as error:
         print(f"ops {arguments.verb}: {error}", file=sys.stderr)
         return 2
 
 
-def serve(settings: Settings, *, as_json: bool, exit_on_eof: bool) -> int:
-    """Migrate, bind, say so, serve until SIGTERM, ctrl-C or (with `exit_on_eof`) the end of stdin."""
-    if (settings.storage_root / RESTORING).exists():
-        print(f"ops server: a restore into {settings.storage_root} did not finish: do it again", file=sys.stderr)
-        return 1
+def beside_a_database(arguments: argparse.Namespace) -> int:
+    """The other verbs import what they need themselves: Postgres's own process waits for none of it when it starts."""
+    from ops_backend.settings import Settings, SettingsError
+
     try:
-        asyncio.run(migrate(settings.database_url))
-    except (OSError, DBAPIError, UnfitDatabase) as error:
-        print(f"ops server: cannot use the database of OPS_DATABASE_URL: {error}", file=sys.stderr)
-        return 1
-    try:
-        listener = socket.create_server((settings.host, settings.port), backlog=2048)
-    except OSError as error:
-        print(f"ops server: cannot listen on {settings.host}:{settings.port}: {error}", file=sys.stderr)
-        return 1
-    try:
-        server = Server(create_app(settings), settings, listener.getsockname()[1], as_json)
-    except OSError as error:
-        print(f"ops server: cannot use OPS_TLS_CERT and OPS_TLS_KEY: {error}", file=sys.stderr)
-        return 1
-    if exit_on_eof:
-        threading.Thread(target=_stop_at_eof, daemon=True).start()
-    server.run(sockets=[listener])
-    return 0
+        if arguments.verb == "doctor":
+            return examine(arguments.data_dir)
+        if arguments.verb in ("backup", "restore"):
+            return copy(arguments)
+        settings = Settings.from_env()
+        from ops_backend.serving import serve
+
+        return serve(settings, as_json=arguments.json, exit_on_eof=arguments.exit_on_eof)
+    except SettingsError as error:
+        print(f"ops {arguments.verb}: {error}", file=sys.stderr)
+        return 2
 
 
 def examine(data_dir: Path | None) -> int:
@@ -83,13 +59,15 @@ def copy(arguments: argparse.Namespace) -> int:
     """Back up or restore, say on stderr how it goes, and print what was done, as JSON."""
     from ops_backend import backup
     from ops_backend.archive import ArchiveError
+    from ops_backend.database import UnfitDatabase
+    from ops_backend.serving import stop_at_eof
 
     def say(line: str) -> None:
         print(f"  {line}", file=sys.stderr, flush=True)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it clears away what it began
     if arguments.exit_on_eof:
-        threading.Thread(target=_stop_at_eof, daemon=True).start()
+        threading.Thread(target=stop_at_eof, daemon=True).start()
     service = backup.Service.find(arguments.data_dir, os.environ)
     try:
         if arguments.verb == "backup":
@@ -104,49 +82,6 @@ def copy(arguments: argparse.Namespace) -> int:
         return 130
     print(done)
     return 0
-
-
-class Server(uvicorn.Server):
-    """Says that it is ready when requests are answered, not before, and waits for no stream when it ends."""
-
-    def __init__(self, app: FastAPI, settings: Settings, port: int, as_json: bool) -> None:
-        """Raises OSError for a certificate or a key that is none."""
-        super().__init__(
-            uvicorn.Config(
-                app,
-                ssl_certfile=settings.tls_cert,
-                ssl_keyfile=settings.tls_key,
-                http=BoundedHttp,
-                ws="none",
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=5,
-            )
-        )
-        self.config.load()
-        url = f"{'https' if settings.tls_cert else 'http'}://{settings.host}:{port}"
-        self._state = app.state
-        self._line = json.dumps({"event": "ready", "url": url}) if as_json else f"API ready at {url}"
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            print(self._line, flush=True)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # Uvicorn waits for open responses before it tells the app that it ends.
-        self._state.streams.close()
-        await super().shutdown(sockets)
-
-
-def _stop_at_eof() -> None:
-    """The supervisor holds the other end of stdin: its death, however sudden, ends this process in order."""
-    # Not sys.stdin: its lock, held by a daemon thread, would abort the interpreter's exit.
-    while os.read(0, 4096):
-        pass
-    signal.raise_signal(signal.SIGTERM)
 
 
 def _log_to_stderr() -> None:

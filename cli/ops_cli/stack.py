@@ -1,14 +1,14 @@
 """The whole service as child processes: Postgres, API, workers."""
 
+import http.client
 import os
 import signal
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import httpx
 
 from ops_cli.child import Child, rotate
 from ops_contract.tokens import workers_token
@@ -24,6 +24,7 @@ TURN_S = 0.05
 SERVER_GRACE_S = 10.0
 DATABASE_GRACE_S = 70.0  # its own limit for a clean shutdown is 60 s
 HURRIED_GRACE_S = 5.0
+HEALTH_S = 5.0
 
 # Meant for a single server or worker; here the stack decides, and only who needs the database learns its password.
 # What systemd says to us is for us.
@@ -91,10 +92,14 @@ class Stack:
         """Returns when the API is ready and every worker has registered. Raises StackError."""
         make_private(self.settings.data_dir / "logs")
         make_private(self.settings.data_dir / "storage")
+        # First, as they take longest: they look at their workloads meanwhile, and try to register until it answers.
+        self._start(self.workers)
         if self.database:
-            self._start([self.database], "database  embedded Postgres")
-        self._start([self.server], f"server    {self.settings.url}", self._healthy)
-        self._start(self.workers, f"workers   {len(self.workers)}, each with {_cores(self.settings.cores)}")
+            self._start([self.database])
+            self._await([self.database], "database  embedded Postgres")
+        self._start([self.server])
+        self._await([self.server], f"server    {self.settings.url}", self._healthy)
+        self._await(self.workers, f"workers   {len(self.workers)}, each with {_cores(self.settings.cores)}")
 
     def turn(self) -> None:
         """Start again what has ended. Raises StackError when one keeps ending."""
@@ -120,11 +125,13 @@ class Stack:
         self._started.remove(worker)
         worker.kill()
 
-    def _start(self, children: Sequence[Child], what: str, healthy: Callable[[], bool] = lambda: True) -> None:
+    def _start(self, children: Sequence[Child]) -> None:
         for child in children:
             rotate(child.log)
             child.start()
             self._started.append(child)
+
+    def _await(self, children: Sequence[Child], what: str, healthy: Callable[[], bool] = lambda: True) -> None:
         began_s, told = time.monotonic(), False
         while not (all(child.ready for child in children) and healthy()):
             self._pause(TURN_S)
@@ -135,9 +142,12 @@ class Stack:
         self._say(f"  {what}")
 
     def _healthy(self) -> bool:
+        # Not by httpx, whose import takes as long as Postgres to start. A proxy knows nothing of this host.
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            return httpx.get(f"{self.settings.url}/health/ready", trust_env=False).status_code == 200
-        except httpx.TransportError:
+            with direct.open(f"{self.settings.url}/health/ready", timeout=HEALTH_S) as answer:
+                return bool(answer.status == 200)
+        except (OSError, http.client.HTTPException):
             return False
 
     def _note_end(self, child: Child) -> None:

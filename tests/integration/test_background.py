@@ -95,7 +95,7 @@ def test_ctrl_c_while_it_comes_up_takes_back_what_was_begun(house: House) -> Non
         starting.send_signal(signal.SIGINT)
 
     assert starting.returncode == 130
-    assert house.noted("end") == ["server", "db"]
+    assert house.noted("end") == ["worker-1", "server", "db"]
     assert find_holder(house.data_dir) is None
 
 

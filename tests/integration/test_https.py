@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from helpers.service import eventually
-from ops_backend.__main__ import Server
 from ops_backend.app import create_app
+from ops_backend.serving import Server
 from ops_backend.settings import Settings, SettingsError
 from ops_cli.child import Child
 from ops_cli.doctor import _service

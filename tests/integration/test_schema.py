@@ -7,9 +7,10 @@ from uuid import uuid4
 
 import pytest
 from alembic import command
+from alembic.script import ScriptDirectory
 
 from helpers.databases import Databases, connect
-from ops_backend.database import alembic_config
+from ops_backend.database import alembic_config, is_known, newest_revision
 from ops_contract.audit import Action
 from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
 from ops_contract.webhooks import DeliveryState, WebhookFormat
@@ -32,6 +33,15 @@ WORDS: dict[str, type[StrEnum]] = {
 
 def test_the_tables_are_what_the_migrations_make(database_url: str) -> None:
     command.check(alembic_config(database_url))
+
+
+def test_the_newest_file_is_the_head_of_the_migrations() -> None:
+    """So that a start with nothing to migrate need not ask Alembic."""
+    known = [found.revision for found in ScriptDirectory.from_config(alembic_config("")).walk_revisions()]
+
+    assert newest_revision() == known[0]
+    assert all(map(is_known, known))
+    assert not is_known("9999")
 
 
 @pytest.mark.parametrize("constraint", WORDS)

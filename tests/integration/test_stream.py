@@ -24,9 +24,9 @@ from helpers.postgres_proxy import postgres_proxy
 from helpers.sse import Dashboard, Said, aread
 from helpers.store import Held, Store, held, losses, saved, started
 from ops_backend import streams
-from ops_backend.__main__ import Server
 from ops_backend.app import create_app
 from ops_backend.database import Sessions
+from ops_backend.serving import Server
 from ops_backend.settings import Settings
 from ops_backend.store import curves as curves_of
 from ops_backend.store import stream

@@ -19,14 +19,15 @@ def house(tmp_path: Path) -> House:
     return make_house(tmp_path)
 
 
-def test_up_starts_database_server_workers_and_ends_them_the_other_way_round(house: House) -> None:
+def test_up_starts_the_server_after_the_database_and_ends_workers_server_and_database(house: House) -> None:
     with running(house, "--workers", "2") as up:
         started = house.noted("start")
         up.terminate()
         up.communicate()
 
-    assert started[:2] == ["db", "server"]
-    assert sorted(started[2:]) == ["worker-1", "worker-2"]
+    # The workers wait for nothing: they try to register until the server answers.
+    assert sorted(started) == ["db", "server", "worker-1", "worker-2"]
+    assert started.index("db") < started.index("server")
     assert sorted(house.noted("end")[:2]) == ["worker-1", "worker-2"]
     assert house.noted("end")[2:] == ["server", "db"]
     assert up.returncode == 0
@@ -80,7 +81,7 @@ def test_a_child_that_keeps_ending_ends_up_with_its_last_words(house: House) -> 
     assert up.returncode == 1
     assert "server has no disk" in err
     assert "Relight is up" not in out
-    assert house.noted("end") == ["db"]
+    assert house.noted("end") == ["worker-1", "db"]
 
 
 def test_a_wanted_port_that_is_busy_is_named(house: House) -> None:

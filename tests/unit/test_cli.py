@@ -904,6 +904,23 @@ def test_help_waits_for_no_heavy_import() -> None:
     assert ran.stderr.strip() == ""
 
 
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("ops_backend.__main__", ["sqlalchemy", "fastapi", "alembic"]),  # as the process of Postgres begins
+        ("ops_backend.serving", ["alembic"]),
+        ("ops_cli.stack", ["httpx"]),
+        ("ops_worker.ptycho.workload, ops_worker.ptycho.reconstruction", ["scipy"]),  # what is asked for its schema
+    ],
+)
+def test_what_a_start_waits_for_imports_no_more_than_it_needs(module: str, heavy: list[str]) -> None:
+    program = f"import sys, {module}; sys.exit(str(sorted(set({heavy}) & sys.modules.keys()) or ''))"
+
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert ran.stderr.strip() == ""
+
+
 def worker(**changes: Any) -> WorkerView:
     slot = SlotView(index=0, device="cpu", device_uuid=None, cores=1, operation_id=changes.pop("runs", None), attempt=1)
     plain = {"id": uuid4(), "name": "w", "host": "h", "url": "http://h", "live": True, "draining": False, "drain": None}

@@ -1,7 +1,6 @@
 """How near a reconstruction is to the truth, once what the data cannot tell is taken out of it."""
 
 import numpy as np
-from scipy import ndimage
 
 from relight.ptycho.data import Array
 
@@ -82,7 +81,9 @@ def psnr(ours: Array, truth: Array, covered: Array) -> float:
 
 def ssim(ours: Array, truth: Array, covered: Array) -> float:
     """Wang et al. 2004, eq. 13: the mean over the pixels whose whole window is covered; L is the truth's own range."""
-    inside = ndimage.binary_erosion(covered, np.ones((SSIM_WINDOW, SSIM_WINDOW)))
+    from scipy.ndimage import binary_erosion  # who only lists the workloads need not wait for it
+
+    inside = binary_erosion(covered, np.ones((SSIM_WINDOW, SSIM_WINDOW)))
     if not inside.any():
         return float("nan")
     a, b = np.where(covered, ours, 0.0), np.where(covered, truth, 0.0)
@@ -97,8 +98,10 @@ def ssim(ours: Array, truth: Array, covered: Array) -> float:
 
 
 def _windowed(picture: Array) -> Array:
+    from scipy.ndimage import gaussian_filter
+
     radius = SSIM_WINDOW // 2
-    return np.asarray(ndimage.gaussian_filter(picture, SSIM_SIGMA, radius=radius))
+    return np.asarray(gaussian_filter(picture, SSIM_SIGMA, radius=radius))
 
 
 def frc50(ours: Array, truth: Array, covered: Array) -> float:
@@ -125,8 +128,10 @@ def frc50(ours: Array, truth: Array, covered: Array) -> float:
 
 def _taper(covered: Array) -> Array:
     """(H, W): 0 at the edge of what is covered, 1 in the middle."""
+    from scipy.ndimage import distance_transform_edt
+
     rows, columns = np.nonzero(covered.any(axis=1))[0], np.nonzero(covered.any(axis=0))[0]
-    depth = ndimage.distance_transform_edt(np.pad(covered, 1))[1:-1, 1:-1]
+    depth = distance_transform_edt(np.pad(covered, 1))[1:-1, 1:-1]
     width = max(1.0, min(np.ptp(rows), np.ptp(columns)) / 4)
     return np.asarray(np.sin(np.pi / 2 * np.minimum(depth / width, 1)) ** 2)
 
