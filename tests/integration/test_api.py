@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from helpers.openapi import openapi_of_this_code
 from helpers.store import TOY, Store, credential_of, losses, registration, saved, shown_by, started
@@ -385,6 +386,30 @@ async def test_a_poll_is_refused_like_every_call_and_head_is_answered(api: httpx
     assert bad_id.json()["error"]["details"]["errors"][0]["field"] == "id"
     assert (head.status_code, head.headers) == (200, got.headers)
     assert refusal(await api.put(path)) == (405, "method_not_allowed")
+
+
+async def test_the_short_way_of_a_poll_says_what_the_long_way_says(
+    api: httpx.AsyncClient, offered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"/operations/{(await api.post('/operations', json={'workload': offered})).json()['id']}"
+    tag = (await api.get(path)).headers["etag"]
+    real, long_ways = FastAPI.__call__, list[str]()
+
+    async def counted(self: Any, scope: Any, receive: Any, send: Any) -> None:
+        long_ways.append(scope["path"])
+        await real(self, scope, receive, send)
+
+    monkeypatch.setattr(FastAPI, "__call__", counted)
+    for status, headers in ((200, {}), (304, {"If-None-Match": tag}), (200, {"If-None-Match": '"another"'})):
+        short = await api.get(path, headers=headers)
+        assert not long_ways
+        long = await api.get(f"{path}?long", headers=headers)
+        assert long_ways.pop()
+        assert (short.status_code, short.content, short.headers) == (status, long.content, long.headers)
+    for path, headers in ((f"/operations/{uuid4()}", {}), (path, {"Authorization": "Bearer wrong"})):
+        short, long = await api.get(path, headers=headers), await api.get(f"{path}?long", headers=headers)
+        assert refusal(short) == refusal(long)
+        assert (short.content, short.headers) == (long.content, long.headers)
 
 
 async def test_an_unchanged_list_is_a_304(api: httpx.AsyncClient, offered: str) -> None:
