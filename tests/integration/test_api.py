@@ -406,8 +406,8 @@ async def test_the_short_way_of_a_poll_says_what_the_long_way_says(
         long = await api.get(f"{path}?long", headers=headers)
         assert long_ways.pop()
         assert (short.status_code, short.content, short.headers) == (status, long.content, long.headers)
-    for path, headers in ((f"/operations/{uuid4()}", {}), (path, {"Authorization": "Bearer wrong"})):
-        short, long = await api.get(path, headers=headers), await api.get(f"{path}?long", headers=headers)
+    for other, headers in ((f"/operations/{uuid4()}", {}), (path, {"Authorization": "Bearer wrong"})):
+        short, long = await api.get(other, headers=headers), await api.get(f"{other}?long", headers=headers)
         assert refusal(short) == refusal(long)
         assert (short.content, short.headers) == (long.content, long.headers)
 
