@@ -79,6 +79,8 @@ def serve(in_fd: int, out_fd: int, gang_fd: int | None = None) -> NoReturn:
     # In C: also when Python code loops or a call never returns. A descriptor of its own: user code may redirect stderr.
     faulthandler.register(STACKS_SIGNAL, file=os.dup(2), all_threads=True)
     die_with_parent(os.getppid())
+    # Both are imported before the greeting, and what they import: a job that comes waits for none of it.
+    from relight.training import attempt, loop_attempt  # noqa: F401
     from relight.training.numerics import warm_up
 
     warm_up()
