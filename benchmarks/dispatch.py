@@ -193,13 +193,35 @@ class Steps:
         self.path.unlink(missing_ok=True)
 
 
-class Service:
-    """All that `ops up` starts, with the workload `small` installed; children that end are started again by `wait`."""
+@dataclass(frozen=True)
+class Package:
+    """A workload, `module:Class`, and the modules that come with it."""
 
-    def __init__(self, directory: Path, workers: int, cores: int, environ: Mapping[str, str]) -> None:
+    workload: str
+    entry: str
+    modules: Mapping[str, str]
+
+    def install(self, directory: Path) -> None:
+        """As pip would, into a directory of modules."""
+        about = directory / f"{self.workload}-1.dist-info"
+        about.mkdir(parents=True)
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {self.workload}\nVersion: 1\n")
+        (about / "entry_points.txt").write_text(f"[relight.workloads]\n{self.workload} = {self.entry}\n")
+        for name, text in self.modules.items():
+            (directory / f"{name}.py").write_text(text)
+
+
+SMALL = Package("small", "small:Small", {"training": TRAINING, "small": WORKLOAD, "train": SCRIPT})
+
+
+class Service:
+    """All that `ops up` starts, with a workload installed beside it; children that end are started again by `turn`."""
+
+    def __init__(self, directory: Path, package: Package, workers: int, cores: int, environ: Mapping[str, str]) -> None:
+        self.workload = package.workload
         self.steps = Steps(directory / "steps")
         self.code = directory / "code"
-        install(self.code)
+        package.install(self.code)
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("OPS_")}
         token = "of-a-benchmark-alone"
         settings = StackSettings(
@@ -215,11 +237,11 @@ class Service:
         headers = {"Authorization": f"Bearer {token}"}
         self.http = httpx.Client(base_url=settings.url + API_PREFIX, headers=headers, trust_env=False)
 
-    def submit(self, pause_s: float = 0.0, **execution: Any) -> tuple[UUID, float]:
+    def submit(self, config: Mapping[str, Any], **execution: Any) -> tuple[UUID, float]:
         """The operation, and when its answer was here."""
-        config = {"out": str(self.steps.path), "pause_s": pause_s}
         knobs = {"optimizer": "adamw", "learning_rate": 1e-3, "batch_size": BATCH, "max_epochs": 10**6} | execution
-        answer = self.http.post("/operations", json={"workload": "small", "config": config, "execution": knobs})
+        job = {"workload": self.workload, "config": dict(config), "execution": knobs}
+        answer = self.http.post("/operations", json=job)
         at_s = time.monotonic()
         assert answer.status_code == 201, answer.text
         return UUID(answer.json()["id"]), at_s
@@ -258,11 +280,13 @@ class Service:
 
 
 @contextmanager
-def service(workers: int = 1, cores: int = 1, environ: Mapping[str, str] = {}) -> Iterator[Service]:
+def service(
+    package: Package = SMALL, workers: int = 1, cores: int = 1, environ: Mapping[str, str] = {}
+) -> Iterator[Service]:
     """In a directory of its own, all of which is gone afterwards, by SIGTERM too."""
     signal.signal(signal.SIGTERM, _leave)
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
-        running = Service(Path(directory), workers, cores, environ)
+        running = Service(Path(directory), package, workers, cores, environ)
         try:
             running.stack.start()
             yield running
@@ -274,16 +298,6 @@ def service(workers: int = 1, cores: int = 1, environ: Mapping[str, str] = {}) -
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
-
-
-def install(directory: Path) -> None:
-    """The workload, its entry point as pip would leave it, and the script, in a directory of modules."""
-    about = directory / "small-1.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: small\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[relight.workloads]\nsmall = small:Small\n")
-    for name, text in {"training": TRAINING, "small": WORKLOAD, "train": SCRIPT}.items():
-        (directory / f"{name}.py").write_text(text)
 
 
 def command(service: Service, out: Path, steps: int, pause_s: float, state: Path, every: int) -> Sequence[str]:
@@ -345,7 +359,7 @@ def measured(running: Service, given: argparse.Namespace) -> tuple[list[list[flo
 def dispatched_ms(running: Service) -> float:
     running.wait_warm(1)
     running.steps.forget()
-    id, accepted_s = running.submit(max_steps=STEPS)
+    id, accepted_s = running.submit({"out": str(running.steps.path)}, max_steps=STEPS)
     first = running.steps.first()
     running.wait(id, "completed")
     return (first.at_s - accepted_s) * 1e3
