@@ -246,6 +246,11 @@ class Service:
         assert answer.status_code == 201, answer.text
         return UUID(answer.json()["id"]), at_s
 
+    def cancel(self, id: UUID) -> None:
+        """Without what it would save."""
+        self.http.post(f"/operations/{id}/cancel", json={"force": True}).raise_for_status()
+        self.wait(id, "cancelled")
+
     def wait(self, id: UUID, *statuses: str) -> None:
         eventually(lambda: self.client.get(id).status in statuses, f"operation is {' or '.join(statuses)}", self.turn)
 

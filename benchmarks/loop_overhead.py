@@ -25,11 +25,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from uuid import UUID
 
 import lines
 import peers
-from dispatch import BATCH, Package, Service, eventually, service
+from dispatch import BATCH, Package, Service, service
 
 MOST = {1: 1.05, 5: 1.01, 50: 1.01}
 WARM_UP_STEPS = 30
@@ -267,7 +266,7 @@ def ways(running: Service, lightning: Path) -> Iterator[dict[str, Way]]:
             stack.callback(process.wait)
             stack.callback(process.kill)
         id, _ = running.submit({"gate": str(gate)})
-        stack.callback(stopped, running, id)
+        stack.callback(running.cancel, id)
         found = {}
         for _ in range(len(AGAINST) + 1):
             connection, _ = listener.accept()
@@ -275,11 +274,6 @@ def ways(running: Service, lightning: Path) -> Iterator[dict[str, Way]]:
             way = Way(connection)
             found[way.name] = way
         yield found
-
-
-def stopped(running: Service, id: UUID) -> None:
-    running.http.post(f"/operations/{id}/cancel", json={"force": True})
-    eventually(lambda: running.client.get(id).status == "cancelled", "the training has ended", running.turn)
 
 
 def calibrated(bare: Way) -> dict[int, int]:
