@@ -49,18 +49,11 @@ import time
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
+from torch.utils.data import TensorDataset
 
-class Samples(Dataset):
-    def __init__(self):
-        self.inputs = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
-        self.labels = (self.inputs.sum(1) > 0).long()
-
-    def __len__(self):
-        return 1_000_000
-
-    def __getitem__(self, index):
-        return self.inputs[index % 4096], self.labels[index % 4096]
+def data():
+    inputs = torch.randn(2**17, 64, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(inputs, (inputs.sum(1) > 0).long())
 
 
 def model():
@@ -121,7 +114,7 @@ class Paced(Workload[Config]):
     def data(self):
         import pacing
 
-        return pacing.Samples(), None
+        return pacing.data(), None
 
     def model(self):
         import pacing
@@ -147,7 +140,7 @@ torch.manual_seed(0)
 model = pacing.model()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 gate = pacing.Gate(sys.argv[1], "bare")
-for batch in DataLoader(pacing.Samples(), batch_size=int(sys.argv[-1]), shuffle=True):
+for batch in DataLoader(pacing.data(), batch_size=int(sys.argv[-1]), shuffle=True):
     gate.step()
     optimizer.zero_grad()
     gate.loss(model, batch).backward()
@@ -199,7 +192,7 @@ trainer = Trainer(
     enable_progress_bar=False,
     enable_model_summary=False,
 )
-trainer.fit(Module(), DataLoader(pacing.Samples(), batch_size=int(sys.argv[-1]), shuffle=True))
+trainer.fit(Module(), DataLoader(pacing.data(), batch_size=int(sys.argv[-1]), shuffle=True))
 """
 
 
