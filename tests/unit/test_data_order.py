@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.data import TensorDataset, default_collate
 
 from relight.training.order import Batch, DataOrder, shuffled, to_device
 from relight.training.randomness import Stream, derive, seed_everything
+from relight.workload import Workload
 
 
 class Recorded:
@@ -116,6 +118,38 @@ def test_an_item_does_not_depend_on_the_batch_size() -> None:
     large = [item for batch in order_of(Recorded(8), batch_size=5).training(0, 0) for item in batch.data[0]]
 
     assert small == large
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_draws_nothing_is_not_seeded_and_gives_the_same_batches(num_workers: int) -> None:
+    """A class of one's own might draw."""
+
+    class Own(TensorDataset):
+        pass
+
+    class Plain(Workload[Any]):
+        data = model = loss = None  # type: ignore[assignment]
+
+    def batches(kind: type[TensorDataset], collate: Any) -> list[Batch]:
+        order = DataOrder(kind(torch.arange(10.0), torch.arange(10)), collate, 3, 4, num_workers)
+        with torch.autocast("cpu", torch.bfloat16):
+            return [*order.training(1, 4), *order.validation()]
+
+    plain = batches(TensorDataset, Plain(None, None).collate)  # type: ignore[arg-type]
+
+    for other in (batches(Own, Plain(None, None).collate), batches(TensorDataset, default_collate)):  # type: ignore[arg-type]
+        for one, two in zip(plain, other, strict=True):
+            assert one.samples == two.samples
+            assert all(a.dtype is b.dtype and a.equal(b) for a, b in zip(one.data, two.data, strict=True))
+
+
+def test_a_collate_of_ones_own_is_seeded_whatever_it_gets() -> None:
+    dataset = TensorDataset(torch.arange(8))
+
+    noises = [[batch.data[1] for batch in order_of(dataset).training(0, 0)] for _ in range(2)]
+
+    assert noises[0] == noises[1]
+    assert noises[0][0] != noises[0][1]
 
 
 def test_samples_change_from_epoch_to_epoch_and_validation_does_not() -> None:

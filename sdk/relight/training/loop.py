@@ -135,7 +135,8 @@ class Loop:
                 on_device = to_device(batch.data, self.env.device)
                 loss, extras = self.parallel.loss(on_device, last=micro == len(window) - 1)
             # What torch takes of the ranks' gradients is their mean.
-            part = loss * (self.team.world_size * units[micro] / total)
+            weight = self.team.world_size * units[micro] / total
+            part = loss if weight == 1 else loss * weight
             (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]  # torch's own
             self.reporter.add_micro_batch(step, units[micro], loss, extras)
         if scaler is not None:

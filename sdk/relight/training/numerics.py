@@ -38,7 +38,7 @@ def configure(threads: int, deterministic: bool) -> None:
 
 def warm_up() -> None:
     """Load what a first step would: asked for determinism, torch imports its compiler, and that takes a second."""
-    packages()
+    environment(torch.device("cpu"))  # what it has looked for once is kept
     configure(torch.get_num_threads(), deterministic=True)
 
 

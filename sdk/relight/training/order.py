@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from relight.process import die_with_parent
 from relight.training.randomness import Stream, derive, seed_everything
-from relight.workload import MapDataset
+from relight.workload import MapDataset, Workload
 
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
@@ -153,18 +154,33 @@ class _Fetcher(Dataset[Batch]):
         self.rank = rank
         self.world_size = world_size
         self.smallest_part = smallest_part
+        self.samples_draw = not _is_plain(dataset)
+        self.draws = self.samples_draw or getattr(collate, "__func__", None) is not Workload.collate
 
     def __getitem__(self, key: _Key) -> Batch:
+        if not self.draws:  # nor does it compute: what it does has the same bits under all of this
+            return self._batch(key)
         # An evaluation fetches within its autocast, a training step does not, and a loader process inherits either.
         with _one_thread(), torch.autocast("cpu", enabled=False):
-            mine = self._part(key.indices)
-            items = [self._item(key.epoch, index) for index in mine or key.indices[: self.smallest_part].tolist()]
+            return self._batch(key)
+
+    def _batch(self, key: _Key) -> Batch:
+        mine = self._part(key.indices)
+        indices = mine or key.indices[: self.smallest_part].tolist()
+        if self.samples_draw:
+            items = [self._item(key.epoch, index) for index in indices]
+        else:
+            items = [self.dataset[index] for index in indices]
+        if self.draws:
             of_rank = (self.rank,) if self.world_size > 1 else ()
             seed_everything(derive(self.seed, self.collate_stream, *key.epoch, key.batch, *of_rank))
-            return Batch(len(key.indices), self.collate(items), idle=not mine)
+        return Batch(len(key.indices), self.collate(items), idle=not mine)
 
     def _part(self, indices: NDArray[np.int64]) -> list[int]:
         """This rank's; none of a short batch that has not `smallest_part` for each."""
+        if self.world_size == 1:
+            whole: list[int] = indices.tolist()
+            return whole
         busy = min(self.world_size, max(1, len(indices) // self.smallest_part))
         part: list[int] = np.array_split(indices, busy)[self.rank].tolist() if self.rank < busy else []
         return part
@@ -172,6 +188,11 @@ class _Fetcher(Dataset[Batch]):
     def _item(self, epoch: tuple[int, ...], index: int) -> Any:
         seed_everything(derive(self.seed, self.sample_stream, *epoch, index))
         return self.dataset[index]
+
+
+def _is_plain(dataset: MapDataset) -> bool:
+    """Tensors that are indexed, and nothing else: a seed for each sample takes longer than the sample."""
+    return type(dataset) is TensorDataset and all(type(tensor) is Tensor for tensor in dataset.tensors)
 
 
 @contextmanager
