@@ -641,9 +641,9 @@ class Fleet:
 
     async def _kill(self) -> None:
         while True:
-            await asyncio.sleep(60 / DYING_A_MINUTE / max(len(self.workers), 1))
+            await asyncio.sleep(1)
             busy = [worker for worker in self.workers.values() if worker.training]
-            if len(busy) > 10:
+            if len(busy) > 10 and random.random() < DYING_A_MINUTE / 60 * len(self.workers):
                 victim = random.choice(busy)
                 victim.die()
                 del self.workers[victim.incarnation]
@@ -731,7 +731,7 @@ class SimulatedWorker:
         fleet, (id, attempt) = self._fleet, self.training
         fleet.running += 1
         try:
-            until_s = time.monotonic() + fleet.training_s * random.uniform(0.5, 1.5)
+            until_s = time.monotonic() + fleet.training_s * random.uniform(0.1, 1.9)  # so that some end in every window
             seq, step, waiting = 1, 0, [STARTED]
             due_s = time.monotonic()
             while time.monotonic() < until_s:
