@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
+from unittest.mock import patch
 from uuid import UUID
 
 import httpx
@@ -82,8 +83,15 @@ def statements(api: httpx.AsyncClient) -> Iterator[list[str]]:
     def note(connection: object, cursor: object, sql: str, *_: object) -> None:
         sent.append(sql)
 
+    real = queries.raw_operations
+
+    async def of_the_driver(driver: Any, ids: list[UUID]) -> Any:
+        sent.append("a poll's")
+        return await real(driver, ids)
+
     event.listen(engine, "before_cursor_execute", note)
-    yield sent
+    with patch.object(queries, "raw_operations", of_the_driver):
+        yield sent
     event.remove(engine, "before_cursor_execute", note)
 
 
