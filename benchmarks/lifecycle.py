@@ -18,25 +18,26 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import uvloop
-from sqlalchemy import make_url
-
 import lines
 import peers
 import servers
+import uvloop
 from scale import COMPLETED, STARTED, Connection, connect, credential_of, postgres, registration
+from sqlalchemy import make_url
 
 PROCRASTINATE = ("procrastinate==3.10.0", "psycopg[binary,pool]==3.3.4")
 JOB = json.dumps({"workload": "toy", "execution": {"accelerator": "cpu"}, "max_retries": 0})
 DONE_S = 60.0
 OURS_DONE = "SELECT count(*) FROM operations WHERE status = 'completed'"
 OURS_LOGGED = "SELECT count(*) FROM operations WHERE logged_event_seq = event_seq"
+Hold = tuple[str, int]  # an operation and its attempt
+Work = Callable[["SimulatedWorker", Hold], Coroutine[Any, Any, None]]
 THEIRS_DONE = "SELECT count(*) FROM procrastinate_jobs WHERE status = 'succeeded'"
 
 
@@ -67,7 +68,7 @@ async def measure(given: argparse.Namespace, url: str, directory: Path) -> dict[
     found: dict[str, list[float]] = {"ours": [], "procrastinate": []}
     jobs = await servers.database(url, "jobs")
     with servers.ours(url, directory) as api, procrastinate(given, jobs, directory) as client:
-        async with worker(api, given.slots):
+        async with simulated_worker(api, given.slots, SimulatedWorker.finish):
             began_s = time.monotonic()
             for round in range(-1, given.rounds):  # the first one warms both
                 if time.monotonic() - began_s > 120:
@@ -136,13 +137,13 @@ def procrastinate(given: argparse.Namespace, url: str, directory: Path) -> Itera
 
 
 @asynccontextmanager
-async def worker(api: servers.Api, slots: int) -> AsyncIterator[None]:
-    simulated = SimulatedWorker(api)
+async def simulated_worker(api: servers.Api, slots: int, work: Work) -> AsyncIterator["SimulatedWorker"]:
+    simulated = SimulatedWorker(api, work)
     server = await asyncio.start_server(simulated.serve, "127.0.0.1", 0)
     await simulated.register(server.sockets[0].getsockname()[1], slots)
     beating = asyncio.create_task(simulated.beat())
     try:
-        yield
+        yield simulated
     finally:
         server.close()
         beating.cancel()
@@ -151,19 +152,20 @@ async def worker(api: servers.Api, slots: int) -> AsyncIterator[None]:
 
 
 class SimulatedWorker:
-    """A worker of several slots, whose work is done as soon as it may begin."""
+    """A worker of several slots; `work` is given each hold as soon as it is confirmed."""
 
-    def __init__(self, api: servers.Api) -> None:
+    def __init__(self, api: servers.Api, work: Work) -> None:
         self._api = api
-        self._incarnation = uuid4()
-        self._credential = credential_of(self._incarnation)
+        self._work = work
+        self.incarnation = uuid4()
+        self.credential = credential_of(self.incarnation)
         self._http: list[Connection] = []
-        self._held: dict[tuple[str, int], bool] = {}  # and whether it is confirmed
+        self._held: dict[Hold, bool] = {}  # and whether it is confirmed
         self._beat_now = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def register(self, port: int, slots: int) -> None:
-        offer = registration(self._incarnation, port)
+        offer = registration(self.incarnation, port)
         offer["slots"] = [{"index": n, "device": "cpu", "cores": 1} for n in range(slots)]
         status, _, answer = await self._request("/workers", json.dumps(offer), self._api.token)
         assert status == 201, answer
@@ -190,23 +192,25 @@ class SimulatedWorker:
             self._beat_now.clear()
             named = list(self._held)
             body = json.dumps({"holds": [{"operation_id": id, "attempt": attempt} for id, attempt in named]})
-            status, _, answer = await self._request(f"/workers/{self._incarnation}/heartbeat", body)
+            status, _, answer = await self._request(f"/workers/{self.incarnation}/heartbeat", body)
             assert status == 200, answer
             for hold in named:
                 if self._held.get(hold) is False:
                     self._held[hold] = True
-                    task = asyncio.create_task(self._run(*hold))
+                    task = asyncio.create_task(self._work(self, hold))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, id: str, attempt: int) -> None:
-        body = f'{{"incarnation":"{self._incarnation}","first_seq":1,"reports":[{STARTED},{COMPLETED}]}}'
+    async def finish(self, hold: Hold) -> None:
+        """Its work was nothing."""
+        id, attempt = hold
+        body = f'{{"incarnation":"{self.incarnation}","first_seq":1,"reports":[{STARTED},{COMPLETED}]}}'
         status, _, answer = await self._request(f"/operations/{id}/attempts/{attempt}/reports", body)
         assert status == 200, answer
-        del self._held[id, attempt]
+        del self._held[hold]
 
     async def _request(self, path: str, body: str, token: str = "") -> tuple[int, dict[str, str], bytes]:
-        http = self._http.pop() if self._http and not token else Connection(self._api.port, token or self._credential)
+        http = self._http.pop() if self._http and not token else Connection(self._api.port, token or self.credential)
         answer = await http.request("POST", path, body)
         if token:
             http.close()

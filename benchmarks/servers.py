@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from sqlalchemy import make_url
-
 import peers
 from scale import connect
+from sqlalchemy import make_url
 
 MLFLOW = ("mlflow==3.17.2", "psycopg2-binary==2.9.13")
 READY_S = 120.0  # four processes that import MLflow, on a busy machine
