@@ -44,7 +44,7 @@ THEIRS_DONE = "SELECT count(*) FROM procrastinate_jobs WHERE status = 'succeeded
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="at most, and none is begun after 120 s")
-    parser.add_argument("--operations", type=int, default=300, help="of each turn")
+    parser.add_argument("--operations", type=int, default=200, help="of each turn")
     parser.add_argument("--clients", type=int, default=8, help="that submit, each one at a time")
     parser.add_argument("--slots", type=int, default=8, help="what runs at a time")
     lines.add_option(parser)
@@ -57,7 +57,8 @@ def main() -> None:
     line = lines.ratio(what, against, found["ours"], found["procrastinate"], "operations/s", "≥", 1.0)
     print(
         f"{given.operations} operations a turn, {given.clients} clients, {given.slots} slots; "
-        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; load {os.getloadavg()[0]:.1f}"
+        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; "
+        f"load {os.getloadavg()[0]:.1f}"
     )
     print(f"\n{lines.table([line])}")
     lines.write(given.lines, [line])
