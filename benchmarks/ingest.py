@@ -248,12 +248,11 @@ def copy(connection: Any) -> Send:
 @asynccontextmanager
 async def mlflow_runs(address: str) -> AsyncIterator[list[Send]]:
     async with httpx.AsyncClient(base_url=f"{address}/api/2.0/mlflow", timeout=60, trust_env=False) as http:
-        yield [await run(http) for _ in range(WRITERS)]
+        yield [batches_of(id, http) for id in await servers.mlflow_runs(address, WRITERS)]
 
 
-async def run(http: httpx.AsyncClient) -> Send:
-    answer = await http.post("/runs/create", json={"experiment_id": "0"})
-    id, step = answer.raise_for_status().json()["run"]["info"]["run_id"], 0
+def batches_of(id: str, http: httpx.AsyncClient) -> Send:
+    step = 0
 
     async def send(_: None) -> int:
         nonlocal step
@@ -265,8 +264,7 @@ async def run(http: httpx.AsyncClient) -> Send:
             for n, value in points
         ][:MLFLOW_POINTS]
         step += steps
-        answer = await http.post("/runs/log-batch", json={"run_id": id, "metrics": metrics})
-        answer.raise_for_status()
+        await servers.mlflow_post(http, "/runs/log-batch", {"run_id": id, "metrics": metrics})
         return len(metrics)
 
     return send
