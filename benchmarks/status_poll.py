@@ -1,8 +1,10 @@
-"""What a poll of `GET /operations/{id}` costs: ours, a FastAPI route with a query each, a bare ASGI callable.
+"""What a poll of `GET /operations/{id}` costs: ours, a FastAPI route with a query each, a bare ASGI callable, MLflow.
 
-All three are served by uvicorn as `ops server` sets it up, and polled in turn by a process of its own over raw sockets,
-while operations report. Pollers go round the operations, and each sends its next request when it has the answer; with
-304 they send the last tag back, as a dashboard does. The bare callable always answers the same, with our headers.
+The first three are served by uvicorn as `ops server` sets it up, and polled in turn by a process of its own over raw
+sockets, while operations report. Pollers go round the operations, and each sends its next request when it has the
+answer; with 304 they send the last tag back, as a dashboard does. The bare callable always answers the same, with our
+headers. MLflow's tracking server, with its defaults and the same Postgres behind it, is asked for as many runs by
+`runs/get` in the same way; it knows no 304.
 
     .venv/bin/python benchmarks/status_poll.py
 """
@@ -32,6 +34,9 @@ from fastapi import FastAPI, Header, Response
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import lines
+import servers as peer_servers
+
 from helpers.databases import Databases, embedded_postgres
 from helpers.store import Held, Store, losses, started
 from ops_backend.app import create_app
@@ -43,7 +48,9 @@ from ops_backend.tags import Tagged
 from ops_contract.reports import Progress
 
 SERVERS = ("bare", "plain", "ours")
-ANSWERS = (200, 304)
+ANSWERS = {200: ("bare", "plain", "ours", "mlflow"), 304: SERVERS}
+OF_BARE = {16: 0.4, 128: 0.65}
+OF_MLFLOW = 20.0
 REPORT_EVERY_S = 1.0
 
 
@@ -53,6 +60,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.2, help="of each block")
     parser.add_argument("--pollers", type=int, nargs="+", default=[16, 128])
     parser.add_argument("--operations", type=int, default=50, help="that report, once a second each, and are polled")
+    lines.add_option(parser)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--load", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -60,8 +68,13 @@ def main() -> None:
         return serve(given.serve)
     if given.load:
         return generate()
+    peer_servers.end_in_order()
     with tempfile.TemporaryDirectory() as directory, embedded_postgres(Path(directory)) as url:
-        tell(given, asyncio.run(measure(given, url, directory)))
+        rates = asyncio.run(measure(given, url, directory))
+    tell(given, rates)
+    told = lines_of(given, rates)
+    print(f"\n{lines.table(told)}")
+    lines.write(given.lines, told)
 
 
 @dataclass
@@ -69,6 +82,7 @@ class Block:
     """One way, polled for a while."""
 
     port: int
+    path: str
     answer: int
     pollers: int
     ids: list[str]
@@ -81,6 +95,13 @@ Rates = dict[tuple[str, int, int], list[dict[str, float]]]
 
 async def measure(given: argparse.Namespace, url: str, storage: str) -> Rates:
     """Rates by server, answer and number of pollers, a value a round."""
+    tracked = await peer_servers.database(url, "mlflow")
+    with peer_servers.mlflow(tracked, Path(storage)) as address:
+        runs = await peer_servers.mlflow_runs(address, given.operations)
+        return await in_turn(given, url, storage, int(address.rpartition(":")[2]), runs)
+
+
+async def in_turn(given: argparse.Namespace, url: str, storage: str, mlflow_port: int, mlflow_runs: list[str]) -> Rates:
     rates: Rates = {}
     token = secrets.token_hex(16)
     environ = os.environ | {"OPS_DATABASE_URL": await Databases(url).fresh(), "OPS_API_TOKEN": token, "OPS_PORT": "0"}
@@ -90,17 +111,20 @@ async def measure(given: argparse.Namespace, url: str, storage: str) -> Rates:
     worker = await store.worker(slots=given.operations)
     runs = [await store.report(await store.running(), started()) for _ in range(given.operations)]
     with servers(environ) as ports, generator() as polled:
+        ports["mlflow"] = mlflow_port
         began_s = time.monotonic()
         reporting = asyncio.create_task(report(store, worker, runs))
-        ids = [str(run.operation_id) for run in runs]
+        ours = ("/api/v1/operations/", [str(run.operation_id) for run in runs])
+        theirs = ("/api/2.0/mlflow/runs/get?run_id=", mlflow_runs)
         for round in range(given.rounds):
             if time.monotonic() - began_s > 60:
                 break
-            for answer in ANSWERS:
+            for answer, ways in ANSWERS.items():
                 for pollers in given.pollers:
-                    for i in range(len(SERVERS)):
-                        server = SERVERS[(i + round) % len(SERVERS)]
-                        block = Block(ports[server], answer, pollers, ids, token, given.seconds)
+                    for i in range(len(ways)):
+                        server = ways[(i + round) % len(ways)]
+                        path, ids = theirs if server == "mlflow" else ours
+                        block = Block(ports[server], path, answer, pollers, ids, token, given.seconds)
                         rates.setdefault((server, answer, pollers), []).append(await asyncio.to_thread(polled, block))
         reporting.cancel()
         with suppress(asyncio.CancelledError):
@@ -234,7 +258,8 @@ class Poller(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport
         self._received = b""
-        head = f"GET /api/v1/operations/{self.id} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.block.token}\r\n"
+        head = f"GET {self.block.path}{self.id} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        head += f"Authorization: Bearer {self.block.token}\r\n"
         self._head = head.encode()
 
     def ask(self) -> None:
@@ -260,6 +285,22 @@ def _header(head: bytes, name: bytes) -> bytes:
     return head.partition(b"\r\n" + name + b": ")[2].partition(b"\r\n")[0]
 
 
+def lines_of(given: argparse.Namespace, rates: Rates) -> list[lines.Line]:
+    """Of those numbers of pollers that have a goal."""
+    told = []
+    for answer, ways in ANSWERS.items():
+        for pollers in given.pollers:
+            per_s = {server: [block["per_s"] for block in rates[server, answer, pollers]] for server in ways}
+            what = f"status poll, {answer}, {pollers} pollers"
+            if pollers in OF_BARE:
+                against, goal = "a bare ASGI callable", OF_BARE[pollers]
+                told.append(lines.ratio(what, against, per_s["ours"], per_s["bare"], "answers/s", "≥", goal))
+            if "mlflow" in ways:
+                against, theirs = "MLflow's runs/get", per_s["mlflow"]
+                told.append(lines.ratio(what, against, per_s["ours"], theirs, "answers/s", "≥", OF_MLFLOW))
+    return told
+
+
 def tell(given: argparse.Namespace, rates: Rates) -> None:
     rounds = len(next(iter(rates.values())))
     print(
@@ -270,9 +311,9 @@ def tell(given: argparse.Namespace, rates: Rates) -> None:
     )
     print("| answer | pollers | server | answers/s | of bare | p99, ms | as wished | generator's core |")
     print("|---|---|---|---|---|---|---|---|")
-    for answer in ANSWERS:
+    for answer, ways in ANSWERS.items():
         for pollers in given.pollers:
-            for server in SERVERS:
+            for server in ways:
                 blocks, bare = rates[server, answer, pollers], rates["bare", answer, pollers]
                 ratio = [ours["per_s"] / its["per_s"] for ours, its in zip(blocks, bare, strict=True)]
                 cells = [spread([b["per_s"] for b in blocks], "5.0f"), spread(ratio, ".2f")]
