@@ -9,7 +9,7 @@ help:
 	@echo "make up        the whole service: database, API, worker"
 	@echo "make test      lint and tests, about a quarter of an hour on two cores"
 	@echo "make test-all  everything, at most 60 minutes"
-	@echo "make bench     what docs/performance.md says, measured here; of scale the quick form"
+	@echo "make bench     the table of docs/performance.md, measured here (about 40 minutes); of scale the quick form"
 	@echo "make docs      the documentation as pages, in build/docs"
 	@echo "make chaos     real faults, then a check of the whole history; SEED=… and FAULTS=… or MINUTES=… choose them;"
 	@echo "               KILLS=… real kills of each training of the matrix of exactness, compared bit for bit"
@@ -49,8 +49,7 @@ docs: setup
 	@echo "build/docs/index.html"
 
 bench: setup
-	$(BIN)/python benchmarks/checkpoint_stall.py
-	$(BIN)/python benchmarks/status_poll.py
+	$(BIN)/python benchmarks/bench.py --into docs/performance.md
 	$(BIN)/python benchmarks/energy_sampler.py
 	$(BIN)/python benchmarks/measurement.py
 	$(BIN)/python benchmarks/scale.py --quick

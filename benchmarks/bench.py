@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--minutes", type=float, default=30.0, help="of each benchmark, at most")
     given = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # as it is by default: ours would be compiled at every start
     about, failed = machine(), list[str]()
     measured: list[Line] = []
     with tempfile.TemporaryDirectory() as directory:
