@@ -138,8 +138,10 @@ async def accept(session: AsyncSession, id: UUID, attempt: int, batch: ReportBat
     if finish:
         await session.execute(LOCK_ALL, {"id": id, "attempt": attempt})
     had, reported_until = await _advance(session, key, batch, body) if body else (batch.first_seq - 1, -1)
-    for seq, report in enumerate(body[had - batch.first_seq + 1 :], had + 1):
-        await _write(session, id, attempt, seq, report)
+    new = body[had - batch.first_seq + 1 :]
+    await _write_metrics(session, id, attempt, had + 1, new)
+    for report in new:
+        await _write(session, id, attempt, report)
         if isinstance(report, Metrics) and (again := [s for s in report.series if s.steps[0] <= reported_until]):
             await compare(session, id, attempt, again)
     status = None
@@ -187,7 +189,15 @@ async def _explain(session: AsyncSession, key: dict[str, Any], last_seq: int) ->
     raise OpsError(ErrorCode.OUT_OF_ORDER, message, last_seq=row.last_seq)
 
 
-async def _write(session: AsyncSession, id: UUID, attempt: int, seq: int, report: Report) -> None:
+async def _write_metrics(session: AsyncSession, id: UUID, attempt: int, first_seq: int, new: list[Report]) -> None:
+    """Of all reports at once: after an outage there are hundreds of them."""
+    numbered = [(seq, report) for seq, report in enumerate(new, first_seq) if isinstance(report, Metrics)]
+    rows = [_metric_row(id, attempt, seq, series) for seq, report in numbered for series in report.series]
+    if rows:
+        await session.execute(INSERT_METRICS, rows)
+
+
+async def _write(session: AsyncSession, id: UUID, attempt: int, report: Report) -> None:
     match report:
         case Started():
             values = plain(report) | {"id": id, "attempt": attempt}
@@ -195,7 +205,7 @@ async def _write(session: AsyncSession, id: UUID, attempt: int, seq: int, report
             if report.resolved:
                 await session.execute(RESOLVE, {"id": id, "job": plain(report.resolved)})
         case Metrics():
-            await session.execute(INSERT_METRICS, [_metric_row(id, attempt, seq, s) for s in report.series])
+            pass  # written with those of the whole batch
         case CheckpointSaved():
             row = report.model_dump(exclude={"kind"}) | {"id": id, "attempt": attempt}
             await session.execute(INSERT_CHECKPOINT, row)
