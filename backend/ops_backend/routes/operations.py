@@ -102,8 +102,7 @@ async def submit(
         job = await resolved_job(session, read(JobSpec, body), settings.lease_s, elastic=elastic(settings))
         return await question(session, job, settings.lease_s)
 
-    told = await _told(sessions, validator, asked)
-    async with sessions.begin() as session:
+    async def submitted(session: AsyncSession, told: Validated | None) -> Operation | Response:
         if dry_run:
             spec = read(JobSpec, body)
             job = await resolved_job(session, spec, settings.lease_s, told=told, elastic=elastic(settings))
@@ -120,9 +119,18 @@ async def submit(
         operation = await queries.get(session, id)
         if is_new:
             await audit.note(session, Action.SUBMIT, id, name=operation.name)
-    response.status_code = 201 if is_new else 200
-    after.add_task(dispatcher.wake)
-    return operation
+        response.status_code = 201 if is_new else 200
+        after.add_task(dispatcher.wake)
+        return operation
+
+    # The network is between two transactions, never inside one; where nobody is to be asked, one does.
+    async with sessions.begin() as session:
+        to_ask = await asked(session)
+        if to_ask is None:
+            return await submitted(session, None)
+    told = await validator.ask(to_ask)
+    async with sessions.begin() as session:
+        return await submitted(session, told)
 
 
 @router.get("", response_model=OperationPage, responses={304: {"description": "unchanged"}, **refusals(401, 422)})
