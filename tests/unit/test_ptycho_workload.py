@@ -243,6 +243,7 @@ def test_smoke_learns(smoke: Twice) -> None:
     assert smoke[0].curves["learning_rate"][0] == 1e-3
 
 
+@pytest.mark.slow
 def test_smoke_has_the_same_bits_again(smoke: Twice) -> None:
     first, second = smoke
 

@@ -493,7 +493,7 @@ model = nn.Linear(2, 1)
 run = relight.Run(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
 for step in run.steps(2):
     run.report(loss=float(step))
-    for _ in range(100):  # it comes in the middle of a fork too
+    for _ in range(40):  # it comes in the middle of a fork too
         child = os.fork()
         if child == 0:
             signal.alarm(10)
