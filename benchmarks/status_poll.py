@@ -52,6 +52,8 @@ ANSWERS = {200: ("bare", "plain", "ours", "mlflow"), 304: SERVERS}
 OF_BARE = {16: 0.4, 128: 0.65}
 OF_MLFLOW = 20.0
 REPORT_EVERY_S = 1.0
+# A block of a slow server goes on until it has so many answers, or for so long.
+FEWEST, LONGEST_S = 20, 20.0
 
 
 def main() -> None:
@@ -234,6 +236,8 @@ async def load(block: Block) -> dict[str, float]:
             poller.statuses.clear()
         began_s, cpu_s = time.monotonic(), time.process_time()
         await asyncio.sleep(block.seconds)
+        while sum(len(poller.took_s) for poller in pollers) < FEWEST and time.monotonic() - began_s < LONGEST_S:
+            await asyncio.sleep(0.1)
         lasted_s, cpu_s = time.monotonic() - began_s, time.process_time() - cpu_s
         took_s = [s for poller in pollers for s in poller.took_s]
         wished = sum(poller.statuses.count(b"%d" % block.answer) for poller in pollers)
