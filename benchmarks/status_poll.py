@@ -236,7 +236,7 @@ async def load(block: Block) -> dict[str, float]:
             poller.statuses.clear()
         began_s, cpu_s = time.monotonic(), time.process_time()
         await asyncio.sleep(block.seconds)
-        while sum(len(poller.took_s) for poller in pollers) < FEWEST and time.monotonic() - began_s < LONGEST_S:
+        while sum(len(poller.took_s) for poller in pollers) < FEWEST and time.monotonic() - began_s < LONGEST_S:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         lasted_s, cpu_s = time.monotonic() - began_s, time.process_time() - cpu_s
         took_s = [s for poller in pollers for s in poller.took_s]
