@@ -243,8 +243,8 @@ async def load(block: Block) -> dict[str, float]:
         wished = sum(poller.statuses.count(b"%d" % block.answer) for poller in pollers)
     return {
         "per_s": len(took_s) / lasted_s,
-        "p99_ms": statistics.quantiles(took_s, n=100)[98] * 1e3,
-        "wished": wished / len(took_s),
+        "p99_ms": statistics.quantiles(took_s, n=100)[98] * 1e3 if len(took_s) > 1 else float("nan"),
+        "wished": wished / max(len(took_s), 1),
         "generator": cpu_s / lasted_s,
     }
 
@@ -301,7 +301,8 @@ def lines_of(given: argparse.Namespace, rates: Rates) -> list[lines.Line]:
                 told.append(lines.ratio(what, against, per_s["ours"], per_s["bare"], "answers/s", "≥", goal))
             if "mlflow" in ways:
                 against, theirs = "MLflow's runs/get", per_s["mlflow"]
-                told.append(lines.ratio(what, against, per_s["ours"], theirs, "answers/s", "≥", OF_MLFLOW))
+                if all(theirs):  # it may answer nobody of so many within a block
+                    told.append(lines.ratio(what, against, per_s["ours"], theirs, "answers/s", "≥", OF_MLFLOW))
     return told
 
 
