@@ -7,9 +7,9 @@ TEST := $(BIN)/python -m pytest
 help:
 	@echo "make demo      a training is killed, goes on elsewhere, and is compared bit for bit (about 2 minutes)"
 	@echo "make up        the whole service: database, API, worker"
-	@echo "make test      lint and tests, about a quarter of an hour on two cores"
+	@echo "make test      lint and tests, about eleven minutes on two cores"
 	@echo "make test-all  everything, at most 60 minutes"
-	@echo "make bench     the table of docs/performance.md, measured here (about 40 minutes); of scale the quick form"
+	@echo "make bench     the table of docs/performance.md, measured here (about half an hour); of scale the quick form"
 	@echo "make docs      the documentation as pages, in build/docs"
 	@echo "make chaos     real faults, then a check of the whole history; SEED=… and FAULTS=… or MINUTES=… choose them;"
 	@echo "               KILLS=… real kills of each training of the matrix of exactness, compared bit for bit"

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from functools import cached_property
 
 from starlette.responses import Response
 from starlette.types import Message
@@ -21,7 +22,6 @@ class Tagged:
         headers = {"ETag": self.tag, "Cache-Control": "no-cache"}
         self._whole = Response(content, headers=headers, media_type="application/json")
         self._unchanged = Response(status_code=304, headers=headers)
-        self._messages = {answer: _messages(answer) for answer in (self._whole, self._unchanged)}
 
     def answer(self, if_none_match: str | None) -> Response:
         has_it = if_none_match is not None and self._is_among(if_none_match)
@@ -30,6 +30,10 @@ class Tagged:
     def messages(self, if_none_match: str | None) -> tuple[Message, Message]:
         """The answer as it leaves the gate: its start, with the status, and its body."""
         return self._messages[self.answer(if_none_match)]
+
+    @cached_property
+    def _messages(self) -> dict[Response, tuple[Message, Message]]:
+        return {answer: _messages(answer) for answer in (self._whole, self._unchanged)}
 
     def _is_among(self, tags: str) -> bool:
         """Of several, weak ones (`W/`) included: the comparison is the weak one."""

@@ -79,6 +79,13 @@ async def test_a_read_that_begins_after_a_commit_sees_it_whoever_else_reads(stor
     assert [shown(await reads.get(id)).priority for id in ids] == [19] * len(ids)
 
 
+async def test_every_column_of_json_is_known_as_such(drivers: Drivers) -> None:
+    async with drivers.connection() as driver:
+        columns = (await driver.prepare(queries._RAW_OPERATIONS)).get_attributes()
+
+    assert {column.name for column in columns if column.type.name in ("json", "jsonb")} == queries._JSON
+
+
 async def test_two_hundred_reads_of_twenty_operations_are_one_query(
     store: Store, reads: StatusReads, queried: list[list[UUID]]
 ) -> None:

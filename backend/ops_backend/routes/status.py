@@ -74,7 +74,8 @@ class ShortWay(FastAPI):
         """Of a request without a query or a body, by who may read and is known without a query of ours."""
         if scope["query_string"]:
             return None
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in _READ}
+        # Of several of a name the first one counts, as on the long way.
+        headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"]) if name in _READ}
         if b"content-length" in headers or b"transfer-encoding" in headers:
             return None
         scheme, _, token = headers.get(b"authorization", "").partition(" ")
