@@ -48,7 +48,7 @@ class Sessions:
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncSession]:
-        """For statements that stand each by itself: each sees all that is committed when it is sent, and is so at once."""
+        """For statements that stand each by itself: it sees what is committed when it is sent, and is so at once."""
         async with asyncio.timeout(self._transaction_s), self._make() as session:
             await session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
             yield session
