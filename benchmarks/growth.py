@@ -28,11 +28,12 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from hashlib import md5
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import filling
@@ -40,7 +41,17 @@ import lines
 import uvloop
 from filling import connect
 from lines import Line
-from scale import COMPLETED, STARTED, Connection, credential_of, metrics_at, postgres, quantile, registration
+from simulation import (
+    COMPLETED,
+    STARTED,
+    Connection,
+    answers,
+    credential_of,
+    metrics_at,
+    postgres,
+    quantile,
+    registration,
+)
 from sqlalchemy import make_url
 
 from ops_backend.database import migrate
@@ -150,7 +161,7 @@ class Side:
 
     async def work(self) -> None:
         """Take starts and beat, until cancelled."""
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(answers(self._take), "127.0.0.1", 0)
         slots = [{"index": index, "device": "cpu", "cores": 1} for index in range(SLOTS)]
         offer = registration(self.incarnation, server.sockets[0].getsockname()[1]) | {"slots": slots}
         await self.ask(Connection(self.port, self.token), "POST", "/workers", json.dumps(offer), 201)
@@ -187,18 +198,11 @@ class Side:
             raise RuntimeError(f"{method} {path} was answered {status}: {answer.decode()}")
         return answer
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """What the API calls: starts."""
-        with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                length = int(head.partition("content-length: ")[2].partition("\r\n")[0] or 0)
-                order = json.loads(await reader.readexactly(length) or b"{}")
-                attempt = Attempt(order["operation_id"], order["attempt"])
-                self.held.append(attempt)
-                self.starts.put_nowait((attempt, time.monotonic()))
-                writer.write(b"HTTP/1.1 202 x\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
-        writer.close()
+    def _take(self, order: dict[str, Any]) -> int:
+        attempt = Attempt(order["operation_id"], order["attempt"])
+        self.held.append(attempt)
+        self.starts.put_nowait((attempt, time.monotonic()))
+        return 202
 
 
 @dataclass

@@ -34,8 +34,9 @@ import httpx
 import lines
 import servers
 import uvloop
+from filling import connect
 from lifecycle import JOB, Hold, SimulatedWorker, simulated_worker
-from scale import STARTED, Connection, connect, postgres
+from simulation import STARTED, Connection, postgres
 
 from ops_contract.reports import Metrics, Progress, Series
 from ops_worker.delivery import BATCH_REPORTS

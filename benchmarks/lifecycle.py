@@ -28,7 +28,8 @@ import lines
 import peers
 import servers
 import uvloop
-from scale import COMPLETED, STARTED, Connection, connect, credential_of, postgres, registration
+from filling import connect
+from simulation import COMPLETED, STARTED, Connection, answers, credential_of, postgres, registration
 from sqlalchemy import make_url
 
 PROCRASTINATE = ("procrastinate==3.10.0", "psycopg[binary,pool]==3.3.4")
@@ -140,7 +141,7 @@ def procrastinate(given: argparse.Namespace, url: str, directory: Path) -> Itera
 @asynccontextmanager
 async def simulated_worker(api: servers.Api, slots: int, work: Work) -> AsyncIterator["SimulatedWorker"]:
     simulated = SimulatedWorker(api, work)
-    server = await asyncio.start_server(simulated.serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(answers(simulated.take), "127.0.0.1", 0)
     await simulated.register(server.sockets[0].getsockname()[1], slots)
     beating = asyncio.create_task(simulated.beat())
     try:
@@ -172,17 +173,11 @@ class SimulatedWorker:
         assert status == 201, answer
         self._heartbeat_s: float = json.loads(answer)["heartbeat_s"]
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Starts."""
-        with suppress(OSError, asyncio.IncompleteReadError):
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                length = int(head.partition("content-length: ")[2].partition("\r\n")[0])
-                order = json.loads(await reader.readexactly(length))
-                self._held[order["operation_id"], order["attempt"]] = False
-                self._beat_now.set()
-                writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
-        writer.close()
+    def take(self, order: dict[str, Any]) -> int:
+        """A start; the next beat confirms it."""
+        self._held[order["operation_id"], order["attempt"]] = False
+        self._beat_now.set()
+        return 202
 
     async def beat(self) -> None:
         """At the service's interval, and at once for a hold that is new."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 import peers
-from scale import connect
+from filling import connect
 from sqlalchemy import make_url
 
 MLFLOW = ("mlflow==3.17.2", "psycopg2-binary==2.9.13")
