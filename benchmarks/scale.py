@@ -8,7 +8,7 @@ statuses and lists, at a steady rate. Stored operations are rows written by SQL,
 every tenth metrics and a checkpoint. What the simulation took of the cores is in the table.
 
     .venv/bin/python benchmarks/scale.py --into docs/performance.md    # 15 minutes at most
-    .venv/bin/python benchmarks/scale.py --quick                       # less than one
+    .venv/bin/python benchmarks/scale.py --quick                       # about one
 """
 
 import argparse
@@ -75,7 +75,7 @@ LISTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smoke test in less than a minute")
+    parser.add_argument("--quick", action="store_true", help="a smoke test of about a minute")
     parser.add_argument("--stored", type=int, nargs="+", default=[1_000, 1_000_000], help="operations, rising")
     parser.add_argument("--workers", type=int, nargs="+", default=[250, 500, 1000], help="rising")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each window")

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 from ops_backend.database import Drivers
-from ops_backend.store import queries
+from ops_backend.store import polls
 from ops_backend.store.transitions import not_found
 from ops_backend.tags import Tagged
 
@@ -68,7 +68,7 @@ class StatusReads:
                     until_s = time.monotonic() + TURN_S
                     while time.monotonic() < until_s and await self._somebody_asks():
                         under_way = self._taken()
-                        self._tell(under_way, await queries.raw_operations(driver, list(under_way)))
+                        self._tell(under_way, await polls.rows(driver, list(under_way)))
                         under_way, served = {}, True
             except Exception as error:
                 # A connection that had served may have died since, as after a restart: a fresh one tells.
@@ -108,7 +108,7 @@ class StatusReads:
         kept = self._bodies.pop(row["id"], None)
         if kept is None or kept[0] != row:
             try:
-                kept = row, Tagged(queries.operation_of_raw(row))
+                kept = row, Tagged(polls.operation(row))
             except ValueError as error:
                 return error
         self._bodies[row["id"]] = kept

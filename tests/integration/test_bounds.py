@@ -13,7 +13,7 @@ from test_api import serving
 
 from helpers.databases import Databases, connect
 from ops_backend.database import Sessions
-from ops_backend.store import curves, queries
+from ops_backend.store import curves, polls, queries
 from ops_backend.store.sql import statement
 from ops_contract.lifecycle import Status
 
@@ -83,14 +83,14 @@ def statements(api: httpx.AsyncClient) -> Iterator[list[str]]:
     def note(connection: object, cursor: object, sql: str, *_: object) -> None:
         sent.append(sql)
 
-    real = queries.raw_operations
+    real = polls.rows
 
     async def of_the_driver(driver: Any, ids: list[UUID]) -> Any:
         sent.append("a poll's")
         return await real(driver, ids)
 
     event.listen(engine, "before_cursor_execute", note)
-    with patch.object(queries, "raw_operations", of_the_driver):
+    with patch.object(polls, "rows", of_the_driver):
         yield sent
     event.remove(engine, "before_cursor_execute", note)
 

@@ -274,7 +274,7 @@ async def test_a_frozen_database_hides_its_gauges_and_nothing_else(
 
 async def test_requests_are_counted_by_route_whatever_is_asked_for(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """No text of a client's becomes a label."""
-    monkeypatch.setattr("ops_backend.store.queries.raw_operations", broken)
+    monkeypatch.setattr("ops_backend.store.polls.rows", broken)
     for path in ("/api/v1/operations/1f6e", "/api/v1/nothing/1", "/api/v1/nothing/2"):
         await api.client.get(path)
     await api.client.get(f"/api/v1/operations/{UUID(int=0)}")

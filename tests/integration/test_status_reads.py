@@ -15,7 +15,7 @@ from helpers.store import Store, losses, saved, started
 from ops_backend import status_reads
 from ops_backend.database import Drivers, Limits
 from ops_backend.status_reads import READERS, StatusReads
-from ops_backend.store import queries
+from ops_backend.store import polls
 from ops_backend.tags import Tagged
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.operations import Health, Operation
@@ -40,13 +40,13 @@ async def reads(store: Store, drivers: Drivers) -> AsyncIterator[StatusReads]:
 @pytest.fixture
 def queried(monkeypatch: pytest.MonkeyPatch) -> list[list[UUID]]:
     """The ids of every query that was sent."""
-    real, sent = queries.raw_operations, list[list[UUID]]()
+    real, sent = polls.rows, list[list[UUID]]()
 
     async def counting(driver: Any, ids: list[UUID]) -> Any:
         sent.append(ids)
         return await real(driver, ids)
 
-    monkeypatch.setattr(queries, "raw_operations", counting)
+    monkeypatch.setattr(polls, "rows", counting)
     return sent
 
 
@@ -81,9 +81,9 @@ async def test_a_read_that_begins_after_a_commit_sees_it_whoever_else_reads(stor
 
 async def test_every_column_of_json_is_known_as_such(drivers: Drivers) -> None:
     async with drivers.connection() as driver:
-        columns = (await driver.prepare(queries._RAW_OPERATIONS)).get_attributes()
+        columns = (await driver.prepare(polls.STATEMENT)).get_attributes()
 
-    assert {column.name for column in columns if column.type.name in ("json", "jsonb")} == queries._JSON
+    assert {column.name for column in columns if column.type.name in ("json", "jsonb")} == polls.JSON_COLUMNS
 
 
 async def test_two_hundred_reads_of_twenty_operations_are_one_query(
@@ -115,7 +115,7 @@ async def test_who_comes_while_a_query_is_under_way_waits_for_the_next(
     store: Store, reads: StatusReads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     id, other = await store.submit(), await store.submit()
-    real, answered, go = queries.raw_operations, asyncio.Event(), asyncio.Event()
+    real, answered, go = polls.rows, asyncio.Event(), asyncio.Event()
 
     async def held(driver: Any, ids: list[UUID]) -> Any:
         rows = await real(driver, ids)
@@ -123,7 +123,7 @@ async def test_who_comes_while_a_query_is_under_way_waits_for_the_next(
         await go.wait()
         return rows
 
-    monkeypatch.setattr(queries, "raw_operations", held)
+    monkeypatch.setattr(polls, "rows", held)
     early = asyncio.create_task(reads.get(id))
     await answered.wait()
     await store.cancel(id)

@@ -2,17 +2,14 @@
 
 import base64
 import binascii
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any, Literal
 from uuid import UUID
 
-from sqlalchemy import JSON, Row, TextClause
-from sqlalchemy.dialects.postgresql import asyncpg
+from sqlalchemy import Row, TextClause
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.storage import LOGS
@@ -23,7 +20,6 @@ from ops_backend.store.engine_jobs import ENGINE
 from ops_backend.store.sql import continues, statement
 from ops_backend.store.story import tell
 from ops_backend.store.transitions import not_found
-from ops_backend.tables import operations
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Logger
 from ops_contract.lifecycle import TERMINAL, Status
@@ -78,12 +74,6 @@ OPERATIONS = statement(f"""
       LEFT JOIN checkpoints fork ON fork.id = o.forked_from_checkpoint_id
      WHERE o.id = ANY (:ids)
 """)
-
-_RAW_OPERATIONS = str(OPERATIONS.compile(dialect=asyncpg.dialect()))  # type: ignore[no-untyped-call] # as it is there
-_JSON = {
-    *(column.name for column in operations.c if isinstance(column.type, JSON)),
-    *("progress", "exactness", "energy", "children", "engine"),
-}
 
 _SUMMARY = f"""
     SELECT o.id, o.name, o.status, o.kind, o.workload, o.labels, o.submitted_by, o.priority, o.attempt, o.error,
@@ -214,17 +204,6 @@ async def get(session: AsyncSession, id: UUID) -> Operation:
 async def operation_rows(session: AsyncSession, ids: list[UUID]) -> Sequence[Row[Any]]:
     """Those that there are, each for `operation_of`."""
     return (await session.execute(OPERATIONS, {"ids": ids})).all()
-
-
-async def raw_operations(driver: Any, ids: list[UUID]) -> list[Any]:
-    """The same as the driver has it: to see that nothing has changed, nothing needs to be read. JSON is text."""
-    rows: list[Any] = await driver.fetch(_RAW_OPERATIONS, ids)
-    return rows
-
-
-def operation_of_raw(row: Any) -> Operation:
-    values = {name: json.loads(v) if v is not None and name in _JSON else v for name, v in row.items()}
-    return operation_of(SimpleNamespace(**values))
 
 
 def operation_of(row: Any) -> Operation:
