@@ -141,11 +141,13 @@ torch.manual_seed(0)
 model = pacing.model()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 gate = pacing.Gate(sys.argv[1], "bare")
-for batch in DataLoader(pacing.data(), batch_size=int(sys.argv[-1]), shuffle=True):
-    gate.step()
-    optimizer.zero_grad()
-    gate.loss(model, batch).backward()
-    optimizer.step()
+batches = DataLoader(pacing.data(), batch_size=int(sys.argv[-1]), shuffle=True)
+while True:
+    for batch in batches:
+        gate.step()
+        optimizer.zero_grad()
+        gate.loss(model, batch).backward()
+        optimizer.step()
 """
 
 TRAINER = """
