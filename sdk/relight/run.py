@@ -4,7 +4,6 @@ import atexit
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from os import PathLike, environ, getpid
 from pathlib import Path
 from typing import Any, Literal
@@ -135,7 +134,7 @@ class Run:
             self._end_update(batch.samples)
             if self._cursor.samples_in_epoch < self._order.samples:
                 self._go_on()
-        self._cursor = replace(self._cursor, phase=Phase.EVALUATE)
+        self._cursor = self._cursor._replace(phase=Phase.EVALUATE)
         self._stop_if_asked()
         self._begin_evaluation()
 
@@ -269,13 +268,13 @@ class Run:
             raise ValueError("an epoch went by without run.batches(); draw batches from it, or use run.steps(n)")
         if self._cursor.phase is Phase.UPDATE:
             self._end_update(0)  # the loop broke off in this step, and with it ends the epoch
-        self._cursor = replace(self._cursor, phase=Phase.UPDATE, epoch=self._cursor.epoch + 1, samples_in_epoch=0)
+        self._cursor = self._cursor._replace(phase=Phase.UPDATE, epoch=self._cursor.epoch + 1, samples_in_epoch=0)
         self._go_on(epoch_ends=True, last=last)
 
     def _go_on(self, epoch_ends: bool = False, last: bool = False) -> None:
         """The boundary after a step. A checkpoint falls only where no gradients are being gathered."""
         assert self._reporter is not None
-        cursor = self._cursor = replace(self._cursor, step=self._cursor.step + 1)
+        cursor = self._cursor = self._cursor._replace(step=self._cursor.step + 1)
         self._reports_to = None
         if self._reporter.flush_if_due(cursor) or epoch_ends:
             self._marks.mark(cursor, then=Use.TRAIN)

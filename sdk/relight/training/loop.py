@@ -5,7 +5,7 @@ What lasts is in `Live` and `Cursor`.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -152,7 +152,7 @@ class Loop:
             seed_everything(derive(self.env.seed, Stream.TRAIN, step, len(window), 0))
         self.workload.after_step(model, step)
         self.parallel.updated()
-        self.cursor = replace(self.cursor.after(samples, int(total)), phase=Phase.EVALUATE)
+        self.cursor = self.cursor.after(samples, int(total))._replace(phase=Phase.EVALUATE)
         if changed and not self._round_trip_checked:
             self.parallel.check_round_trip(self.live)
             self._round_trip_checked = True
@@ -190,8 +190,7 @@ class Loop:
         measured = self._evaluate(self.validation) if self.validation and (epoch_ends or last) else {}
         self._schedule(epoch_ends, measured)
         self._monitored = self.live.monitor.judge(measured)
-        self.cursor = replace(
-            cursor,
+        self.cursor = cursor._replace(
             step=cursor.step + 1,
             epoch=cursor.epoch + epoch_ends,
             samples_in_epoch=0 if epoch_ends else cursor.samples_in_epoch,

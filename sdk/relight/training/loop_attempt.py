@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +168,7 @@ class _Control:
         self._waiting |= dict.fromkeys(fresh, step)
         if (monitor := self.execution.checkpoint_monitor) in fresh:
             self._monitored = float(fresh[monitor])
-        self._cursor = replace(self._cursor, step=max(self._cursor.step, step + 1))
+        self._cursor = self._cursor._replace(step=max(self._cursor.step, step + 1))
         if self._reporter.flush_if_due(self._cursor):
             self.mark()
             self._note_sent()

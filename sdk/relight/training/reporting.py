@@ -1,4 +1,4 @@
-"""What a training tells while it runs. Values stay on the device until a flush, so that no step waits for one."""
+"""What a training tells while it runs. Values stay on a GPU until a flush, so that no step waits for one."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,6 +14,7 @@ from relight.training.team import Team
 
 FLUSH_S = 0.5
 MAX_WAITING = 10_000  # values; a step of a loop that does next to nothing takes microseconds
+_Parts = dict[tuple[str, int], list[tuple[int, Tensor | float]]]  # units and values by name and step
 _RESERVED = frozenset({"loss", "learning_rate", "epoch", "step"})  # "step" heads a column of metrics.csv
 
 
@@ -57,7 +58,7 @@ class Reporter:
         self._steps_total = steps_total
         self._clock = clock
         self._flushed_at_s = clock()
-        self._parts: dict[tuple[str, int], list[tuple[int, Tensor]]] = {}
+        self._parts: _Parts = {}
         self._values: dict[tuple[str, int], float] = {}
         self._newest: tuple[int, dict[str, float]] = (-1, {})
         self._steps = 0
@@ -125,7 +126,10 @@ class Reporter:
         if value.numel() != 1:
             raise ValueError(f"{by} gave {name!r} of shape {list(value.shape)}; give scalars")
         # A copy: an extra may be a view of something that the next step changes.
-        copied = value.detach().to(torch.float64, copy=True).reshape(())
+        if value.device.type == "cpu":
+            copied: Tensor | float = float(value.item())
+        else:
+            copied = value.detach().to(torch.float64, copy=True).reshape(())
         self._parts.setdefault((name, step), []).append((units, copied))
 
     def _collect(self) -> dict[str, list[tuple[int, float]]]:
@@ -164,24 +168,31 @@ class Reporter:
         return (self._steps_total - cursor.step) * self._step_s
 
 
-def _means(parts: dict[tuple[str, int], list[tuple[int, Tensor]]]) -> dict[tuple[str, int], float]:
-    """Unit-weighted means in float64; a single part is kept as it is, bit for bit. One transfer for all of them."""
-    if not parts:
-        return {}
-    flat = iter(torch.stack([value for step in parts.values() for _, value in step]).tolist())
-    return {key: _mean([(units, next(flat)) for units, _ in step]) for key, step in parts.items()}
+def _means(parts: _Parts) -> dict[tuple[str, int], float]:
+    """Unit-weighted means in float64; a single part is kept as it is, bit for bit."""
+    return {key: _mean(of_step) for key, of_step in _numbers(parts).items()}
 
 
-def _means_over(team: Team, parts: dict[tuple[str, int], list[tuple[int, Tensor]]]) -> dict[tuple[str, int], float]:
+def _means_over(team: Team, parts: _Parts) -> dict[tuple[str, int], float]:
     """The same over all ranks, on every rank. A part without units says nothing, be it NaN."""
-    flat = iter(torch.stack([value for step in parts.values() for _, value in step]).tolist() if parts else [])
-    mine = [[name, at, *_sum([(units, next(flat)) for units, _ in step])] for (name, at), step in parts.items()]
+    mine = [[name, at, *_sum(of_step)] for (name, at), of_step in _numbers(parts).items()]
     sums: dict[tuple[str, int], tuple[int, float]] = {}
     for of_rank in team.gathered(mine):
         for name, at, units, total in of_rank:
             before = sums.get((name, at), (0, 0.0))
             sums[name, at] = (before[0] + units, before[1] + total)
     return {key: total / units if units else math.nan for key, (units, total) in sums.items()}
+
+
+def _numbers(parts: _Parts) -> dict[tuple[str, int], list[tuple[int, float]]]:
+    """One transfer for all that lie on a device."""
+    on_device = [value for of_step in parts.values() for _, value in of_step if isinstance(value, Tensor)]
+    flat = iter(torch.stack(on_device).tolist() if on_device else [])
+
+    def number(value: Tensor | float) -> float:
+        return next(flat) if isinstance(value, Tensor) else value
+
+    return {key: [(units, number(value)) for units, value in of_step] for key, of_step in parts.items()}
 
 
 def _sum(parts: list[tuple[int, float]]) -> tuple[int, float]:

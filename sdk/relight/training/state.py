@@ -1,8 +1,8 @@
 """All that a training is between two steps, taken from the live objects and put back into them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from relight.training.monitor import Monitor
 from relight.workload import Stateful
 
 
-@dataclass(frozen=True)
-class Cursor:
+class Cursor(NamedTuple):
     """What is next: the update of `step`, or with phase EVALUATE what follows that update.
 
     `epoch` counts from 0; `samples_in_epoch` are consumed. `units` are those of all updates so far, None where that is
@@ -34,14 +33,14 @@ class Cursor:
     def after(self, samples: int, units: int | None) -> Self:
         """Once so many more are consumed."""
         total = None if self.units is None or units is None else self.units + units
-        return replace(self, samples_in_epoch=self.samples_in_epoch + samples, units=total)
+        return self._replace(samples_in_epoch=self.samples_in_epoch + samples, units=total)
 
     def samples(self, samples_per_epoch: int) -> int:
         """Those that are consumed, of all epochs."""
         return self.epoch * samples_per_epoch + self.samples_in_epoch
 
     def as_tree(self) -> dict[str, Any]:
-        return {**asdict(self), "phase": self.phase.value}
+        return {**self._asdict(), "phase": self.phase.value}
 
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> Self:
