@@ -18,7 +18,7 @@ from ops_contract.jobs import CheckpointEvery, Execution
 from ops_contract.lifecycle import Outcome
 from ops_contract.plans import TrainingResult
 from ops_contract.reports import Metrics, Note, Progress, Report, Result, Started
-from relight.training import numerics
+from relight.training import numerics, reporting
 from relight.training.attempt import Attempt, Site
 from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
@@ -344,6 +344,8 @@ class Telling(Tiny):
 
 
 def test_no_step_waits_for_the_device_before_the_flush(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporting, "_at_hand", lambda value: False)  # as on a GPU
+
     def synchronisations(steps: int) -> int:
         knobs = Execution(batch_size=1, max_steps=steps, optimizer="sgd", gradient_clip=1.0)
         operation = Operation(tmp_path / str(steps), "telling", execution=knobs)
