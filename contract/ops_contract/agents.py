@@ -7,7 +7,7 @@ from pydantic import Field, StringConstraints
 
 from ops_contract.energy import DeviceNow
 from ops_contract.jobs import Job
-from ops_contract.lifecycle import Phase
+from ops_contract.lifecycle import Drain, Phase
 from ops_contract.plans import ChildResult, Plan
 from ops_contract.reports import Progress, Report
 from ops_contract.study_results import GridResult, SweepResult
@@ -84,10 +84,6 @@ class Heartbeat(Wire):
     holds: list[HoldRef] = Field([], max_length=1024)
     devices: list[DeviceNow] = Field([], max_length=1024)
     draining: bool = False
-
-
-# An operator's wish: take no more work, and `finish` what there is, or checkpoint and hand it back (`preempt`).
-Drain = Literal["finish", "preempt"]
 
 
 class CancelOrder(HoldRef):

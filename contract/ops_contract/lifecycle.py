@@ -5,6 +5,7 @@ The store's statements, the CHECK constraints, the docs and the history checkers
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 
 class Kind(StrEnum):
@@ -159,3 +160,7 @@ def allowed(source: Status | None, event: Event, target: Status) -> bool:
     if event in (Event.FORCE, Event.NOTE, Event.REPLAY_DIVERGED):
         return source == target
     return any((t.source, t.event, t.target) == (source, event, target) for t in TRANSITIONS)
+
+
+# An operator's wish: take no more work, and `finish` what there is, or checkpoint and hand it back (`preempt`).
+Drain = Literal["finish", "preempt"]

@@ -7,10 +7,9 @@ from uuid import UUID
 
 from pydantic import Field
 
-from ops_contract.agents import Drain
 from ops_contract.energy import DeviceNow, Quality
 from ops_contract.jobs import Code, Job
-from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Event, Kind, Outcome, Phase, Status
+from ops_contract.lifecycle import CheckpointStatus, CheckpointType, Drain, Event, Kind, Outcome, Phase, Status
 from ops_contract.measurements import MeasurementProgress
 from ops_contract.plans import ChildResult, Plan
 from ops_contract.reports import Exactness, Fault, ResultContent

@@ -15,7 +15,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from ops_contract.agents import (
     CancelOrder,
-    Drain,
     Heartbeat,
     HeartbeatAnswer,
     HoldRef,
@@ -26,6 +25,7 @@ from ops_contract.agents import (
 )
 from ops_contract.energy import DeviceNow, EnergyBatch, EnergyWindow
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.lifecycle import Drain
 from ops_contract.reports import Finish, LogChunk, Metrics, Progress, Report, Started
 from ops_contract.wire import API_PREFIX
 

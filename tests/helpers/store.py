@@ -27,7 +27,6 @@ from ops_backend.store.ledger_views import Rates
 from ops_backend.store.submit import Elastic
 from ops_contract.agents import (
     CREDENTIAL_PREFIX,
-    Drain,
     Heartbeat,
     HeartbeatAnswer,
     HoldRef,
@@ -39,7 +38,7 @@ from ops_contract.agents import (
 from ops_contract.energy import DeviceNow, EnergyBatch, EnergyWindow, Quality, Source, Use
 from ops_contract.jobs import Execution, JobSpec
 from ops_contract.ledger import EnergyLedger
-from ops_contract.lifecycle import CheckpointType, Outcome, Phase, Status
+from ops_contract.lifecycle import CheckpointType, Drain, Outcome, Phase, Status
 from ops_contract.measurements import MEASUREMENT
 from ops_contract.operations import AttemptView, ForkRequest, Operation, ReplayRequest, ResumeAccepted
 from ops_contract.plans import ChildPlan, ChildResult, GridAbout, Plan

@@ -16,7 +16,6 @@ from uuid import UUID, uuid4
 from ops_contract.agents import (
     CREDENTIAL_PREFIX,
     CancelTraining,
-    Drain,
     Heartbeat,
     HeartbeatAnswer,
     HoldRef,
@@ -33,7 +32,7 @@ from ops_contract.agents import (
 )
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Job, runs_user_code
-from ops_contract.lifecycle import Kind
+from ops_contract.lifecycle import Drain, Kind
 from ops_contract.pipe import Description, RunJob
 from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable, ApiUnknown, NobodyKnows, PredecessorsApi
 from ops_worker.delivery import Delivery

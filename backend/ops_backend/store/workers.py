@@ -7,8 +7,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.claims import CLAIM_LOCK
 from ops_backend.store.sql import plain, statement
-from ops_contract.agents import CancelOrder, Drain, Heartbeat, HeartbeatAnswer, SlotOffer, WorkerRegistration
+from ops_contract.agents import CancelOrder, Heartbeat, HeartbeatAnswer, SlotOffer, WorkerRegistration
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.lifecycle import Drain
 from ops_contract.tokens import token_digest
 
 # The same incarnation again: its first answer may have been lost, or a backup was restored. Everybody can read who it

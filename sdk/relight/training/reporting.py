@@ -125,12 +125,7 @@ class Reporter:
     def _add_part(self, name: str, step: int, units: int, value: Tensor, by: str) -> None:
         if value.numel() != 1:
             raise ValueError(f"{by} gave {name!r} of shape {list(value.shape)}; give scalars")
-        copied: Tensor | float
-        if _at_hand(value):
-            copied = float(value.item())
-        else:  # a copy: an extra may be a view of something that the next step changes
-            copied = value.detach().to(torch.float64, copy=True).reshape(())
-        self._parts.setdefault((name, step), []).append((units, copied))
+        self._parts.setdefault((name, step), []).append((units, _copied(value)))
 
     def _collect(self) -> dict[str, list[tuple[int, float]]]:
         means = _means_over(self._team, self._parts) if self._team.is_gang else _means(self._parts)
@@ -166,6 +161,11 @@ class Reporter:
         if self._step_s is None or self._steps_total is None:
             return None
         return (self._steps_total - cursor.step) * self._step_s
+
+
+def _copied(value: Tensor) -> Tensor | float:
+    """In float64. A value may be a view of something that the next step changes."""
+    return float(value.item()) if _at_hand(value) else value.detach().to(torch.float64, copy=True).reshape(())
 
 
 def _at_hand(value: Tensor) -> bool:
