@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Self
 from uuid import UUID
 
 import uvicorn
@@ -107,6 +108,13 @@ class FakeApi:
         sha256 = hashlib.sha256(archive).hexdigest()
         self.snapshots[sha256] = archive
         return sha256
+
+    async def __aenter__(self) -> Self:
+        await self.up()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.down()
 
     async def up(self) -> None:
         if self._listener.fileno() == -1:

@@ -25,19 +25,14 @@ from ops_contract.reports import Finish, Note
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AgentProcess]:
     """One agent with two slots, for tests that leave it alive."""
-    api = FakeApi()
-    await api.up()
-    async with running_agent(api, tmp_path_factory.mktemp("shared"), slots=2) as agent:
+    async with FakeApi() as api, running_agent(api, tmp_path_factory.mktemp("shared"), slots=2) as agent:
         yield await agent.ready()
-    await api.down()
 
 
 @pytest.fixture
 async def api() -> AsyncIterator[FakeApi]:
-    api = FakeApi()
-    await api.up()
-    yield api
-    await api.down()
+    async with FakeApi() as api:
+        yield api
 
 
 # ---- ordinary life
@@ -184,9 +179,7 @@ async def test_a_trainer_that_takes_longer_than_its_time_is_killed_however_well_
 
 
 async def test_a_trainer_that_is_stopping_has_its_grace_however_silent_it_is(tmp_path):
-    api = FakeApi(cancel_grace_s=4)
-    await api.up()
-    async with running_agent(api, tmp_path) as agent:
+    async with FakeApi(cancel_grace_s=4) as api, running_agent(api, tmp_path) as agent:
         await agent.ready()
         hold = api.claim(uuid4(), agent.incarnation)
         hold.cancelling = CancelOrder(operation_id=hold.ref.operation_id, attempt=1)
@@ -196,7 +189,6 @@ async def test_a_trainer_that_is_stopping_has_its_grace_however_silent_it_is(tmp
         await eventually(lambda: hold.finish)
 
     assert (hold.finish.outcome, hold.finish.error.code) == (Outcome.CANCELLED, "killed")
-    await api.down()
 
 
 async def test_what_a_trainer_started_ends_with_it(shared):
@@ -640,9 +632,7 @@ async def test_sigterm_hands_everything_back(api, tmp_path):
 
 
 async def test_a_draining_agent_takes_nothing_and_kills_what_does_not_stop(tmp_path):
-    api = FakeApi(cancel_grace_s=1.0)
-    await api.up()
-    async with running_agent(api, tmp_path, slots=2) as agent:
+    async with FakeApi(cancel_grace_s=1.0) as api, running_agent(api, tmp_path, slots=2) as agent:
         await agent.ready()
         hold = await agent.start(end="wait", deaf=True)
         await eventually(lambda: hold.steps)
@@ -656,7 +646,6 @@ async def test_a_draining_agent_takes_nothing_and_kills_what_does_not_stop(tmp_p
     assert code == 0
     assert hold.finish.outcome is Outcome.PREEMPTED
     assert hold.finish.error.code == "killed"
-    await api.down()
 
 
 @pytest.mark.slow

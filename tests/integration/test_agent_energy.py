@@ -19,19 +19,14 @@ UNMETERED = "from ops_worker.energy.devices import Devices; Devices._of_the_cpu 
 
 @pytest.fixture
 async def api() -> AsyncIterator[FakeApi]:
-    api = FakeApi()
-    await api.up()
-    yield api
-    await api.down()
+    async with FakeApi() as api:
+        yield api
 
 
 @pytest.fixture(scope="module")
 async def metered(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AgentProcess]:
-    api = FakeApi()
-    await api.up()
-    async with running_agent(api, tmp_path_factory.mktemp("metered"), first=METERED) as agent:
+    async with FakeApi() as api, running_agent(api, tmp_path_factory.mktemp("metered"), first=METERED) as agent:
         yield await agent.ready()
-    await api.down()
 
 
 def has(hold: FakeHold, use: Use) -> bool:

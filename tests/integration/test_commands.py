@@ -27,11 +27,9 @@ async def agent(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Agent
         patch.setenv("OPS_USER_CODE", "1")
         patch.setenv("OPS_SECRET_HF_TOKEN", SECRET)
         patch.setenv("OPS_SECRETS_DIR", str(mounted))
-        api = FakeApi(cancel_grace_s=10)
-        await api.up()
-        async with running_agent(api, tmp_path_factory.mktemp("agent"), command=FAKE_TRAINER) as agent:
+        directory = tmp_path_factory.mktemp("agent")
+        async with FakeApi(cancel_grace_s=10) as api, running_agent(api, directory, command=FAKE_TRAINER) as agent:
             yield await agent.ready()
-        await api.down()
 
 
 async def run(agent: AgentProcess, *command: str, **setup: Any) -> FakeHold:
@@ -174,9 +172,7 @@ async def test_a_training_that_sets_what_is_read_at_the_start_gets_a_process_sta
 
 async def test_a_command_dies_with_its_agent_and_what_it_started_too(tmp_path, monkeypatch):
     monkeypatch.setenv("OPS_USER_CODE", "1")
-    api = FakeApi()
-    await api.up()
-    async with running_agent(api, tmp_path, command=FAKE_TRAINER) as agent:
+    async with FakeApi() as api, running_agent(api, tmp_path, command=FAKE_TRAINER) as agent:
         await agent.ready()
         code = "import subprocess; print('{\"step\": %d, \"x\": 1}' % subprocess.Popen(['sleep', '99']).pid);" + WAITS
         hold = await python(agent, code)
@@ -186,15 +182,12 @@ async def test_a_command_dies_with_its_agent_and_what_it_started_too(tmp_path, m
         agent.process.kill()
 
         await eventually(lambda: not alive(hold.started.trainer_pid) and not alive(child))
-    await api.down()
 
 
 @pytest.mark.slow
 async def test_an_agent_that_is_told_to_end_hands_a_command_back(tmp_path, monkeypatch):
     monkeypatch.setenv("OPS_USER_CODE", "1")
-    api = FakeApi(cancel_grace_s=10)
-    await api.up()
-    async with running_agent(api, tmp_path, command=FAKE_TRAINER) as agent:
+    async with FakeApi(cancel_grace_s=10) as api, running_agent(api, tmp_path, command=FAKE_TRAINER) as agent:
         await agent.ready()
         hold = await python(agent, WAITS)
         await eventually(lambda: hold.steps)
@@ -203,7 +196,6 @@ async def test_an_agent_that_is_told_to_end_hands_a_command_back(tmp_path, monke
 
         assert await ended(hold) == Finish(outcome=Outcome.PREEMPTED)
         assert await agent.exit_code() == 0
-    await api.down()
 
 
 @pytest.mark.parametrize(
@@ -237,10 +229,8 @@ async def test_a_command_is_not_taken_for_a_training(closed):
 @pytest.fixture(scope="module")
 async def closed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AgentProcess]:
     """It runs no user code."""
-    api = FakeApi()
-    await api.up()
+    directory = tmp_path_factory.mktemp("closed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPS_USER_CODE", "0")
-        async with running_agent(api, tmp_path_factory.mktemp("closed"), command=FAKE_TRAINER) as agent:
+        async with FakeApi() as api, running_agent(api, directory, command=FAKE_TRAINER) as agent:
             yield await agent.ready()
-    await api.down()

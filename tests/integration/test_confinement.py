@@ -98,14 +98,12 @@ CHILDREN = ["trainer", "loader", "command", "judged"]
 
 @pytest.fixture(scope="module")
 async def agent(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AgentProcess]:
-    api = FakeApi()
-    await api.up()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (OURS | KEPT | {"OPS_USER_CODE": "1", "OPS_SECRET_ASKED": "the value"}).items():
-            patch.setenv(name, value)
-        async with running_agent(api, tmp_path_factory.mktemp("agent"), command=TRAINER) as agent:
-            yield await agent.ready()
-    await api.down()
+    async with FakeApi() as api:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (OURS | KEPT | {"OPS_USER_CODE": "1", "OPS_SECRET_ASKED": "the value"}).items():
+                patch.setenv(name, value)
+            async with running_agent(api, tmp_path_factory.mktemp("agent"), command=TRAINER) as agent:
+                yield await agent.ready()
 
 
 @pytest.fixture(scope="module")

@@ -28,21 +28,19 @@ COLD = {"OMP_DYNAMIC": "false"}
 
 @pytest.fixture
 async def api() -> AsyncIterator[FakeApi]:
-    api = FakeApi()
-    await api.up()
-    yield api
-    await api.down()
+    async with FakeApi() as api:
+        yield api
 
 
 @pytest.fixture(scope="module")
 async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AgentProcess]:
     """One agent with two slots, for tests that leave it alive."""
-    api = FakeApi(cancel_grace_s=3)
-    await api.up()
     path, environ = tmp_path_factory.mktemp("shared"), {"OPS_USER_CODE": "1"}
-    async with running_agent(api, path, slots=2, first=IMPATIENT, environ=environ) as agent:
+    async with (
+        FakeApi(cancel_grace_s=3) as api,
+        running_agent(api, path, slots=2, first=IMPATIENT, environ=environ) as agent,
+    ):
         yield await agent.ready()
-    await api.down()
 
 
 def gang_at(agent: AgentProcess, first_rank: int = 0, world_size: int = 4, slot: int = 0) -> Gang:
@@ -392,12 +390,10 @@ async def test_a_lost_peer_is_left_to_the_other_member_to_say(shared, first_rank
 async def test_a_lost_peer_is_said_after_two_leases_when_no_other_member_has_ended_the_attempt(tmp_path):
     api = FakeApi()
     api.terms = api.terms.model_copy(update={"lease_s": 0.5})
-    await api.up()
-    async with running_agent(api, tmp_path, slots=2) as agent:
+    async with api, running_agent(api, tmp_path, slots=2) as agent:
         await agent.ready()
         hold = await begin(agent, gang_at(agent, first_rank=2), end="peer_lost")
         await eventually(lambda: hold.finish)
-    await api.down()
 
     assert (hold.finish.outcome, hold.finish.error.code) == (Outcome.PREEMPTED, "peer_lost")
     assert hold.finish.error.details["rank"] in (2, 3)
@@ -407,8 +403,7 @@ async def test_a_lost_peer_is_said_after_two_leases_when_no_other_member_has_end
 async def test_a_lost_peer_is_said_at_once_when_all_ranks_are_here_or_the_worker_ends(tmp_path):
     api = FakeApi()
     api.terms = api.terms.model_copy(update={"lease_s": 600})
-    await api.up()
-    async with running_agent(api, tmp_path, slots=2) as agent:
+    async with api, running_agent(api, tmp_path, slots=2) as agent:
         await agent.ready()
         alone = await begin(agent, gang_at(agent, world_size=2), end="peer_lost")
         await eventually(lambda: alone.finish)
@@ -417,7 +412,6 @@ async def test_a_lost_peer_is_said_at_once_when_all_ranks_are_here_or_the_worker
         await eventually(lambda: not any(map(alive, pids.values())))
         agent.process.send_signal(signal.SIGTERM)
         code = await agent.exit_code()
-    await api.down()
 
     assert alone.finish.error.code == "peer_lost"
     assert code == 0

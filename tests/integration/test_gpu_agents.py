@@ -19,10 +19,8 @@ TWO = "driver 550.54\ndevice GPU-aa\nname H100\npower 0 300\nthrottle 0 4\ndevic
 
 @pytest.fixture
 async def api() -> AsyncIterator[FakeApi]:
-    api = FakeApi()
-    await api.up()
-    yield api
-    await api.down()
+    async with FakeApi() as api:
+        yield api
 
 
 @pytest.fixture

@@ -57,11 +57,8 @@ def workloads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 async def agent(workloads: None, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[AgentProcess]:
-    api = FakeApi()
-    await api.up()
-    async with running_agent(api, tmp_path_factory.mktemp("agent"), command=TRAINER) as agent:
+    async with FakeApi() as api, running_agent(api, tmp_path_factory.mktemp("agent"), command=TRAINER) as agent:
         yield await agent.ready()
-    await api.down()
 
 
 @pytest.fixture
@@ -173,14 +170,11 @@ async def test_steps_that_take_less_than_the_timeout_are_no_stall_however_many(a
 async def test_a_kill_by_the_kernel_for_memory_is_told_as_such_and_the_next_job_runs(
     workloads: None, small_cgroup: Path, tmp_path: Path
 ) -> None:
-    api = FakeApi()
-    await api.up()
-    async with running_agent(api, tmp_path, command=TRAINER) as agent:
+    async with FakeApi() as api, running_agent(api, tmp_path, command=TRAINER) as agent:
         (small_cgroup / "cgroup.procs").write_text(str(agent.process.pid))  # before it has children
         await agent.ready()
         error = await fault(agent, "hoard = [b'x' * 2**26 + bytes([i]) for i in range(64)]")
         good = await run(agent, "1")
-    await api.down()
 
     assert error.code == "out_of_memory"
     assert error.message.startswith("The kernel killed the trainer for memory: use a smaller batch_size")

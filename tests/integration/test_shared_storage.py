@@ -27,10 +27,8 @@ CAN_MOUNT = shutil.which("unshare") and not subprocess.run(["unshare", "-m", "tr
 
 @pytest.fixture
 async def api() -> AsyncIterator[FakeApi]:
-    api = FakeApi()
-    await api.up()
-    yield api
-    await api.down()
+    async with FakeApi() as api:
+        yield api
 
 
 @pytest.fixture

@@ -353,15 +353,13 @@ async def agent(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Agent
     site = tmp_path_factory.mktemp("site")
     for name, source in MODULES.items():
         (site / name).write_text(source)
-    api = FakeApi()
-    await api.up()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(site))
-        patch.setenv("OPS_USER_CODE", "1")
-        patch.setenv("OPS_SECRET_TOKEN", "of the worker")
-        async with running_agent(api, tmp_path_factory.mktemp("agent"), command=TRAINER) as agent:
-            yield await agent.ready()
-    await api.down()
+    async with FakeApi() as api:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(site))
+            patch.setenv("OPS_USER_CODE", "1")
+            patch.setenv("OPS_SECRET_TOKEN", "of the worker")
+            async with running_agent(api, tmp_path_factory.mktemp("agent"), command=TRAINER) as agent:
+                yield await agent.ready()
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,8 @@ CODE = write_archive({"train.py": Entry(b"print()"), "pkg/run.sh": Entry(b"#!", 
 
 @pytest.fixture
 async def api() -> AsyncIterator[FakeApi]:
-    api = FakeApi()
-    await api.up()
-    yield api
-    await api.down()
+    async with FakeApi() as api:
+        yield api
 
 
 @pytest.fixture
