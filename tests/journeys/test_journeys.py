@@ -20,6 +20,12 @@ def test_a_page_takes_its_reader_to_where_it_promises(tmp_path: Path, journey: s
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_a_release_runs_from_its_wheel_beside_the_torch_of_its_user(tmp_path: Path) -> None:
+    walk("release.sh", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(slurm.missing() is not None, reason=slurm.missing() or "there is one")
 def test_an_administrator_has_workers_from_slurm_within_an_hour(tmp_path: Path) -> None:
     walk("lab.sh", tmp_path)

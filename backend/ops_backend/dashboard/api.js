@@ -4,7 +4,7 @@ const PREFIX = "/api/v1";
 const REMEMBERED = 40;
 
 /** The API said no; `message` says what to do. */
-export class Refused extends Error {
+class Refused extends Error {
   constructor(status, { code, message, details }) {
     super(message);
     Object.assign(this, { status, code, details: details ?? {} });

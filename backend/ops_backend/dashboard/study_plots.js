@@ -163,7 +163,7 @@ export function energy(result) {
   };
 }
 
-export const THROUGHPUT = "tokens_per_s";
+const THROUGHPUT = "tokens_per_s";
 export const ENERGY = "j_per_output_token";
 
 /** Those that no other betters in both throughput and energy. What is not known of both is not among them. */
