@@ -1,5 +1,6 @@
 """Files below the storage root that appear whole or not at all. Without torch: commands publish too."""
 
+import errno
 import os
 import shutil
 import stat
@@ -12,6 +13,7 @@ from typing import Any
 from ops_contract.modes import directory_mode, file_mode
 from relight.manifest import CHUNK_BYTES, FileEntry
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 

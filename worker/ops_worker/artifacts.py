@@ -1,6 +1,5 @@
 """The files that a job asked to keep, published when it has ended. Without torch."""
 
-import errno
 import os
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
@@ -14,7 +13,7 @@ from ops_contract.lifecycle import Outcome
 from ops_contract.pipe import RunJob
 from ops_contract.reports import ArtifactSaved, Fault, Finish, Note
 from relight.pipe import AgentPipe
-from relight.publish import make_directory, published_directory, write_file
+from relight.publish import DISK_FULL, make_directory, published_directory, write_file
 
 MAX_FILES = 1000
 _READ_BYTES = 2**20
@@ -35,7 +34,7 @@ def keep(job: RunJob, step: int, agent: AgentPipe, finish: Finish) -> Finish:
         if finish.outcome is not Outcome.COMPLETED:
             agent.report(Note(message=message))
             return finish
-        code = "disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "artifacts_not_kept"
+        code = "disk_full" if error.errno in DISK_FULL else "artifacts_not_kept"
         advice = "It ran to its end all the same; look at the storage root, then resume, which runs it again."
         return Finish(outcome=Outcome.FAILED, error=Fault(code=code, message=f"{message} {advice}"))
     for note in notes:

@@ -16,6 +16,7 @@ from ops_contract.agents import HoldRef
 from ops_contract.energy import EnergyWindow, Quality, Source
 from ops_contract.wire import Wire
 from ops_worker import locks
+from relight.publish import sync
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ class Outbox:
             raise OSError(
                 f"outbox {path} cannot be made: {error}; make room there, or set OPS_WORKER_STATE_DIR"
             ) from error
-        _sync_directory(directory)
+        sync(directory)
         return cls(path, lock, database, sender)
 
     @classmethod
@@ -332,11 +333,3 @@ def _delete(path: Path, lock: int) -> None:
     path.unlink(missing_ok=True)
     locks.lock_path(path).unlink(missing_ok=True)
     os.close(lock)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

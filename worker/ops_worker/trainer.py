@@ -33,6 +33,7 @@ from relight.importing import checks_by_code, config_problems, import_workload, 
 from relight.manifest import CheckpointCorrupt, CheckpointMissing
 from relight.pipe import AgentPipe
 from relight.process import die_with_parent
+from relight.publish import DISK_FULL
 from relight.training.faults import (
     MAX_TRACEBACK_CHARS,
     PeerLost,
@@ -49,7 +50,6 @@ from relight.workload import AnyWorkload, LoopWorkload
 GROUP = "relight.workloads"
 
 _MAX_SAID_CHARS = 1_800  # of an exception, so that what to do about it still fits
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = re.compile(r"out of memory|(can't|cannot|not enough|unable to) (allocate )?memory", re.IGNORECASE)
 
 
@@ -279,7 +279,7 @@ def _measurements() -> WorkloadOffer:
 def _unexpected(error: BaseException) -> Fault:
     trace = "".join(traceback.format_exception(error))[-MAX_TRACEBACK_CHARS:]
     number = error.errno if isinstance(error, OSError) else None
-    if number in _DISK_FULL:
+    if number in DISK_FULL:
         return fault("disk_full", f"{_said(error)}; make room in the storage root, then resume", traceback=trace)
     # torch's own OutOfMemoryError is a RuntimeError, and its CPU allocator raises no other.
     no_memory = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))
