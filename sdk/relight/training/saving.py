@@ -14,6 +14,7 @@ from ops_contract.energy import Use
 from ops_contract.lifecycle import CheckpointType
 from ops_contract.reports import Note
 from relight.manifest import Manifest
+from relight.memory import available_bytes
 from relight.training import snapshot
 from relight.training.checkpoint import Published, publish
 from relight.training.codec import CodecError, Encoded, encode
@@ -59,7 +60,7 @@ class Saver:
         marks: Marks,
         saved: Cursor | None,
         publish: Callable[[Path, Manifest, Encoded], Published] = publish,
-        available_bytes: Callable[[], int | None] = snapshot.available_bytes,
+        available_bytes: Callable[[], int | None] = available_bytes,
         clock: Callable[[], float] = time.monotonic,
         restored_s: float = 0.0,
     ) -> None:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ops_contract.measurements import FlopsRecord, MeasurementConfig, RandomModel
-from ops_worker.energy.preflight import memory_available
 from ops_worker.measurement import models, requirements, tasks
 from ops_worker.measurement.engines import Checked, Generated
 from ops_worker.measurement.flops import Ran, count
 from ops_worker.measurement.peaks import peak_flops_per_s
 from ops_worker.measurement.tasks import Batch
+from relight.memory import available_bytes
 
 PROCESS = Path("/proc/self")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "flash_attn")
@@ -36,7 +36,7 @@ class PytorchEngine:
         self._peak_resets = False
 
     def check(self, gpu_free_bytes: int | None) -> Checked:
-        free = gpu_free_bytes if self._on_cuda else memory_available()
+        free = gpu_free_bytes if self._on_cuda else available_bytes()
         return requirements.check(self._config, self._device, free)
 
     def environment(self) -> dict[str, Any]:
