@@ -35,8 +35,8 @@ from relight.training.parallel import divide, parallel
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter, Sink, Unheard
 from relight.training.resolving import checked_config, resolved, resolved_knobs
-from relight.training.saving import Saver
-from relight.training.saving_together import Bystander, SaverTogether, Saves
+from relight.training.saving import Saver, Saves
+from relight.training.saving_together import SaverTogether
 from relight.training.sizing import count_parameters
 from relight.training.source import source_digest, source_files
 from relight.training.state import Cursor, Live
@@ -213,7 +213,7 @@ class Attempt:
         if self._is_divided:
             return SaverTogether(root, about, live, sink, marks, self._team, saved, clock, restored_s)
         if not self._team.leads:
-            return Bystander()
+            return Saves()
         return Saver(root, about, live, sink, marks, saved=saved, clock=clock, restored_s=restored_s)
 
     def _put_back(self, tree: dict[str, Any], live: Live, reporter: Reporter) -> Cursor:

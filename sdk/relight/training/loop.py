@@ -21,7 +21,7 @@ from relight.training.order import Batch, DataOrder, to_device
 from relight.training.parallel import Alone
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter
-from relight.training.saving_together import Saves
+from relight.training.saving import Saves
 from relight.training.state import Cursor, Live
 from relight.training.team import Team, Why, agreed_wish
 from relight.workload import Env, Workload

@@ -43,7 +43,33 @@ class _Periodic:
     begun_at_s: float
 
 
-class Saver:
+class Saves:
+    """What a loop wants of a saver. This one saves nothing: it is that of a rank whose state is rank 0's."""
+
+    def __init__(self) -> None:
+        self.times = SaveTimes(saved_at_s=0.0, whole_s=0.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def save(
+        self, why: CheckpointType, cursor: Cursor, reported: dict[str, float], monitored: float | None = None
+    ) -> None:
+        """`reported` is what the successor sends again, `monitored` the metric of this very state."""
+
+    def seal(self) -> None:
+        """Before an update changes parameters."""
+
+    def raise_failure(self) -> None:
+        """Raises the error of a save that was to be written beside the training."""
+
+
+class Saver(Saves):
     """Writes `live` under `root`. `about` names the attempt; a cursor is saved once, `saved` being the newest.
 
     Periodic saves are copied and then written by a thread; every other save returns when it is committed. Use it as a
@@ -81,9 +107,6 @@ class Saver:
         self._copies_all_at_once = False
         self._told_no_memory = False
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -99,9 +122,7 @@ class Saver:
     def save(
         self, why: CheckpointType, cursor: Cursor, reported: dict[str, float], monitored: float | None = None
     ) -> None:
-        """`reported` is what the successor sends again, `monitored` the metric of this very state.
-
-        A boundary that is on disk already needs no second copy. A save takes the place of a periodic one that still
+        """A boundary that is on disk already needs no second copy. A save takes the place of a periodic one that still
         waits to be written; for one that has a monitored value it waits.
         Raises TrainingFault for state that the codec does not know, and OSError, also that of an earlier save.
         """
@@ -122,7 +143,7 @@ class Saver:
                 self._writer.wait()
 
     def seal(self) -> None:
-        """Before an update changes parameters: what was begun at the last boundary is copied when this returns."""
+        """What was begun at the last boundary is copied when this returns."""
         periodic, self._copying = self._copying, None
         if periodic is None:
             return
@@ -135,7 +156,6 @@ class Saver:
             self._discard(periodic)
 
     def raise_failure(self) -> None:
-        """Raises the error of a periodic save that could not be written."""
         self._writer.raise_failure()
 
     def _begin(

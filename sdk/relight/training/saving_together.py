@@ -1,4 +1,4 @@
-"""Checkpoints of a gang: rank 0 writes what all have in common by itself; what is divided all write together."""
+"""Checkpoints of a model that is divided among ranks: all write them together."""
 
 import logging
 import os
@@ -6,8 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ops_contract.energy import Use
 from ops_contract.lifecycle import CheckpointType
@@ -19,6 +18,7 @@ from relight.training.faults import PeerLost, TrainingFault, is_peer_lost
 from relight.training.interval import SaveTimes
 from relight.training.marks import Marks
 from relight.training.reporting import Sink
+from relight.training.saving import Saves
 from relight.training.state import Cursor, Live
 from relight.training.team import Team, agree
 
@@ -29,53 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Saves(Protocol):
-    """What a loop wants of a saver."""
-
-    times: SaveTimes
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def save(
-        self, why: CheckpointType, cursor: Cursor, reported: dict[str, float], monitored: float | None = None
-    ) -> None: ...
-
-    def seal(self) -> None: ...
-
-    def raise_failure(self) -> None: ...
-
-
-class Bystander:
-    """Of a rank that has nothing to write: rank 0's state is its own."""
-
-    def __init__(self) -> None:
-        self.times = SaveTimes(saved_at_s=0.0, whole_s=0.0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    def save(
-        self, why: CheckpointType, cursor: Cursor, reported: dict[str, float], monitored: float | None = None
-    ) -> None:
-        pass
-
-    def seal(self) -> None:
-        pass
-
-    def raise_failure(self) -> None:
-        pass
-
-
-class SaverTogether(Bystander):
+class SaverTogether(Saves):
     """Every rank calls `save` at the same boundaries. It returns when the checkpoint is committed: training waits.
 
     Rank 0 makes the directory, each rank writes, syncs and hashes its own file there, and rank 0 commits. When one
