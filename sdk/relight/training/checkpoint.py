@@ -57,6 +57,11 @@ class Published:
         )
 
 
+def at(about: Manifest, cursor: Cursor) -> Manifest:
+    """The manifest of an attempt's checkpoint that is taken there, but for its files."""
+    return about.model_copy(update={"step": cursor.step, "epoch": cursor.epoch, "phase": cursor.phase})
+
+
 def publish(root: Path, about: Manifest, state: Encoded) -> Published:
     """Write, fsync, rename, fsync the parent: after a crash at any point the directory is whole or is not there.
 

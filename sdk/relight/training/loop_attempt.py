@@ -17,7 +17,7 @@ from ops_contract.reports import Note, Started
 from relight.manifest import Manifest, verify
 from relight.training import changes, numerics
 from relight.training.attempt import Site
-from relight.training.checkpoint import FILES, publish_files
+from relight.training.checkpoint import FILES, at, publish_files
 from relight.training.faults import TrainingFault
 from relight.training.final import publish_model
 from relight.training.loop import STOPPED_BY
@@ -209,7 +209,6 @@ class _Control:
 
     def _publish(self, why: CheckpointType, write: Callable[[Path], object]) -> None:
         cursor = self._cursor
-        about = self._about.model_copy(update={"step": cursor.step, "epoch": cursor.epoch})
         with self._marks.doing(Use.SAVE, cursor, Use.TRAIN, edge=True):
-            published = publish_files(self._root, about, write)
+            published = publish_files(self._root, at(self._about, cursor), write)
             self._sink.report(published.saved(why, cursor, self._monitored))

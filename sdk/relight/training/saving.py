@@ -16,14 +16,13 @@ from ops_contract.reports import Note
 from relight.manifest import Manifest
 from relight.memory import available_bytes
 from relight.training import snapshot
-from relight.training.checkpoint import Published, publish
+from relight.training.checkpoint import Published, at, publish
 from relight.training.codec import CodecError, Encoded, encode
-from relight.training.faults import TrainingFault
 from relight.training.interval import SaveTimes
 from relight.training.marks import Marks
 from relight.training.reporting import Sink
 from relight.training.snapshot import Snapshot
-from relight.training.state import Cursor, Live
+from relight.training.state import Cursor, Live, not_restorable
 from relight.training.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -177,8 +176,7 @@ class Saver(Saves):
         self._writer.wait()
         self._commit(why, cursor, monitored, encoded)
         self._newest = cursor
-        self.times.saved_at_s = self._clock()
-        self.times.commit_s = self.times.whole_s = self.times.saved_at_s - begun_at_s
+        self.times.waited(begun_at_s, self._clock())
         if why is CheckpointType.PERIODIC:
             self.times.add_stall(self.times.whole_s)
 
@@ -190,7 +188,7 @@ class Saver(Saves):
         self.times.commit_s = self._clock() - periodic.begun_at_s
 
     def _commit(self, why: CheckpointType, cursor: Cursor, monitored: float | None, state: Encoded) -> None:
-        published = self._publish(self._root, self._manifest(cursor), state)
+        published = self._publish(self._root, at(self._about, cursor), state)
         log.info("published %s, %d bytes", published.path, published.size_bytes)
         self._sink.report(published.saved(why, cursor, monitored))
 
@@ -248,7 +246,4 @@ class Saver(Saves):
         try:
             return encode({**self._live.capture(), "cursor": cursor.as_tree(), "reported": reported})
         except CodecError as error:
-            raise TrainingFault("not_restorable", f"this run could not be resumed: {error}", permanent=True) from error
-
-    def _manifest(self, cursor: Cursor) -> Manifest:
-        return self._about.model_copy(update={"step": cursor.step, "epoch": cursor.epoch, "phase": cursor.phase})
+            raise not_restorable(error) from error

@@ -12,14 +12,14 @@ from ops_contract.energy import Use
 from ops_contract.lifecycle import CheckpointType
 from relight.manifest import FileEntry, Manifest
 from relight.publish import settled
-from relight.training.checkpoint import Published, published_shards, shards_directory
+from relight.training.checkpoint import Published, at, published_shards, shards_directory
 from relight.training.codec import CodecError, Encoded, encode
-from relight.training.faults import PeerLost, TrainingFault, is_peer_lost
+from relight.training.faults import PeerLost, is_peer_lost
 from relight.training.interval import SaveTimes
 from relight.training.marks import Marks
 from relight.training.reporting import Sink
 from relight.training.saving import Saves
-from relight.training.state import Cursor, Live
+from relight.training.state import Cursor, Live, not_restorable
 from relight.training.team import Team, agree
 
 if TYPE_CHECKING:
@@ -67,14 +67,12 @@ class SaverTogether(Saves):
         begun_at_s = self._clock()
         then = Use.FINISH if why is CheckpointType.FINAL else Use.TRAIN
         with self._marks.doing(Use.SAVE, cursor, then, edge=True):
-            about = self._about.model_copy(update={"step": cursor.step, "epoch": cursor.epoch, "phase": cursor.phase})
-            published = self._publish(about, {"cursor": cursor.as_tree(), "reported": reported})
+            published = self._publish(at(self._about, cursor), {"cursor": cursor.as_tree(), "reported": reported})
             if published is not None:
                 log.info("published %s, %d bytes", published.path, published.size_bytes)
                 self._sink.report(published.saved(why, cursor, monitored))
         self._newest = cursor
-        self.times.saved_at_s = self._clock()
-        self.times.commit_s = self.times.whole_s = self.times.saved_at_s - begun_at_s
+        self.times.waited(begun_at_s, self._clock())
         if why is CheckpointType.PERIODIC:
             self.times.add_stall(self.times.whole_s)
 
@@ -106,7 +104,7 @@ class SaverTogether(Saves):
             tree, parts = taken_out({**self._live.capture(), **more})
             state = encode(tree)
         except CodecError as error:
-            raise TrainingFault("not_restorable", f"this run could not be resumed: {error}", permanent=True) from error
+            raise not_restorable(error) from error
         publish = opened.enter_context(published_shards(self._root, about)) if self._team.leads else None
         return state, parts, publish
 
