@@ -21,6 +21,7 @@ from ops_contract.lifecycle import CheckpointType, Phase
 from ops_contract.reports import Note
 from relight.manifest import CheckpointCorrupt, CheckpointMissing, Manifest
 from relight.training import beginning, changes, numerics
+from relight.training.directory import Directory
 from relight.training.faults import TrainingFault, finish_of
 from relight.training.final import publish_model
 from relight.training.interval import Pace
@@ -28,7 +29,7 @@ from relight.training.loop import STOPPED_BY
 from relight.training.marks import Marks
 from relight.training.monitor import Monitor
 from relight.training.order import DataOrder
-from relight.training.place import Directory, Place, Service
+from relight.training.place import Place, Service
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter
 from relight.training.saving import Saver

@@ -19,9 +19,9 @@ from ops_contract.pipe import Mark
 from ops_contract.reports import CheckpointSaved, Report
 from relight.run import Run
 from relight.training.attempt import Attempt, Site
+from relight.training.directory import Directory
 from relight.training.loop_attempt import LoopAttempt
 from relight.training.marks import Marks
-from relight.training.place import Directory
 from relight.training.saving import Saver
 from relight.training.state import Cursor
 from relight.workload import LoopControl, LoopWorkload, MapDataset, Workload

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from ops_contract.agents import CheckpointRef, StartTraining
 from ops_contract.jobs import CheckpointEvery, Execution, Job, Strategy
-from ops_contract.lifecycle import Kind, Phase
+from ops_contract.lifecycle import Kind
 from ops_contract.reports import CheckpointSaved, Metrics, Note, Report
 from relight.importing import config_problems, import_workload
 from relight.training import numerics
 from relight.training.attempt import Attempt, Site
-from relight.training.checkpoint import restore
+from relight.training.checkpoint import ref_to, restore
 from relight.training.codec import digests, encode
 from relight.training.faults import TrainingFault
 from relight.training.finishing import finish
@@ -333,8 +333,7 @@ class _Sink:
                 values = [struct.pack(">d", value).hex() for value in series.floats()]
                 self.run.curves.setdefault(series.name, {}).update(zip(series.steps, values, strict=True))
         elif isinstance(report, CheckpointSaved):
-            ref = report.model_dump(include=set(CheckpointRef.model_fields)) | {"phase": Phase(report.phase)}
-            self.run.checkpoint = CheckpointRef.model_validate(ref)
+            self.run.checkpoint = ref_to(report)
         elif isinstance(report, Note) and report.inexact:
             self.run.inexact.append(report.inexact)
 

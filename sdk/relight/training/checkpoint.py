@@ -57,6 +57,10 @@ class Published:
         )
 
 
+def ref_to(saved: CheckpointSaved) -> CheckpointRef:
+    return CheckpointRef.model_validate(saved.model_dump(include=set(CheckpointRef.model_fields)))
+
+
 def at(about: Manifest, cursor: Cursor) -> Manifest:
     """The manifest of an attempt's checkpoint that is taken there, but for its files."""
     return about.model_copy(update={"step": cursor.step, "epoch": cursor.epoch, "phase": cursor.phase})
