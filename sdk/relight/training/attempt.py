@@ -229,7 +229,7 @@ class Attempt:
         return placed
 
     def _accepted(self, before: Manifest, about: Manifest) -> list[str]:
-        accepting = f"ops resume {self._start.operation_id} --accept-changes"
+        accepting = changes.accepting_resume(self._start.operation_id)
         return changes.accepted(before, about, self._start.accept_changes, accepting)
 
     def _order(self, workload: Workload[Any], dataset: MapDataset | None) -> DataOrder | None:

@@ -99,7 +99,7 @@ class LoopAttempt:
 
     def _tell_started(self, about: Manifest, before: Manifest | None) -> None:
         start = self._start
-        accepting = f"ops resume {start.operation_id} --accept-changes"
+        accepting = changes.accepting_resume(start.operation_id)
         changed = changes.accepted(before, about, start.accept_changes, accepting) if before is not None else []
         self._sink.report(
             beginning.started(

@@ -12,6 +12,7 @@ from ops_contract.agents import FailureRecord
 from ops_contract.pipe import Hello
 from relight.manifest import Manifest
 from relight.pipe import AgentPipe
+from relight.training.changes import accepting_resume
 from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
 from relight.training.reporting import Sink
@@ -62,7 +63,7 @@ class Service:
         self.threads = start.job.execution.threads
         self.cores: int | None = job.cores
         self.accept_changes = start.accept_changes
-        self.accepting = f"ops resume {start.operation_id} --accept-changes"
+        self.accepting = accepting_resume(start.operation_id)
         self.report, self.progress, self.mark, self.should_stop = (
             self._runner.report,
             self._runner.progress,
