@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from time import monotonic
-from typing import Literal
 
 import torch
 
@@ -21,7 +20,7 @@ from ops_worker.measurement.engines import Engine
 from ops_worker.measurement.errors import BackendError, PreFlightError
 from ops_worker.measurement.instruments import open_instruments
 from ops_worker.measurement.run import Measurement
-from relight.pipe import AgentPipe
+from relight.pipe import AgentPipe, Why
 from relight.training import numerics
 from relight.training.faults import MAX_TRACEBACK_CHARS, fault, plain_text
 
@@ -39,7 +38,7 @@ _USES = {
 class Stopped(Exception):
     """It was told to stop, between two batches or phases."""
 
-    def __init__(self, why: Literal["cancelled", "preempted"]) -> None:
+    def __init__(self, why: Why) -> None:
         super().__init__(why)
         self.why = why
 

@@ -19,6 +19,7 @@ from ops_contract.pipe import Rank
 from ops_contract.plans import TrainingResult
 from ops_contract.reports import Note, Result
 from relight.manifest import Manifest
+from relight.pipe import Why
 from relight.training import beginning, changes, numerics
 from relight.training.checkpoint import SHARDS, restore
 from relight.training.faults import TrainingFault
@@ -39,7 +40,7 @@ from relight.training.saving_together import SaverTogether
 from relight.training.sizing import count_parameters
 from relight.training.source import source_files
 from relight.training.state import Cursor, Live
-from relight.training.team import Why, agreed_wish, check_ranks, join
+from relight.training.team import agreed_wish, check_ranks, join
 from relight.workload import Env, MapDataset, Workload
 
 

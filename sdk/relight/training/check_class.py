@@ -178,5 +178,5 @@ def _built(path: str, config: dict[str, Any], execution: Execution) -> Workload[
     return workload_type(workload_type.Config.model_validate(config), env)
 
 
-# In this order; each builds on those before it, but for that of the items.
+# In this order: each builds on those before it, though none on `items`.
 CHECKS = {"config": _config, "data": _data, "items": _items, "loss": _loss, "finish": _finish}

@@ -34,10 +34,10 @@ from ops_contract.reports import (
 )
 from ops_contract.wire import Name, Wire
 from relight.manifest import CheckpointCorrupt, CheckpointMissing, Manifest
+from relight.pipe import Why
 from relight.publish import replace_file, sync
 from relight.training.checkpoint import ref_to, restore
 from relight.training.faults import TrainingFault
-from relight.training.team import Why
 
 _INDEX = "index.json"
 _METRICS = "metrics.jsonl"

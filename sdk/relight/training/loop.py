@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ops_contract.energy import Use
 from ops_contract.jobs import Execution
 from ops_contract.lifecycle import CheckpointType, Phase
+from relight.pipe import Why
 from relight.training.interval import Pace
 from relight.training.marks import Marks
 from relight.training.order import Batch, DataOrder, to_device
@@ -23,7 +24,7 @@ from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter
 from relight.training.saving import Saves
 from relight.training.state import Cursor, Live
-from relight.training.team import Team, Why, agreed_wish
+from relight.training.team import Team, agreed_wish
 from relight.workload import Env, Workload
 
 STOPPED_BY: dict[Why, CheckpointType] = {"cancelled": CheckpointType.CANCEL, "preempted": CheckpointType.PREEMPT}

@@ -14,6 +14,7 @@ from ops_contract.jobs import Execution
 from ops_contract.lifecycle import CheckpointType, Outcome
 from ops_contract.reports import Note
 from relight.manifest import Manifest, verify
+from relight.pipe import Why
 from relight.training import beginning, changes, numerics
 from relight.training.attempt import Site
 from relight.training.checkpoint import FILES, at, publish_files
@@ -26,7 +27,7 @@ from relight.training.reporting import Reporter, Sink
 from relight.training.resolving import checked_config, resolved, resolved_knobs
 from relight.training.source import source_files
 from relight.training.state import Cursor
-from relight.training.team import Why, check_ranks
+from relight.training.team import check_ranks
 from relight.workload import Env, LoopWorkload
 
 _REASON = "loop and checkpoint files are the workload's own: a resume is as exact as they are"

@@ -11,12 +11,11 @@ from uuid import UUID
 from ops_contract.agents import FailureRecord
 from ops_contract.pipe import Hello
 from relight.manifest import Manifest
-from relight.pipe import AgentPipe
+from relight.pipe import AgentPipe, Why
 from relight.training.changes import accepting_resume
 from relight.training.checkpoint import restore
 from relight.training.faults import TrainingFault
 from relight.training.reporting import Sink
-from relight.training.team import Why
 
 
 class Place(Sink, Protocol):
