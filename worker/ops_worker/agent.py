@@ -10,7 +10,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from pathlib import Path
 from uuid import UUID, uuid4
 
 from ops_contract.agents import (
@@ -30,7 +29,7 @@ from ops_contract.agents import (
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Job, runs_user_code
 from ops_contract.lifecycle import Kind
-from ops_contract.pipe import Description, RunJob
+from ops_contract.pipe import RunJob
 from ops_worker.api_client import ApiClient
 from ops_worker.delivery import Delivery
 from ops_worker.describe import describe, validate
@@ -171,7 +170,15 @@ class Agent:
             async with asyncio.timeout(VALIDATE_S), self._validating:
                 archive = await self._workspaces.code(order)
                 async with self._workspaces.open(order, archive) as directory:
-                    told = await validate(self._trainer_command, self._run_job(order, directory, environ))
+                    run_job = RunJob(
+                        start=order,
+                        storage_root=str(self._settings.storage_root.absolute()),
+                        directory=str(directory),
+                        environ=environ,
+                        device="cpu",
+                        cores=1,
+                    )
+                    told = await validate(self._trainer_command, run_job)
         except NoWorkspace as problem:
             if problem.permanent:
                 return Validated(problems=[Problem(field="code", problem=str(problem))])
@@ -206,10 +213,6 @@ class Agent:
         return ApiClient(self._settings.api_url, self._credential)
 
     # ---- starts
-
-    def _run_job(self, order: StartTraining, directory: Path, environ: dict[str, str]) -> RunJob:
-        root = str(self._settings.storage_root.absolute())
-        return RunJob(start=order, storage_root=root, directory=str(directory), environ=environ, device="cpu", cores=1)
 
     def _taken(self, order: StartTraining) -> bool:
         self._check_incarnation(order.incarnation)
@@ -331,20 +334,10 @@ class Agent:
             del self._holds[hold.ref]
             self._idle_since_s = time.monotonic()
 
-    # ---- the API
-
     async def _work(self, on_ready: Callable[[], None]) -> None:
-        worker = self._registration(await describe(self._trainer_command))
-
-        def ready() -> None:
-            self._idle_since_s = time.monotonic()
-            on_ready()
-
-        await self._beats.run(worker, self._beats_api, ready)
-
-    def _registration(self, description: Description) -> WorkerRegistration:
-        """Made once: the API takes no other of the same incarnation, and a laptop's host name changes."""
-        return WorkerRegistration(
+        description = await describe(self._trainer_command)
+        # Made once: the API takes no other of the same incarnation, and a laptop's host name changes.
+        worker = WorkerRegistration(
             incarnation=self.incarnation,
             credential=self._credential,
             secret=self._secret,
@@ -356,6 +349,12 @@ class Agent:
             user_code=self._settings.user_code,
             versions=description.versions,
         )
+
+        def ready() -> None:
+            self._idle_since_s = time.monotonic()
+            on_ready()
+
+        await self._beats.run(worker, self._beats_api, ready)
 
     # ---- the end
 
