@@ -283,33 +283,29 @@ class Agent:
             raise OpsError(ErrorCode.CHECKPOINT_CORRUPT, str(error)) from error
 
     def _take(self, order: StartTraining, warnings: Sequence[str]) -> None:
-        assert self._beats.terms is not None
+        terms = self._beats.terms
+        assert terms is not None
         for older in self._holds.values():
             if older.ref.operation_id == order.operation_id:
                 older.fence()  # a newer attempt exists, so this one has ended
         ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
         delivery = Delivery(self._reports_api, self._outbox, self.incarnation, ref)
-        slots, root = [self._slots[index] for index in order.slots], self._settings.storage_root.absolute()
-        grace_s, runner = self._beats.terms.cancel_grace_s, (self._trainer_command[0], "-P", "-m", "ops_worker.command")
         step = order.checkpoint.step if order.checkpoint else 0
         meters = self._devices.meters(*order.slots)
         booking = Booking(ref, meters, self._devices.sampler, self._outbox, self._energy.news, step)
         hold = Hold(
             order,
-            slots,
+            [self._slots[index] for index in order.slots],
             self._outbox,
             delivery,
             booking,
             self._workspaces,
             self._secrets,
-            runner,
-            root,
-            grace_s,
-            self._beats.terms.lease_s,
-            self._settings.cpu_power_w,
-            self._settings.worker_state_dir.absolute() / "baselines",
+            self._settings,
+            terms,
+            runner=(self._trainer_command[0], "-P", "-m", "ops_worker.command"),
+            environment=self._devices.environment(*order.slots) | _code(order) | {"preflight": list(warnings)},
         )
-        hold.environment = self._devices.environment(*order.slots) | _code(order) | {"preflight": list(warnings)}
         self._holds[ref] = hold
         self._newest_attempt[order.operation_id] = order.attempt
         task = asyncio.create_task(self._serve(hold, [meter.device for meter in meters]))
