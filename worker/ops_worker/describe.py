@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,8 +37,8 @@ async def describe(command: Sequence[str]) -> Description:
     try:
         with tempfile.TemporaryDirectory(prefix="relight-describe-") as directory:
             async with asyncio.timeout(DESCRIBE_S):
-                code, output, last_words = await ask_child(
-                    [*command, "--describe"], b"", os.environ, Path(directory), DESCRIBE_MAX_BYTES
+                code, output, last_words = await _ask_child(
+                    [*command, "--describe"], b"", Path(directory), DESCRIBE_MAX_BYTES
                 )
     except TimeoutError:
         raise DescribeError(f"`{' '.join(command)} --describe` took more than {DESCRIBE_S:.0f} s") from None
@@ -54,8 +54,8 @@ async def describe(command: Sequence[str]) -> Description:
 
 async def validate(command: Sequence[str], job: RunJob) -> Validated | None:
     """What the workload makes of the job; None when the child ends without saying it, or says too much."""
-    code, output, last_words = await ask_child(
-        [*command, "--validate"], line(job), os.environ, Path(job.directory), VALIDATED_MAX_BYTES, job.cores
+    code, output, last_words = await _ask_child(
+        [*command, "--validate"], line(job), Path(job.directory), VALIDATED_MAX_BYTES
     )
     try:
         return Validated.model_validate_json(output)
@@ -64,13 +64,8 @@ async def validate(command: Sequence[str], job: RunJob) -> Validated | None:
     return None
 
 
-async def ask_child(
-    command: Sequence[str],
-    question: bytes,
-    environ: Mapping[str, str],
-    directory: Path,
-    max_bytes: int,
-    cores: int = 1,
+async def _ask_child(
+    command: Sequence[str], question: bytes, directory: Path, max_bytes: int
 ) -> tuple[int | None, bytes, str]:
     """Its exit code, its answer and its last words; an answer of more than `max_bytes` is none.
 
@@ -81,7 +76,7 @@ async def ask_child(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=trainer_environment(environ, cores),
+        env=trainer_environment(os.environ, cores=1),
         cwd=directory,
         start_new_session=True,
     )
