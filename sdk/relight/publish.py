@@ -9,10 +9,13 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from uuid import UUID, uuid4
 
 from ops_contract.modes import directory_mode, file_mode
+from ops_contract.reports import ArtifactSaved
 from relight.manifest import CHUNK_BYTES, FileEntry
 
+MAX_ARTIFACTS = 1000  # files of the user's that are published at a time
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
@@ -151,6 +154,20 @@ def sync(path: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def file_artifact(
+    operation_id: UUID, directory: str, path: str, step: int, size_bytes: int, digest: str
+) -> ArtifactSaved:
+    """A file of the user's that was published in this directory of the operation, under its path there."""
+    return ArtifactSaved(
+        artifact_id=uuid4(),
+        name=f"files/{path}",
+        step=step,
+        path=f"{operation_id}/{directory}/{path}",
+        size_bytes=size_bytes,
+        sha256=digest,
+    )
 
 
 def _write_all(file: int, data: memoryview) -> None:
