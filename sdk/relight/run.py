@@ -94,10 +94,12 @@ class Run:
         self._reports_to: int | None = None
         self._updated = True  # since the last boundary; one step may only gather gradients
         self._is_due = False
-        self._checked = False
+        self._round_trip_checked = False
         self.done = False
         self._stack = ExitStack()
-        self._place = _place(Path(directory))
+        self._place: Place = (
+            Service(int(environ[_DESCRIPTOR])) if _DESCRIPTOR in environ else Directory(Path(directory))
+        )
         try:
             with self._last_words():
                 self._restore()
@@ -179,7 +181,7 @@ class Run:
         restored_s = time.monotonic() - begun_at_s
         threads = beginning.threads(self._place.threads, before, self._place.cores or torch.get_num_threads())
         numerics.configure(threads, self._knobs.deterministic)
-        self._stack.enter_context(numerics.operators_noted(self._operator))
+        self._stack.enter_context(numerics.operators_noted(self._note_inexact))
         about = self._about = self._manifest()
         if before is not None and tree is not None:
             self._inexact += changes.accepted(before, about, self._place.accept_changes, self._place.accepting)
@@ -256,10 +258,10 @@ class Run:
         self._reporter.add_step(cursor.step, cursor.epoch, self._learning_rate, samples)
         self._marks.add(samples)
         self._cursor = cursor.after(samples, units=None)  # the loop does not say what it trained on
-        if self._updated and not self._checked:
+        if self._updated and not self._round_trip_checked:
             with self._last_words():
                 check_round_trip(self._live)
-            self._checked = True
+            self._round_trip_checked = True
 
     def _end_epoch(self, last: bool) -> None:
         if self._reports_to is None:
@@ -315,7 +317,7 @@ class Run:
     def _note(self, message: str) -> None:
         self._place.report(Note(message=message))
 
-    def _operator(self, reason: str) -> None:
+    def _note_inexact(self, reason: str) -> None:
         self._inexact.append(reason)
         self._place.report(beginning.inexact_operator(reason))
 
@@ -329,10 +331,6 @@ class Run:
             training_samples=None if self._order is None else len(self._order.dataset),
             numerics=numerics.fingerprint(self._device),
         )
-
-
-def _place(directory: Path) -> Place:
-    return Service(int(environ[_DESCRIPTOR])) if _DESCRIPTOR in environ else Directory(directory)
 
 
 class _Own:
