@@ -133,16 +133,13 @@ class Measurement:
             found = preflight_gpu(gpu)
             failures += found.failures
             warnings += found.warnings
-        checked = self._asked(self._engine.check, self._gpu_free_bytes())
+        memory = next((gpu.memory() for gpu in self._instruments.gpus), None)
+        checked = self._asked(self._engine.check, memory and memory[0])
         failures += checked.failures
         warnings += checked.warnings
         if failures:
             raise PreFlightError(failures, warnings)
         self._warnings += warnings
-
-    def _gpu_free_bytes(self) -> int | None:
-        memory = next((gpu.memory() for gpu in self._instruments.gpus), None)
-        return memory and memory[0]
 
     def _baseline(self) -> Baseline:
         policy, meters = self._config.baseline, self._instruments.meters
