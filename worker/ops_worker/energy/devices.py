@@ -209,9 +209,13 @@ def _chosen(gpus: Sequence[Gpu], settings: Settings, environ: Mapping[str, str])
     gpus = _with_instances(gpus)
     # As CUDA reads it: what comes after something that is not there does not count.
     if (visible := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        gpus = _until_missing(gpus, visible)
+        gpus, _ = _named(gpus, visible)
     if settings.gpus not in (None, "all"):
-        gpus = _named(gpus, str(settings.gpus))
+        chosen, missing = _named(gpus, str(settings.gpus))
+        if missing is not None:
+            there = ", ".join(f"{index}: {gpu.uuid}" for index, gpu in enumerate(gpus)) or "none"
+            raise SettingsError(f"OPS_GPUS: there is no GPU {missing!r} here; there are {there}")
+        gpus = chosen
     if settings.gpus is None and gpus and (torch := _torch(settings)) and torch.endswith("+cpu"):
         log.warning("torch %s has no CUDA: no GPU is offered. Install one that has, or set OPS_GPUS=all", torch)
         return []
@@ -232,25 +236,15 @@ def _with_instances(gpus: Sequence[Gpu]) -> list[Gpu]:
     return found
 
 
-def _until_missing(gpus: Sequence[Gpu], names: str) -> list[Gpu]:
+def _named(gpus: Sequence[Gpu], names: str) -> tuple[list[Gpu], str | None]:
+    """In the order of the names, up to the first that is not there; that name."""
     found: list[Gpu] = []
     for name in filter(None, map(str.strip, names.split(","))):
         gpu = _find(gpus, name)
         if gpu is None:
-            break
+            return found, name
         found.append(gpu)
-    return found
-
-
-def _named(gpus: Sequence[Gpu], names: str) -> list[Gpu]:
-    found: list[Gpu] = []
-    for name in filter(None, map(str.strip, names.split(","))):
-        gpu = _find(gpus, name)
-        if gpu is None:
-            there = ", ".join(f"{index}: {gpu.uuid}" for index, gpu in enumerate(gpus)) or "none"
-            raise SettingsError(f"OPS_GPUS: there is no GPU {name!r} here; there are {there}")
-        found.append(gpu)
-    return found
+    return found, None
 
 
 def _find(gpus: Sequence[Gpu], name: str) -> Gpu | None:
