@@ -107,9 +107,9 @@ def _where(error: BaseException, trace: TracebackType | None) -> str:
 
 def _place(module: ModuleType) -> str:
     """The module and its file; a file of the user that an installed module hides is said."""
-    place = f"module {module.__name__} ({getattr(module, '__file__', None) or 'built in'})"
-    own = Path.cwd() / f"{module.__name__.replace('.', '/')}.py"
     loaded = getattr(module, "__file__", None)
+    place = f"module {module.__name__} ({loaded or 'built in'})"
+    own = Path.cwd() / f"{module.__name__.replace('.', '/')}.py"
     if own.is_file() and (loaded is None or not own.samefile(loaded)):
         return f"{place}, which hides {own.name} of the working directory (rename that),"
     return place

@@ -109,7 +109,8 @@ def hashed_tree(directory: Path) -> Iterator[tuple[str, FileEntry]]:
         if entry.is_dir(follow_symlinks=False):
             yield from ((f"{entry.name}/{path}", found) for path, found in hashed_tree(Path(entry.path)))
         elif entry.is_file(follow_symlinks=False):
-            yield entry.name, _hashed(Path(entry.path))
+            with open(entry.path, "rb", buffering=0) as file:
+                yield entry.name, _hashed_file(file.fileno())
         else:
             raise ValueError(f"{entry.path} is a link or a special file; a checkpoint keeps regular files only")
     sync(directory)
@@ -123,11 +124,6 @@ def settled(directory: int, name: str) -> FileEntry:
         return _hashed_file(file)
     finally:
         os.close(file)
-
-
-def _hashed(path: Path) -> FileEntry:
-    with path.open("rb", buffering=0) as file:
-        return _hashed_file(file.fileno())
 
 
 def _hashed_file(file: int) -> FileEntry:

@@ -168,7 +168,8 @@ class Attempt:
         if training is None:
             raise TrainingFault("no_data", "the workload's training data is empty", permanent=True)
         about = self._about(workload, len(training.dataset))
-        accepted = self._accepted(before, about) if before is not None else []
+        accepting = changes.accepting_resume(self._start.operation_id)
+        accepted = changes.accepted(before, about, self._start.accept_changes, accepting) if before else []
         begins_at = Cursor() if tree is None else Cursor.from_tree(tree["cursor"])
         if self._start.parent_job:
             check_samples_left(begins_at, training.samples, self._start.job)
@@ -228,10 +229,6 @@ class Attempt:
 
         placed: dict[str, Any] = put_in(tree, shards, live)
         return placed
-
-    def _accepted(self, before: Manifest, about: Manifest) -> list[str]:
-        accepting = changes.accepting_resume(self._start.operation_id)
-        return changes.accepted(before, about, self._start.accept_changes, accepting)
 
     def _order(self, workload: Workload[Any], dataset: MapDataset | None) -> DataOrder | None:
         if dataset is None or len(dataset) == 0:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from ops_worker.energy.rapl import POWERCAP, rapl_meters
 from ops_worker.energy.sampler import Sampler
 from ops_worker.settings import Settings, SettingsError
 from ops_worker.waiting import in_daemon
+from relight.interpreter import versions_of
 
 log = logging.getLogger(__name__)
 
@@ -257,9 +257,4 @@ def _find(gpus: Sequence[Gpu], name: str) -> Gpu | None:
 
 def _torch(settings: Settings) -> str | None:
     """The version of the trainers' torch, where it is this interpreter's."""
-    if settings.worker_python is not None:
-        return None
-    try:
-        return version("torch")
-    except PackageNotFoundError:
-        return None
+    return None if settings.worker_python is not None else versions_of("torch").get("torch")

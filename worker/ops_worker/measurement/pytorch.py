@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import importlib.metadata
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from ops_worker.measurement.engines import Checked, Generated
 from ops_worker.measurement.flops import Ran, count
 from ops_worker.measurement.peaks import peak_flops_per_s
 from ops_worker.measurement.tasks import Batch
+from relight.interpreter import versions_of
 from relight.memory import available_bytes
 
 PROCESS = Path("/proc/self")
@@ -52,7 +52,7 @@ class PytorchEngine:
             "threads": torch.get_num_threads(),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "cuda": torch.version.cuda,
-            "packages": _versions(),
+            "packages": versions_of(*PACKAGES),
             "prompts_sha256": _sha256(self._config.task.prompts_file),
             "model": self._model_in_short(config, sketch),
         }
@@ -226,16 +226,6 @@ def _until_end(new: Tensor, ends: Tensor) -> int:
     ended = torch.isin(new, ends).long()
     before = ended.cumsum(1) - ended
     return int((before == 0).sum())
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _reset_peak_rss() -> bool:
