@@ -18,8 +18,7 @@ from typing import Any
 from ops_contract.agents import CheckpointRef, SlotOffer
 from ops_contract.energy import Quality
 from ops_contract.errors import ErrorCode, OpsError
-from ops_worker.energy.estimate import Estimate
-from ops_worker.energy.meters import Meter, SlotMeter
+from ops_worker.energy.meters import Estimate, Meter, SlotMeter
 from ops_worker.energy.nvml import Driver, Gpu, nvml_meter
 from ops_worker.energy.preflight import Preflight, preflight
 from ops_worker.energy.rapl import POWERCAP, rapl_meters
