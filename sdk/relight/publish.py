@@ -143,9 +143,9 @@ def replace_file(path: Path, content: str) -> None:
     sync(path.parent)
 
 
-def sync(path: Path) -> None:
-    """A file, or the names in a directory, are on disk when this returns."""
-    file = os.open(path, os.O_RDONLY)
+def sync(path: Path | str, above: int | None = None) -> None:
+    """A file, or the names in a directory, are on disk when this returns. `above`: where its path begins."""
+    file = os.open(path, os.O_RDONLY, dir_fd=above)
     try:
         os.fsync(file)
     finally:

@@ -13,7 +13,15 @@ from ops_contract.lifecycle import Outcome
 from ops_contract.pipe import RunJob
 from ops_contract.reports import ArtifactSaved, Fault, Finish, Note
 from relight.pipe import AgentPipe
-from relight.publish import DISK_FULL, MAX_ARTIFACTS, file_artifact, make_directory, published_directory, write_file
+from relight.publish import (
+    DISK_FULL,
+    MAX_ARTIFACTS,
+    file_artifact,
+    make_directory,
+    published_directory,
+    sync,
+    write_file,
+)
 
 _READ_BYTES = 2**20
 
@@ -93,7 +101,7 @@ def published(
             entry = write_file(target, str(file), _parts(directory / file, whole, agent))
             saved.append(file_artifact(operation, name, str(file), step, entry.size_bytes, whole.hexdigest()))
         for parent in parents:
-            _fsync(target, str(parent))
+            sync(str(parent), above=target)
         return saved
 
 
@@ -103,11 +111,3 @@ def _parts(file: Path, whole: Any, agent: AgentPipe) -> Iterator[memoryview]:
             agent.alive()
             whole.update(part)
             yield memoryview(part)
-
-
-def _fsync(above: int, name: str) -> None:
-    directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=above)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
