@@ -41,15 +41,9 @@ def preflight(
 
 def preflight_gpu(gpu: Gpu) -> Preflight:
     """Of the device alone. Blocks, for good when the driver hangs."""
-    found = Preflight()
     if problem := gpu.answers():
-        found.failures.append(f"{gpu.uuid} ({gpu.name}) does not answer: {problem}; `nvidia-smi`, and dmesg, say more")
-    else:
-        _gpu(gpu, found)
-    return found
-
-
-def _gpu(gpu: Gpu, found: Preflight) -> None:
+        return Preflight([f"{gpu.uuid} ({gpu.name}) does not answer: {problem}; `nvidia-smi`, and dmesg, say more"])
+    found = Preflight()
     processes = [str(pid) for pid in others(gpu.processes())]
     if memory := gpu.memory():
         free, total = memory
@@ -61,6 +55,7 @@ def _gpu(gpu: Gpu, found: Preflight) -> None:
         found.warnings.append(f"{whose}: its joules are an upper bound, and in no sum")
     if gpu.persistence() is False:
         found.warnings.append("persistence mode is off, so that the driver may unload between jobs: `nvidia-smi -pm 1`")
+    return found
 
 
 def _driver(driver_cuda: str, torch: str | None, found: Preflight) -> None:
