@@ -120,7 +120,9 @@ def run(job: RunJob, agent: AgentPipe, gang_fd: int | None = None) -> Finish:
     try:
         enter(job)
         if job.start.job.study is not None:
-            return _study(job, agent)
+            from ops_worker import studies
+
+            return studies.run(job, _studied(job.start.job), agent)
         if job.start.job.execution.accelerator is Accelerator.AUTO and job.device == "cpu" and _leads(job):
             agent.report(Note(message=_fell_back()))
         if job.start.job.kind is Kind.MEASUREMENT:
@@ -148,12 +150,6 @@ def run(job: RunJob, agent: AgentPipe, gang_fd: int | None = None) -> Finish:
 
 def _leads(job: RunJob) -> bool:
     return job.rank is None or job.rank.rank == 0
-
-
-def _study(job: RunJob, agent: AgentPipe) -> Finish:
-    from ops_worker import studies
-
-    return studies.run(job, _studied(job.start.job), agent)
 
 
 def _studied(job: Job) -> AnyWorkload | None:
