@@ -52,13 +52,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive reports as JSON, the first numbered `first_seq`. False when there are none."""
+    """Consecutive reports as JSON, the first numbered `first_seq`."""
 
     first_seq: int
     reports: list[str]
-
-    def __bool__(self) -> bool:
-        return bool(self.reports)
 
 
 @dataclass(frozen=True)
@@ -81,13 +78,10 @@ class Booked:
 
 @dataclass(frozen=True)
 class EnergyRows:
-    """Windows of one hold as JSON, by the ids of their rows. False when there are none."""
+    """Windows of one hold as JSON, by the ids of their rows."""
 
-    ref: HoldRef | None
+    ref: HoldRef
     windows: dict[int, str]
-
-    def __bool__(self) -> bool:
-        return bool(self.windows)
 
 
 @dataclass(frozen=True)
@@ -202,8 +196,8 @@ class Outbox:
         return last_seq
 
     @_on_its_thread
-    def batch(self, ref: HoldRef, max_reports: int) -> Batch:
-        """The oldest reports of a hold: at least one, if there is one, and then not more than BATCH_BYTES."""
+    def batch(self, ref: HoldRef, max_reports: int) -> Batch | None:
+        """The oldest reports of a hold: at least one, and then not more than BATCH_BYTES. None where there is none."""
         query = f"SELECT seq, report FROM reports WHERE {_HOLD} ORDER BY seq LIMIT :n"
         rows = self._database.execute(query, _key(ref) | {"n": max_reports}).fetchall()
         reports: list[str] = []
@@ -213,7 +207,7 @@ class Outbox:
             if reports and size_bytes > BATCH_BYTES:
                 break
             reports.append(report)
-        return Batch(rows[0][0] if rows else 0, reports)
+        return Batch(rows[0][0], reports) if rows else None
 
     @_on_its_thread
     def drop(self, ref: HoldRef, last_seq: int) -> None:
@@ -269,11 +263,11 @@ class Outbox:
         return list(found.items())
 
     @_on_its_thread
-    def energy(self, max_windows: int) -> EnergyRows:
-        """The oldest windows, of one hold."""
+    def energy(self, max_windows: int) -> EnergyRows | None:
+        """The oldest windows, of one hold; None where there is none."""
         first = self._database.execute("SELECT operation_id, attempt FROM energy ORDER BY id LIMIT 1").fetchone()
         if first is None:
-            return EnergyRows(None, {})
+            return None
         ref = HoldRef(operation_id=UUID(first[0]), attempt=first[1])
         query = f"SELECT id, window FROM energy WHERE {_HOLD} ORDER BY id LIMIT :n"
         return EnergyRows(ref, dict(self._database.execute(query, _key(ref) | {"n": max_windows}).fetchall()))
