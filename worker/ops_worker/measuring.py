@@ -16,9 +16,8 @@ from ops_contract.pipe import Mark, RunJob
 from ops_contract.reports import Exactness, Fault, Finish, Progress, Result, Started
 from ops_worker import artifacts
 from ops_worker.measurement.engines import Engine
-from ops_worker.measurement.errors import BackendError, PreFlightError
 from ops_worker.measurement.instruments import open_instruments
-from ops_worker.measurement.run import Measurement
+from ops_worker.measurement.run import BackendError, Measurement, PreFlightError
 from relight.pipe import AgentPipe, Why
 from relight.training import numerics
 from relight.training.faults import fault, plain_text, traceback_of

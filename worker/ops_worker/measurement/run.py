@@ -27,7 +27,6 @@ from ops_worker.measurement import warmup
 from ops_worker.measurement.baseline import Baseline, Baselines, IdlePower
 from ops_worker.measurement.engines import Engine, Generated
 from ops_worker.measurement.environment import environment
-from ops_worker.measurement.errors import BackendError, PreFlightError
 from ops_worker.measurement.figures import METHODOLOGY, NO_METER, Counted, Found, figures
 from ops_worker.measurement.instruments import Instruments
 from ops_worker.measurement.timeseries import write_series
@@ -41,6 +40,24 @@ LATE_S = 15.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class PreFlightError(Exception):
+    """What keeps it from starting: all of it, so that it is mended at once."""
+
+    def __init__(self, failures: Sequence[str], warnings: Sequence[str] = ()) -> None:
+        super().__init__("; ".join(failures))
+        self.failures = list(failures)
+        self.warnings = list(warnings)
+
+
+class BackendError(Exception):
+    """The engine failed, in `phase`; `cause` is what it raised."""
+
+    def __init__(self, phase: MeasurementPhase, cause: Exception) -> None:
+        super().__init__(f"the engine failed in phase {phase}: {type(cause).__name__}: {cause}")
+        self.phase = phase
+        self.cause = cause
 
 
 def _nothing(*_: object) -> None: ...
