@@ -46,7 +46,12 @@ async def describe(command: Sequence[str]) -> Description:
         if code == 0:
             if last_words:
                 log.warning("workloads: %s", last_words)
-            return _same_version(Description.model_validate_json(output), command[0])
+            found = Description.model_validate_json(output)
+            if found.version != PIPE_VERSION:
+                here = found.versions.get("relight", "an unknown version")
+                advice = install_command(command[0])
+                raise DescribeError(f"{command[0]} has relight {here}, which speaks another language; {advice}")
+            return found
     except ValidationError:
         last_words = f"it has another version of Relight; {install_command(command[0])}"
     raise DescribeError(f"`{' '.join(command)} --describe` ended with code {code}: {last_words}")
@@ -119,10 +124,3 @@ async def _last_bytes(stream: asyncio.StreamReader, count: int) -> bytes:
     while more := await stream.read(_READ_BYTES):
         last = (last + more)[-count:]
     return last
-
-
-def _same_version(description: Description, python: str) -> Description:
-    if description.version != PIPE_VERSION:
-        here = description.versions.get("relight", "an unknown version")
-        raise DescribeError(f"{python} has relight {here}, which speaks another language; {install_command(python)}")
-    return description

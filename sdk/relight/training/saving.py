@@ -206,7 +206,12 @@ class Saver(Saves):
         available_bytes = self._available_bytes()
         if available_bytes is None or 2 * size_bytes <= available_bytes:
             return snapshot.allocate(encoded)
-        self._tell_no_memory(size_bytes, available_bytes)
+        if not self._told_no_memory:
+            self._told_no_memory = True
+            self._note(
+                f"training waits while checkpoints are written: a copy of the state takes {size_bytes / 1e9:.2f} GB, "
+                f"more than half of the {available_bytes / 1e9:.2f} GB of memory that are available"
+            )
         return None
 
     def _reclaim(self) -> None:
@@ -219,14 +224,6 @@ class Saver(Saves):
             self._writer.wait()
         else:
             self._free.append(waiting.snapshot.memory)
-
-    def _tell_no_memory(self, size_bytes: int, available_bytes: int) -> None:
-        if not self._told_no_memory:
-            self._told_no_memory = True
-            self._note(
-                f"training waits while checkpoints are written: a copy of the state takes {size_bytes / 1e9:.2f} GB, "
-                f"more than half of the {available_bytes / 1e9:.2f} GB of memory that are available"
-            )
 
     def _discard(self, periodic: _Periodic) -> None:
         """What was copied may be of two steps; nothing has been written of it."""
