@@ -323,10 +323,10 @@ class Run:
 
     def _manifest(self) -> Manifest:
         return beginning.manifest(
-            self._place.operation_id,
-            self._place.attempt,
-            COMMAND,
-            code_files=script_files(),
+            script_files(),
+            operation_id=self._place.operation_id,
+            attempt=self._place.attempt,
+            workload=COMMAND,
             data_digest=self._data_digest,
             training_samples=None if self._order is None else len(self._order.dataset),
             numerics=numerics.fingerprint(self._device),

@@ -248,10 +248,10 @@ class Attempt:
     def _about(self, workload: Workload[Any], training_samples: int) -> Manifest:
         of_gang = numerics.of_gang(self._team, self._knobs.strategy, self._env.device)
         return beginning.manifest(
-            self._start.operation_id,
-            self._start.attempt,
-            self._start.job.workload,
-            code_files=source_files(*workload.sources()),
+            source_files(*workload.sources()),
+            operation_id=self._start.operation_id,
+            attempt=self._start.attempt,
+            workload=self._start.job.workload,
             data_digest=workload.data_digest(),
             training_samples=training_samples,
             numerics=numerics.fingerprint(self._env.device) | of_gang,

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from uuid import UUID
+from typing import Any
 
 import torch
 
@@ -20,30 +20,10 @@ def threads(asked: int | None, before: Manifest | None, cores: int) -> int:
     return asked or int(frozen or cores)
 
 
-def manifest(
-    operation_id: UUID,
-    attempt: int,
-    workload: str,
-    code_files: dict[str, str],
-    data_digest: str | None,
-    training_samples: int | None,
-    numerics: dict[str, str],
-) -> Manifest:
+def manifest(code_files: dict[str, str], **about: Any) -> Manifest:
     """That of the attempt's checkpoints, but for where they are taken and their files."""
-    return Manifest(
-        operation_id=operation_id,
-        attempt=attempt,
-        step=0,
-        epoch=0,
-        phase=Phase.UPDATE,
-        workload=workload,
-        code_digest=source_digest(code_files),
-        code_files=code_files,
-        data_digest=data_digest,
-        training_samples=training_samples,
-        numerics=numerics,
-        files={},
-    )
+    code = {"code_digest": source_digest(code_files), "code_files": code_files}
+    return Manifest(step=0, epoch=0, phase=Phase.UPDATE, files={}, **code, **about)
 
 
 def started(

@@ -89,12 +89,11 @@ class LoopAttempt:
 
     def _about(self) -> Manifest:
         return beginning.manifest(
-            self._start.operation_id,
-            self._start.attempt,
-            self._start.job.workload,
-            code_files=source_files(self._workload_type),
+            source_files(self._workload_type),
+            operation_id=self._start.operation_id,
+            attempt=self._start.attempt,
+            workload=self._start.job.workload,
             data_digest=None,
-            training_samples=None,
             numerics=numerics.fingerprint(self._env.device),
         )
 
