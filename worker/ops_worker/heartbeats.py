@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from uuid import UUID
 
-from ops_contract.agents import Heartbeat, HeartbeatAnswer, HoldRef, WorkerRegistered, WorkerRegistration
+from ops_contract.agents import Heartbeat, HoldRef, WorkerRegistered, WorkerRegistration
 from ops_contract.energy import DeviceNow
 from ops_contract.errors import ErrorCode
 from ops_contract.lifecycle import Drain
@@ -99,14 +99,11 @@ class Heartbeats:
                 hold.fence()
             else:
                 hold.confirm()
-        self._cancel_told(answer)
-        self._drain_told(answer.drain)
-
-    def _cancel_told(self, answer: HeartbeatAnswer) -> None:
         for order in answer.cancelling:
-            hold = self._holds.get(HoldRef(operation_id=order.operation_id, attempt=order.attempt))
-            if hold is not None:
-                hold.cancel(order.reason, order.force)
+            ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
+            if (cancelled := self._holds.get(ref)) is not None:
+                cancelled.cancel(order.reason, order.force)
+        self._drain_told(answer.drain)
 
     def _drain_told(self, drain: Drain | None) -> None:
         """That no more work comes is the API's to see to: a start that was claimed before is taken."""
