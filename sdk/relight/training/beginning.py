@@ -22,7 +22,7 @@ def threads(asked: int | None, before: Manifest | None, cores: int) -> int:
 
 def manifest(code_files: dict[str, str], **about: Any) -> Manifest:
     """That of the attempt's checkpoints, but for where they are taken and their files."""
-    code = {"code_digest": source_digest(code_files), "code_files": code_files}
+    code: dict[str, Any] = {"code_digest": source_digest(code_files), "code_files": code_files}
     return Manifest(step=0, epoch=0, phase=Phase.UPDATE, files={}, **code, **about)
 
 
