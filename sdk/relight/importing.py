@@ -25,7 +25,8 @@ def import_workload(path: str) -> AnyWorkload:
         raise _failed(f"{path} is not a subclass of relight.Workload or relight.LoopWorkload; {_offered(module)}")
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise _failed(f"{path} does not define {', '.join(missing)}()")
-    if not _is_model(getattr(found, "Config", None)):
+    config = getattr(found, "Config", None)
+    if not (inspect.isclass(config) and issubclass(config, BaseModel)):
         raise _failed(f"{path} needs a class attribute Config, a pydantic BaseModel with its settings")
     return found
 
@@ -107,9 +108,9 @@ def _where(error: BaseException, trace: TracebackType | None) -> str:
 
 def _place(module: ModuleType) -> str:
     """The module and its file; a file of the user that an installed module hides is said."""
-    place = f"module {module.__name__} ({getattr(module, '__file__', None) or 'built in'})"
-    own = Path.cwd() / f"{module.__name__.replace('.', '/')}.py"
     loaded = getattr(module, "__file__", None)
+    place = f"module {module.__name__} ({loaded or 'built in'})"
+    own = Path.cwd() / f"{module.__name__.replace('.', '/')}.py"
     if own.is_file() and (loaded is None or not own.samefile(loaded)):
         return f"{place}, which hides {own.name} of the working directory (rename that),"
     return place
@@ -123,10 +124,6 @@ def _offered(module: ModuleType) -> str:
 
 def _is_workload(value: object) -> TypeGuard[AnyWorkload]:
     return inspect.isclass(value) and issubclass(value, (Workload, LoopWorkload))
-
-
-def _is_model(value: object) -> bool:
-    return inspect.isclass(value) and issubclass(value, BaseModel)
 
 
 def _has_function(schema: object) -> bool:

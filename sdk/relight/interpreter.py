@@ -5,8 +5,9 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
-from importlib.metadata import distributions, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 
 PROBE_S = 60.0
 # Found, not imported: a second would be spent on torch.
@@ -49,6 +50,15 @@ def checked_interpreter(python: str, environ: Mapping[str, str]) -> str:
 def install_command(python: str) -> str:
     """Of this very version: agent and trainer speak one language."""
     return f"{python} -m pip install 'relight=={version('relight')}'"
+
+
+def versions_of(*names: str) -> dict[str, str]:
+    """Of those that are installed for this interpreter."""
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 @cache

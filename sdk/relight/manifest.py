@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
@@ -100,11 +100,16 @@ def check_manifest(root: Path, ref: CheckpointRef) -> Manifest:
 
 def verify(root: Path, ref: CheckpointRef) -> Manifest:
     """`check_manifest`, and every byte against its hash. Raises as that one."""
-    buffers = defaultdict[int, memoryview](lambda: memoryview(bytearray(CHUNK_BYTES)))  # one a thread
     with opened(root, ref) as (directory, manifest):
-        for name, entry in manifest.files.items():
-            read_chunks(directory, name, entry, lambda start, end: buffers[get_ident()][: end - start])
+        verify_files(directory, manifest.files.items())
     return manifest
+
+
+def verify_files(directory: int, files: Iterable[tuple[str, FileEntry]]) -> None:
+    """Every byte against its hash. Raises CheckpointCorrupt, OSError."""
+    buffers = defaultdict[int, memoryview](lambda: memoryview(bytearray(CHUNK_BYTES)))  # one a thread
+    for name, entry in files:
+        read_chunks(directory, name, entry, lambda start, end: buffers[get_ident()][: end - start])
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from ops_contract.pipe import Alive, Mark, ProgressNow, RunJob, Stop, line, to_t
 from ops_contract.reports import Finish, Progress, Report
 from ops_contract.wire import Wire
 
+Why = Literal["cancelled", "preempted"]
+
 _ALIVE_S = 1.0
 # Of this process: a line is written whole, whichever thread reports, and by whichever way.
 sending = threading.Lock()
@@ -27,7 +29,7 @@ class AgentPipe:
         self._in_fd = in_fd
         self._out_fd = out_fd
         self._jobs: SimpleQueue[RunJob] = SimpleQueue()
-        self.why: Literal["cancelled", "preempted"] | None = None  # it is to stop; to read it is no sign of life
+        self.why: Why | None = None  # it is to stop; to read it is no sign of life
         self._alive_at_s = -_ALIVE_S
         for fd in (in_fd, out_fd):
             os.set_inheritable(fd, False)  # a process that user code starts must not keep them open
@@ -37,7 +39,7 @@ class AgentPipe:
     def job(self) -> RunJob:
         return self._jobs.get()
 
-    def should_stop(self) -> Literal["cancelled", "preempted"] | None:
+    def should_stop(self) -> Why | None:
         """The training thread asks between steps and validation batches: that it asks is its sign of life."""
         self.alive()
         return self.why

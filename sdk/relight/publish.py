@@ -1,5 +1,6 @@
 """Files below the storage root that appear whole or not at all. Without torch: commands publish too."""
 
+import errno
 import os
 import shutil
 import stat
@@ -8,10 +9,14 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from uuid import UUID, uuid4
 
 from ops_contract.modes import directory_mode, file_mode
+from ops_contract.reports import ArtifactSaved
 from relight.manifest import CHUNK_BYTES, FileEntry
 
+MAX_ARTIFACTS = 1000  # files of the user's that are published at a time
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -104,7 +109,8 @@ def hashed_tree(directory: Path) -> Iterator[tuple[str, FileEntry]]:
         if entry.is_dir(follow_symlinks=False):
             yield from ((f"{entry.name}/{path}", found) for path, found in hashed_tree(Path(entry.path)))
         elif entry.is_file(follow_symlinks=False):
-            yield entry.name, _hashed(Path(entry.path))
+            with open(entry.path, "rb", buffering=0) as file:
+                yield entry.name, _hashed_file(file.fileno())
         else:
             raise ValueError(f"{entry.path} is a link or a special file; a checkpoint keeps regular files only")
     sync(directory)
@@ -118,11 +124,6 @@ def settled(directory: int, name: str) -> FileEntry:
         return _hashed_file(file)
     finally:
         os.close(file)
-
-
-def _hashed(path: Path) -> FileEntry:
-    with path.open("rb", buffering=0) as file:
-        return _hashed_file(file.fileno())
 
 
 def _hashed_file(file: int) -> FileEntry:
@@ -142,13 +143,27 @@ def replace_file(path: Path, content: str) -> None:
     sync(path.parent)
 
 
-def sync(path: Path) -> None:
-    """A file, or the names in a directory, are on disk when this returns."""
-    file = os.open(path, os.O_RDONLY)
+def sync(path: Path | str, above: int | None = None) -> None:
+    """A file, or the names in a directory, are on disk when this returns. `above`: where its path begins."""
+    file = os.open(path, os.O_RDONLY, dir_fd=above)
     try:
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def file_artifact(
+    operation_id: UUID, directory: str, path: str, step: int, size_bytes: int, digest: str
+) -> ArtifactSaved:
+    """A file of the user's that was published in this directory of the operation, under its path there."""
+    return ArtifactSaved(
+        artifact_id=uuid4(),
+        name=f"files/{path}",
+        step=step,
+        path=f"{operation_id}/{directory}/{path}",
+        size_bytes=size_bytes,
+        sha256=digest,
+    )
 
 
 def _write_all(file: int, data: memoryview) -> None:

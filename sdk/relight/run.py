@@ -4,7 +4,7 @@ import atexit
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from os import PathLike, environ, getpid
+from os import PathLike, environ
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,10 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from ops_contract.energy import Use
 from ops_contract.jobs import COMMAND, CheckpointEvery, Execution
 from ops_contract.lifecycle import CheckpointType, Phase
-from ops_contract.reports import Note, Started
+from ops_contract.reports import Note
 from relight.manifest import CheckpointCorrupt, CheckpointMissing, Manifest
-from relight.training import changes, numerics
+from relight.training import beginning, changes, numerics
+from relight.training.directory import Directory
 from relight.training.faults import TrainingFault, finish_of
 from relight.training.final import publish_model
 from relight.training.interval import Pace
@@ -28,11 +29,11 @@ from relight.training.loop import STOPPED_BY
 from relight.training.marks import Marks
 from relight.training.monitor import Monitor
 from relight.training.order import DataOrder
-from relight.training.place import Directory, Place, Service
+from relight.training.place import Place, Service
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter
 from relight.training.saving import Saver
-from relight.training.source import script_files, source_digest
+from relight.training.source import script_files
 from relight.training.state import Cursor, Live, check_round_trip
 from relight.workload import Stateful
 
@@ -84,7 +85,7 @@ class Run:
         )
         self._order = _order(data, seed) if data is not None else None
         self._own = _Own(model, _settings(seed, self._order))
-        registered = {"relight": self._own, **_checked(state or {})}
+        registered = {"relight": self._own, **_stateful(state or {})}
         self._live = Live(model, optimizer, scheduler, registered, Monitor(self._knobs), scaler)
         self._device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self._data_digest = data_digest
@@ -93,10 +94,12 @@ class Run:
         self._reports_to: int | None = None
         self._updated = True  # since the last boundary; one step may only gather gradients
         self._is_due = False
-        self._checked = False
+        self._round_trip_checked = False
         self.done = False
         self._stack = ExitStack()
-        self._place = _place(Path(directory))
+        self._place: Place = (
+            Service(int(environ[_DESCRIPTOR])) if _DESCRIPTOR in environ else Directory(Path(directory))
+        )
         try:
             with self._last_words():
                 self._restore()
@@ -176,10 +179,9 @@ class Run:
         with self._marks.doing(Use.RESTORE, self._cursor):
             before, tree = self._place.restored() or (None, None)
         restored_s = time.monotonic() - begun_at_s
-        frozen = before.numerics.get("threads") if before else None
-        threads = self._place.threads or int(frozen or self._place.cores or torch.get_num_threads())
+        threads = beginning.threads(self._place.threads, before, self._place.cores or torch.get_num_threads())
         numerics.configure(threads, self._knobs.deterministic)
-        self._stack.enter_context(numerics.operators_noted(self._operator))
+        self._stack.enter_context(numerics.operators_noted(self._note_inexact))
         about = self._about = self._manifest()
         if before is not None and tree is not None:
             self._inexact += changes.accepted(before, about, self._place.accept_changes, self._place.accepting)
@@ -215,22 +217,20 @@ class Run:
         self._reporter.add_again(self._cursor.step, self._again)
         # An update may not begin before a snapshot of the boundary before it is whole.
         before = self._live.optimizer.register_step_pre_hook(lambda *_: self._saver.seal())
-        after = self._live.optimizer.register_step_post_hook(lambda *_: self._note_update())
+        after = self._live.optimizer.register_step_post_hook(self._note_update)
         self._stack.callback(before.remove)
         self._stack.callback(after.remove)
         self._stack.callback(self._saver.close)
         atexit.register(self._stack.close)
-        now = self._about
         self._place.report(
-            Started(
-                trainer_pid=getpid(),
-                start_step=self._cursor.step,
-                exactness=numerics.exactness(self._knobs, now.numerics, self._before, self._inexact),
-                environment={
-                    **numerics.environment(self._device),
-                    "code_digest": now.code_digest,
-                    "data_digest": now.data_digest,
-                },
+            beginning.started(
+                self._about,
+                self._before,
+                self._cursor.step,
+                self._knobs,
+                self._device,
+                self._inexact,
+                more={"data_digest": self._about.data_digest},
             )
         )
         if self._before is None:
@@ -258,10 +258,10 @@ class Run:
         self._reporter.add_step(cursor.step, cursor.epoch, self._learning_rate, samples)
         self._marks.add(samples)
         self._cursor = cursor.after(samples, units=None)  # the loop does not say what it trained on
-        if self._updated and not self._checked:
+        if self._updated and not self._round_trip_checked:
             with self._last_words():
                 check_round_trip(self._live)
-            self._checked = True
+            self._round_trip_checked = True
 
     def _end_epoch(self, last: bool) -> None:
         if self._reports_to is None:
@@ -311,36 +311,26 @@ class Run:
         place.over()
         self.done, self._reports_to = True, step
 
-    def _note_update(self) -> None:
+    def _note_update(self, *_: object) -> None:
         self._updated = True
 
     def _note(self, message: str) -> None:
         self._place.report(Note(message=message))
 
-    def _operator(self, reason: str) -> None:
+    def _note_inexact(self, reason: str) -> None:
         self._inexact.append(reason)
-        self._place.report(Note(message=f"exactness is best effort: {reason}", inexact=reason))
+        self._place.report(beginning.inexact_operator(reason))
 
     def _manifest(self) -> Manifest:
-        code_files = script_files()
-        return Manifest(
+        return beginning.manifest(
+            script_files(),
             operation_id=self._place.operation_id,
             attempt=self._place.attempt,
-            step=0,
-            epoch=0,
-            phase=Phase.UPDATE,
             workload=COMMAND,
-            code_digest=source_digest(code_files),
-            code_files=code_files,
             data_digest=self._data_digest,
             training_samples=None if self._order is None else len(self._order.dataset),
             numerics=numerics.fingerprint(self._device),
-            files={},
         )
-
-
-def _place(directory: Path) -> Place:
-    return Service(int(environ[_DESCRIPTOR])) if _DESCRIPTOR in environ else Directory(directory)
 
 
 class _Own:
@@ -373,7 +363,7 @@ def _settings(seed: int, order: DataOrder | None) -> dict[str, Any]:
     return {"seed": seed, "batch_size": order.batch_size, "shuffle": order.shuffle, "drop_last": order.drop_last}
 
 
-def _checked(state: Mapping[str, Stateful]) -> Mapping[str, Stateful]:
+def _stateful(state: Mapping[str, Stateful]) -> Mapping[str, Stateful]:
     for name, kept in state.items():
         if not (hasattr(kept, "state_dict") and hasattr(kept, "load_state_dict")):
             raise TypeError(

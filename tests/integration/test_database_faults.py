@@ -25,7 +25,7 @@ from ops_contract.agents import ReportBatch
 from ops_contract.errors import ErrorBody
 from ops_contract.lifecycle import Outcome, Status
 from ops_contract.reports import Finish, Report
-from ops_worker.agent import BEAT_RETRY_LEASES
+from ops_worker.heartbeats import BEAT_RETRY_LEASES
 
 TOKEN = "a token of the tests"
 STORAGE = tempfile.TemporaryDirectory()

@@ -39,7 +39,7 @@ from relight.training.attempt import Attempt, Site
 from relight.training.checkpoint import SHARDS, restore
 from relight.training.codec import digests, encode
 from relight.training.faults import TrainingFault, finish_of, finish_of_lost_peer, is_peer_lost
-from relight.training.loop import Loop, Orders
+from relight.training.loop import Loop
 from relight.training.sharding import read_in
 from relight.workload import MapDataset, Workload
 
@@ -282,7 +282,8 @@ def _own_clocks() -> None:
     def agreed(self: Loop, units: int) -> int:
         total = really(self, units)
         signal.alarm(20)
-        self._orders = Orders(self.reporter.is_due(), self.pace.goes_by_time and self.pace.is_due())
+        self._flush_ordered = self.reporter.is_due()
+        self._save_ordered = self.pace.goes_by_time and self.pace.is_due()
         return total
 
     really = Loop._agreed

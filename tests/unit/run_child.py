@@ -21,7 +21,7 @@ from ops_contract.reports import CheckpointSaved, Report
 from relight.run import Run
 from relight.training.checkpoint import restore
 from relight.training.codec import digests, encode
-from relight.training.place import Index
+from relight.training.directory import Index
 from relight.training.saving import Saver
 
 PLAIN_LOOP = Path(__file__).parents[2] / "examples" / "plain_loop"

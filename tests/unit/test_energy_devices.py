@@ -30,7 +30,7 @@ Host = Callable[..., Devices]
 def host(fake_nvml: Path, fake_clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     """What a worker with these settings finds; torch is one with CUDA."""
     load(fake_nvml)
-    monkeypatch.setattr(devices_module, "version", lambda name: "2.13.0+cu126")
+    monkeypatch.setattr(devices_module, "versions_of", lambda name: {name: "2.13.0+cu126"})
     with ExitStack() as opened:
 
         def worker(script: str, visible: str | None = None, **settings: str) -> Devices:
@@ -128,7 +128,7 @@ def test_mig_instances_are_slots_under_the_meter_of_the_whole(host: Host, caplog
 
 
 def test_a_torch_without_cuda_is_given_no_gpu_unless_it_is_said(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices_module, "version", lambda name: "2.13.0+cpu")
+    monkeypatch.setattr(devices_module, "versions_of", lambda name: {name: "2.13.0+cpu"})
 
     assert uuids(host(THREE)) == []
     assert uuids(host(THREE, OPS_GPUS="all")) == ["GPU-aa", "GPU-bb", "GPU-cc"]

@@ -11,8 +11,7 @@ import pytest
 
 from helpers.fake_nvml import FakeClock, environ, load
 from ops_contract.energy import Quality, Source
-from ops_worker.energy.estimate import Estimate
-from ops_worker.energy.meters import Measured, Meter, Reading
+from ops_worker.energy.meters import Estimate, Measured, Meter, Reading
 from ops_worker.energy.nvml import THROTTLE_REASONS, Driver, others
 from ops_worker.energy.nvml import nvml_meter as meter_of
 from ops_worker.energy.rapl import rapl_meters

@@ -35,8 +35,8 @@ from relight.optimal import runs
 from relight.optimal.content import Content
 from relight.optimal.results import SweepPlan, SweepResults
 from relight.training.attempt import Attempt, Site
+from relight.training.directory import locked
 from relight.training.faults import TrainingFault
-from relight.training.place import locked
 
 IN_THE_SECOND = 80  # of its calls: the first training has 67, and two are made before it
 ONE = {"compute_budgets": BUDGETS[:1], "model_sizes": [4, 8]}
@@ -248,7 +248,7 @@ def test_resume_false_leaves_the_checkpoints_of_what_was_not_done(tmp_path: Path
 
 
 def test_a_directory_has_one_sweep_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relight.training.place._LOCKED_S", 0.0)
+    monkeypatch.setattr("relight.training.directory._LOCKED_S", 0.0)
     held = locked(tmp_path, "{}")
     with pytest.raises(TrainingFault, match=f"another find_optimal is at work in {tmp_path}"):
         find(tmp_path, **ONE)

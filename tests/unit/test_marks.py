@@ -18,11 +18,10 @@ from ops_contract.lifecycle import Outcome
 from ops_contract.pipe import Mark
 from ops_contract.reports import CheckpointSaved, Report
 from relight.run import Run
-from relight.training import snapshot
 from relight.training.attempt import Attempt, Site
+from relight.training.directory import Directory
 from relight.training.loop_attempt import LoopAttempt
 from relight.training.marks import Marks
-from relight.training.place import Directory
 from relight.training.saving import Saver
 from relight.training.state import Cursor
 from relight.workload import LoopControl, LoopWorkload, MapDataset, Workload
@@ -118,8 +117,6 @@ def test_the_boundary_of_every_checkpoint_is_an_edge_that_is_told_before_it(
 ) -> None:
     if waits:
         monkeypatch.setattr(Saver, "_memory", lambda self, encoded: None)
-    else:
-        monkeypatch.setattr(snapshot, "available_bytes", lambda: 2**40)
 
     _, told = attempt(operation, operation.start())
 

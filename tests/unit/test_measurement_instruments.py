@@ -8,8 +8,8 @@ import pytest
 from helpers.fake_nvml import FakeClock
 from helpers.measuring import Rig, config, on_gpus
 from ops_contract.energy import Quality
-from ops_worker.measurement.errors import PreFlightError
 from ops_worker.measurement.instruments import find_instruments, open_instruments
+from ops_worker.measurement.run import PreFlightError
 
 NOT_SUPPORTED = 3
 NO_COUNTER = f"fail GetTotalEnergyConsumption {NOT_SUPPORTED} 0"

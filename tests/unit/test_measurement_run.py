@@ -10,8 +10,8 @@ from helpers.fake_nvml import FakeClock
 from helpers.measuring import FakeEngine, Rig, config, on_cpu
 from ops_contract.measurements import MeasurementPhase, MeasurementProgress, Task, Warmup
 from ops_worker.measurement.engines import Checked
-from ops_worker.measurement.errors import BackendError, PreFlightError
 from ops_worker.measurement.instruments import find_instruments
+from ops_worker.measurement.run import BackendError, PreFlightError
 
 NO_BASELINE = {"strategy": "none"}
 

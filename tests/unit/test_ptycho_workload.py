@@ -138,7 +138,7 @@ def test_an_item_is_a_group_whose_positions_are_those_of_the_scan() -> None:
     within = item["offsets"].double() + item["fractions"].double()
     expected = torch.from_numpy(scan.positions[members])
     assert torch.allclose(within - within[0], expected - expected[0], atol=1e-6)
-    assert int(item["offsets"].abs().max()) <= (made._canvas - scan.n) // 2
+    assert int(item["offsets"].abs().max()) <= (made._patterns.canvas - scan.n) // 2
 
 
 def test_the_digest_is_of_the_data_and_of_its_groups() -> None:

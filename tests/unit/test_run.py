@@ -311,7 +311,7 @@ def parts(tmp_path: Path) -> Iterator[dict[str, Any]]:
 
 
 def test_two_runs_in_one_directory_are_refused(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relight.training.place._LOCKED_S", 0.0)
+    monkeypatch.setattr("relight.training.directory._LOCKED_S", 0.0)
     first = relight.Run(**parts)
     with pytest.raises(TrainingFault, match="another Run is at work in"):
         relight.Run(**parts)

@@ -12,7 +12,7 @@ from ops_contract.agents import StartTraining
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind
 from ops_contract.pipe import RunJob
-from ops_worker.cgroups import oom_kills
+from ops_worker.deaths import oom_kills
 from ops_worker.processes import JobProcess
 from ops_worker.stalls import StallClock
 
@@ -131,7 +131,7 @@ async def test_a_sigkill_beside_which_the_kernels_count_rose_is_out_of_memory(
     nothing: Any = None
     process = JobProcess(Mock(pid=1), run_job(), nothing)
     process.begin()
-    monkeypatch.setattr("ops_worker.processes.oom_kills", lambda: after)
+    monkeypatch.setattr("ops_worker.deaths.oom_kills", lambda: after)
 
     finish = process._death(status)
 

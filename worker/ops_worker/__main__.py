@@ -20,7 +20,7 @@ from ops_worker.agent import Agent
 from ops_worker.confinement import clean_environment, confine_agent
 from ops_worker.describe import DescribeError
 from ops_worker.energy.devices import open_devices
-from ops_worker.rendezvous import family, listeners
+from ops_worker.rendezvous import listen, listeners
 from ops_worker.routes import create_app, server_config
 from ops_worker.settings import Settings, SettingsError
 from relight.interpreter import InterpreterError, checked_interpreter
@@ -55,10 +55,11 @@ def main(trainer_command: Sequence[str] | None = None) -> int:
 async def serve(settings: Settings, trainer_command: Sequence[str], as_json: bool, exit_on_eof: bool) -> None:
     """Until SIGTERM, ctrl-C or (with `exit_on_eof`) the end of stdin; a second signal makes it hurry."""
     make_private(settings.worker_state_dir)
+    address, port = settings.worker_bind, settings.worker_port
     with (
         open_devices(settings, os.environ) as devices,
-        _listen(settings) as listener,
-        listeners(settings.worker_bind, len(devices.offers())) as sockets,
+        listen(address, port, 128, f"{address}:{port}") as listener,
+        listeners(address, len(devices.offers())) as sockets,
     ):
         incarnation = uuid4()
         agent = Agent(settings, devices, sockets, incarnation, _url(settings, listener), trainer_command)
@@ -81,14 +82,6 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Signals are the agent's: its routes answer until everything is handed back."""
         yield
-
-
-def _listen(settings: Settings) -> socket.socket:
-    try:
-        address = (settings.worker_bind, settings.worker_port)
-        return socket.create_server(address, family=family(settings.worker_bind), backlog=128)
-    except OSError as error:
-        raise OSError(f"cannot listen on {settings.worker_bind}:{settings.worker_port}: {error}") from error
 
 
 def _url(settings: Settings, listener: socket.socket) -> str:

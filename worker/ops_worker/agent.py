@@ -9,15 +9,12 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
-from pathlib import Path
+from contextlib import aclosing, contextmanager
 from uuid import UUID, uuid4
 
 from ops_contract.agents import (
     CREDENTIAL_PREFIX,
     CancelTraining,
-    Heartbeat,
-    HeartbeatAnswer,
     HoldRef,
     ProbeStorage,
     Problem,
@@ -27,35 +24,32 @@ from ops_contract.agents import (
     Validate,
     Validated,
     WorkerHealth,
-    WorkerRegistered,
     WorkerRegistration,
 )
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Job, runs_user_code
-from ops_contract.lifecycle import Drain, Kind
-from ops_contract.pipe import Description, RunJob
-from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable, ApiUnknown, NobodyKnows, PredecessorsApi
+from ops_contract.lifecycle import Kind
+from ops_contract.pipe import RunJob
+from ops_worker.api_client import ApiClient
 from ops_worker.delivery import Delivery
 from ops_worker.describe import describe, validate
-from ops_worker.energy.booking import Booking, book_gaps
+from ops_worker.energy.booking import Booking
 from ops_worker.energy.delivery import EnergyDelivery
 from ops_worker.energy.devices import Devices
+from ops_worker.heartbeats import Heartbeats
 from ops_worker.holds import Hold
 from ops_worker.job_secrets import MissingSecret, Secrets
+from ops_worker.leftovers import send
 from ops_worker.outbox import Outbox, Sender
 from ops_worker.settings import Settings
 from ops_worker.slots import Slot
 from ops_worker.storage_probe import probe
-from ops_worker.waiting import Backoff, Trouble, first_of
+from ops_worker.waiting import first_of
 from ops_worker.workspace import NoWorkspace, Workspaces
 from relight.manifest import CheckpointCorrupt, CheckpointMissing, check_manifest
 
 log = logging.getLogger(__name__)
 
-REGISTER_CAP_S = 5.0
-# The longest pause after a beat that failed, in leases. An API that was away for less than half a lease gives no grace,
-# so the last beat before (a third of a lease ago), that half and this pause have to fit into one.
-BEAT_RETRY_LEASES = 1 / 12
 # Waiting for its turn and unpacking the job's code included. The API waits a little longer.
 VALIDATE_S = 15.0
 # After the grace: for the kernel to end what was killed, and one try to send their finishes.
@@ -89,12 +83,10 @@ class Agent:
         ]
         self._workspaces = Workspaces(settings.worker_state_dir, incarnation, self._api)
         self._secrets = Secrets(os.environ, settings.secrets_dir)
-        self._terms: WorkerRegistered | None = None
-        self._beat_now = asyncio.Event()
         self._draining = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._drain: Drain | None = None
         self._holds: dict[HoldRef, Hold] = {}
+        self._beats = Heartbeats(settings, incarnation, self._holds, devices.sampler.now, self._draining)
         self._newest_attempt: dict[UUID, int] = {}
         self._serving: set[asyncio.Task[None]] = set()
         self._checking = 0  # starts that may become holds
@@ -119,7 +111,8 @@ class Agent:
             tasks = [group.create_task(slot.keep_warm()) for slot in self._slots]
             tasks.append(group.create_task(self._energy.run()))
             # Beside the new work, not before it: an API that takes nothing from the dead must not stop the living.
-            tasks += [group.create_task(self._flush(orphan)) for orphan in orphans]
+            measured = {meter.device for meter in self._devices.meters(*range(len(self._slots)))}
+            tasks += [group.create_task(send(orphan, self._devices.sampler, measured)) for orphan in orphans]
             tasks += [group.create_task(self._workspaces.clear()), group.create_task(self._work(on_ready))]
             if self._settings.worker_idle_exit_s is not None:
                 tasks.append(group.create_task(self._leave_when_idle(self._settings.worker_idle_exit_s)))
@@ -177,7 +170,15 @@ class Agent:
             async with asyncio.timeout(VALIDATE_S), self._validating:
                 archive = await self._workspaces.code(order)
                 async with self._workspaces.open(order, archive) as directory:
-                    told = await validate(self._trainer_command, self._run_job(order, directory, environ))
+                    run_job = RunJob(
+                        start=order,
+                        storage_root=str(self._settings.storage_root.absolute()),
+                        directory=str(directory),
+                        environ=environ,
+                        device="cpu",
+                        cores=1,
+                    )
+                    told = await validate(self._trainer_command, run_job)
         except NoWorkspace as problem:
             if problem.permanent:
                 return Validated(problems=[Problem(field="code", problem=str(problem))])
@@ -213,10 +214,6 @@ class Agent:
 
     # ---- starts
 
-    def _run_job(self, order: StartTraining, directory: Path, environ: dict[str, str]) -> RunJob:
-        root = str(self._settings.storage_root.absolute())
-        return RunJob(start=order, storage_root=root, directory=str(directory), environ=environ, device="cpu", cores=1)
-
     def _taken(self, order: StartTraining) -> bool:
         self._check_incarnation(order.incarnation)
         if HoldRef(operation_id=order.operation_id, attempt=order.attempt) in self._holds:
@@ -227,7 +224,7 @@ class Agent:
         if self._draining.is_set():
             raise OpsError(ErrorCode.STALE, "this worker takes no more work")
         self._check_user_code(order.job)
-        if self._terms is None:  # it overtook the answer to the registration
+        if self._beats.terms is None:  # it overtook the answer to the registration
             raise OpsError(ErrorCode.BUSY, "this worker waits for the API's terms")
         self._check_ranks(order)
         for index in order.slots:
@@ -272,7 +269,7 @@ class Agent:
         for hold in self._holds.values():
             if self._slots[index] in hold.slots and not hold.released:
                 # It may be busy with what has ended for the API: the next beat tells.
-                self._beat_now.set()
+                self._beats.now.set()
                 raise OpsError(ErrorCode.BUSY, f"slot {index} runs {hold.ref.operation_id}")
 
     async def _check_checkpoint(self, order: StartTraining) -> None:
@@ -286,39 +283,35 @@ class Agent:
             raise OpsError(ErrorCode.CHECKPOINT_CORRUPT, str(error)) from error
 
     def _take(self, order: StartTraining, warnings: Sequence[str]) -> None:
-        assert self._terms is not None
+        terms = self._beats.terms
+        assert terms is not None
         for older in self._holds.values():
             if older.ref.operation_id == order.operation_id:
                 older.fence()  # a newer attempt exists, so this one has ended
         ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
         delivery = Delivery(self._reports_api, self._outbox, self.incarnation, ref)
-        slots, root = [self._slots[index] for index in order.slots], self._settings.storage_root.absolute()
-        grace_s, runner = self._terms.cancel_grace_s, (self._trainer_command[0], "-P", "-m", "ops_worker.command")
         step = order.checkpoint.step if order.checkpoint else 0
         meters = self._devices.meters(*order.slots)
         booking = Booking(ref, meters, self._devices.sampler, self._outbox, self._energy.news, step)
         hold = Hold(
             order,
-            slots,
+            [self._slots[index] for index in order.slots],
             self._outbox,
             delivery,
             booking,
             self._workspaces,
             self._secrets,
-            runner,
-            root,
-            grace_s,
-            self._terms.lease_s,
-            self._settings.cpu_power_w,
-            self._settings.worker_state_dir.absolute() / "baselines",
+            self._settings,
+            terms,
+            runner=(self._trainer_command[0], "-P", "-m", "ops_worker.command"),
+            environment=self._devices.environment(*order.slots) | _code(order) | {"preflight": list(warnings)},
         )
-        hold.environment = self._devices.environment(*order.slots) | _code(order) | {"preflight": list(warnings)}
         self._holds[ref] = hold
         self._newest_attempt[order.operation_id] = order.attempt
         task = asyncio.create_task(self._serve(hold, [meter.device for meter in meters]))
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
-        self._beat_now.set()
+        self._beats.now.set()
 
     async def _serve(self, hold: Hold, devices: Sequence[str]) -> None:
         """It stays in the heartbeats until its finish has been accepted. `devices` are those that it is booked on."""
@@ -337,67 +330,10 @@ class Agent:
             del self._holds[hold.ref]
             self._idle_since_s = time.monotonic()
 
-    # ---- the API
-
     async def _work(self, on_ready: Callable[[], None]) -> None:
-        """Register, then beat until cancelled. Not being heard never stops a training."""
-        worker = self._registration(await describe(self._trainer_command))
-        self._terms = await self._register(worker)
-        self._idle_since_s = time.monotonic()
-        on_ready()
-        trouble, backoff = Trouble("heartbeat", log), Backoff(self._terms.lease_s * BEAT_RETRY_LEASES)
-        while True:
-            self._beat_now.clear()
-            pause_s = self._terms.heartbeat_s
-            try:
-                await self._beat(self._terms.lease_s)
-                trouble.over()
-                backoff.reset()
-            except ApiUnknown as problem:  # its database was replaced, or the token has ended
-                trouble.now(problem)
-                self._terms = await self._register(worker)
-            except ApiUnavailable as problem:
-                trouble.now(problem)
-                pause_s = backoff.next_s()
-            except ApiRefused as refusal:
-                trouble.now(refusal)
-                if refusal.code is ErrorCode.NOT_FOUND:  # it was restored from a backup
-                    self._terms = await self._register(worker)
-            await first_of(self._beat_now.wait(), asyncio.sleep(pause_s))
-
-    async def _beat(self, lease_s: float) -> None:
-        listed = list(self._holds.values())
-        devices, draining = self._devices.sampler.now(), self._draining.is_set()
-        beat = Heartbeat(holds=[hold.ref for hold in listed], devices=devices, draining=draining)
-        # One that hangs must leave time for another within the lease.
-        answer = await self._beats_api.heartbeat(self.incarnation, beat, timeout_s=lease_s / 3)
-        ended = set(answer.ended)
-        for hold in listed:
-            if hold.ref in ended:
-                hold.fence()
-            else:
-                hold.confirm()
-        self._cancel_told(answer)
-        self._drain_told(answer.drain)
-
-    def _cancel_told(self, answer: HeartbeatAnswer) -> None:
-        for order in answer.cancelling:
-            hold = self._holds.get(HoldRef(operation_id=order.operation_id, attempt=order.attempt))
-            if hold is not None:
-                hold.cancel(order.reason, order.force)
-
-    def _drain_told(self, drain: Drain | None) -> None:
-        """That no more work comes is the API's to see to: a start that was claimed before is taken."""
-        if drain != self._drain:
-            log.info("an operator's wish: %s", f"drain, and {drain} what runs" if drain else "drain no longer")
-        self._drain = drain
-        if drain == "preempt":
-            for hold in self._holds.values():
-                hold.preempt()
-
-    def _registration(self, description: Description) -> WorkerRegistration:
-        """Made once: the API takes no other of the same incarnation, and a laptop's host name changes."""
-        return WorkerRegistration(
+        description = await describe(self._trainer_command)
+        # Made once: the API takes no other of the same incarnation, and a laptop's host name changes.
+        worker = WorkerRegistration(
             incarnation=self.incarnation,
             credential=self._credential,
             secret=self._secret,
@@ -410,38 +346,11 @@ class Agent:
             versions=description.versions,
         )
 
-    async def _register(self, worker: WorkerRegistration) -> WorkerRegistered:
-        trouble, backoff = Trouble(f"registering at {self._settings.api_url}", log), Backoff(REGISTER_CAP_S)
-        token = self._settings.api_token.get_secret_value()
-        async with ApiClient(self._settings.api_url, token) as api:
-            while True:
-                try:
-                    return await api.register(worker)
-                except (ApiUnavailable, ApiRefused) as problem:
-                    trouble.now(problem)
-                    await backoff.pause()
+        def ready() -> None:
+            self._idle_since_s = time.monotonic()
+            on_ready()
 
-    async def _flush(self, orphan: Outbox) -> None:
-        """Send what a dead agent of this state directory left, in its name."""
-        sender = orphan.sender
-        try:
-            measured = {meter.device for meter in self._devices.meters(*range(len(self._slots)))}
-            await book_gaps(orphan, self._devices.sampler, measured)
-            async with PredecessorsApi(sender.api_url, sender.credential) as api:
-                for ref in await orphan.holds():
-                    log.info("sending what worker %s left", sender.incarnation, extra=ref.model_dump())
-                    delivery = Delivery(api, orphan, sender.incarnation, ref)
-                    delivery.close()
-                    await delivery.run()
-                    await orphan.forget(ref)
-                await EnergyDelivery(api, orphan, sender.incarnation).drain()
-        except NobodyKnows as problem:
-            stays = "what worker %s left stays for the next start: %s; delete its outbox when nobody misses it"
-            log.error(stays, sender.incarnation, problem)
-        except Exception:
-            log.exception("the outbox of worker %s stays for the next start", sender.incarnation)
-        finally:
-            await orphan.aclose()
+        await self._beats.run(worker, self._beats_api, ready)
 
     # ---- the end
 
@@ -462,10 +371,10 @@ class Agent:
     async def _hand_back(self) -> None:
         """Every hold preempted and its finish accepted; what takes longer than the grace is killed."""
         log.info("handing back %d holds", len(self._holds))
-        self._beat_now.set()
+        self._beats.now.set()
         for hold in list(self._holds.values()):
             hold.preempt()
-        grace_s = self._terms.cancel_grace_s if self._terms else 0.0
+        grace_s = self._beats.terms.cancel_grace_s if self._beats.terms else 0.0
         await first_of(self._all_served(), self._hurry.wait(), asyncio.sleep(grace_s))
         for hold in list(self._holds.values()):
             hold.kill()
@@ -474,7 +383,7 @@ class Agent:
         for task in self._serving:
             task.cancel()
         await self._all_served()
-        await self._say_goodbye()
+        await self._beats.say_goodbye(self._beats_api)
 
     async def _all_served(self) -> None:
         while self._serving:
@@ -483,12 +392,6 @@ class Agent:
     async def _all_said(self) -> None:
         await self._all_served()
         await self._energy.drain()
-
-    async def _say_goodbye(self) -> None:
-        """So that an idle worker gets no start that it will not answer. Only a courtesy."""
-        if self._terms is not None:
-            with suppress(ApiUnavailable, ApiRefused):
-                await self._beats_api.heartbeat(self.incarnation, Heartbeat(draining=True), timeout_s=1.0)
 
 
 def _code(order: StartTraining) -> dict[str, object]:

@@ -1,12 +1,11 @@
 """The files that a job asked to keep, published when it has ended. Without torch."""
 
-import errno
 import os
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from pydantic import ValidationError
 
@@ -14,9 +13,16 @@ from ops_contract.lifecycle import Outcome
 from ops_contract.pipe import RunJob
 from ops_contract.reports import ArtifactSaved, Fault, Finish, Note
 from relight.pipe import AgentPipe
-from relight.publish import make_directory, published_directory, write_file
+from relight.publish import (
+    DISK_FULL,
+    MAX_ARTIFACTS,
+    file_artifact,
+    make_directory,
+    published_directory,
+    sync,
+    write_file,
+)
 
-MAX_FILES = 1000
 _READ_BYTES = 2**20
 
 
@@ -35,7 +41,7 @@ def keep(job: RunJob, step: int, agent: AgentPipe, finish: Finish) -> Finish:
         if finish.outcome is not Outcome.COMPLETED:
             agent.report(Note(message=message))
             return finish
-        code = "disk_full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "artifacts_not_kept"
+        code = "disk_full" if error.errno in DISK_FULL else "artifacts_not_kept"
         advice = "It ran to its end all the same; look at the storage root, then resume, which runs it again."
         return Finish(outcome=Outcome.FAILED, error=Fault(code=code, message=f"{message} {advice}"))
     for note in notes:
@@ -50,9 +56,11 @@ def matching(directory: Path, globs: Iterable[str]) -> tuple[list[PurePosixPath]
     notes = [f"artifacts: no file matches {pattern!r}" for pattern, files in matches.items() if not files]
     paths = dict.fromkeys(path for files in matches.values() for path in files)
     good = [p for p in paths if p.resolve().is_relative_to(inside) and _nameable(str(p.relative_to(directory)))]
-    kept = good[:MAX_FILES]
+    kept = good[:MAX_ARTIFACTS]
     if left_out := [str(path.relative_to(directory)) for path in paths if path not in set(kept)]:
-        why = f"over {MAX_FILES} files, a link out of the working directory, or a name that is long or not plain text"
+        why = (
+            f"over {MAX_ARTIFACTS} files, a link out of the working directory, or a name that is long or not plain text"
+        )
         notes.append(f"artifacts: {len(left_out)} files are not kept, such as {left_out[0]!a:.200} ({why})")
     return [PurePosixPath(path.relative_to(directory)) for path in kept], notes
 
@@ -70,7 +78,7 @@ def _files(directory: Path, pattern: str) -> Iterator[Path]:
 def _nameable(path: str) -> bool:
     """Whether the contract has room for it, with what stands before it in the storage root."""
     try:
-        _report(UUID(int=0), f"{2**31}-{2**63 - 1}-files", path, 0, 0, "0" * 64)
+        file_artifact(UUID(int=0), f"{2**31}-{2**63 - 1}-files", path, 0, 0, "0" * 64)
     except ValidationError:
         return False
     return True
@@ -91,9 +99,9 @@ def published(
         for file in files:
             whole = sha256()
             entry = write_file(target, str(file), _parts(directory / file, whole, agent))
-            saved.append(_report(operation, name, str(file), step, entry.size_bytes, whole.hexdigest()))
+            saved.append(file_artifact(operation, name, str(file), step, entry.size_bytes, whole.hexdigest()))
         for parent in parents:
-            _fsync(target, str(parent))
+            sync(str(parent), above=target)
         return saved
 
 
@@ -103,22 +111,3 @@ def _parts(file: Path, whole: Any, agent: AgentPipe) -> Iterator[memoryview]:
             agent.alive()
             whole.update(part)
             yield memoryview(part)
-
-
-def _fsync(above: int, name: str) -> None:
-    directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=above)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _report(operation: UUID, name: str, path: str, step: int, size_bytes: int, digest: str) -> ArtifactSaved:
-    return ArtifactSaved(
-        artifact_id=uuid4(),
-        name=f"files/{path}",
-        step=step,
-        path=f"{operation}/{name}/{path}",
-        size_bytes=size_bytes,
-        sha256=digest,
-    )

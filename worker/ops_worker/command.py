@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,8 +30,8 @@ from ops_contract.pipe import STACKS_SIGNAL, Alive, Hello, Mark, ProgressNow, Ru
 from ops_contract.reports import Exactness, Fault, Finish, Metrics, Note, Started
 from ops_contract.wire import PIPE_VERSION
 from ops_worker import artifacts
-from ops_worker.cgroups import oom_kills
 from ops_worker.confinement import THREAD_VARIABLES
+from ops_worker.deaths import killed_for_memory, oom_kills, signal_name
 from ops_worker.points import LARGEST_STEP, MAX_JSON_BYTES, MAX_WAITING, Points
 from ops_worker.trainers import MAX_LINE_BYTES
 from relight.interpreter import packages
@@ -125,7 +125,7 @@ class Program:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 pass_fds=(theirs.fileno(),),
-                preexec_fn=_with_parent(os.getpid()),
+                preexec_fn=partial(die_with_parent, os.getpid()),  # also when we are killed
             )
         assert self.process.stdout is not None
         self.stdout = self.process.stdout.fileno()
@@ -202,7 +202,7 @@ class Runner:
             self._mark(Use.STARTUP, 0)
         return None
 
-    def _started(self, program: "Program", step: int = 0) -> Started:
+    def _started(self, program: Program, step: int = 0) -> Started:
         job = self._job.start.job
         environment: dict[str, Any] = {
             "python": platform.python_version(),
@@ -294,7 +294,7 @@ class Runner:
             self._agent.report(Note(message=f"what came on RELIGHT_FD is no message of ours, and is ignored: {why}"))
         self._complained = True
 
-    def _flush(self, program: "Program") -> None:
+    def _flush(self, program: Program) -> None:
         self._flush_at_s = time.monotonic() + FLUSH_S
         if (metrics := self.points.taken()) is not None:
             first = min(series.steps[0] for series in metrics.series)
@@ -349,11 +349,6 @@ def _output_directory(job: RunJob) -> Path:
     return Path(job.storage_root) / str(job.start.operation_id) / OUTPUT
 
 
-def _with_parent(pid: int) -> Callable[[], None]:
-    """`preexec_fn`: it ends with us, also when we are killed. The agent kills the rest of the group."""
-    return lambda: die_with_parent(pid)
-
-
 def _rest_of_the_group() -> bool:
     """Whether anybody else lives in our group, such as a script's child, which got the signal too and may be saving."""
     try:
@@ -389,18 +384,11 @@ def _cannot_start(program: str, error: OSError) -> Fault:
 
 def _failed(status: int, kills_before: int | None) -> Fault:
     last_words = "Its last output is in details.log_tail."
-    if status == -signal.SIGKILL and kills_before is not None and (oom_kills() or 0) > kills_before:
+    if killed_for_memory(status, kills_before):
         advice = "let it use less, or give the worker's cgroup (container) more"
         return Fault(code="out_of_memory", message=f"The kernel killed the command for memory: {advice}.")
-    how = f"was killed by {_signal_name(-status)}" if status < 0 else f"exited with code {status}"
+    how = f"was killed by {signal_name(-status)}" if status < 0 else f"exited with code {status}"
     return Fault(code="command_failed", message=f"The command {how}. {last_words}")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,8 +37,8 @@ async def describe(command: Sequence[str]) -> Description:
     try:
         with tempfile.TemporaryDirectory(prefix="relight-describe-") as directory:
             async with asyncio.timeout(DESCRIBE_S):
-                code, output, last_words = await ask_child(
-                    [*command, "--describe"], b"", os.environ, Path(directory), DESCRIBE_MAX_BYTES
+                code, output, last_words = await _ask_child(
+                    [*command, "--describe"], b"", Path(directory), DESCRIBE_MAX_BYTES
                 )
     except TimeoutError:
         raise DescribeError(f"`{' '.join(command)} --describe` took more than {DESCRIBE_S:.0f} s") from None
@@ -46,7 +46,12 @@ async def describe(command: Sequence[str]) -> Description:
         if code == 0:
             if last_words:
                 log.warning("workloads: %s", last_words)
-            return _same_version(Description.model_validate_json(output), command[0])
+            found = Description.model_validate_json(output)
+            if found.version != PIPE_VERSION:
+                here = found.versions.get("relight", "an unknown version")
+                advice = install_command(command[0])
+                raise DescribeError(f"{command[0]} has relight {here}, which speaks another language; {advice}")
+            return found
     except ValidationError:
         last_words = f"it has another version of Relight; {install_command(command[0])}"
     raise DescribeError(f"`{' '.join(command)} --describe` ended with code {code}: {last_words}")
@@ -54,8 +59,8 @@ async def describe(command: Sequence[str]) -> Description:
 
 async def validate(command: Sequence[str], job: RunJob) -> Validated | None:
     """What the workload makes of the job; None when the child ends without saying it, or says too much."""
-    code, output, last_words = await ask_child(
-        [*command, "--validate"], line(job), os.environ, Path(job.directory), VALIDATED_MAX_BYTES, job.cores
+    code, output, last_words = await _ask_child(
+        [*command, "--validate"], line(job), Path(job.directory), VALIDATED_MAX_BYTES
     )
     try:
         return Validated.model_validate_json(output)
@@ -64,13 +69,8 @@ async def validate(command: Sequence[str], job: RunJob) -> Validated | None:
     return None
 
 
-async def ask_child(
-    command: Sequence[str],
-    question: bytes,
-    environ: Mapping[str, str],
-    directory: Path,
-    max_bytes: int,
-    cores: int = 1,
+async def _ask_child(
+    command: Sequence[str], question: bytes, directory: Path, max_bytes: int
 ) -> tuple[int | None, bytes, str]:
     """Its exit code, its answer and its last words; an answer of more than `max_bytes` is none.
 
@@ -81,7 +81,7 @@ async def ask_child(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=trainer_environment(environ, cores),
+        env=trainer_environment(os.environ, cores=1),
         cwd=directory,
         start_new_session=True,
     )
@@ -124,10 +124,3 @@ async def _last_bytes(stream: asyncio.StreamReader, count: int) -> bytes:
     while more := await stream.read(_READ_BYTES):
         last = (last + more)[-count:]
     return last
-
-
-def _same_version(description: Description, python: str) -> Description:
-    if description.version != PIPE_VERSION:
-        here = description.versions.get("relight", "an unknown version")
-        raise DescribeError(f"{python} has relight {here}, which speaks another language; {install_command(python)}")
-    return description

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from ops_contract.agents import HoldRef, StartTraining
+from ops_contract.agents import HoldRef, StartTraining, WorkerRegistered
 from ops_contract.lifecycle import Kind, Outcome
 from ops_contract.pipe import FromTrainer, Mark, ProgressNow, Rank, RunJob, Stop
 from ops_contract.reports import (
@@ -31,6 +31,7 @@ from ops_worker.outbox import Outbox
 from ops_worker.output import pass_on
 from ops_worker.processes import Hearing, JobProcess
 from ops_worker.ranks import run_together
+from ops_worker.settings import Settings
 from ops_worker.slots import Slot, hello
 from ops_worker.trainers import Trainer, before_imports
 from ops_worker.waiting import first_of
@@ -46,7 +47,7 @@ class Hold:
     """The agent's calls (`confirm`, `cancel`, `preempt`, `fence`, `kill`) return at once; `run` acts on them.
 
     Of a gang it is this worker's part: one rank in each of its slots. `runner` is the command line of
-    `ops_worker.command`.
+    `ops_worker.command`; `environment` is what the agent knows of it, for people, beside the trainer's.
     """
 
     def __init__(
@@ -58,18 +59,15 @@ class Hold:
         booking: Booking,
         workspaces: Workspaces,
         secrets: Secrets,
+        settings: Settings,
+        terms: WorkerRegistered,
         runner: Sequence[str],
-        storage_root: Path,
-        cancel_grace_s: float,
-        lease_s: float,
-        cpu_power_w: float | None,
-        baselines: Path,
+        environment: Mapping[str, Any],
     ) -> None:
         loop = asyncio.get_running_loop()
         self.ref = HoldRef(operation_id=order.operation_id, attempt=order.attempt)
         self.slots = slots
         self.released = False
-        self.environment: dict[str, Any] = {}  # what the agent adds to the trainer's
         self._order = order
         self._deadline = loop.time() + order.deadline_s
         self._outbox = outbox
@@ -77,12 +75,10 @@ class Hold:
         self._booking = booking
         self._workspaces = workspaces
         self._secrets = secrets
+        self._settings = settings
+        self._terms = terms
         self._runner = runner
-        self._storage_root = storage_root
-        self._cancel_grace_s = cancel_grace_s
-        self._lease_s = lease_s
-        self._cpu_power_w = cpu_power_w
-        self._baselines = baselines
+        self._environment = environment
         self._confirmed = asyncio.Event()
         self._halted = asyncio.Event()
         self._fenced = asyncio.Event()
@@ -171,11 +167,11 @@ class Hold:
     def _out_of_patience(self) -> None:
         if self.released:  # what lasts is the way of its finish to the API
             return
-        self._log.warning("killed: it did not stop within %.0f s", self._cancel_grace_s)
+        self._log.warning("killed: it did not stop within %.0f s", self._terms.cancel_grace_s)
         self.kill()
 
     def _tell(self, stop: Stop) -> None:
-        self._grace = asyncio.get_running_loop().call_later(self._cancel_grace_s, self._out_of_patience)
+        self._grace = asyncio.get_running_loop().call_later(self._terms.cancel_grace_s, self._out_of_patience)
         self._stop = stop
         for process in self._processes:
             process.tell(stop)
@@ -300,7 +296,7 @@ class Hold:
         )
         return RunJob(
             start=self._order,
-            storage_root=str(self._storage_root),
+            storage_root=str(self._settings.storage_root.absolute()),
             directory=str(directory),
             # Its device is the slot's, whatever the job says.
             environ={**environ, **slot.environ},
@@ -308,8 +304,8 @@ class Hold:
             cores=slot.offer.cores,
             rank=rank,
             device_uuid=slot.offer.device_uuid,
-            cpu_power_w=self._cpu_power_w,
-            baselines=str(self._baselines),
+            cpu_power_w=self._settings.cpu_power_w,
+            baselines=str(self._settings.worker_state_dir.absolute() / "baselines"),
         )
 
     @property
@@ -342,7 +338,7 @@ class Hold:
     def _completed(self, report: Report) -> Report:
         if not isinstance(report, Started):
             return report
-        return report.model_copy(update={"environment": self.environment | report.environment})
+        return report.model_copy(update={"environment": {**self._environment, **report.environment}})
 
     async def _store(self, reports: Sequence[Report]) -> int:
         """The number of the last one; 0 when nothing was stored."""
@@ -370,7 +366,7 @@ class Hold:
     async def _leave_the_cause_to_others(self) -> None:
         """Until the attempt has ended for all, or it is not to be waited for; the lease bounds it."""
         self._impatient.clear()
-        wait_s = LEASES_FOR_THE_CAUSE * self._lease_s
+        wait_s = LEASES_FOR_THE_CAUSE * self._terms.lease_s
         await first_of(self._fenced.wait(), self._impatient.wait(), asyncio.sleep(wait_s))
 
 

@@ -2,12 +2,10 @@
 
 import os
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from time import monotonic
-from typing import Literal
 
 import torch
 
@@ -18,12 +16,11 @@ from ops_contract.pipe import Mark, RunJob
 from ops_contract.reports import Exactness, Fault, Finish, Progress, Result, Started
 from ops_worker import artifacts
 from ops_worker.measurement.engines import Engine
-from ops_worker.measurement.errors import BackendError, PreFlightError
 from ops_worker.measurement.instruments import open_instruments
-from ops_worker.measurement.run import Measurement
-from relight.pipe import AgentPipe
+from ops_worker.measurement.run import BackendError, Measurement, PreFlightError
+from relight.pipe import AgentPipe, Why
 from relight.training import numerics
-from relight.training.faults import MAX_TRACEBACK_CHARS, fault, plain_text
+from relight.training.faults import fault, plain_text, traceback_of
 
 SERIES = "series.parquet"
 TELL_S = 1.0
@@ -39,7 +36,7 @@ _USES = {
 class Stopped(Exception):
     """It was told to stop, between two batches or phases."""
 
-    def __init__(self, why: Literal["cancelled", "preempted"]) -> None:
+    def __init__(self, why: Why) -> None:
         super().__init__(why)
         self.why = why
 
@@ -62,8 +59,8 @@ def run(job: RunJob, agent: AgentPipe, engine: Callable[[MeasurementConfig, str]
     except PreFlightError as error:
         return Finish(outcome=Outcome.FAILED, permanent=True, error=_preflight_failed(error))
     except BackendError as error:
-        trace = "".join(traceback.format_exception(error.cause))[-MAX_TRACEBACK_CHARS:]
-        told = fault("engine_failed", f"{error}; details.traceback says where", phase=error.phase, traceback=trace)
+        where, trace = f"{error}; details.traceback says where", traceback_of(error.cause)
+        told = fault("engine_failed", where, phase=error.phase, traceback=trace)
         return Finish(outcome=Outcome.FAILED, error=told)
     agent.report(Result(content=_with_series(job, result, config.task.n_prompts, agent)))
     return Finish(outcome=Outcome.COMPLETED)

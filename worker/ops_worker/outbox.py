@@ -16,6 +16,7 @@ from ops_contract.agents import HoldRef
 from ops_contract.energy import EnergyWindow, Quality, Source
 from ops_contract.wire import Wire
 from ops_worker import locks
+from relight.publish import sync
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +52,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive reports as JSON, the first numbered `first_seq`. False when there are none."""
+    """Consecutive reports as JSON, the first numbered `first_seq`."""
 
     first_seq: int
     reports: list[str]
-
-    def __bool__(self) -> bool:
-        return bool(self.reports)
 
 
 @dataclass(frozen=True)
@@ -80,13 +78,10 @@ class Booked:
 
 @dataclass(frozen=True)
 class EnergyRows:
-    """Windows of one hold as JSON, by the ids of their rows. False when there are none."""
+    """Windows of one hold as JSON, by the ids of their rows."""
 
-    ref: HoldRef | None
+    ref: HoldRef
     windows: dict[int, str]
-
-    def __bool__(self) -> bool:
-        return bool(self.windows)
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,7 @@ class Outbox:
             raise OSError(
                 f"outbox {path} cannot be made: {error}; make room there, or set OPS_WORKER_STATE_DIR"
             ) from error
-        _sync_directory(directory)
+        sync(directory)
         return cls(path, lock, database, sender)
 
     @classmethod
@@ -201,8 +196,8 @@ class Outbox:
         return last_seq
 
     @_on_its_thread
-    def batch(self, ref: HoldRef, max_reports: int) -> Batch:
-        """The oldest reports of a hold: at least one, if there is one, and then not more than BATCH_BYTES."""
+    def batch(self, ref: HoldRef, max_reports: int) -> Batch | None:
+        """The oldest reports of a hold: at least one, and then not more than BATCH_BYTES. None where there is none."""
         query = f"SELECT seq, report FROM reports WHERE {_HOLD} ORDER BY seq LIMIT :n"
         rows = self._database.execute(query, _key(ref) | {"n": max_reports}).fetchall()
         reports: list[str] = []
@@ -212,7 +207,7 @@ class Outbox:
             if reports and size_bytes > BATCH_BYTES:
                 break
             reports.append(report)
-        return Batch(rows[0][0] if rows else 0, reports)
+        return Batch(rows[0][0], reports) if rows else None
 
     @_on_its_thread
     def drop(self, ref: HoldRef, last_seq: int) -> None:
@@ -268,11 +263,11 @@ class Outbox:
         return list(found.items())
 
     @_on_its_thread
-    def energy(self, max_windows: int) -> EnergyRows:
-        """The oldest windows, of one hold."""
+    def energy(self, max_windows: int) -> EnergyRows | None:
+        """The oldest windows, of one hold; None where there is none."""
         first = self._database.execute("SELECT operation_id, attempt FROM energy ORDER BY id LIMIT 1").fetchone()
         if first is None:
-            return EnergyRows(None, {})
+            return None
         ref = HoldRef(operation_id=UUID(first[0]), attempt=first[1])
         query = f"SELECT id, window FROM energy WHERE {_HOLD} ORDER BY id LIMIT :n"
         return EnergyRows(ref, dict(self._database.execute(query, _key(ref) | {"n": max_windows}).fetchall()))
@@ -332,11 +327,3 @@ def _delete(path: Path, lock: int) -> None:
     path.unlink(missing_ok=True)
     locks.lock_path(path).unlink(missing_ok=True)
     os.close(lock)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

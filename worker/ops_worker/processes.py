@@ -11,7 +11,7 @@ from pathlib import Path
 from ops_contract.lifecycle import Kind, Outcome
 from ops_contract.pipe import Alive, FromTrainer, Hello, ProgressNow, RunJob, Stop
 from ops_contract.reports import Fault, Finish, Started
-from ops_worker.cgroups import oom_kills
+from ops_worker.deaths import killed_for_memory, oom_kills, signal_name
 from ops_worker.stalls import StallClock
 from ops_worker.trainers import PipeGarbage, Trainer
 
@@ -25,7 +25,7 @@ _IN_ORDER = (Outcome.COMPLETED, Outcome.CANCELLED, Outcome.PREEMPTED)
 
 _SILENT = {Kind.COMMAND: "it reported nothing", Kind.MEASUREMENT: "no batch, and no reading of the idle device"}
 
-_HINTS = {
+_HINTS: dict[int, str] = {
     signal.SIGKILL: " (out of memory? `dmesg` tells; a smaller batch_size needs less)",
     signal.SIGBUS: " (shared memory full? enlarge /dev/shm, or set num_workers to 0)",
     signal.SIGSEGV: " (a crash in native code; details.log_tail has the Python line that called it)",
@@ -184,12 +184,12 @@ class JobProcess:
         if self._misbehaviour is not None:
             message = f"The {what} broke the protocol of its pipe and was killed: {self._misbehaviour}. {last_words}"
             return Fault(code="trainer_protocol", message=message)
-        before = self._oom_kills_before
-        if status == -signal.SIGKILL and before is not None and (oom_kills() or 0) > before:
+        if killed_for_memory(status, self._oom_kills_before):
             advice = "use a smaller batch_size or fewer num_workers, or give the worker's cgroup (container) more"
             return Fault(code="out_of_memory", message=f"The kernel killed the {what} for memory: {advice}.")
         if status < 0:
-            return Fault(code="trainer_killed", message=f"The {what} was killed by {_name(-status)}. {last_words}")
+            by = signal_name(-status) + _HINTS.get(-status, "")
+            return Fault(code="trainer_killed", message=f"The {what} was killed by {by}. {last_words}")
         message = f"The {what} exited with code {status} before it was done. {last_words}"
         return Fault(code="trainer_exited", message=message)
 
@@ -203,11 +203,3 @@ def gets_on(message: FromTrainer) -> bool:
     if isinstance(message, ProgressNow):
         return message.progress.measurement is None
     return isinstance(message, Alive | Started)
-
-
-def _name(number: int) -> str:
-    try:
-        name = signal.Signals(number)
-    except ValueError:
-        return f"signal {number}"
-    return f"{name.name}{_HINTS.get(name, '')}"

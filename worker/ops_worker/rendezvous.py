@@ -12,15 +12,15 @@ BACKLOG = 1024
 def listeners(address: str, count: int) -> Iterator[list[socket.socket]]:
     """So many sockets on free ports. Nobody accepts in this process: the trainers inherit them. Raises OSError."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(_listener(address)) for _ in range(count)]
+        yield [
+            stack.enter_context(listen(address, 0, BACKLOG, f"{address} for the ranks of a gang")) for _ in range(count)
+        ]
 
 
-def family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-def _listener(address: str) -> socket.socket:
+def listen(address: str, port: int, backlog: int, where: str) -> socket.socket:
+    """Raises OSError that says where."""
     try:
-        return socket.create_server((address, 0), family=family(address), backlog=BACKLOG)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family, backlog=backlog)
     except OSError as error:
-        raise OSError(f"cannot listen on {address} for the ranks of a gang: {error}") from error
+        raise OSError(f"cannot listen on {where}: {error}") from error

@@ -14,9 +14,8 @@ import platform
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, NoReturn
@@ -30,11 +29,12 @@ from ops_contract.reports import Fault, Finish, Note
 from ops_worker import artifacts
 from ops_worker.confinement import confine_judgement
 from relight.importing import checks_by_code, config_problems, import_workload, with_defaults
+from relight.interpreter import versions_of
 from relight.manifest import CheckpointCorrupt, CheckpointMissing
 from relight.pipe import AgentPipe
 from relight.process import die_with_parent
+from relight.publish import DISK_FULL
 from relight.training.faults import (
-    MAX_TRACEBACK_CHARS,
     PeerLost,
     TrainingFault,
     fault,
@@ -42,6 +42,7 @@ from relight.training.faults import (
     finish_of_lost_peer,
     is_peer_lost,
     plain_text,
+    traceback_of,
 )
 from relight.training.team import check_ranks
 from relight.workload import AnyWorkload, LoopWorkload
@@ -49,7 +50,6 @@ from relight.workload import AnyWorkload, LoopWorkload
 GROUP = "relight.workloads"
 
 _MAX_SAID_CHARS = 1_800  # of an exception, so that what to do about it still fits
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = re.compile(r"out of memory|(can't|cannot|not enough|unable to) (allocate )?memory", re.IGNORECASE)
 
 
@@ -120,7 +120,9 @@ def run(job: RunJob, agent: AgentPipe, gang_fd: int | None = None) -> Finish:
     try:
         enter(job)
         if job.start.job.study is not None:
-            return _study(job, agent)
+            from ops_worker import studies
+
+            return studies.run(job, _studied(job.start.job), agent)
         if job.start.job.execution.accelerator is Accelerator.AUTO and job.device == "cpu" and _leads(job):
             agent.report(Note(message=_fell_back()))
         if job.start.job.kind is Kind.MEASUREMENT:
@@ -148,12 +150,6 @@ def run(job: RunJob, agent: AgentPipe, gang_fd: int | None = None) -> Finish:
 
 def _leads(job: RunJob) -> bool:
     return job.rank is None or job.rank.rank == 0
-
-
-def _study(job: RunJob, agent: AgentPipe) -> Finish:
-    from ops_worker import studies
-
-    return studies.run(job, _studied(job.start.job), agent)
 
 
 def _studied(job: Job) -> AnyWorkload | None:
@@ -204,7 +200,8 @@ def describe() -> None:
                 print(f"workload {entry.name} is left out: {error}", file=sys.stderr)
         if find_spec("transformers"):
             offers.append(_measurements())
-        answer.write(line(Description(versions=_versions(), workloads=offers)))
+        versions = {"python": platform.python_version(), **versions_of("relight", "torch")}
+        answer.write(line(Description(versions=versions, workloads=offers)))
 
 
 def validate() -> None:
@@ -247,15 +244,6 @@ def _answering() -> Iterator[IO[bytes]]:
         yield answer
 
 
-def _versions() -> dict[str, str]:
-    """Of this interpreter, read from metadata."""
-    versions = {"python": platform.python_version()}
-    for name in ("relight", "torch"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
 def _offer(name: str, workload_type: AnyWorkload) -> WorkloadOffer:
     title = (workload_type.__doc__ or "").strip().partition("\n")[0]
     return WorkloadOffer(
@@ -277,9 +265,9 @@ def _measurements() -> WorkloadOffer:
 
 
 def _unexpected(error: BaseException) -> Fault:
-    trace = "".join(traceback.format_exception(error))[-MAX_TRACEBACK_CHARS:]
+    trace = traceback_of(error)
     number = error.errno if isinstance(error, OSError) else None
-    if number in _DISK_FULL:
+    if number in DISK_FULL:
         return fault("disk_full", f"{_said(error)}; make room in the storage root, then resume", traceback=trace)
     # torch's own OutOfMemoryError is a RuntimeError, and its CPU allocator raises no other.
     no_memory = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))

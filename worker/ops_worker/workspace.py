@@ -1,7 +1,6 @@
 """The directories in which attempts' own code runs, and the snapshots that are unpacked there."""
 
 import asyncio
-import errno
 import hashlib
 import logging
 import os
@@ -18,6 +17,7 @@ from ops_worker import locks
 from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable
 from ops_worker.waiting import Backoff, Trouble
 from relight.archive import BadArchive, unpack
+from relight.publish import DISK_FULL
 
 log = logging.getLogger(__name__)
 
@@ -147,9 +147,9 @@ def _fill(directory: Path, archive: bytes | None, workdir: str) -> None:
     except BadArchive as error:
         raise _bad_code(f"is no snapshot that can be unpacked: {error}") from error
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         message = f"No directory could be made for the attempt: {error}; make room in the worker's state directory."
-        raise NoWorkspace(Fault(code="disk_full" if full else "no_workspace", message=message)) from error
+        code = "disk_full" if error.errno in DISK_FULL else "no_workspace"
+        raise NoWorkspace(Fault(code=code, message=message)) from error
     if not place.is_dir():
         raise _bad_code(f"has no directory {workdir!r}, its workdir")
 

@@ -17,7 +17,7 @@ from ops_contract.study_results import JouleOptimum, Prediction, SweepFit, Sweep
 from ops_contract.wire import Sha256, Wire
 from ops_studies import fits, isoflop, tables
 from relight.publish import replace_file
-from relight.training.place import locked, say
+from relight.training.directory import locked, say
 
 RESULTS = "results.json"
 RUNS = "runs"

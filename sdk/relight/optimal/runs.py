@@ -25,8 +25,8 @@ from ops_contract.study_results import SweepRow
 from ops_studies import isoflop
 from relight.manifest import Manifest
 from relight.training.attempt import Attempt, Site
+from relight.training.directory import Directory, say
 from relight.training.faults import TrainingFault
-from relight.training.place import Directory, say
 from relight.workload import Workload
 
 # As its job calls what is trained.

@@ -31,8 +31,8 @@ from relight.optimal.content import Content, Unsteady, made_by
 from relight.optimal.results import ResultsFile, SweepPlan, SweepResults
 from relight.optimal.workload import Assembled, Parts, Settings, bound
 from relight.training import planning
+from relight.training.directory import say
 from relight.training.faults import TrainingFault
-from relight.training.place import say
 
 _CONFIG = "config.model_kwargs."
 _NO_DATA = [(torch.zeros(1), torch.zeros(1))] * 2  # where there are none: a plan counts models, and runs none

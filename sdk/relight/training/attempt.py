@@ -1,6 +1,5 @@
 """One attempt of a training: build or restore it, run the loop, say how it ended."""
 
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -18,9 +17,10 @@ from ops_contract.jobs import Execution, Strategy
 from ops_contract.lifecycle import CheckpointType, Outcome, Phase
 from ops_contract.pipe import Rank
 from ops_contract.plans import TrainingResult
-from ops_contract.reports import Note, Result, Started
+from ops_contract.reports import Note, Result
 from relight.manifest import Manifest
-from relight.training import changes, numerics
+from relight.pipe import Why
+from relight.training import beginning, changes, numerics
 from relight.training.checkpoint import SHARDS, restore
 from relight.training.faults import TrainingFault
 from relight.training.final import publish_model
@@ -35,12 +35,12 @@ from relight.training.parallel import divide, parallel
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter, Sink, Unheard
 from relight.training.resolving import checked_config, resolved, resolved_knobs
-from relight.training.saving import Saver
-from relight.training.saving_together import Bystander, SaverTogether, Saves
+from relight.training.saving import Saver, Saves
+from relight.training.saving_together import SaverTogether
 from relight.training.sizing import count_parameters
-from relight.training.source import source_digest, source_files
+from relight.training.source import source_files
 from relight.training.state import Cursor, Live
-from relight.training.team import Why, agreed_wish, check_ranks, join
+from relight.training.team import agreed_wish, check_ranks, join
 from relight.workload import Env, MapDataset, Workload
 
 
@@ -105,7 +105,8 @@ class Attempt:
         begun_at_s = self._clock()
         before, tree = self._restored(ref) if ref is not None else (None, None)
         restored_s = self._clock() - begun_at_s
-        numerics.configure(self._threads(before), self._knobs.deterministic)
+        threads = beginning.threads(self._knobs.threads, before, self._site.cores)
+        numerics.configure(threads, self._knobs.deterministic)
         with numerics.operators_noted(self._note_inexact):
             loop = self._build(config, before, tree, restored_s)
             with loop.saver:
@@ -149,18 +150,13 @@ class Attempt:
         with self._marks.doing(Use.RESTORE, Cursor(step=ref.step)):
             return restore(self._site.storage_root, ref, self._team)
 
-    def _threads(self, before: Manifest | None) -> int:
-        """Sums depend on the number of threads: what the first attempt's slot decided holds for its successors."""
-        frozen = before.numerics.get("threads") if before else None
-        return self._knobs.threads or int(frozen or self._site.cores)
-
     def _note(self, message: str) -> None:
         self._sink.report(Note(message=message))
 
     def _note_inexact(self, reason: str) -> None:
         """It may come before the attempt says that it started, or after."""
         self._inexact.append(reason)
-        self._sink.report(Note(message=f"exactness is best effort: {reason}", inexact=reason))
+        self._sink.report(beginning.inexact_operator(reason))
 
     def _build(
         self, config: BaseModel, before: Manifest | None, tree: dict[str, Any] | None, restored_s: float
@@ -172,7 +168,8 @@ class Attempt:
         if training is None:
             raise TrainingFault("no_data", "the workload's training data is empty", permanent=True)
         about = self._about(workload, len(training.dataset))
-        accepted = self._accepted(before, about) if before is not None else []
+        accepting = changes.accepting_resume(self._start.operation_id)
+        accepted = changes.accepted(before, about, self._start.accept_changes, accepting) if before else []
         begins_at = Cursor() if tree is None else Cursor.from_tree(tree["cursor"])
         if self._start.parent_job:
             check_samples_left(begins_at, training.samples, self._start.job)
@@ -213,7 +210,7 @@ class Attempt:
         if self._is_divided:
             return SaverTogether(root, about, live, sink, marks, self._team, saved, clock, restored_s)
         if not self._team.leads:
-            return Bystander()
+            return Saves()
         return Saver(root, about, live, sink, marks, saved=saved, clock=clock, restored_s=restored_s)
 
     def _put_back(self, tree: dict[str, Any], live: Live, reporter: Reporter) -> Cursor:
@@ -233,10 +230,6 @@ class Attempt:
         placed: dict[str, Any] = put_in(tree, shards, live)
         return placed
 
-    def _accepted(self, before: Manifest, about: Manifest) -> list[str]:
-        accepting = f"ops resume {self._start.operation_id} --accept-changes"
-        return changes.accepted(before, about, self._start.accept_changes, accepting)
-
     def _order(self, workload: Workload[Any], dataset: MapDataset | None) -> DataOrder | None:
         if dataset is None or len(dataset) == 0:
             return None
@@ -253,22 +246,15 @@ class Attempt:
         )
 
     def _about(self, workload: Workload[Any], training_samples: int) -> Manifest:
-        """The manifest of this attempt's checkpoints, but for where they are taken and their files."""
-        self._of_gang = numerics.of_gang(self._team, self._knobs.strategy, self._env.device)
-        code_files = source_files(*workload.sources())
-        return Manifest(
+        of_gang = numerics.of_gang(self._team, self._knobs.strategy, self._env.device)
+        return beginning.manifest(
+            source_files(*workload.sources()),
             operation_id=self._start.operation_id,
             attempt=self._start.attempt,
-            step=0,
-            epoch=0,
-            phase=Phase.UPDATE,
             workload=self._start.job.workload,
-            code_digest=source_digest(code_files),
-            code_files=code_files,
             data_digest=workload.data_digest(),
             training_samples=training_samples,
-            numerics=numerics.fingerprint(self._env.device) | self._of_gang,
-            files={},
+            numerics=numerics.fingerprint(self._env.device) | of_gang,
         )
 
     def _live(self, workload: Workload[Any], steps_total: int) -> tuple[Live, str | None]:
@@ -288,13 +274,15 @@ class Attempt:
         return GradScaler(self._env.device.type)
 
     def _tell_started(self, about: Manifest, before: Manifest | None, accepted: list[str], cursor: Cursor) -> None:
-        digests = {"code_digest": about.code_digest, "data_digest": about.data_digest}
         self._sink.report(
-            Started(
-                trainer_pid=os.getpid(),
-                start_step=cursor.step,
-                exactness=numerics.exactness(self._knobs, about.numerics, before, accepted + self._inexact),
-                environment={**numerics.environment(self._env.device), **self._of_gang, **digests},
+            beginning.started(
+                about,
+                before,
+                cursor.step,
+                self._knobs,
+                self._env.device,
+                inexact=accepted + self._inexact,
+                more={"data_digest": about.data_digest},
                 resolved=resolved(self._workload_type, self._start.job, self._knobs),
             )
         )

@@ -1,5 +1,7 @@
 """Code and data that are not those of the checkpoint: refused, unless the user said that they are meant."""
 
+from uuid import UUID
+
 from ops_contract.lifecycle import Phase
 from relight.manifest import Manifest
 from relight.training.faults import TrainingFault
@@ -23,6 +25,11 @@ def accepted(before: Manifest, now: Manifest, accept: bool, accepting: str) -> l
             permanent=True,
         )
     return code + data
+
+
+def accepting_resume(operation_id: UUID) -> str:
+    """The command that accepts them in the service."""
+    return f"ops resume {operation_id} --accept-changes"
 
 
 def _changed_code(before: Manifest, now: Manifest) -> list[str]:

@@ -7,13 +7,11 @@ its successor.
 """
 
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from threading import get_ident
 from typing import Any
 from uuid import uuid4
 
@@ -23,15 +21,7 @@ from torch import Tensor
 from ops_contract.agents import CheckpointRef
 from ops_contract.lifecycle import CheckpointType, Phase
 from ops_contract.reports import CheckpointSaved
-from relight.manifest import (
-    CHUNK_BYTES,
-    MANIFEST,
-    CheckpointCorrupt,
-    FileEntry,
-    Manifest,
-    opened,
-    read_chunks,
-)
+from relight.manifest import MANIFEST, CheckpointCorrupt, FileEntry, Manifest, opened, read_chunks, verify_files
 from relight.publish import hashed_tree, make_directory, published_directory, sync, write_file
 from relight.training import tensorfile
 from relight.training.codec import CodecError, Encoded, decode
@@ -65,6 +55,15 @@ class Published:
             manifest_sha256=self.manifest_sha256,
             monitored=monitored,
         )
+
+
+def ref_to(saved: CheckpointSaved) -> CheckpointRef:
+    return CheckpointRef.model_validate(saved.model_dump(include=set(CheckpointRef.model_fields)))
+
+
+def at(about: Manifest, cursor: Cursor) -> Manifest:
+    """The manifest of an attempt's checkpoint that is taken there, but for its files."""
+    return about.model_copy(update={"step": cursor.step, "epoch": cursor.epoch, "phase": cursor.phase})
 
 
 def publish(root: Path, about: Manifest, state: Encoded) -> Published:
@@ -135,8 +134,9 @@ def restore(root: Path, ref: CheckpointRef, team: Team | None = None) -> tuple[M
     Raises CheckpointMissing, CheckpointCorrupt, and OSError when the storage cannot be read now.
     """
     with opened(root, ref) as (directory, manifest):
-        shards = {name: entry for name, entry in manifest.files.items() if name.startswith(f"{SHARDS}/")}
-        contents = _read_all(directory, {name: manifest.files[name] for name in manifest.files.keys() - shards.keys()})
+        files = manifest.files
+        shards = {name: entry for name, entry in files.items() if name.startswith(f"{SHARDS}/")}
+        contents = {name: _read(directory, name, files[name]) for name in files.keys() - shards.keys()}
         if shards:
             _verify_shards(root / ref.path / SHARDS, directory, shards, team or Team())
     try:
@@ -152,9 +152,7 @@ def _verify_shards(where: Path, directory: int, shards: Mapping[str, FileEntry],
     try:
         if others := sorted({f"{SHARDS}/{name}" for name in os.listdir(where)} - shards.keys()):
             raise CheckpointCorrupt(f"{others[0]} is none of its files")
-        buffers = defaultdict[int, memoryview](lambda: memoryview(bytearray(CHUNK_BYTES)))  # one a thread
-        for name, entry in sorted(shards.items())[team.rank :: team.world_size]:
-            read_chunks(directory, name, entry, lambda start, end: buffers[get_ident()][: end - start])
+        verify_files(directory, sorted(shards.items())[team.rank :: team.world_size])
     except CheckpointCorrupt as error:
         found = str(error)
     if problems := [each for each in team.gathered(found) if each is not None]:
@@ -166,12 +164,8 @@ def _directory_name(about: Manifest) -> str:
     return f"{about.attempt}-{about.step}{suffix}"
 
 
-def _read_all(directory: int, files: Mapping[str, FileEntry]) -> dict[str, Tensor]:
-    """Each file's bytes (1-D uint8), checked chunk by chunk."""
-    return {name: _read(directory, name, entry) for name, entry in files.items()}
-
-
 def _read(directory: int, name: str, entry: FileEntry) -> Tensor:
+    """Its bytes, 1-D uint8, checked chunk by chunk."""
     contents = torch.empty(entry.size_bytes, dtype=torch.uint8)
     buffer = contents.numpy().data
     read_chunks(directory, name, entry, lambda start, end: buffer[start:end])

@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relight.training.tensorfile import flat, raw_bytes
+from relight.training.tensorfile import MAX_DIMENSIONS, count, flat, raw_bytes
 
 _MAX_DEPTH = 100
-_MAX_DIMENSIONS = 64  # torch's and numpy's own; the product of a million sizes would take hours
 
 
 @dataclass(frozen=True)
@@ -288,7 +287,7 @@ class _Decoder:
 
     def _tensor(self, record: dict[str, Any]) -> Tensor:
         dtype = dtype_named(_text(record, "dtype"))
-        shape, stride, offset = _counts(record["shape"]), _counts(record["stride"]), _count(record["offset"])
+        shape, stride, offset = _counts(record["shape"]), _counts(record["stride"]), count(record["offset"])
         if len(shape) != len(stride):
             raise ValueError(f"shape {shape} and strides {stride} differ in length")
         items = self._memory(_text(record, "of")).view(dtype)
@@ -352,15 +351,9 @@ def _list(record: dict[str, Any], key: str) -> list[Any]:
 def _counts(values: Any) -> list[int]:
     if not isinstance(values, list):
         raise TypeError(f"{values!r} is not a list of sizes")
-    if len(values) > _MAX_DIMENSIONS:
+    if len(values) > MAX_DIMENSIONS:
         raise ValueError(f"{len(values)} dimensions")
-    return [_count(value) for value in values]
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{value!r} is not a size")
-    return value
+    return [count(value) for value in values]
 
 
 def _no_constant(name: str) -> NoReturn:

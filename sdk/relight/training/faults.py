@@ -1,6 +1,7 @@
 """Why a training cannot go on, as its operation will say it."""
 
 import re
+import traceback
 from collections.abc import Iterator
 
 from ops_contract.lifecycle import Outcome
@@ -8,7 +9,7 @@ from ops_contract.reports import PEER_LOST, Fault, Finish
 from relight.manifest import CheckpointCorrupt, CheckpointMissing
 
 MAX_MESSAGE_CHARS = 2_000
-MAX_TRACEBACK_CHARS = 8_000
+_MAX_TRACEBACK_CHARS = 8_000
 
 # Of torch.distributed; all are RuntimeErrors. By name: who has no torch yet knows them too.
 _COLLECTIVE_ERRORS = frozenset({"DistBackendError", "DistNetworkError", "DistStoreError"})
@@ -74,7 +75,7 @@ def finish_of_lost_peer(error: BaseException) -> Finish:
 def finish_of(error: TrainingFault | CheckpointMissing | CheckpointCorrupt) -> Finish:
     """The last word of what ends by it."""
     if isinstance(error, TrainingFault):
-        details = {"traceback": error.traceback[-MAX_TRACEBACK_CHARS:]} if error.traceback else {}
+        details = {"traceback": error.traceback[-_MAX_TRACEBACK_CHARS:]} if error.traceback else {}
         told = fault(error.code, error.message, **details)
         return Finish(outcome=Outcome.FAILED, permanent=error.permanent, error=told)
     code = "checkpoint_missing" if isinstance(error, CheckpointMissing) else "checkpoint_corrupt"
@@ -87,6 +88,11 @@ def fault(code: str, message: str, **details: str) -> Fault:
         message=plain_text(message)[:MAX_MESSAGE_CHARS],
         details={name: plain_text(text) for name, text in details.items()},
     )
+
+
+def traceback_of(error: BaseException) -> str:
+    """The end of it, as long as a fault may be."""
+    return "".join(traceback.format_exception(error))[-_MAX_TRACEBACK_CHARS:]
 
 
 def plain_text(text: str) -> str:

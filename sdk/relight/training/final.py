@@ -53,7 +53,7 @@ def named_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, s
     }
     whole: dict[Any, str] = {}
     for name in sorted(tensors, reverse=True):
-        if _shows_all(tensors[name]):
+        if 0 < tensors[name].nbytes == tensors[name].untyped_storage().nbytes():
             whole[_memory(tensors[name])] = name
     kept = {name: whole.get(_memory(tensor), name) if tensor.numel() else name for name, tensor in tensors.items()}
     metadata = {name: stored for name, stored in kept.items() if stored != name}
@@ -61,10 +61,6 @@ def named_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, s
         metadata["relight.left_out"] = json.dumps(left_out)
     stored_once = {name: tensor.contiguous() for name, tensor in tensors.items() if kept[name] == name}
     return stored_once, {"format": "pt"} | metadata  # some readers ask for the format
-
-
-def _shows_all(tensor: Tensor) -> bool:
-    return 0 < tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 def _memory(tensor: Tensor) -> tuple[Any, int]:

@@ -5,21 +5,20 @@ from hashlib import file_digest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import torch
 from pydantic import ValidationError
 from torch import nn
 
 from ops_contract.reports import ArtifactSaved, Metrics, Report, Series
-from relight.publish import hashed_tree, published_directory
+from relight.publish import MAX_ARTIFACTS, file_artifact, hashed_tree, published_directory
 from relight.training.faults import TrainingFault
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.team import Team
 from relight.workload import Workload
 
 PREFIX = "final/"
-MAX_FILES = 1000
 
 
 def finish(
@@ -68,18 +67,10 @@ def _series(scores: Mapping[str, float] | None, step: int) -> list[Series]:
 
 def _saved(out: Path, operation_id: UUID, name: str, step: int) -> list[ArtifactSaved]:
     files = list(hashed_tree(out))
-    if len(files) > MAX_FILES:
-        raise ValueError(f"it left {len(files)} files; at most {MAX_FILES} are kept: put them into an archive")
+    if len(files) > MAX_ARTIFACTS:
+        raise ValueError(f"it left {len(files)} files; at most {MAX_ARTIFACTS} are kept: put them into an archive")
     return [
-        ArtifactSaved(
-            artifact_id=uuid4(),
-            name=f"files/{path}",
-            step=step,
-            path=f"{operation_id}/{name}/{path}",
-            size_bytes=entry.size_bytes,
-            sha256=_sha256(out / path),
-        )
-        for path, entry in files
+        file_artifact(operation_id, name, path, step, entry.size_bytes, _sha256(out / path)) for path, entry in files
     ]
 
 

@@ -29,6 +29,11 @@ class SaveTimes:
     commit_s: float = 0.0
     _stalls_s: deque[float] = field(default_factory=lambda: deque(maxlen=_NEWEST))
 
+    def waited(self, begun_at_s: float, now_s: float) -> None:
+        """The whole state was written while training waited."""
+        self.saved_at_s = now_s
+        self.commit_s = self.whole_s = now_s - begun_at_s
+
     def add_stall(self, duration_s: float) -> None:
         self._stalls_s.append(duration_s)
 

@@ -15,15 +15,16 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ops_contract.energy import Use
 from ops_contract.jobs import Execution
 from ops_contract.lifecycle import CheckpointType, Phase
+from relight.pipe import Why
 from relight.training.interval import Pace
 from relight.training.marks import Marks
 from relight.training.order import Batch, DataOrder, to_device
 from relight.training.parallel import Alone
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter
-from relight.training.saving_together import Saves
+from relight.training.saving import Saves
 from relight.training.state import Cursor, Live
-from relight.training.team import Team, Why, agreed_wish
+from relight.training.team import Team, agreed_wish
 from relight.workload import Env, Workload
 
 STOPPED_BY: dict[Why, CheckpointType] = {"cancelled": CheckpointType.CANCEL, "preempted": CheckpointType.PREEMPT}
@@ -36,14 +37,6 @@ class Interrupted(BaseException):
     def __init__(self, why: Why) -> None:
         super().__init__(why)
         self.why: Why = why
-
-
-@dataclass(frozen=True)
-class Orders:
-    """Rank 0's decisions by its clock, for the end of the step that begins."""
-
-    flush: bool = False
-    save: bool = False
 
 
 @dataclass
@@ -72,7 +65,8 @@ class Loop:
     team: Team
     parallel: Alone
     inexact: Callable[[str], None]
-    _orders: Orders = Orders()
+    _flush_ordered: bool = False  # by rank 0's clock, for the end of the step that begins
+    _save_ordered: bool = False
     _round_trip_checked: bool = False
     _monitored: float | None = None  # measured on the weights as they are now
 
@@ -122,7 +116,7 @@ class Loop:
             return units
         by_time = (self.reporter.is_due(), self.pace.goes_by_time and self.pace.is_due()) if self.team.leads else (0, 0)
         total, flush, save = self._poll(units, *by_time)
-        self._orders = Orders(bool(flush), bool(save))
+        self._flush_ordered, self._save_ordered = bool(flush), bool(save)
         return total
 
     def _update(self, window: list[Batch], units: list[int], total: int) -> None:
@@ -208,13 +202,13 @@ class Loop:
     def _flush_if_due(self) -> bool:
         if not self.team.is_gang:
             return self.reporter.flush_if_due(self.cursor)
-        if self._orders.flush:
+        if self._flush_ordered:
             self.reporter.flush(self.cursor)
-        return self._orders.flush
+        return self._flush_ordered
 
     def _save_is_due(self, epoch_ends: bool) -> bool:
         if self.team.is_gang and self.pace.goes_by_time:
-            return self._orders.save
+            return self._save_ordered
         return self.pace.is_due_at(self.cursor.step, self.cursor.epoch, epoch_ends)
 
     def _evaluate(self, validation: DataOrder) -> dict[str, float]:

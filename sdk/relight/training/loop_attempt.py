@@ -1,6 +1,5 @@
 """One attempt of a LoopWorkload: its loop and files are its own, what is published of them is as ever."""
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,13 @@ from torch import Tensor
 from ops_contract.agents import CheckpointRef, StartTraining
 from ops_contract.energy import Use
 from ops_contract.jobs import Execution
-from ops_contract.lifecycle import CheckpointType, Outcome, Phase
-from ops_contract.reports import Note, Started
+from ops_contract.lifecycle import CheckpointType, Outcome
+from ops_contract.reports import Note
 from relight.manifest import Manifest, verify
-from relight.training import changes, numerics
+from relight.pipe import Why
+from relight.training import beginning, changes, numerics
 from relight.training.attempt import Site
-from relight.training.checkpoint import FILES, publish_files
+from relight.training.checkpoint import FILES, at, publish_files
 from relight.training.faults import TrainingFault
 from relight.training.final import publish_model
 from relight.training.loop import STOPPED_BY
@@ -25,9 +25,9 @@ from relight.training.marks import Marks
 from relight.training.randomness import Stream, derive, seed_everything
 from relight.training.reporting import Reporter, Sink
 from relight.training.resolving import checked_config, resolved, resolved_knobs
-from relight.training.source import source_digest, source_files
+from relight.training.source import source_files
 from relight.training.state import Cursor
-from relight.training.team import Why, check_ranks
+from relight.training.team import check_ranks
 from relight.workload import Env, LoopWorkload
 
 _REASON = "loop and checkpoint files are the workload's own: a resume is as exact as they are"
@@ -66,9 +66,12 @@ class LoopAttempt:
         ref, root = self._start.checkpoint, self._site.storage_root
         config = checked_config(self._workload_type, self._start.job.config)
         marks = Marks(self._sink, self._env.device)
-        before = self._verified(marks, ref) if ref is not None else None
-        frozen = before.numerics.get("threads") if before else None
-        numerics.configure(self._knobs.threads or int(frozen or self._site.cores), self._knobs.deterministic)
+        before = None
+        if ref is not None:
+            with marks.doing(Use.RESTORE, Cursor(step=ref.step)):
+                before = verify(root, ref)
+        threads = beginning.threads(self._knobs.threads, before, self._site.cores)
+        numerics.configure(threads, self._knobs.deterministic)
         about = self._about()
         self._tell_started(about, before)
         reporter = Reporter(self._sink, self._knobs.max_steps, self._clock)
@@ -84,37 +87,28 @@ class LoopAttempt:
             self._sink.report(publish_model(root, start.operation_id, start.attempt, control.step, model))
         return Outcome.COMPLETED
 
-    def _verified(self, marks: Marks, ref: CheckpointRef) -> Manifest:
-        with marks.doing(Use.RESTORE, Cursor(step=ref.step)):
-            return verify(self._site.storage_root, ref)
-
     def _about(self) -> Manifest:
-        """The manifest of this attempt's checkpoints, but for where they are taken and their files."""
-        code_files = source_files(self._workload_type)
-        return Manifest(
+        return beginning.manifest(
+            source_files(self._workload_type),
             operation_id=self._start.operation_id,
             attempt=self._start.attempt,
-            step=0,
-            epoch=0,
-            phase=Phase.UPDATE,
             workload=self._start.job.workload,
-            code_digest=source_digest(code_files),
-            code_files=code_files,
             data_digest=None,
             numerics=numerics.fingerprint(self._env.device),
-            files={},
         )
 
     def _tell_started(self, about: Manifest, before: Manifest | None) -> None:
         start = self._start
-        accepting = f"ops resume {start.operation_id} --accept-changes"
+        accepting = changes.accepting_resume(start.operation_id)
         changed = changes.accepted(before, about, start.accept_changes, accepting) if before is not None else []
         self._sink.report(
-            Started(
-                trainer_pid=os.getpid(),
-                start_step=before.step if before else 0,
-                exactness=numerics.exactness(self._knobs, about.numerics, before, [_REASON, *changed]),
-                environment={**numerics.environment(self._env.device), "code_digest": about.code_digest},
+            beginning.started(
+                about,
+                before,
+                before.step if before else 0,
+                self._knobs,
+                self._env.device,
+                inexact=[_REASON, *changed],
                 resolved=resolved(self._workload_type, start.job, self._knobs),
             )
         )
@@ -209,7 +203,6 @@ class _Control:
 
     def _publish(self, why: CheckpointType, write: Callable[[Path], object]) -> None:
         cursor = self._cursor
-        about = self._about.model_copy(update={"step": cursor.step, "epoch": cursor.epoch})
         with self._marks.doing(Use.SAVE, cursor, Use.TRAIN, edge=True):
-            published = publish_files(self._root, about, write)
+            published = publish_files(self._root, at(self._about, cursor), write)
             self._sink.report(published.saved(why, cursor, self._monitored))

@@ -76,10 +76,6 @@ class DataOrder:
         order = np.arange(len(self.dataset))
         return self._fetch(order, (), 0, Stream.VALIDATION_SAMPLE, Stream.VALIDATION_COLLATE)
 
-    @property
-    def _smallest_part(self) -> int:
-        return 2 if self.batch_size >= 2 * self.world_size else 1
-
     def _fetch(
         self,
         order: NDArray[np.int64],
@@ -96,7 +92,7 @@ class DataOrder:
         )
         return iter(
             DataLoader(
-                _Fetcher(self.dataset, self.collate, self.seed, sample, collate, rank, world_size, self._smallest_part),
+                _Fetcher(self, sample, collate, rank, world_size),
                 sampler=keys,
                 batch_size=None,
                 collate_fn=_as_it_is,
@@ -136,26 +132,18 @@ class _Fetcher(Dataset[Batch]):
     """Fetches a rank's part of each batch: each sample under its own seed, then the collate under the batch's."""
 
     def __init__(
-        self,
-        dataset: MapDataset,
-        collate: Callable[[list[Any]], Any],
-        seed: int,
-        sample_stream: Stream,
-        collate_stream: Stream,
-        rank: int,
-        world_size: int,
-        smallest_part: int,
+        self, order: DataOrder, sample_stream: Stream, collate_stream: Stream, rank: int, world_size: int
     ) -> None:
-        self.dataset = dataset
-        self.collate = collate
-        self.seed = seed
+        self.dataset = order.dataset
+        self.collate = order.collate
+        self.seed = order.seed
         self.sample_stream = sample_stream
         self.collate_stream = collate_stream
         self.rank = rank
         self.world_size = world_size
-        self.smallest_part = smallest_part
-        self.samples_draw = not _is_plain(dataset)
-        self.draws = self.samples_draw or getattr(collate, "__func__", None) is not Workload.collate
+        self.smallest_part = 2 if order.batch_size >= 2 * order.world_size else 1
+        self.samples_draw = not _is_plain(order.dataset)
+        self.draws = self.samples_draw or getattr(order.collate, "__func__", None) is not Workload.collate
 
     def __getitem__(self, key: _Key) -> Batch:
         if not self.draws:  # nor does it compute: what it does has the same bits under all of this

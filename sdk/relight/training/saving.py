@@ -14,15 +14,15 @@ from ops_contract.energy import Use
 from ops_contract.lifecycle import CheckpointType
 from ops_contract.reports import Note
 from relight.manifest import Manifest
+from relight.memory import available_bytes
 from relight.training import snapshot
-from relight.training.checkpoint import Published, publish
+from relight.training.checkpoint import Published, at, publish
 from relight.training.codec import CodecError, Encoded, encode
-from relight.training.faults import TrainingFault
 from relight.training.interval import SaveTimes
 from relight.training.marks import Marks
 from relight.training.reporting import Sink
 from relight.training.snapshot import Snapshot
-from relight.training.state import Cursor, Live
+from relight.training.state import Cursor, Live, not_restorable
 from relight.training.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,33 @@ class _Periodic:
     begun_at_s: float
 
 
-class Saver:
+class Saves:
+    """What a loop wants of a saver. This one saves nothing: it is that of a rank whose state is rank 0's."""
+
+    def __init__(self) -> None:
+        self.times = SaveTimes(saved_at_s=0.0, whole_s=0.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def save(
+        self, why: CheckpointType, cursor: Cursor, reported: dict[str, float], monitored: float | None = None
+    ) -> None:
+        """`reported` is what the successor sends again, `monitored` the metric of this very state."""
+
+    def seal(self) -> None:
+        """Before an update changes parameters."""
+
+    def raise_failure(self) -> None:
+        """Raises the error of a save that was to be written beside the training."""
+
+
+class Saver(Saves):
     """Writes `live` under `root`. `about` names the attempt; a cursor is saved once, `saved` being the newest.
 
     Periodic saves are copied and then written by a thread; every other save returns when it is committed. Use it as a
@@ -59,7 +85,7 @@ class Saver:
         marks: Marks,
         saved: Cursor | None,
         publish: Callable[[Path, Manifest, Encoded], Published] = publish,
-        available_bytes: Callable[[], int | None] = snapshot.available_bytes,
+        available_bytes: Callable[[], int | None] = available_bytes,
         clock: Callable[[], float] = time.monotonic,
         restored_s: float = 0.0,
     ) -> None:
@@ -80,9 +106,6 @@ class Saver:
         self._copies_all_at_once = False
         self._told_no_memory = False
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -98,9 +121,7 @@ class Saver:
     def save(
         self, why: CheckpointType, cursor: Cursor, reported: dict[str, float], monitored: float | None = None
     ) -> None:
-        """`reported` is what the successor sends again, `monitored` the metric of this very state.
-
-        A boundary that is on disk already needs no second copy. A save takes the place of a periodic one that still
+        """A boundary that is on disk already needs no second copy. A save takes the place of a periodic one that still
         waits to be written; for one that has a monitored value it waits.
         Raises TrainingFault for state that the codec does not know, and OSError, also that of an earlier save.
         """
@@ -121,7 +142,7 @@ class Saver:
                 self._writer.wait()
 
     def seal(self) -> None:
-        """Before an update changes parameters: what was begun at the last boundary is copied when this returns."""
+        """What was begun at the last boundary is copied when this returns."""
         periodic, self._copying = self._copying, None
         if periodic is None:
             return
@@ -134,7 +155,6 @@ class Saver:
             self._discard(periodic)
 
     def raise_failure(self) -> None:
-        """Raises the error of a periodic save that could not be written."""
         self._writer.raise_failure()
 
     def _begin(
@@ -156,8 +176,7 @@ class Saver:
         self._writer.wait()
         self._commit(why, cursor, monitored, encoded)
         self._newest = cursor
-        self.times.saved_at_s = self._clock()
-        self.times.commit_s = self.times.whole_s = self.times.saved_at_s - begun_at_s
+        self.times.waited(begun_at_s, self._clock())
         if why is CheckpointType.PERIODIC:
             self.times.add_stall(self.times.whole_s)
 
@@ -169,7 +188,7 @@ class Saver:
         self.times.commit_s = self._clock() - periodic.begun_at_s
 
     def _commit(self, why: CheckpointType, cursor: Cursor, monitored: float | None, state: Encoded) -> None:
-        published = self._publish(self._root, self._manifest(cursor), state)
+        published = self._publish(self._root, at(self._about, cursor), state)
         log.info("published %s, %d bytes", published.path, published.size_bytes)
         self._sink.report(published.saved(why, cursor, monitored))
 
@@ -187,7 +206,12 @@ class Saver:
         available_bytes = self._available_bytes()
         if available_bytes is None or 2 * size_bytes <= available_bytes:
             return snapshot.allocate(encoded)
-        self._tell_no_memory(size_bytes, available_bytes)
+        if not self._told_no_memory:
+            self._told_no_memory = True
+            self._note(
+                f"training waits while checkpoints are written: a copy of the state takes {size_bytes / 1e9:.2f} GB, "
+                f"more than half of the {available_bytes / 1e9:.2f} GB of memory that are available"
+            )
         return None
 
     def _reclaim(self) -> None:
@@ -200,14 +224,6 @@ class Saver:
             self._writer.wait()
         else:
             self._free.append(waiting.snapshot.memory)
-
-    def _tell_no_memory(self, size_bytes: int, available_bytes: int) -> None:
-        if not self._told_no_memory:
-            self._told_no_memory = True
-            self._note(
-                f"training waits while checkpoints are written: a copy of the state takes {size_bytes / 1e9:.2f} GB, "
-                f"more than half of the {available_bytes / 1e9:.2f} GB of memory that are available"
-            )
 
     def _discard(self, periodic: _Periodic) -> None:
         """What was copied may be of two steps; nothing has been written of it."""
@@ -227,7 +243,4 @@ class Saver:
         try:
             return encode({**self._live.capture(), "cursor": cursor.as_tree(), "reported": reported})
         except CodecError as error:
-            raise TrainingFault("not_restorable", f"this run could not be resumed: {error}", permanent=True) from error
-
-    def _manifest(self, cursor: Cursor) -> Manifest:
-        return self._about.model_copy(update={"step": cursor.step, "epoch": cursor.epoch, "phase": cursor.phase})
+            raise not_restorable(error) from error

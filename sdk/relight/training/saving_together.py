@@ -1,4 +1,4 @@
-"""Checkpoints of a gang: rank 0 writes what all have in common by itself; what is divided all write together."""
+"""Checkpoints of a model that is divided among ranks: all write them together."""
 
 import logging
 import os
@@ -6,20 +6,20 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ops_contract.energy import Use
 from ops_contract.lifecycle import CheckpointType
 from relight.manifest import FileEntry, Manifest
 from relight.publish import settled
-from relight.training.checkpoint import Published, published_shards, shards_directory
+from relight.training.checkpoint import Published, at, published_shards, shards_directory
 from relight.training.codec import CodecError, Encoded, encode
-from relight.training.faults import PeerLost, TrainingFault, is_peer_lost
+from relight.training.faults import PeerLost, is_peer_lost
 from relight.training.interval import SaveTimes
 from relight.training.marks import Marks
 from relight.training.reporting import Sink
-from relight.training.state import Cursor, Live
+from relight.training.saving import Saves
+from relight.training.state import Cursor, Live, not_restorable
 from relight.training.team import Team, agree
 
 if TYPE_CHECKING:
@@ -29,53 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Saves(Protocol):
-    """What a loop wants of a saver."""
-
-    times: SaveTimes
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def save(
-        self, why: CheckpointType, cursor: Cursor, reported: dict[str, float], monitored: float | None = None
-    ) -> None: ...
-
-    def seal(self) -> None: ...
-
-    def raise_failure(self) -> None: ...
-
-
-class Bystander:
-    """Of a rank that has nothing to write: rank 0's state is its own."""
-
-    def __init__(self) -> None:
-        self.times = SaveTimes(saved_at_s=0.0, whole_s=0.0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    def save(
-        self, why: CheckpointType, cursor: Cursor, reported: dict[str, float], monitored: float | None = None
-    ) -> None:
-        pass
-
-    def seal(self) -> None:
-        pass
-
-    def raise_failure(self) -> None:
-        pass
-
-
-class SaverTogether(Bystander):
+class SaverTogether(Saves):
     """Every rank calls `save` at the same boundaries. It returns when the checkpoint is committed: training waits.
 
     Rank 0 makes the directory, each rank writes, syncs and hashes its own file there, and rank 0 commits. When one
@@ -113,14 +67,12 @@ class SaverTogether(Bystander):
         begun_at_s = self._clock()
         then = Use.FINISH if why is CheckpointType.FINAL else Use.TRAIN
         with self._marks.doing(Use.SAVE, cursor, then, edge=True):
-            about = self._about.model_copy(update={"step": cursor.step, "epoch": cursor.epoch, "phase": cursor.phase})
-            published = self._publish(about, {"cursor": cursor.as_tree(), "reported": reported})
+            published = self._publish(at(self._about, cursor), {"cursor": cursor.as_tree(), "reported": reported})
             if published is not None:
                 log.info("published %s, %d bytes", published.path, published.size_bytes)
                 self._sink.report(published.saved(why, cursor, monitored))
         self._newest = cursor
-        self.times.saved_at_s = self._clock()
-        self.times.commit_s = self.times.whole_s = self.times.saved_at_s - begun_at_s
+        self.times.waited(begun_at_s, self._clock())
         if why is CheckpointType.PERIODIC:
             self.times.add_stall(self.times.whole_s)
 
@@ -152,7 +104,7 @@ class SaverTogether(Bystander):
             tree, parts = taken_out({**self._live.capture(), **more})
             state = encode(tree)
         except CodecError as error:
-            raise TrainingFault("not_restorable", f"this run could not be resumed: {error}", permanent=True) from error
+            raise not_restorable(error) from error
         publish = opened.enter_context(published_shards(self._root, about)) if self._team.leads else None
         return state, parts, publish
 

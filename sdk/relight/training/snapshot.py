@@ -4,7 +4,6 @@ import threading
 from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -123,16 +122,6 @@ def versions(live: Live) -> list[int]:
     """Torch's counts of in-place changes to what `changed_by_updates_only` trusts."""
     state = [value for kept in live.optimizer.state.values() for value in kept.values() if isinstance(value, Tensor)]
     return [tensor._version for tensor in (*_updated(live), *state)]
-
-
-def available_bytes() -> int | None:
-    """The memory that can be had without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
 def _updated(live: Live) -> list[Tensor]:

@@ -108,7 +108,7 @@ def check_round_trip(
         live.restore(back(decode(before.document, before.tensors), captured))
         found = digests(encode(out(live.capture())))
     except CodecError as error:
-        raise TrainingFault("not_restorable", f"this run could not be resumed: {error}", permanent=True) from error
+        raise not_restorable(error) from error
     changed = sorted(path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path))
     if changed:
         raise TrainingFault(
@@ -117,6 +117,10 @@ def check_round_trip(
             f"{', '.join(changed[:5])}" + (f" and {len(changed) - 5} more" if len(changed) > 5 else ""),
             permanent=True,
         )
+
+
+def not_restorable(error: CodecError) -> TrainingFault:
+    return TrainingFault("not_restorable", f"this run could not be resumed: {error}", permanent=True)
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -10,18 +10,17 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ops_contract.jobs import Job
 from ops_contract.pipe import Rank
+from relight.pipe import Why
 from relight.training.faults import PeerLost, TrainingFault, has_hung_up
 from relight.workload import AnyWorkload, LoopWorkload
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed.distributed_c10d import PrefixStore
-
-Why = Literal["cancelled", "preempted"]
 
 FORMING_S = 120.0
 # Of a collective: a rank that hangs is the agents' to notice, by the training's own stall_timeout_s.

@@ -28,7 +28,7 @@ _NAMES = {
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MAX_HEADER_BYTES = 100_000_000  # the package's own limit
-_MAX_DIMENSIONS = 64  # torch's own; the product of a million sizes would take hours
+MAX_DIMENSIONS = 64  # torch's and numpy's own; the product of a million sizes would take hours
 
 
 class TensorFileError(Exception):
@@ -85,11 +85,11 @@ class _Entry:
         self.name = name
         try:
             self.dtype = _DTYPES[entry["dtype"]]
-            self.shape = [_count(n) for n in entry["shape"]]
-            self.begin, self.end = (_count(n) for n in entry["data_offsets"])
+            self.shape = [count(n) for n in entry["shape"]]
+            self.begin, self.end = (count(n) for n in entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise TensorFileError(f"tensor {name!r} is not described in full: {error!r}") from error
-        if len(self.shape) > _MAX_DIMENSIONS:
+        if len(self.shape) > MAX_DIMENSIONS:
             raise TensorFileError(f"tensor {name!r} has {len(self.shape)} dimensions")
         if self.end - self.begin != math.prod(self.shape) * self.dtype.itemsize:
             raise TensorFileError(f"tensor {name!r}: {self.end - self.begin} bytes are not its shape {self.shape}")
@@ -114,7 +114,8 @@ def _header(data: Tensor) -> tuple[dict[str, Any], int]:
     return header, 8 + size
 
 
-def _count(value: Any) -> int:
+def count(value: Any) -> int:
+    """A size, as a document says it. Raises ValueError for what is none."""
     if type(value) is not int or value < 0 or value >= 2**63:
         raise ValueError(f"{value!r} is not a size")
     return value

@@ -49,7 +49,6 @@ class EnergyDelivery:
             await self._send(rows)
 
     async def _send(self, rows: EnergyRows) -> None:
-        assert rows.ref is not None
         body = f'{{"incarnation":"{self._incarnation}","windows":[{",".join(rows.windows.values())}]}}'
         try:
             await self._api.send_energy(rows.ref, body)
@@ -67,7 +66,6 @@ class EnergyDelivery:
 
     async def _obey(self, refusal: ApiRefused, rows: EnergyRows) -> None:
         """It would refuse them for ever, and must not be asked for ever."""
-        assert rows.ref is not None
         where = rows.ref.model_dump()
         if refusal.code is ErrorCode.NOT_FOUND:
             log.warning("%d energy windows dropped: %s", len(rows.windows), refusal, extra=where)

@@ -12,21 +12,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ops_contract.agents import CheckpointRef, SlotOffer
 from ops_contract.energy import Quality
 from ops_contract.errors import ErrorCode, OpsError
-from ops_worker.energy.estimate import Estimate
-from ops_worker.energy.meters import Meter, SlotMeter
+from ops_worker.energy.meters import Estimate, Meter, SlotMeter
 from ops_worker.energy.nvml import Driver, Gpu, nvml_meter
 from ops_worker.energy.preflight import Preflight, preflight
 from ops_worker.energy.rapl import POWERCAP, rapl_meters
 from ops_worker.energy.sampler import Sampler
 from ops_worker.settings import Settings, SettingsError
 from ops_worker.waiting import in_daemon
+from relight.interpreter import versions_of
 
 log = logging.getLogger(__name__)
 
@@ -209,9 +208,13 @@ def _chosen(gpus: Sequence[Gpu], settings: Settings, environ: Mapping[str, str])
     gpus = _with_instances(gpus)
     # As CUDA reads it: what comes after something that is not there does not count.
     if (visible := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        gpus = _until_missing(gpus, visible)
+        gpus, _ = _named(gpus, visible)
     if settings.gpus not in (None, "all"):
-        gpus = _named(gpus, str(settings.gpus))
+        chosen, missing = _named(gpus, str(settings.gpus))
+        if missing is not None:
+            there = ", ".join(f"{index}: {gpu.uuid}" for index, gpu in enumerate(gpus)) or "none"
+            raise SettingsError(f"OPS_GPUS: there is no GPU {missing!r} here; there are {there}")
+        gpus = chosen
     if settings.gpus is None and gpus and (torch := _torch(settings)) and torch.endswith("+cpu"):
         log.warning("torch %s has no CUDA: no GPU is offered. Install one that has, or set OPS_GPUS=all", torch)
         return []
@@ -232,25 +235,15 @@ def _with_instances(gpus: Sequence[Gpu]) -> list[Gpu]:
     return found
 
 
-def _until_missing(gpus: Sequence[Gpu], names: str) -> list[Gpu]:
+def _named(gpus: Sequence[Gpu], names: str) -> tuple[list[Gpu], str | None]:
+    """In the order of the names, up to the first that is not there; that name."""
     found: list[Gpu] = []
     for name in filter(None, map(str.strip, names.split(","))):
         gpu = _find(gpus, name)
         if gpu is None:
-            break
+            return found, name
         found.append(gpu)
-    return found
-
-
-def _named(gpus: Sequence[Gpu], names: str) -> list[Gpu]:
-    found: list[Gpu] = []
-    for name in filter(None, map(str.strip, names.split(","))):
-        gpu = _find(gpus, name)
-        if gpu is None:
-            there = ", ".join(f"{index}: {gpu.uuid}" for index, gpu in enumerate(gpus)) or "none"
-            raise SettingsError(f"OPS_GPUS: there is no GPU {name!r} here; there are {there}")
-        found.append(gpu)
-    return found
+    return found, None
 
 
 def _find(gpus: Sequence[Gpu], name: str) -> Gpu | None:
@@ -263,9 +256,4 @@ def _find(gpus: Sequence[Gpu], name: str) -> Gpu | None:
 
 def _torch(settings: Settings) -> str | None:
     """The version of the trainers' torch, where it is this interpreter's."""
-    if settings.worker_python is not None:
-        return None
-    try:
-        return version("torch")
-    except PackageNotFoundError:
-        return None
+    return None if settings.worker_python is not None else versions_of("torch").get("torch")

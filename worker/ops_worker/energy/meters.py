@@ -1,5 +1,7 @@
-"""What a meter is, and what it answers."""
+"""What a meter is, and what it answers; and the one that is no meter, a configured wattage."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -61,6 +63,26 @@ class Meter(Protocol):
 
         As of the last `read`. It starts anew with the driver or the host.
         """
+
+
+class Estimate:
+    """Where no meter is readable: the watts of a busy core, times the cores of a slot, times the time, however much of
+    them was used."""
+
+    device = "cpu"
+    source = Source.ESTIMATE
+    quality = Quality.ESTIMATED
+
+    def __init__(self, core_power_w: float, cores: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._power_w = core_power_w * cores
+        self._clock = clock
+
+    def read(self) -> Reading:
+        at_s = self._clock()
+        return Reading(at_s, at_s * self._power_w)
+
+    def counter(self) -> float | None:
+        return None
 
 
 @dataclass(frozen=True)

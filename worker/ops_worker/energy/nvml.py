@@ -92,7 +92,7 @@ class Gpu:
         self._handle = handle
         self._unsupported: set[str] = set()
         self._slow = Look()
-        self._has_instant = parent is None
+        self.has_instant = parent is None  # as of the last `power_w`
         self.parent = parent
         self.uuid: str = nvml.nvmlDeviceGetUUID(handle)
         self.name: str = nvml.nvmlDeviceGetName(handle)
@@ -151,18 +151,13 @@ class Gpu:
 
     def power_w(self) -> float | None:
         """At this moment where the driver knows it (`has_instant`), else the mean of the last second or so."""
-        if self._has_instant:
+        if self.has_instant:
             field = self._nvml.NVML_FI_DEV_POWER_INSTANT
             values = self._ask(self._nvml.nvmlDeviceGetFieldValues, self._handle, [field], quiet=True)
             if values and values[0].nvmlReturn == 0:
                 return float(values[0].value.uiVal) / 1000
-            self._has_instant = values is not None and values[0].nvmlReturn not in _NEVER
+            self.has_instant = values is not None and values[0].nvmlReturn not in _NEVER
         return self._watts(self._nvml.nvmlDeviceGetPowerUsage)
-
-    @property
-    def has_instant(self) -> bool:
-        """As of the last `power_w`."""
-        return self._has_instant
 
     def look(self, thorough: bool) -> Look:
         """`thorough`: also what moves slowly, or costs much; else that is as it was."""

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from ops_contract.agents import CheckpointRef
 from ops_worker.energy.nvml import Gpu, others
+from relight.memory import MEMINFO, available_bytes
 
 # The context of CUDA alone takes a third of a GiB, more than this of no GPU that is in use today.
 LEAST_FREE = 0.1
 # A checkpoint that nobody has seen yet is taken for this large.
 LEAST_BYTES = 256 * 2**20
-MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass
@@ -41,15 +41,9 @@ def preflight(
 
 def preflight_gpu(gpu: Gpu) -> Preflight:
     """Of the device alone. Blocks, for good when the driver hangs."""
-    found = Preflight()
     if problem := gpu.answers():
-        found.failures.append(f"{gpu.uuid} ({gpu.name}) does not answer: {problem}; `nvidia-smi`, and dmesg, say more")
-    else:
-        _gpu(gpu, found)
-    return found
-
-
-def _gpu(gpu: Gpu, found: Preflight) -> None:
+        return Preflight([f"{gpu.uuid} ({gpu.name}) does not answer: {problem}; `nvidia-smi`, and dmesg, say more"])
+    found = Preflight()
     processes = [str(pid) for pid in others(gpu.processes())]
     if memory := gpu.memory():
         free, total = memory
@@ -61,6 +55,7 @@ def _gpu(gpu: Gpu, found: Preflight) -> None:
         found.warnings.append(f"{whose}: its joules are an upper bound, and in no sum")
     if gpu.persistence() is False:
         found.warnings.append("persistence mode is off, so that the driver may unload between jobs: `nvidia-smi -pm 1`")
+    return found
 
 
 def _driver(driver_cuda: str, torch: str | None, found: Preflight) -> None:
@@ -80,19 +75,10 @@ def _room(checkpoint_bytes: int, storage_root: Path, meminfo: Path, found: Prefl
             found.failures.append(f"{storage_root} has {_mib(free)} free, a checkpoint needs {_mib(on_disk)}: {advice}")
     except OSError as error:
         found.failures.append(f"{storage_root} cannot be looked at: {error.strerror}")
-    available = memory_available(meminfo)
+    available = available_bytes(meminfo)
     if available is not None and available < in_memory:
         wanted = f"the copy of a checkpoint needs {_mib(in_memory)}"
         found.failures.append(f"{os.uname().nodename} has {_mib(available)} of memory available, {wanted}")
-
-
-def memory_available(meminfo: Path = MEMINFO) -> int | None:
-    """In bytes; null where the system does not say."""
-    try:
-        found = re.search(r"^MemAvailable: +(\d+) kB$", meminfo.read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
 
 
 def _mib(size: int) -> str:

@@ -153,13 +153,15 @@ class Track:
 
     def _around(self, since_s: float, until_s: float) -> list[Point]:
         """From the last point that is not after `since_s` to the first that is not before `until_s`."""
-        points = [*self._coarse, *self._points] if self._is_coarse(since_s) else list(self._points)
+        points = self._since(since_s)
         begin = max(0, bisect.bisect_right(points, since_s, key=lambda p: p.at_s) - 1)
         end = bisect.bisect_left(points, until_s, key=lambda p: p.at_s)
         return points[begin : end + 1]
 
-    def _is_coarse(self, at_s: float) -> bool:
-        return bool(self._coarse) and at_s < self._points[0].at_s
+    def _since(self, at_s: float) -> list[Point]:
+        """All that are kept of the time from there on, and some of before."""
+        is_coarse = bool(self._coarse) and at_s < self._points[0].at_s
+        return [*self._coarse, *self._points] if is_coarse else list(self._points)
 
     def _edge(self, at_s: float) -> Edge:
         """Kept: what ends one window begins the next, and must be the same though points were dropped meanwhile."""
@@ -175,7 +177,7 @@ class Track:
 
         The truth lies between the figure last seen and that of the first tick which is known to be later.
         """
-        points = [*self._coarse, *self._points] if self._is_coarse(at_s) else list(self._points)
+        points = self._since(at_s)
         after = bisect.bisect_left(points, at_s, key=lambda p: p.at_s)
         bound = points[min(bisect.bisect_left(points, at_s, key=lambda p: p.still_s), len(points) - 1)]
         right = points[min(after, len(points) - 1)]

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ops_contract.energy import Quality, Source
-from ops_worker.energy.estimate import Estimate
-from ops_worker.energy.meters import Measured, Meter, MeterLost
+from ops_worker.energy.meters import Estimate, Measured, Meter, MeterLost
 from ops_worker.energy.nvml import Driver, Gpu, NvmlCounter, NvmlPower, nvml_meter
 from ops_worker.energy.rapl import POWERCAP, rapl_meters
 from ops_worker.energy.sampler import INTERVAL_S, Sampler

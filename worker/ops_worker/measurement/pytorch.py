@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import importlib.metadata
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ops_contract.measurements import FlopsRecord, MeasurementConfig, RandomModel
-from ops_worker.energy.preflight import memory_available
 from ops_worker.measurement import models, requirements, tasks
 from ops_worker.measurement.engines import Checked, Generated
 from ops_worker.measurement.flops import Ran, count
 from ops_worker.measurement.peaks import peak_flops_per_s
 from ops_worker.measurement.tasks import Batch
+from relight.interpreter import versions_of
+from relight.memory import available_bytes
 
 PROCESS = Path("/proc/self")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "flash_attn")
@@ -36,7 +36,7 @@ class PytorchEngine:
         self._peak_resets = False
 
     def check(self, gpu_free_bytes: int | None) -> Checked:
-        free = gpu_free_bytes if self._on_cuda else memory_available()
+        free = gpu_free_bytes if self._on_cuda else available_bytes()
         return requirements.check(self._config, self._device, free)
 
     def environment(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class PytorchEngine:
             "threads": torch.get_num_threads(),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "cuda": torch.version.cuda,
-            "packages": _versions(),
+            "packages": versions_of(*PACKAGES),
             "prompts_sha256": _sha256(self._config.task.prompts_file),
             "model": self._model_in_short(config, sketch),
         }
@@ -226,16 +226,6 @@ def _until_end(new: Tensor, ends: Tensor) -> int:
     ended = torch.isin(new, ends).long()
     before = ended.cumsum(1) - ended
     return int((before == 0).sum())
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _reset_peak_rss() -> bool:

@@ -10,7 +10,7 @@ import torch
 from ops_contract.measurements import MeasurementConfig, RandomModel
 from ops_worker.measurement import models, tasks
 from ops_worker.measurement.engines import Checked
-from ops_worker.measurement.memory import needed_bytes
+from ops_worker.measurement.flops import windows
 from ops_worker.measurement.models import Unusable
 
 GIB = 2**30
@@ -104,11 +104,28 @@ def _size(config: MeasurementConfig, model_config: Any, device: str, free: int |
     except Unusable as problem:
         yield str(problem)
         return
-    needed = needed_bytes(config, model_config, params)
+    needed = _needed_bytes(config, model_config, params)
     if free is not None and needed > free:
         what = f"{params:,} parameters in {config.precision}, {config.batch_size} cached sequences and the prompts"
         room = f"{device} has {free / GIB:.1f} GiB free"
         yield f"{what} need {needed / GIB:.1f} GiB, and {room}: take a smaller model, batch_size or precision"
+
+
+def _needed_bytes(config: MeasurementConfig, model_config: Any, params: int) -> int:
+    """Of weights, keys and values, and prompts: activations come on top, so that it is the least."""
+    size: int = getattr(torch, config.precision).itemsize
+    task = config.task
+    prompts = 2 * 8 * task.n_prompts * task.input_tokens  # tokens and mask, as int64
+    return size * (params + config.batch_size * _cached(model_config, task.input_tokens + task.output_tokens)) + prompts
+
+
+def _cached(model_config: Any, length: int) -> int:
+    """Numbers that the cache keeps of one sequence."""
+    text = model_config.get_text_config()
+    heads = text.num_attention_heads
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return sum(2 * kept * width * min(length, window or length) for window in windows(model_config))
 
 
 def _warnings(config: MeasurementConfig, device: str) -> list[str]:

@@ -27,7 +27,6 @@ from ops_worker.measurement import warmup
 from ops_worker.measurement.baseline import Baseline, Baselines, IdlePower
 from ops_worker.measurement.engines import Engine, Generated
 from ops_worker.measurement.environment import environment
-from ops_worker.measurement.errors import BackendError, PreFlightError
 from ops_worker.measurement.figures import METHODOLOGY, NO_METER, Counted, Found, figures
 from ops_worker.measurement.instruments import Instruments
 from ops_worker.measurement.timeseries import write_series
@@ -41,6 +40,24 @@ LATE_S = 15.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class PreFlightError(Exception):
+    """What keeps it from starting: all of it, so that it is mended at once."""
+
+    def __init__(self, failures: Sequence[str], warnings: Sequence[str] = ()) -> None:
+        super().__init__("; ".join(failures))
+        self.failures = list(failures)
+        self.warnings = list(warnings)
+
+
+class BackendError(Exception):
+    """The engine failed, in `phase`; `cause` is what it raised."""
+
+    def __init__(self, phase: MeasurementPhase, cause: Exception) -> None:
+        super().__init__(f"the engine failed in phase {phase}: {type(cause).__name__}: {cause}")
+        self.phase = phase
+        self.cause = cause
 
 
 def _nothing(*_: object) -> None: ...
@@ -133,16 +150,13 @@ class Measurement:
             found = preflight_gpu(gpu)
             failures += found.failures
             warnings += found.warnings
-        checked = self._asked(self._engine.check, self._gpu_free_bytes())
+        memory = next((gpu.memory() for gpu in self._instruments.gpus), None)
+        checked = self._asked(self._engine.check, memory and memory[0])
         failures += checked.failures
         warnings += checked.warnings
         if failures:
             raise PreFlightError(failures, warnings)
         self._warnings += warnings
-
-    def _gpu_free_bytes(self) -> int | None:
-        memory = next((gpu.memory() for gpu in self._instruments.gpus), None)
-        return memory and memory[0]
 
     def _baseline(self) -> Baseline:
         policy, meters = self._config.baseline, self._instruments.meters

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ops_worker.ptycho.stitching import places_of
 from relight.ptycho.data import Array, Scan
 from relight.ptycho.simulation import shifted
 
@@ -19,7 +20,7 @@ def epie(scan: Scan, iterations: int, shape: tuple[int, int], seed: int) -> Arra
     probes = shifted(scan.probe, scan.fractions)
     steps = _FEEDBACK * probes.conj() / (np.abs(probes) ** 2).max(axis=(1, 2), keepdims=True)
     measured = np.fft.ifftshift(scan.amplitudes, axes=(-2, -1)) / np.sqrt(scan.scale)
-    places = [(slice(y, y + scan.n), slice(x, x + scan.n)) for y, x in scan.corners.tolist()]
+    places = places_of(scan.corners, scan.n)
     for _ in range(iterations):
         for i in rng.permutation(len(places)):
             wave = probes[i] * object[places[i]]

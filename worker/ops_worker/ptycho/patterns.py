@@ -1,6 +1,7 @@
 """The data of a run: whose patterns, in which groups, and where those lie."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Patterns:
     training: NDArray[np.int64]
     held_out: NDArray[np.int64]
 
-    @property
+    @cached_property
     def canvas(self) -> int:
         """Pixels across, with room for the widest group."""
         reach = max(int(np.abs(offsets(self.scan, members)).max(initial=0)) for members in self._members)

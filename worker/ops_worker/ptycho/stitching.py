@@ -17,7 +17,7 @@ def stitch(
     """
     phases = synchronised(patches, corners, weights, shape) if synchronise else np.ones(len(patches))
     total, coverage = np.zeros(shape, np.complex128), np.zeros(shape)
-    for patch, at, phase in zip(patches, _places(corners, len(weights)), phases, strict=True):
+    for patch, at, phase in zip(patches, places_of(corners, len(weights)), phases, strict=True):
         total[at] += phase * weights * patch
         coverage[at] += weights
     object = np.divide(total, coverage, out=np.zeros_like(total), where=coverage > 0)
@@ -32,7 +32,7 @@ def synchronised(patches: Array, corners: Array, weights: Array, shape: tuple[in
     turned again, which is coordinate ascent of the sum of the inner products of all pairs.
     """
     phases, total = np.ones(len(patches), np.complex128), np.zeros(shape, np.complex128)
-    places = _places(corners, len(weights))
+    places = places_of(corners, len(weights))
     distance = ((corners - np.median(corners, axis=0)) ** 2).sum(axis=1)
     outwards = np.argsort(((corners - corners[distance.argmin()]) ** 2).sum(axis=1), kind="stable")
     placed = np.zeros(len(patches))
@@ -47,5 +47,6 @@ def synchronised(patches: Array, corners: Array, weights: Array, shape: tuple[in
     return phases
 
 
-def _places(corners: Array, n: int) -> list[tuple[slice, slice]]:
+def places_of(corners: Array, n: int) -> list[tuple[slice, slice]]:
+    """Of patches of n × n pixels, in the object."""
     return [(slice(y, y + n), slice(x, x + n)) for y, x in corners.tolist()]

@@ -47,7 +47,7 @@ class Ptycho(Workload[PtychoConfig]):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         amplitudes = batch["amplitudes"]
-        intensities = model(amplitudes, batch["offsets"], batch["fractions"], self._canvas)
+        intensities = model(amplitudes, batch["offsets"], batch["fractions"], self._patterns.canvas)
         poisson = deviance(intensities, amplitudes.double().square())
         loss = poisson if self.config.loss == "poisson" else amplitude_error(intensities, amplitudes)
         return loss, {"poisson_train_loss": poisson}
@@ -82,10 +82,6 @@ class Ptycho(Workload[PtychoConfig]):
         except (FileNotFoundError, PermissionError, IsADirectoryError) as problem:
             said = f"{problem.filename}: {problem.strerror}; give its absolute path, as workers see it"
             raise TrainingFault("bad_data", said, permanent=True) from problem
-
-    @cached_property
-    def _canvas(self) -> int:
-        return self._patterns.canvas
 
 
 class PtychoModel(nn.Module):
