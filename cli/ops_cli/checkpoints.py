@@ -14,7 +14,7 @@ from ops_cli.connect import Json, OperationId, with_client
 from ops_cli.exits import ExitCode
 
 if TYPE_CHECKING:
-    from ops_contract.operations import CheckpointView
+    from ops_contract.history import CheckpointView
     from relight.client import Client
 
 CheckpointId = Annotated[

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import httpx
 
     from ops_contract.doctor import Finding
-    from ops_contract.operations import WorkerView
+    from ops_contract.workers import WorkerView
     from relight.settings import Server
 
 TIMEOUT_S = 5.0

@@ -18,8 +18,8 @@ from ops_cli.plot import FORMATS, new_figure, require_matplotlib, save
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from ops_contract.history import AttemptView
     from ops_contract.ledger import BookedWindow, EnergyLedger, Joules
-    from ops_contract.operations import AttemptView
     from relight.client import Client
 
 LAST_EPOCHS = 10

@@ -15,7 +15,7 @@ from ops_cli.exits import ExitCode
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from ops_contract.operations import ArtifactView
+    from ops_contract.history import ArtifactView
     from relight.client import Client
 
 

@@ -13,8 +13,10 @@ from ops_cli.connect import Json, OperationId, with_client
 
 if TYPE_CHECKING:
     from ops_contract.errors import OpsError
+    from ops_contract.history import AttemptView, MetricSummary
     from ops_contract.jobs import Code
-    from ops_contract.operations import AttemptView, MetricSummary, Operation, SlotView, WorkerView
+    from ops_contract.operations import Operation
+    from ops_contract.workers import SlotView, WorkerView
     from relight.client import Client
 
 LAST_POINTS = 20

@@ -11,7 +11,8 @@ from ops_cli.exits import ExitCode
 from ops_cli.watch import detachable, follow, last_lines, view_for_people
 
 if TYPE_CHECKING:
-    from ops_contract.operations import Operation, ReplayCheck
+    from ops_contract.history import ReplayCheck
+    from ops_contract.operations import Operation
     from relight.client import Client
 
 
@@ -51,7 +52,7 @@ def replay(
 
 def _judge(client: "Client", operation: "Operation", json: bool) -> None:
     """Wait for the verdict, say it, and leave with its exit code."""
-    from ops_contract.operations import ReplayCheck
+    from ops_contract.history import ReplayCheck
 
     with detachable(operation.id):
         ended = client.wait(operation.id) if json else _followed(client, operation)

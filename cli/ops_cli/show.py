@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from ops_contract.history import ReplayCheck
     from ops_contract.measurements import MeasurementProgress
-    from ops_contract.operations import EnergyView, Operation, ProgressView, ReplayCheck, ResumedFrom
+    from ops_contract.operations import EnergyView, Operation, ProgressView, ResumedFrom
     from ops_contract.reports import Fault
     from ops_contract.wire import Wire
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from ops_contract.operations import OperationSummary, WorkerView
+    from ops_contract.operations import OperationSummary
+    from ops_contract.workers import WorkerView
     from relight.client import Client
 
 KEY_WAIT_S = 0.5  # and so the time until a new size of the window is followed

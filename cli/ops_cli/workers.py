@@ -11,7 +11,7 @@ from ops_cli.connect import Json, Token, Url, with_client
 
 if TYPE_CHECKING:
     from ops_contract.energy import DeviceNow
-    from ops_contract.operations import SlotView, WorkerView
+    from ops_contract.workers import SlotView, WorkerView
     from relight.client import Client
 
 Worker = Annotated[

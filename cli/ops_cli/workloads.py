@@ -14,7 +14,7 @@ from ops_cli.connect import Json, Token, Url, with_client
 from ops_cli.exits import ExitCode
 
 if TYPE_CHECKING:
-    from ops_contract.operations import WorkloadView
+    from ops_contract.workers import WorkloadView
     from relight.client import Client
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from uuid import UUID
 
-from ops_contract.operations import ArtifactView, Operation, OperationSummary
+from ops_contract.history import ArtifactView
+from ops_contract.operations import Operation, OperationSummary
 from relight.client import Client, ExportFormat
 from relight.download import Progress
 from relight.following import Bar

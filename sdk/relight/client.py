@@ -20,30 +20,30 @@ import httpx
 from pydantic import ValidationError
 
 from ops_contract.audit import Action, AuditEntry, AuditPage
+from ops_contract.cleanup import Cleanup, CleanupItem, CleanupRequest
 from ops_contract.errors import ErrorBody, ErrorCode, OpsError
+from ops_contract.history import (
+    Artifacts,
+    ArtifactView,
+    Attempts,
+    AttemptView,
+    Checkpoints,
+    CheckpointView,
+    Events,
+    EventView,
+    MetricNames,
+    MetricPoints,
+    MetricSummary,
+)
+from ops_contract.history import Results as ResultsAnswer
 from ops_contract.jobs import Code, Job, JobSpec
 from ops_contract.ledger import BookedWindow, EnergyLedger, EnergyWindows
 from ops_contract.lifecycle import TERMINAL, Kind, Status
 from ops_contract.logins import LoginLink
 from ops_contract.operations import (
-    Artifacts,
-    ArtifactView,
-    Attempts,
-    AttemptView,
     CancelRequest,
-    Checkpoints,
-    CheckpointView,
     Children,
-    Cleanup,
-    CleanupItem,
-    CleanupRequest,
-    DrainRequest,
-    Events,
-    EventView,
     ForkRequest,
-    MetricNames,
-    MetricPoints,
-    MetricSummary,
     Operation,
     OperationPage,
     OperationSummary,
@@ -51,13 +51,6 @@ from ops_contract.operations import (
     ResumeAccepted,
     ResumeRequest,
     StudyPreview,
-    Workers,
-    WorkerView,
-    Workloads,
-    WorkloadView,
-)
-from ops_contract.operations import (
-    Results as ResultsAnswer,
 )
 from ops_contract.plans import ChildResult
 from ops_contract.problems import offer
@@ -74,6 +67,7 @@ from ops_contract.webhooks import (
     WebhookView,
 )
 from ops_contract.wire import API_PREFIX, LOG_COMPLETE, LOG_END, LOG_OFFSET, Wire
+from ops_contract.workers import DrainRequest, Workers, WorkerView, Workloads, WorkloadView
 from relight import download
 from relight.download import Part, Progress
 from relight.following import Bar, Changes, LogPart, Output

@@ -12,8 +12,8 @@ import pytest
 
 from helpers.answers import metric_names, metric_points, operation
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.history import Artifacts, Results, ResultView
 from ops_contract.lifecycle import Status
-from ops_contract.operations import Artifacts, Results, ResultView
 from ops_contract.plans import TrainingResult
 from relight import AsyncClient
 from relight.client import TRIES, Client

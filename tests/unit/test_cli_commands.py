@@ -19,9 +19,9 @@ from helpers.measured import measurement_result
 from ops_cli.exits import ExitCode
 from ops_cli.main import SECTIONS, app
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.history import ResultView
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status
-from ops_contract.operations import ResultView
 from ops_contract.tokens import TokenView
 from ops_contract.webhooks import WebhookView
 from relight.packing import pack

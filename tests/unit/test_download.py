@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from ops_contract.errors import OpsError
-from ops_contract.operations import Artifacts, ArtifactView
+from ops_contract.history import Artifacts, ArtifactView
 from relight.client import TRIES, Client, Unreachable
 from relight.download import DownloadFailed
 
