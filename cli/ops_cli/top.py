@@ -110,7 +110,7 @@ class Looking(threading.Thread):
         self._client, self._every_s = client, every_s
 
     def run(self) -> None:
-        from relight.client import Unreachable
+        from relight.transport import Unreachable
 
         while not self.stopping.wait(self._every_s):
             try:

@@ -76,7 +76,7 @@ def follow_all(
 ) -> "list[Operation]":
     """Until each has ended, or is `enough`. A server that goes away is waited for, and the view says so."""
     from ops_contract.lifecycle import TERMINAL
-    from relight.client import Unreachable
+    from relight.transport import Unreachable
 
     seen: dict[UUID, Operation] = {}
     live = list(ids)

@@ -11,9 +11,10 @@ from uuid import UUID
 
 from ops_contract.history import ArtifactView
 from ops_contract.operations import Operation, OperationSummary
-from relight.client import Client, ExportFormat
+from relight.client import Client
 from relight.download import Progress
 from relight.following import Bar
+from relight.transfers import ExportFormat
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -146,7 +146,7 @@ def filled(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
     never = dict.fromkeys(("expires_at", "last_used_at", "revoked_at"))
     known = {"id": WEBHOOK, "name": "ana", "scope": "read", "created_by": "operator", "created_at": AT}
     api.tokens = [TokenView.model_validate(known | never)]
-    monkeypatch.setattr("relight.client.BACKOFF_S", 0.0)
+    monkeypatch.setattr("relight.transport.BACKOFF_S", 0.0)
     return api
 
 
