@@ -136,11 +136,11 @@ def result(
     warnings: Sequence[str] = (),
 ) -> SweepResult:
     """`fit` and `joules` are given the completed rows with a finite loss and counted tokens; which are not is told."""
-    usable = [row for row in every if _is_usable(row)]
+    usable = [row for row in every if row.has_loss and row.num_tokens]
     told = [
         f"{row.experiment_id} is not in the fits: {row.error_message or f'it is {row.status}'}"
         for row in every
-        if not _is_usable(row)
+        if not (row.has_loss and row.num_tokens)
     ]
     return SweepResult(
         flops=study.flops,
@@ -338,11 +338,6 @@ def _missing(child: ChildResult, monitor: str, loss: float | None, units: int | 
     if not math.isfinite(loss):
         return f"its {monitor} is {loss}: it diverged"
     return None if units else "nobody counted its tokens"
-
-
-def _is_usable(row: SweepRow) -> bool:
-    completed = row.status is Status.COMPLETED
-    return completed and row.final_loss is not None and math.isfinite(row.final_loss) and bool(row.num_tokens)
 
 
 def _short(budget: float) -> str:

@@ -155,11 +155,8 @@ def energy(result: SweepResult) -> Panel:
         unknown.update(_reason(row) for row in rows if row.energy_j is None)
         points.append(Points(colour, list(known.values()), label=flops(budget)))
         for best in (each for each in result.joules if each.budget == budget):
-            for mark, id in (("flop_optimal", best.flop_optimal), ("joule_optimal", best.joule_optimal)):
-                if id in known:
-                    points.append(
-                        Points(colour, [known[id]], "flop_optimal" if mark == "flop_optimal" else "joule_optimal")
-                    )
+            marked: dict[Mark, str] = {"flop_optimal": best.flop_optimal, "joule_optimal": best.joule_optimal}
+            points += [Points(colour, [known[id]], mark) for mark, id in marked.items() if id in known]
     notes = [f"{count} of the runs left out, energy unknown: {reason}" for reason, count in sorted(unknown.items())]
     return Panel("Energy against loss", "energy (J)", "loss (nats)", points, notes=notes)
 
@@ -273,18 +270,14 @@ def _key(value: JsonValue) -> str:
 def _by_budget(result: SweepResult) -> list[tuple[float, list[SweepRow]]]:
     """The completed runs of each budget with a loss that can be drawn."""
     budgets = sorted({row.compute_budget for row in result.rows})
-    return [(b, [row for row in result.rows if row.compute_budget == b and has_loss(row)]) for b in budgets]
-
-
-def has_loss(row: SweepRow) -> bool:
-    return row.status is Status.COMPLETED and row.final_loss is not None and math.isfinite(row.final_loss)
+    return [(b, [row for row in result.rows if row.compute_budget == b and row.has_loss]) for b in budgets]
 
 
 def _without_loss(result: SweepResult) -> Iterator[str]:
     states = Counter(
         "completed without a finite loss" if row.status is Status.COMPLETED else str(row.status)
         for row in result.rows
-        if not has_loss(row)
+        if not row.has_loss
     )
     if states:
         yield f"not drawn: {', '.join(f'{count} {state}' for state, count in sorted(states.items()))}"
