@@ -80,14 +80,10 @@ def status(client: "Client", operation_id: OperationId, json: Json = False) -> N
     if json:
         print(operation.model_dump_json())
         return
-    table = show.table("FACT", "", wide=[""])
-    table.show_header = False
     pending = operation.status == "pending"
     waits_for = (_engine(operation) or _waits_for(operation, client.workers())) if pending else ""
-    for label, value in _facts(operation, waits_for, datetime.now(UTC)).items():
-        if value:
-            table.add_row(f"[bold]{label}[/]", value)
-    show.print_rich(table)
+    facts = _facts(operation, waits_for, datetime.now(UTC))
+    show.print_facts({label: value for label, value in facts.items() if value}, wrapped=True)
     print(f"Next: {next_command(operation)}")
 
 

@@ -1,9 +1,11 @@
 """Values as people read them."""
 
+import csv
 import math
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from ops_contract.operations import EnergyView, Operation, ProgressView, ResumedFrom
     from ops_contract.reports import Fault
     from ops_contract.wire import Wire
+
+SHORT_FROM = 1e7
 
 STYLES = {
     "pending": "yellow",
@@ -35,6 +39,19 @@ def number(value: float | None) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def short(value: float) -> str:
+    """As `number`, with an exponent from ten millions on: FLOPs and bytes in full say no more."""
+    return f"{value:.4g}" if abs(value) >= SHORT_FROM else number(value)
+
+
+def quantity(value: float | None, unit: str) -> str:
+    return "–" if value is None else f"{number(value)} {unit}"
+
+
+def cores(count: int) -> str:
+    return "1 core" if count == 1 else f"{count} cores"
 
 
 def duration(duration_s: float | None) -> str:
@@ -152,6 +169,25 @@ def table(*columns: str, right: Iterable[str] = (), wide: Collection[str] = ()) 
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", no_wrap=column not in wide)
     return made
+
+
+def print_facts(facts: Mapping[str, str], wrapped: bool = False) -> None:
+    """A line each. `wrapped`: what is too long for it goes on in the next."""
+    made = table("FACT", "", wide=[""] if wrapped else ())
+    made.show_header = False
+    for label, value in facts.items():
+        made.add_row(f"[bold]{label}[/]", value)
+    print_rich(made)
+
+
+def print_csv(rows: Iterable[Mapping[str, Any]]) -> None:
+    """With a head, if there is any."""
+    writer: csv.DictWriter[str] | None = None
+    for row in rows:
+        if writer is None:
+            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def cut(text: str) -> "Text":

@@ -100,11 +100,7 @@ def _print_facts(found: "SweepFit") -> None:
         r2 = "" if third.r2 is None else f", r² {third.r2:.4f}"
         facts["approach 3"] = f"L = E + A/N^alpha + B/D^beta{r2}, rmse {third.rmse_log:.2g} of log L"
         facts |= {f"  {name}": estimate(getattr(third, name), 4) for name in ("E", "A", "B", "alpha", "beta")}
-    table = show.table("FACT", "")
-    table.show_header = False
-    for label, value in facts.items():
-        table.add_row(f"[bold]{label}[/]", show.plain(value))
-    show.print_rich(table)
+    show.print_facts({label: show.plain(value) for label, value in facts.items()})
 
 
 def _print_outliers(found: "SweepFit") -> None:

@@ -1,7 +1,5 @@
 """`ops sweep run` and `ops sweep show`: a compute-optimal sweep on the service, and what a study has come to."""
 
-import csv
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -104,7 +102,7 @@ def show_study(
     elif (markdown or table) and not (isinstance(content, SweepResult) and content.rows):
         raise OpsError(ErrorCode.NOT_FOUND, f"{str(found)[:8]} has no sweep's results yet; see `ops sweep show`")
     elif isinstance(content, SweepResult) and table:
-        _write_csv(content)
+        show.print_csv(row.model_dump(mode="json") for row in content.rows)
     elif isinstance(content, SweepResult) and markdown:
         _print_markdown(content)
     elif isinstance(content, SweepResult) and content.rows:
@@ -122,13 +120,6 @@ def _print_markdown(result: "SweepResult") -> None:
     if result.fit is None:
         raise OpsError(ErrorCode.NOT_FOUND, "no training of this sweep has a loss that could be fitted")
     print(tables.chinchilla(result.fit), end="")
-
-
-def _write_csv(result: "SweepResult") -> None:
-    rows = [row.model_dump(mode="json") for row in result.rows]
-    writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
 
 
 def _sizes(text: str) -> dict[str, int] | list[int]:

@@ -259,7 +259,7 @@ def _figures(operation: "OperationSummary") -> tuple[str, ...]:
     if told is None:
         return ("–",) * 5
     if now := told.measurement:
-        watts = "–" if now.power_w is None else f"{show.number(now.power_w)} W"
+        watts = show.quantity(now.power_w, "W")
         degrees = "–" if now.temperature_c is None else f"{now.temperature_c:.0f} °C"
         return show.percent(told), now.phase.replace("_", " "), degrees, watts, show.duration(told.eta_s)
     step = "–" if told.step is None else str(told.step)

@@ -126,7 +126,7 @@ def state_of(worker: "WorkerView") -> str:
 
 
 def _slot(slot: "SlotView") -> str:
-    device = "1 core" if slot.cores == 1 else f"{slot.cores} cores"
+    device = show.cores(slot.cores)
     if slot.device != "cpu":
         device = f"{slot.device} {(slot.device_uuid or str(slot.index))[:12]}, {device}"
     return f"{device}: {str(slot.operation_id)[:8]} attempt {slot.attempt}" if slot.operation_id else f"{device}: free"
