@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ops_cli import show
-from ops_cli.connect import Json, OperationId, with_client
+from ops_cli.connect import Json, OperationId, the_one, with_client
 from ops_cli.exits import ExitCode
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from ops_contract.history import CheckpointView
     from relight.client import Client
 
@@ -68,9 +70,9 @@ def verify(
     Exits with 1 when one of them is not good.
     """
     items = client.checkpoints(client.resolve(operation_id))
-    chosen = [find(items, checkpoint)] if checkpoint else [item for item in items if item.status != "deleting"]
+    wanted = [find(items, checkpoint)] if checkpoint else [item for item in items if item.status != "deleting"]
     root = storage_root or _root_of_last_up()
-    problems = [(item, _problem(root, item)) for item in chosen]
+    problems = [(item, _problem(root, item)) for item in wanted]
     if json:
         print(json_text.dumps([{"id": str(i.id), "path": i.path, "good": not p, "problem": p} for i, p in problems]))
     else:
@@ -92,12 +94,12 @@ def delete(
     """
     found = client.resolve(operation_id)
     items = client.checkpoints(found)
-    chosen = {item.id: item for item in (find(items, prefix) for prefix in checkpoint)}
-    left = [item for item in items if item.in_lineage and item.id not in chosen]
-    if not yes and not left and any(item.in_lineage for item in chosen.values()):
+    going = {item.id: item for item in (find(items, prefix) for prefix in checkpoint)}
+    left = [item for item in items if item.in_lineage and item.id not in going]
+    if not yes and not left and any(item.in_lineage for item in going.values()):
         confirm(f"After this {str(found)[:8]} can neither be resumed nor forked: its training is lost. Delete?")
     ids = show.shortest(item.id for item in items)
-    for item in chosen.values():
+    for item in going.values():
         client.delete_checkpoint(found, item.id)
         print(f"Deleted {ids[item.id]} (step {item.step}, {show.size(item.size_bytes)})")
 
@@ -129,18 +131,18 @@ def confirm(question: str) -> None:
         raise typer.Exit(ExitCode.FAILED)
 
 
+def chosen(client: "Client", operation_id: "UUID", prefix: str | None) -> "UUID | None":
+    """The checkpoint of --from-checkpoint, if it was given. Raises OpsError."""
+    return find(client.checkpoints(operation_id), prefix).id if prefix else None
+
+
 def find(known: "Sequence[CheckpointView]", prefix: str) -> "CheckpointView":
     """The one whose id begins so. Raises OpsError."""
-    from ops_contract.errors import ErrorCode, OpsError
+    from ops_contract.errors import ErrorCode
 
     matches = [checkpoint for checkpoint in known if str(checkpoint.id).startswith(prefix.lower())]
-    if not matches:
-        raise OpsError(
-            ErrorCode.NO_CHECKPOINT, f"no checkpoint has an id that begins with {prefix!r}; see `ops checkpoints list`"
-        )
-    if len(matches) > 1:
-        raise OpsError(ErrorCode.INVALID, f"{prefix!r} begins {len(matches)} ids of checkpoints; give more characters")
-    return matches[0]
+    absent = f"no checkpoint has an id that begins with {prefix!r}; see `ops checkpoints list`"
+    return the_one(matches, prefix, "checkpoints", absent, ErrorCode.NO_CHECKPOINT)
 
 
 def _root_of_last_up() -> Path:

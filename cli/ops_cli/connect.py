@@ -2,12 +2,14 @@
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from ops_cli import completing
+
+T = TypeVar("T")
 
 Url = Annotated[str | None, typer.Option(help="The server; else OPS_API_URL, the config file, or the last `ops up`.")]
 Token = Annotated[
@@ -49,6 +51,17 @@ def with_client(command: Callable[..., None]) -> Callable[..., None]:
     connected.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     connected.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
     return connected
+
+
+def the_one(found: Sequence[T], prefix: str, what: str, absent: str, code: str = "not_found") -> T:
+    """Of those that begin so. Raises OpsError: with `absent` where there is none, `invalid` where there are several."""
+    from ops_contract.errors import ErrorCode, OpsError
+
+    if not found:
+        raise OpsError(ErrorCode(code), absent)
+    if len(found) > 1:
+        raise OpsError(ErrorCode.INVALID, f"{prefix!r} begins {len(found)} ids of {what}; give more characters")
+    return found[0]
 
 
 def _option(name: str, annotation: Any) -> inspect.Parameter:

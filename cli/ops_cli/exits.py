@@ -1,6 +1,10 @@
 """What the exit code of `ops` says."""
 
+import importlib.util
+import sys
 from enum import IntEnum
+
+import typer
 
 
 class ExitCode(IntEnum):
@@ -14,6 +18,13 @@ class ExitCode(IntEnum):
 
 
 _OF_STATUS = {404: ExitCode.NOT_FOUND, 409: ExitCode.CONFLICT, 422: ExitCode.USAGE, 503: ExitCode.UNREACHABLE}
+
+
+def require(module: str, extra: str, what: str) -> None:
+    """Leaves with a hint where it is not installed."""
+    if importlib.util.find_spec(module) is None:
+        print(f"{what} needs more packages: pip install 'relight[{extra}]'", file=sys.stderr)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def exit_code(http_status: int) -> ExitCode:

@@ -231,8 +231,8 @@ def resume(
     ops resume 1f6e --from-checkpoint 9ab2
     """
     found = client.resolve(operation_id)
-    chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
-    accepted = client.resume(found, chosen.id if chosen else None, accept_changes)
+    checkpoint = checkpoints.chosen(client, found, from_checkpoint)
+    accepted = client.resume(found, checkpoint, accept_changes)
     came_from, short = accepted.resumed_from, str(found)[:8]
     if came_from:
         said = f"{short} goes on from {show.came_from(came_from)}"
@@ -275,7 +275,7 @@ def fork(
     from ops_contract.operations import ForkOverrides
 
     found = client.resolve(operation_id)
-    chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
+    checkpoint = checkpoints.chosen(client, found, from_checkpoint)
     flags = {"labels": jobs.labels(label or []) or None, "priority": priority, "max_retries": max_retries}
     overrides = jobs.content_from_flags(flags, settings or [])
     if code:
@@ -283,9 +283,9 @@ def fork(
         accept_changes = True
     jobs.checked(ForkOverrides, overrides)
     if dry_run:
-        _show(client.dry_run_fork(found, chosen.id if chosen else None, overrides), json)
+        _show(client.dry_run_fork(found, checkpoint, overrides), json)
         return
-    operation = client.fork(found, chosen.id if chosen else None, overrides, name, accept_changes=accept_changes)
+    operation = client.fork(found, checkpoint, overrides, name, accept_changes=accept_changes)
     at = f", from step {operation.forked_from.step} of {str(found)[:8]}" if operation.forked_from else ""
     print(operation.model_dump_json() if json else f"Forked {operation.name}: {operation.id}{at}", flush=True)
     _follow(client, operation.id, watch, json)

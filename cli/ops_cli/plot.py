@@ -1,8 +1,6 @@
 """`ops plot`: a metric of operations, or a study; and what the demo's drawing shares with it."""
 
-import importlib.util
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ops_cli.connect import OperationIds, with_client
-from ops_cli.exits import ExitCode
+from ops_cli.exits import require
 from ops_cli.read import no_points
 
 if TYPE_CHECKING:
@@ -155,10 +153,7 @@ def _save(curves: "Sequence[Curve]", metric: str, log: bool, path: Path) -> Path
 
 
 def require_matplotlib() -> None:
-    """Leaves with a hint where it is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("ops: drawing needs more packages: pip install 'relight[plots]'", file=sys.stderr)
-        raise typer.Exit(ExitCode.FAILED)
+    require("matplotlib", "plots", "ops: drawing")
 
 
 def new_figure() -> "Figure":

@@ -86,15 +86,13 @@ def check(file: File, json: Json = False) -> None:
 def _simulation(wish: dict[str, Any]) -> "Simulation":
     from pydantic import ValidationError
 
+    from ops_contract.errors import without_prefix
     from relight.ptycho.simulation import Simulation
 
     try:
         return Simulation.model_validate(wish)
     except ValidationError as error:
-        problems = (
-            ": ".join([*map(_option, each["loc"]), each["msg"].removeprefix("Value error, ")])
-            for each in error.errors()
-        )
+        problems = (": ".join([*map(_option, each["loc"]), without_prefix(each["msg"])]) for each in error.errors())
         raise typer.BadParameter("; ".join(problems)) from error
 
 

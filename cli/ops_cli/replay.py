@@ -37,8 +37,8 @@ def replay(
     are those that it reported, 1 when not. Ctrl-C detaches and never cancels.
     """
     found = client.resolve(operation_id)
-    chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
-    operation = client.replay(found, chosen.id if chosen else None, steps)
+    checkpoint = checkpoints.chosen(client, found, from_checkpoint)
+    operation = client.replay(found, checkpoint, steps)
     if json and no_wait:
         print(operation.model_dump_json())
         return

@@ -1,6 +1,5 @@
 """`ops sweep fit`: the fits of a sweep that anybody ran, without a server."""
 
-import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import typer
 
 from ops_cli import show
 from ops_cli.connect import Json
-from ops_cli.exits import ExitCode
+from ops_cli.exits import require
 
 if TYPE_CHECKING:
     from ops_contract.study_results import SweepFit
@@ -49,7 +48,7 @@ def fit(
         raise typer.BadParameter("--markdown goes without --json")
     if unfit := [each for each in predict or () if not 0 < each < math.inf]:
         raise typer.BadParameter(f"{unfit[0]}: give FLOPs above 0, such as 1e21", param_hint="--predict")
-    _require_scipy()
+    require("scipy", "studies", "ops: fitting")
     from ops_cli import sweep_columns
     from ops_contract.errors import ErrorCode, OpsError
     from ops_studies import fits, tables
@@ -68,13 +67,6 @@ def fit(
         print(tables.chinchilla(found), end="")
     else:
         print_fit(found)
-
-
-def _require_scipy() -> None:
-    """Leaves with a hint where it is not installed."""
-    if importlib.util.find_spec("scipy") is None:
-        print("ops: fitting needs more packages: pip install 'relight[studies]'", file=sys.stderr)
-        raise typer.Exit(ExitCode.FAILED)
 
 
 def print_fit(found: "SweepFit") -> None:
