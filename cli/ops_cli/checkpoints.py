@@ -1,4 +1,4 @@
-"""Looking after what operations leave: their checkpoints (which there are, whether good, deleting) and artifacts."""
+"""`ops checkpoints`: which there are, whether they are good, and deleting them."""
 
 import json as json_text
 import sys
@@ -29,7 +29,6 @@ def register(app: typer.Typer) -> None:
     group.command("list")(list_checkpoints)
     group.command()(verify)
     group.command()(delete)
-    app.command()(artifacts)
     app.add_typer(group, name="checkpoints")
 
 
@@ -102,25 +101,6 @@ def delete(
     for item in going.values():
         client.delete_checkpoint(found, item.id)
         print(f"Deleted {ids[item.id]} (step {item.step}, {show.size(item.size_bytes)})")
-
-
-@with_client
-def artifacts(client: "Client", operation_id: OperationId, json: Json = False) -> None:
-    """The files that an operation left, such as its final model.
-
-    Their paths are below the storage root.
-    """
-    items = client.artifacts(client.resolve(operation_id))
-    if json:
-        print(show.json_array(items))
-        return
-    if not items:
-        print("No artifact: a training leaves its model when it completes.")
-        return
-    table = show.table("NAME", "STEP", "SIZE", "SHA256", "PATH", right=("STEP", "SIZE"), wide=["PATH"])
-    for item in items:
-        table.add_row(item.name, str(item.step), show.size(item.size_bytes), item.sha256[:12], item.path)
-    show.print_rich(table)
 
 
 def confirm(question: str) -> None:

@@ -1,4 +1,4 @@
-"""`ops download`: what an operation left, onto this machine."""
+"""The files that an operation left: which there are, and fetching them."""
 
 import json as json_text
 import sys
@@ -20,7 +20,27 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
+    app.command()(artifacts)
     app.command()(download)
+
+
+@with_client
+def artifacts(client: "Client", operation_id: OperationId, json: Json = False) -> None:
+    """The files that an operation left, such as its final model.
+
+    Their paths are below the storage root.
+    """
+    items = client.artifacts(client.resolve(operation_id))
+    if json:
+        print(show.json_array(items))
+        return
+    if not items:
+        print("No artifact: a training leaves its model when it completes.")
+        return
+    table = show.table("NAME", "STEP", "SIZE", "SHA256", "PATH", right=("STEP", "SIZE"), wide=["PATH"])
+    for item in items:
+        table.add_row(item.name, str(item.step), show.size(item.size_bytes), item.sha256[:12], item.path)
+    show.print_rich(table)
 
 
 @with_client
