@@ -2,7 +2,8 @@
 
 import json as json_text
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,11 +82,20 @@ def fetch(client: "Client", id: "UUID", to: Path, names: Sequence[str] | None) -
                 tasks[artifact.id] = bars.add_task(show.plain(artifact.name), total=artifact.size_bytes)
             bars.update(tasks[artifact.id], completed=size_bytes)
 
-        try:
+        with writing("goes on where it was"):
             return client.download(id, to, names, progress)
-        except OSError as error:
-            print(f"ops: cannot be written: {error}; make room or choose another --to", file=sys.stderr)
-            raise typer.Exit(ExitCode.FAILED) from error
-        except KeyboardInterrupt:
-            print("Interrupted; the same command goes on where it was.", file=sys.stderr)
-            raise typer.Exit(ExitCode.DETACHED) from None
+
+
+@contextmanager
+def writing(again: str) -> Iterator[None]:
+    """Leaves with a hint where the disk refuses, or ctrl-C came: what the same command does then, `again`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # whoever read stdout has enough
+    except OSError as error:
+        print(f"ops: cannot be written: {error}; make room or choose another --to", file=sys.stderr)
+        raise typer.Exit(ExitCode.FAILED) from error
+    except KeyboardInterrupt:
+        print(f"Interrupted; the same command {again}.", file=sys.stderr)
+        raise typer.Exit(ExitCode.DETACHED) from None

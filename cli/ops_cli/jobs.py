@@ -85,14 +85,15 @@ def checkpoint_every(text: str) -> dict[str, int] | str:
     return {f"{match[2]}s": int(match[1])}
 
 
-def labels(pairs: Iterable[str], option: str = "--label") -> dict[str, str]:
+def labels(pairs: Iterable[str] | None) -> dict[str, str] | None:
+    """Of --label; None where it was not given."""
     found = {}
-    for pair in pairs:
+    for pair in pairs or ():
         key, equals, value = pair.partition("=")
         if not (key and equals and value):
-            raise OpsError(ErrorCode.INVALID, f"{option} {pair}: write it as KEY=VALUE")
+            raise OpsError(ErrorCode.INVALID, f"--label {pair}: write it as KEY=VALUE")
         found[key] = value
-    return found
+    return found or None
 
 
 def variables(given: Iterable[str], shell: Mapping[str, str]) -> dict[str, str]:

@@ -100,7 +100,7 @@ def run(
         "config.meter": meter,
         "execution.timeout_s": timeout,
         "name": name,
-        "labels": jobs.labels(label or []) or None,
+        "labels": jobs.labels(label),
         "priority": priority,
         "max_retries": max_retries,
         **_study(axes | _varied(vary or []), cycles, order, stop_after_failures),

@@ -118,7 +118,7 @@ def train(
     flags = {
         "workload": workload,
         "name": name,
-        "labels": jobs.labels(label or []) or None,
+        "labels": jobs.labels(label),
         "priority": priority,
         "max_retries": max_retries,
         "execution.max_epochs": max_epochs,
@@ -177,7 +177,7 @@ def run(
         "resources.cores": cores,
         "execution.accelerator": accelerator,
         "name": name,
-        "labels": jobs.labels(label or []) or None,
+        "labels": jobs.labels(label),
         "priority": priority,
         "max_retries": max_retries,
     }
@@ -276,7 +276,7 @@ def fork(
 
     found = client.resolve(operation_id)
     checkpoint = checkpoints.chosen(client, found, from_checkpoint)
-    flags = {"labels": jobs.labels(label or []) or None, "priority": priority, "max_retries": max_retries}
+    flags = {"labels": jobs.labels(label), "priority": priority, "max_retries": max_retries}
     overrides = jobs.content_from_flags(flags, settings or [])
     if code:
         overrides["code"] = changed_code(client, found, code).model_dump()

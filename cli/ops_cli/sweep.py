@@ -73,7 +73,7 @@ def run(
         "study.predict": predict or None,
         "study.repeat_data": repeat_data,
         "name": name,
-        "labels": jobs.labels(label or []) or None,
+        "labels": jobs.labels(label),
         "priority": priority,
         "max_retries": max_retries,
     }
