@@ -20,7 +20,7 @@ TEXTS = ("name", "workload", "workdir")
 NAMED_TEXTS = ("env", "labels")
 
 
-def job_from_text(text: str, source: str, settings: Iterable[str] = ()) -> JobSpec:
+def job_from_text(text: str, source: str, settings: Iterable[str] | None = None) -> JobSpec:
     """YAML or JSON, and `settings` over it. Raises OpsError `invalid` that names the line or the field."""
     try:
         content = yaml.load(text, Loader=_Loader)  # a SafeLoader
@@ -35,11 +35,11 @@ def job_from_text(text: str, source: str, settings: Iterable[str] = ()) -> JobSp
     return checked(JobSpec, content)
 
 
-def job_from_flags(flags: Mapping[str, Any], settings: Iterable[str]) -> JobSpec:
+def job_from_flags(flags: Mapping[str, Any], settings: Iterable[str] | None = None) -> JobSpec:
     return checked(JobSpec, content_from_flags(flags, settings))
 
 
-def content_from_flags(flags: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+def content_from_flags(flags: Mapping[str, Any], settings: Iterable[str] | None) -> dict[str, Any]:
     """`flags` by dotted path, None for one not given; `settings` as typed: `config.k=v`, `execution.k=v`, `name=v`."""
     content: dict[str, Any] = {}
     for path, value in [*flags.items(), *_parsed(settings).items()]:
@@ -48,10 +48,10 @@ def content_from_flags(flags: Mapping[str, Any], settings: Iterable[str]) -> dic
     return content
 
 
-def _parsed(settings: Iterable[str]) -> dict[str, Any]:
+def _parsed(settings: Iterable[str] | None) -> dict[str, Any]:
     """Values by dotted path."""
     found: dict[str, Any] = {}
-    for setting in settings:
+    for setting in settings or ():
         path, equals, text = setting.partition("=")
         first = path.split(".")[0]
         if not equals or first not in JobSpec.model_fields:

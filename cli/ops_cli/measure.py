@@ -105,7 +105,7 @@ def run(
         "max_retries": max_retries,
         **_study(axes | _varied(vary or []), cycles, order, stop_after_failures),
     }
-    submit_job(client, jobs.job_from_flags(flags, settings or []), dry_run, watch, json)
+    submit_job(client, jobs.job_from_flags(flags, settings), dry_run, watch, json)
 
 
 def _study(

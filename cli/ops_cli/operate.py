@@ -65,7 +65,7 @@ def submit(
     from ops_cli.jobs import job_from_text
 
     text = sys.stdin.read() if file == "-" else _read(Path(file))
-    job = job_from_text(text, file, settings or [])
+    job = job_from_text(text, file, settings)
     submit_job(client, with_code(client, job, code, no_code), dry_run, watch, json)
 
 
@@ -130,7 +130,7 @@ def train(
         "execution.threads": threads,
         "execution.checkpoint_every": jobs.checkpoint_every(checkpoint_every) if checkpoint_every else None,
     }
-    job = jobs.job_from_flags(flags, settings or [])
+    job = jobs.job_from_flags(flags, settings)
     submit_job(client, with_code(client, job, code, no_code), dry_run, watch, json)
 
 
@@ -181,7 +181,7 @@ def run(
         "priority": priority,
         "max_retries": max_retries,
     }
-    job = jobs.job_from_flags(flags, [])
+    job = jobs.job_from_flags(flags)
     submit_job(client, with_code(client, job, code, no_code), dry_run, watch, json)
 
 
@@ -277,7 +277,7 @@ def fork(
     found = client.resolve(operation_id)
     checkpoint = checkpoints.chosen(client, found, from_checkpoint)
     flags = {"labels": jobs.labels(label), "priority": priority, "max_retries": max_retries}
-    overrides = jobs.content_from_flags(flags, settings or [])
+    overrides = jobs.content_from_flags(flags, settings)
     if code:
         overrides["code"] = changed_code(client, found, code).model_dump()
         accept_changes = True

@@ -66,7 +66,9 @@ def install(
     if environment.exists():
         print(f"{environment} has its variables; it was there and stays as it is.")
     else:
-        _write_private(environment, environment_file(os.environ))
+        make_private(environment.parent)
+        with open(environment, "x", opener=opener) as file:
+            file.write(environment_file(os.environ))
         print(f"{environment} has its variables: PATH and OPS_* of this shell.")
     _start(data_dir)
 
@@ -182,12 +184,6 @@ def _shell_quoted(value: str) -> str:
     for character in '\\"`$':
         value = value.replace(character, f"\\{character}")
     return f'"{value}"'
-
-
-def _write_private(path: Path, text: str) -> None:
-    make_private(path.parent)
-    with open(path, "x", opener=opener) as file:
-        file.write(text)
 
 
 def systemd_runs() -> bool:

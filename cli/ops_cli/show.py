@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from ops_contract.history import ReplayCheck
-    from ops_contract.measurements import MeasurementProgress
     from ops_contract.operations import EnergyView, Operation, ProgressView, ResumedFrom
     from ops_contract.reports import Fault
     from ops_contract.wire import Wire
@@ -109,7 +108,9 @@ def progress_line(operation: "Operation", live: bool = True) -> str:
     if operation.children and progress:
         return f"{percent(progress)}, {steps(progress)} children"
     if progress and progress.measurement and live:
-        return phase(progress.measurement)
+        from relight.following import phase_line
+
+        return phase_line(progress.measurement)
     if progress is None or progress.step is None:
         return "no step yet"
     parts = {
@@ -121,12 +122,6 @@ def progress_line(operation: "Operation", live: bool = True) -> str:
         f"{duration(progress.eta_s)} left": progress.eta_s if live else None,
     }
     return ", ".join(text for text, value in parts.items() if value is not None)
-
-
-def phase(told: "MeasurementProgress") -> str:
-    from relight.following import phase_line
-
-    return phase_line(told)
 
 
 def energy(view: "EnergyView") -> str:

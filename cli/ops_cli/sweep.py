@@ -77,7 +77,7 @@ def run(
         "priority": priority,
         "max_retries": max_retries,
     }
-    job = jobs.job_from_flags(flags, settings or [])
+    job = jobs.job_from_flags(flags, settings)
     submit_job(client, with_code(client, job, code, no_code), dry_run, watch, json)
 
 

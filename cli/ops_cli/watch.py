@@ -253,7 +253,9 @@ def headline(operation: "Operation") -> str:
 def figures(operation: "Operation") -> str:
     progress = operation.progress
     if progress is not None and progress.measurement is not None:
-        return show.phase(progress.measurement)
+        from relight.following import phase_line
+
+        return phase_line(progress.measurement)
     if progress is None or progress.step is None:
         return "no step yet"
     loss, speed, left = progress.loss, progress.samples_per_s, progress.eta_s

@@ -51,7 +51,7 @@ def check(
     from ops_cli.jobs import content_from_flags
     from relight.interpreter import InterpreterError, checked_interpreter
 
-    given = content_from_flags({}, settings or [])
+    given = content_from_flags({}, settings)
     options = ["--config", json_text.dumps(given.get("config", {})), "--steps", str(steps)]
     options += ["--execution", json_text.dumps(given.get("execution", {}))]
     try:
