@@ -20,7 +20,6 @@ from ops_contract.agents import (
     HeartbeatAnswer,
     HoldRef,
     ProbeStorage,
-    Problem,
     SlotOffer,
     StartTraining,
     StorageProbed,
@@ -34,6 +33,7 @@ from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Job, runs_user_code
 from ops_contract.lifecycle import Drain, Kind
 from ops_contract.pipe import Description, RunJob
+from ops_contract.problems import Problem
 from ops_worker.api_client import ApiClient, ApiRefused, ApiUnavailable, ApiUnknown, NobodyKnows, PredecessorsApi
 from ops_worker.delivery import Delivery
 from ops_worker.describe import describe, validate
