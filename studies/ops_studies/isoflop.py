@@ -14,8 +14,7 @@ from ops_contract.plans import ChildPlan, ChildResult, IsoFlopAbout, Plan, Skipp
 from ops_contract.studies import MAX_CHILDREN, IsoFlop, Point, SizeRange
 from ops_contract.study_results import JouleOptimum, SweepFit, SweepResult, SweepRow
 from ops_studies.points import Base, Refused, Unplannable, as_name
-
-_PARABOLA = 3
+from ops_studies.runs import MIN_SIZES
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,7 @@ def _beyond(data: Data) -> str:
 def _lacking(study: IsoFlop, data: Data, budget: float, picked: int, refusals: Counter[str]) -> Iterator[str]:
     what = f"budget {_short(budget)}: {picked} of {study.per_budget} sizes"
     if picked < study.per_budget:
-        few = f"; no parabola goes through fewer than {_PARABOLA}" if picked < _PARABOLA else ""
+        few = f"; no parabola goes through fewer than {MIN_SIZES}" if picked < MIN_SIZES else ""
         yield f"{what}{few}; {_in_words(refusals) or 'there are no more'}"
     elif count := refusals[_beyond(data)]:
         yield f"{what}, without the smallest: {count} would have {_beyond(data)}; repeat_data allows more epochs"

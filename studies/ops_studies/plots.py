@@ -22,6 +22,7 @@ from ops_contract.study_results import (
     SweepRow,
 )
 from ops_studies import pareto
+from ops_studies.points import as_text
 
 Point = tuple[float, float]
 Interval = tuple[float, float]
@@ -191,7 +192,7 @@ def grid(result: GridResult, metric: str, axis: str) -> Panel:
         series = [point for point, _ in known]
         points.append(Points(colour, series, label=label, intervals=[interval for _, interval in known]))
         lines.append(Line(colour, series))
-    ticks = [] if is_scale else [said(value) for value in values]
+    ticks = [] if is_scale else [as_text(value) for value in values]
     without = sum(metric not in group.metrics or axis not in group.point for group in result.groups)
     notes = [f"{without} of {len(result.groups)} points left out: without {metric} or {axis}"] if without else []
     return Panel(metric, axis, metric, points, lines, log_x=log, ticks=ticks, notes=notes)
@@ -244,11 +245,7 @@ def _interval(found: Statistic) -> Interval | None:
 
 def named(point: Mapping[str, JsonValue], but: str = "") -> str:
     """A point in words, by the last names of its fields."""
-    return ", ".join(f"{field.rpartition('.')[2]}={said(value)}" for field, value in point.items() if field != but)
-
-
-def said(value: JsonValue) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return ", ".join(f"{field.rpartition('.')[2]}={as_text(value)}" for field, value in point.items() if field != but)
 
 
 def flops(budget: float) -> str:
