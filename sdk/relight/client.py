@@ -78,19 +78,19 @@ class Client(Administration, Transfers):
 
     def submit(self, spec: JobSpec | Mapping[str, Any], idempotency_key: str | None = None) -> Operation:
         """The same key and spec again give the same operation. Raises ValidationError for a malformed spec."""
-        job = spec if isinstance(spec, JobSpec) else JobSpec.model_validate(spec)
+        job = JobSpec.model_validate(spec)
         return self._made("/operations", job, idempotency_key)
 
     def dry_run(self, spec: JobSpec | Mapping[str, Any]) -> Job:
         """What a submit would run, defaults and all, after every check of a submit; nothing is stored."""
-        job = spec if isinstance(spec, JobSpec) else JobSpec.model_validate(spec)
+        job = JobSpec.model_validate(spec)
         if job.study is not None:
             return self.preview(job).job
         return self._parse(self._post("/operations?dry_run=true", job, repeatable=True), Job)
 
     def preview(self, spec: JobSpec | Mapping[str, Any]) -> StudyPreview:
         """What a study would run and take, after every check of a submit; nothing is stored."""
-        job = spec if isinstance(spec, JobSpec) else JobSpec.model_validate(spec)
+        job = JobSpec.model_validate(spec)
         return self._parse(self._post("/operations?dry_run=true", job, repeatable=True), StudyPreview)
 
     def get(self, operation_id: UUID | str) -> Operation:

@@ -77,7 +77,7 @@ class Transport:
     def _items(
         self, path: str, model: type[Wire], query: Mapping[str, Any] = {}, most: int | None = None
     ) -> Iterator[Any]:
-        """Those of every page. `model` has `items` and `next_cursor`."""
+        """Those of every page, or the first `most`. `model` has `items` and `next_cursor`."""
         wanted, left = dict(query), most
         while left is None or left > 0:
             wanted["limit"] = left and min(PAGE, left)
