@@ -1,7 +1,6 @@
 """`ops checkpoints`: which there are, whether they are good, and deleting them."""
 
 import json as json_text
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ops_cli import show
-from ops_cli.connect import Json, OperationId, the_one, with_client
+from ops_cli.connect import Json, OperationId, confirm, the_one, with_client
 from ops_cli.exits import ExitCode
 
 if TYPE_CHECKING:
@@ -101,14 +100,6 @@ def delete(
     for item in going.values():
         client.delete_checkpoint(found, item.id)
         print(f"Deleted {ids[item.id]} (step {item.step}, {show.size(item.size_bytes)})")
-
-
-def confirm(question: str) -> None:
-    """Raises BadParameter where nobody can answer, and Exit for a no."""
-    if not sys.stdin.isatty():
-        raise typer.BadParameter(f"{question} Nobody is here to answer: say --yes")
-    if not typer.confirm(question):
-        raise typer.Exit(ExitCode.FAILED)
 
 
 def chosen(client: "Client", operation_id: "UUID", prefix: str | None) -> "UUID | None":
