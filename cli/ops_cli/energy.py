@@ -89,9 +89,9 @@ def _print_uses(ledger: "EnergyLedger") -> None:
     rows |= {"total": ledger.total, "unattributed": ledger.unattributed, "upper bound": ledger.upper_bound}
     for label, joules in rows.items():
         if joules is not None:
-            beside = label in ("unattributed", "upper bound")
-            share = "" if beside else _share(joules, ledger.total)
-            table.add_row(label, _energy(joules), share, _error(joules), show.cut(_why(joules)))
+            share = "" if label in ("unattributed", "upper bound") else _share(joules, ledger.total)
+            error = "–" if joules.error_j is None else f"± {_joules(joules.error_j)}"
+            table.add_row(label, _energy(joules), share, error, show.cut(_why(joules)))
     show.print_rich(table)
 
 
@@ -153,10 +153,6 @@ def _energy(joules: "Joules") -> str:
 def _at_least(energy_j: float | None, known_j: float | None) -> str:
     """What is known of one that is not known whole stands in the place of it, marked."""
     return f"≥ {_joules(known_j)}" if energy_j is None and known_j is not None else _joules(energy_j)
-
-
-def _error(joules: "Joules") -> str:
-    return "–" if joules.error_j is None else f"± {_joules(joules.error_j)}"
 
 
 def _why(joules: "Joules") -> str:

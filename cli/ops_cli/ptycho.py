@@ -92,12 +92,11 @@ def _simulation(wish: dict[str, Any]) -> "Simulation":
     try:
         return Simulation.model_validate(wish)
     except ValidationError as error:
-        problems = (": ".join([*map(_option, each["loc"]), without_prefix(each["msg"])]) for each in error.errors())
+        problems = (
+            ": ".join([*(f"--{field}".replace("_", "-") for field in each["loc"]), without_prefix(each["msg"])])
+            for each in error.errors()
+        )
         raise typer.BadParameter("; ".join(problems)) from error
-
-
-def _option(field: int | str) -> str:
-    return f"--{str(field).replace('_', '-')}"
 
 
 def _refuse(file: Path, problem: Exception) -> NoReturn:

@@ -182,7 +182,7 @@ def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, s
         else "",
         "energy": show.energy(operation.energy),
         "submitted": f"{show.age(operation.created_at, now)} ago by {show.plain(operation.submitted_by)}",
-        "ran for": show.duration(_took_s(operation, now)) if operation.started_at else "",
+        "ran for": show.age(operation.started_at, operation.ended_at or now) if operation.started_at else "",
         "logs": f"{operation.logs}/ in the storage root" if operation.logs else "",
         "labels": show.plain(", ".join(f"{key}={value}" for key, value in operation.labels.items())),
     }
@@ -209,11 +209,6 @@ def _why(operation: "Operation", now: datetime) -> str:
     if operation.exit_unconfirmed:
         return ", its worker was lost: whether the process ended is not known"
     return f": {operation.cancel_reason}" if operation.cancel_reason else ""
-
-
-def _took_s(operation: "Operation", now: datetime) -> float:
-    assert operation.started_at is not None
-    return ((operation.ended_at or now) - operation.started_at).total_seconds()
 
 
 @with_client

@@ -100,14 +100,11 @@ def drain(
     if not found.live:
         print(f"{found.name} is gone; should it come back, it gets no work. Restarted it is another one: drain that")
     elif running:
-        print(f"{found.name} takes no more work; {running} running there: {_fate(hand_back)}")
+        fate = "handed back, from a checkpoint" if hand_back else "finished first (--hand-back moves it at once)"
+        print(f"{found.name} takes no more work; {running} running there: {fate}")
         print("Next: ops workers, until it says drained")
     else:
         print(f"{found.name} is drained: nothing runs there")
-
-
-def _fate(hand_back: bool) -> str:
-    return "handed back, from a checkpoint" if hand_back else "finished first (--hand-back moves it at once)"
 
 
 @with_client

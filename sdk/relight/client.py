@@ -329,7 +329,7 @@ class Client(Administration, Transfers):
         Where some was left out, a line says so.
         `follow`: until the operation has ended. A server away for up to `patience_s` does not end that; `away` is told.
         """
-        output = self._output(operation_id, offset, follow, poll_s, patience_s, away)
+        output = Output(partial(self.log_part, operation_id), offset, follow, poll_s, patience_s, away)
         while not output.ended:
             if piece := output.poll():
                 yield piece
@@ -343,7 +343,7 @@ class Client(Administration, Transfers):
 
         A server away for up to `patience_s` does not end it.
         """
-        changes = self._changes(operation_id, poll_s, patience_s)
+        changes = Changes(partial(self.get, operation_id), poll_s, patience_s)
         while not changes.ended:
             if (operation := changes.poll()) is not None:
                 yield operation
@@ -388,20 +388,6 @@ class Client(Administration, Transfers):
     def _made(self, path: str, wish: Wire, idempotency_key: str | None) -> Operation:
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return self._parse(self._post(path, wish, headers=headers, repeatable=True), Operation)
-
-    def _changes(self, operation_id: UUID | str, poll_s: float, patience_s: float) -> Changes:
-        return Changes(partial(self.get, operation_id), poll_s, patience_s)
-
-    def _output(
-        self,
-        operation_id: UUID | str,
-        offset: int,
-        follow: bool,
-        poll_s: float,
-        patience_s: float,
-        away: Callable[[str], None] | None,
-    ) -> Output:
-        return Output(partial(self.log_part, operation_id), offset, follow, poll_s, patience_s, away)
 
     def _remember(self, operation: Operation, etag: str | None) -> Operation:
         if etag and operation.status not in TERMINAL:
