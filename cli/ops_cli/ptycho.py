@@ -92,10 +92,10 @@ def _simulation(wish: dict[str, Any]) -> "Simulation":
     try:
         return Simulation.model_validate(wish)
     except ValidationError as error:
-        problems = (
-            ": ".join([*(f"--{field}".replace("_", "-") for field in each["loc"]), without_prefix(each["msg"])])
-            for each in error.errors()
-        )
+        problems = []
+        for each in error.errors():
+            option = ": ".join(f"--{field}".replace("_", "-") for field in each["loc"])
+            problems.append(f"{option}: {without_prefix(each['msg'])}" if option else without_prefix(each["msg"]))
         raise typer.BadParameter("; ".join(problems)) from error
 
 
