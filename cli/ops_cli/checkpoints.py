@@ -109,11 +109,11 @@ def chosen(client: "Client", operation_id: "UUID", prefix: str | None) -> "UUID 
 
 def find(known: "Sequence[CheckpointView]", prefix: str) -> "CheckpointView":
     """The one whose id begins so. Raises OpsError."""
-    from ops_contract.errors import ErrorCode
+    from ops_contract.errors import ErrorCode, OpsError
 
     matches = [checkpoint for checkpoint in known if str(checkpoint.id).startswith(prefix.lower())]
     absent = f"no checkpoint has an id that begins with {prefix!r}; see `ops checkpoints list`"
-    return the_one(matches, prefix, "checkpoints", absent, ErrorCode.NO_CHECKPOINT)
+    return the_one(matches, prefix, "checkpoints", OpsError(ErrorCode.NO_CHECKPOINT, absent))
 
 
 def _root_of_last_up() -> Path:

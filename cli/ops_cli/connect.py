@@ -5,12 +5,15 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from ops_cli import completing
-from ops_cli.exits import ExitCode
+from ops_cli.exits import ExitCode, invalid
+
+if TYPE_CHECKING:
+    from ops_contract.errors import OpsError
 
 T = TypeVar("T")
 
@@ -58,14 +61,12 @@ def with_client(command: Callable[..., None]) -> Callable[..., None]:
     return connected
 
 
-def the_one(found: Sequence[T], prefix: str, what: str, absent: str, code: str = "not_found") -> T:
-    """Of those that begin so. Raises OpsError: with `absent` where there is none, `invalid` where there are several."""
-    from ops_contract.errors import ErrorCode, OpsError
-
+def the_one(found: Sequence[T], prefix: str, what: str, absent: "OpsError") -> T:
+    """Of those that begin so. Raises `absent` where there is none, and OpsError `invalid` where there are several."""
     if not found:
-        raise OpsError(ErrorCode(code), absent)
+        raise absent
     if len(found) > 1:
-        raise OpsError(ErrorCode.INVALID, f"{prefix!r} begins {len(found)} ids of {what}; give more characters")
+        raise invalid(f"{prefix!r} begins {len(found)} ids of {what}; give more characters")
     return found[0]
 
 

@@ -99,10 +99,7 @@ def run(
         "config.baseline.strategy": baseline,
         "config.meter": meter,
         "execution.timeout_s": timeout,
-        "name": name,
-        "labels": jobs.labels(label),
-        "priority": priority,
-        "max_retries": max_retries,
+        **jobs.about(name, label, priority, max_retries),
         **_study(axes | _varied(vary or []), cycles, order, stop_after_failures),
     }
     submit_job(client, jobs.job_from_flags(flags, settings), dry_run, watch, json)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, get_args
 
 from ops_cli import show, studies
 from ops_cli.connect import Json, OperationId, with_client
+from ops_cli.exits import not_found
 
 if TYPE_CHECKING:
     from ops_contract.measurements import Figure, MeasurementResult
@@ -159,10 +160,8 @@ def _print_so_far(client: "Client", operation: "Operation") -> None:
 
 
 def _nothing_yet(operation: "Operation") -> Exception:
-    from ops_contract.errors import ErrorCode, OpsError
-
     short = str(operation.id)[:8]
     if operation.kind != "measurement":
-        return OpsError(ErrorCode.NOT_FOUND, f"{short} is no measurement; see `ops status {short}`")
+        return not_found(f"{short} is no measurement; see `ops status {short}`")
     why = f": {show.fault(operation.error)}" if operation.error else f"; see `ops status {short}`"
-    return OpsError(ErrorCode.NOT_FOUND, f"{short} is {operation.status} and has no figures{why}")
+    return not_found(f"{short} is {operation.status} and has no figures{why}")

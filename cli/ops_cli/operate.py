@@ -117,10 +117,7 @@ def train(
 
     flags = {
         "workload": workload,
-        "name": name,
-        "labels": jobs.labels(label),
-        "priority": priority,
-        "max_retries": max_retries,
+        **jobs.about(name, label, priority, max_retries),
         "execution.max_epochs": max_epochs,
         "execution.max_steps": max_steps,
         "execution.max_samples": max_samples,
@@ -176,10 +173,7 @@ def run(
         "workdir": workdir,
         "resources.cores": cores,
         "execution.accelerator": accelerator,
-        "name": name,
-        "labels": jobs.labels(label),
-        "priority": priority,
-        "max_retries": max_retries,
+        **jobs.about(name, label, priority, max_retries),
     }
     job = jobs.job_from_flags(flags)
     submit_job(client, with_code(client, job, code, no_code), dry_run, watch, json)
@@ -276,7 +270,7 @@ def fork(
 
     found = client.resolve(operation_id)
     checkpoint = checkpoints.chosen(client, found, from_checkpoint)
-    flags = {"labels": jobs.labels(label), "priority": priority, "max_retries": max_retries}
+    flags = jobs.about(None, label, priority, max_retries)
     overrides = jobs.content_from_flags(flags, settings)
     if code:
         overrides["code"] = changed_code(client, found, code).model_dump()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ops_cli.connect import OperationIds, with_client
-from ops_cli.exits import require
+from ops_cli.exits import not_found, require
 from ops_cli.read import no_points
 
 if TYPE_CHECKING:
@@ -95,12 +95,11 @@ def plot(
 def _fetch_pictures(client: "Client", operation_id: str, to: Path) -> None:
     """Raises OpsError where there is none."""
     from ops_cli.files import fetch
-    from ops_contract.errors import ErrorCode, OpsError
 
     id = client.resolve(operation_id)
     names = sorted({each.name for each in client.artifacts(id) if each.name.lower().endswith(".png")})
     if not names:
-        raise OpsError(ErrorCode.NOT_FOUND, f"{str(id)[:8]} has left no PNG; see `ops artifacts {str(id)[:8]}`")
+        raise not_found(f"{str(id)[:8]} has left no PNG; see `ops artifacts {str(id)[:8]}`")
     print(*(path.resolve() for path in fetch(client, id, to, names)), sep="\n")
 
 

@@ -8,6 +8,7 @@ import typer
 
 from ops_cli import ptycho_train, show
 from ops_cli.connect import Json
+from ops_cli.exits import invalid
 
 if TYPE_CHECKING:
     from relight.ptycho.data import Scan
@@ -100,10 +101,8 @@ def _simulation(wish: dict[str, Any]) -> "Simulation":
 
 
 def _refuse(file: Path, problem: Exception) -> NoReturn:
-    from ops_contract.errors import ErrorCode, OpsError
-
     message = f"{file}: {problem.strerror}" if isinstance(problem, OSError) else str(problem)
-    raise OpsError(ErrorCode.INVALID, message) from problem
+    raise invalid(message) from problem
 
 
 def _print(file: Path, scan: "Scan", as_json: bool) -> None:

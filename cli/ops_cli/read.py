@@ -10,6 +10,7 @@ import typer
 
 from ops_cli import completing, show
 from ops_cli.connect import Json, OperationId, with_client
+from ops_cli.exits import not_found
 
 if TYPE_CHECKING:
     from ops_contract.errors import OpsError
@@ -293,12 +294,11 @@ def metrics(
 
 
 def no_points(client: "Client", id: UUID, metric: str) -> "OpsError":
-    from ops_contract.errors import ErrorCode, OpsError
     from ops_contract.problems import offer
 
     known = client.metric_names(id)
     hint = "no attempt that counts has reported it" if metric in known else f"of its metrics {offer(metric, known)}"
-    return OpsError(ErrorCode.NOT_FOUND, f"{str(id)[:8]} has no points of {metric}; {hint}")
+    return not_found(f"{str(id)[:8]} has no points of {metric}; {hint}")
 
 
 def _print_ends(summaries: "Iterable[MetricSummary]") -> None:

@@ -7,6 +7,7 @@ import typer
 from ops_cli import show, studies, sweep_fit
 from ops_cli.code import CodeDir, NoCode, with_code
 from ops_cli.connect import Json, OperationId, with_client
+from ops_cli.exits import not_found
 from ops_cli.operate import DryRun, Pairs, Settings, Watch, WorkloadName, submit_job
 
 if TYPE_CHECKING:
@@ -72,10 +73,7 @@ def run(
         "study.embeddings": embeddings,
         "study.predict": predict or None,
         "study.repeat_data": repeat_data,
-        "name": name,
-        "labels": jobs.labels(label),
-        "priority": priority,
-        "max_retries": max_retries,
+        **jobs.about(name, label, priority, max_retries),
     }
     job = jobs.job_from_flags(flags, settings)
     submit_job(client, with_code(client, job, code, no_code), dry_run, watch, json)
@@ -98,7 +96,6 @@ def show_study(
     ops sweep show 1f6e --markdown
     ops sweep show 1f6e --csv > runs.csv
     """
-    from ops_contract.errors import ErrorCode, OpsError
     from ops_contract.study_results import GridResult, SweepResult
 
     if [json, markdown, table].count(True) > 1:
@@ -108,7 +105,7 @@ def show_study(
     if json:
         print(content.model_dump_json() if content else show.json_array(client.children(found)))
     elif (markdown or table) and not (isinstance(content, SweepResult) and content.rows):
-        raise OpsError(ErrorCode.NOT_FOUND, f"{str(found)[:8]} has no sweep's results yet; see `ops sweep show`")
+        raise not_found(f"{str(found)[:8]} has no sweep's results yet; see `ops sweep show`")
     elif isinstance(content, SweepResult) and table:
         show.print_csv(row.model_dump(mode="json") for row in content.rows)
     elif isinstance(content, SweepResult) and markdown:
@@ -122,11 +119,10 @@ def show_study(
 
 
 def _print_markdown(result: "SweepResult") -> None:
-    from ops_contract.errors import ErrorCode, OpsError
     from ops_studies import tables
 
     if result.fit is None:
-        raise OpsError(ErrorCode.NOT_FOUND, "no training of this sweep has a loss that could be fitted")
+        raise not_found("no training of this sweep has a loss that could be fitted")
     print(tables.chinchilla(result.fit), end="")
 
 

@@ -9,7 +9,7 @@ import typer
 
 from ops_cli import show
 from ops_cli.connect import Json
-from ops_cli.exits import require
+from ops_cli.exits import invalid, require
 
 if TYPE_CHECKING:
     from ops_contract.study_results import SweepFit
@@ -50,7 +50,6 @@ def fit(
         raise typer.BadParameter(f"{unfit[0]}: give FLOPs above 0, such as 1e21", param_hint="--predict")
     require("scipy", "studies", "ops: fitting")
     from ops_cli import sweep_columns
-    from ops_contract.errors import ErrorCode, OpsError
     from ops_studies import fits, tables
 
     rows, left_out = sweep_columns.read(file)
@@ -58,7 +57,7 @@ def fit(
     runs = [columns.run(row) for row in rows]
     found = fits.fit(runs, predict or (), bootstraps=bootstraps, seed=seed, drop_worst=drop_worst)
     if found.approach2 is None and found.approach3 is None:
-        raise OpsError(ErrorCode.INVALID, "; ".join(["these runs allow no fit", *left_out, *found.warnings]))
+        raise invalid("; ".join(["these runs allow no fit", *left_out, *found.warnings]))
     for warning in [*left_out, *found.warnings]:
         print(f"ops: {show.harmless(warning)}", file=sys.stderr)
     if json:

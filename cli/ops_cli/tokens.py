@@ -7,6 +7,7 @@ import typer
 
 from ops_cli import show
 from ops_cli.connect import Json, age_s, the_one, with_client
+from ops_cli.exits import not_found
 
 if TYPE_CHECKING:
     from ops_contract.tokens import TokenView
@@ -84,7 +85,7 @@ def revoke(
     """
     living = [item for item in client.tokens() if not item.revoked_at]
     found = [item for item in living if item.name == name or str(item.id).startswith(name.lower())]
-    token = the_one(found, name, "tokens", f"no token is called {name!r}; see `ops tokens list`")
+    token = the_one(found, name, "tokens", not_found(f"no token is called {name!r}; see `ops tokens list`"))
     client.revoke_token(token.id)
     print(f"Revoked {token.name}")
 

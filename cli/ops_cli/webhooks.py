@@ -7,6 +7,7 @@ import typer
 
 from ops_cli import show
 from ops_cli.connect import Json, the_one, with_client
+from ops_cli.exits import not_found
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -110,7 +111,8 @@ def remove(client: "Client", webhook: Webhook) -> None:
 def _find(client: "Client", beginning: str) -> "UUID":
     """Raises OpsError."""
     found = [item.id for item in client.webhooks() if str(item.id).startswith(beginning.lower())]
-    return the_one(found, beginning, "webhooks", f"no webhook's id begins with {beginning!r}; see `ops webhooks list`")
+    absent = not_found(f"no webhook's id begins with {beginning!r}; see `ops webhooks list`")
+    return the_one(found, beginning, "webhooks", absent)
 
 
 def _last(item: "WebhookView") -> str:
