@@ -14,6 +14,7 @@ import typer
 
 from ops_cli.exits import ExitCode
 from relight.private import make_private, opener
+from relight.settings import config_path, data_home
 
 NAME = "relight.service"
 SPARE_S = 10.0
@@ -45,7 +46,6 @@ def install(
     """
     from ops_cli.stack import stop_limit_s
     from ops_cli.up import HAND_BACK_S, UpError, arguments, cancel_grace_s
-    from relight.settings import config_path, data_home
 
     data_dir = (data_dir or data_home()).expanduser().resolve()
     try:
@@ -124,8 +124,7 @@ def _start(data_dir: Path) -> None:
 
 
 def unit_path(environ: Mapping[str, str] = os.environ) -> Path:
-    base = environ.get("XDG_CONFIG_HOME") or str(Path(environ.get("HOME") or Path.home()) / ".config")
-    return Path(base) / "systemd" / "user" / NAME
+    return config_path(environ).parents[1] / "systemd" / "user" / NAME
 
 
 def unit(command: Sequence[str], environment: Path, stop_s: float) -> str:

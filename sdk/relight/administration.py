@@ -37,7 +37,8 @@ class Administration(Transport):
         Raises OpsError `not_found`, or `invalid` with `candidates` when there are several.
         """
         workers = self.workers()
-        found = [w for w in workers if w.name == name_or_id or _begins(w.id, name_or_id)]
+        may_be_id = len(name_or_id) >= SHORTEST_PREFIX
+        found = [w for w in workers if w.name == name_or_id or (may_be_id and str(w.id).startswith(name_or_id.lower()))]
         matches = [worker for worker in found if worker.live] or found
         if not matches:
             names = sorted({worker.name for worker in workers if worker.live})
@@ -126,7 +127,3 @@ class Administration(Transport):
     def remove_webhook(self, webhook_id: UUID | str) -> None:
         """With what is still due to it."""
         self._call("DELETE", f"/webhooks/{webhook_id}")
-
-
-def _begins(id: UUID, prefix: str) -> bool:
-    return len(prefix) >= SHORTEST_PREFIX and str(id).startswith(prefix.lower())
