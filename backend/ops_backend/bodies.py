@@ -5,8 +5,9 @@ import re
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
+from ops_contract.history import EventView
 from ops_contract.lifecycle import Kind, Status
-from ops_contract.operations import EventView, OperationSummary
+from ops_contract.operations import OperationSummary
 from ops_contract.webhooks import WebhookBody, WebhookFormat
 
 STORY_CHARS = 500  # escaped at most twice as long for Discord, which takes 2000 with the rest

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ops_cli import show
-from ops_cli.cleanup import age_s
-from ops_cli.connect import Json, with_client
+from ops_cli.connect import Json, age_s, with_client
 
 if TYPE_CHECKING:
     from ops_contract.audit import AuditEntry

@@ -1,6 +1,5 @@
 """`ops backup` and `ops restore`: the whole service as one file. The work is the backend's, a process of its own."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,7 +9,8 @@ from typing import Annotated
 import typer
 
 from ops_cli import show
-from ops_cli.exits import ExitCode
+from ops_cli.connect import Json
+from ops_cli.exits import ExitCode, require
 
 
 def register(app: typer.Typer) -> None:
@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 def backup(
     to: Annotated[Path, typer.Option(metavar="PATH", help="A file, or a directory to make one in.")] = Path(),
     data_dir: Annotated[Path | None, typer.Option(help="Else by OPS_* variables, or the last `ops up`.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Machine output alone on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Write everything into one file, also while the service runs.
 
@@ -47,7 +47,7 @@ def restore(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="That `ops backup` wrote.")],
     data_dir: Annotated[Path | None, typer.Option(help="Else $XDG_DATA_HOME/relight, or by OPS_* variables.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Set aside what is there; nothing is deleted.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Machine output alone on stdout.")] = False,
+    json: Json = False,
 ) -> None:
     """Bring a backup back into an empty data directory. What ran when it was taken goes on at the next `ops up`."""
     from ops_cli.holder import Taken, only_one
@@ -87,9 +87,7 @@ def _ask(verb: str, *arguments: str, data_dir: Path | None = None, lock: int | N
 
     It holds `lock` as long as it lives, and ends when we do.
     """
-    if importlib.util.find_spec("sqlalchemy") is None:
-        typer.echo(f"ops {verb}: this needs more packages: pip install 'relight[backend]'", err=True)
-        raise typer.Exit(ExitCode.FAILED)
+    require("sqlalchemy", "backend", f"ops {verb}: this")
     command = [sys.executable, "-P", "-m", "ops_backend", verb, "--json", "--exit-on-eof", *arguments]
     if data_dir:
         command += ["--data-dir", str(data_dir)]

@@ -17,7 +17,6 @@ BRAILLE = 0x2800
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # by row and column within a cell
 ACROSS, DOWN = len(DOTS[0]), len(DOTS)
 MARK = "●"
-SHORT_FROM = 1e7  # digits in full would leave no room for the drawing
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def draw(
     bottom, top = min(values), max(values)
     if bottom == top:
         bottom, top = bottom - 0.5, top + 0.5
-    names = [_number(10**at if log else at) for at in (top, (top + bottom) / 2, bottom)]
+    names = [show.short(10**at if log else at) for at in (top, (top + bottom) / 2, bottom)]
     margin = max(map(len, names))
     canvas = _Canvas(columns - margin - 2, rows, (min(places), max(places)), (bottom, top))
     for number, points in enumerate(scaled):
@@ -81,11 +80,7 @@ def _scaled(point: tuple[float, float], log_x: bool, log_y: bool) -> tuple[float
 
 def _place(x: float) -> str:
     """Every digit of a step."""
-    return str(x) if isinstance(x, int) else _number(x)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}" if abs(value) >= SHORT_FROM else show.number(value)
+    return str(x) if isinstance(x, int) else show.short(x)
 
 
 def _colour(number: int) -> str:

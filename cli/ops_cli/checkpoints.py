@@ -1,7 +1,6 @@
-"""Looking after what operations leave: their checkpoints (which there are, whether good, deleting) and artifacts."""
+"""`ops checkpoints`: which there are, whether they are good, and deleting them."""
 
 import json as json_text
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ops_cli import show
-from ops_cli.connect import Json, OperationId, with_client
+from ops_cli.connect import Json, OperationId, confirm, the_one, with_client
 from ops_cli.exits import ExitCode
 
 if TYPE_CHECKING:
-    from ops_contract.operations import CheckpointView
+    from uuid import UUID
+
+    from ops_contract.history import CheckpointView
     from relight.client import Client
 
 CheckpointId = Annotated[
@@ -27,7 +28,6 @@ def register(app: typer.Typer) -> None:
     group.command("list")(list_checkpoints)
     group.command()(verify)
     group.command()(delete)
-    app.command()(artifacts)
     app.add_typer(group, name="checkpoints")
 
 
@@ -68,9 +68,9 @@ def verify(
     Exits with 1 when one of them is not good.
     """
     items = client.checkpoints(client.resolve(operation_id))
-    chosen = [find(items, checkpoint)] if checkpoint else [item for item in items if item.status != "deleting"]
+    wanted = [find(items, checkpoint)] if checkpoint else [item for item in items if item.status != "deleting"]
     root = storage_root or _root_of_last_up()
-    problems = [(item, _problem(root, item)) for item in chosen]
+    problems = [(item, _problem(root, item)) for item in wanted]
     if json:
         print(json_text.dumps([{"id": str(i.id), "path": i.path, "good": not p, "problem": p} for i, p in problems]))
     else:
@@ -92,41 +92,19 @@ def delete(
     """
     found = client.resolve(operation_id)
     items = client.checkpoints(found)
-    chosen = {item.id: item for item in (find(items, prefix) for prefix in checkpoint)}
-    left = [item for item in items if item.in_lineage and item.id not in chosen]
-    if not yes and not left and any(item.in_lineage for item in chosen.values()):
+    going = {item.id: item for item in (find(items, prefix) for prefix in checkpoint)}
+    left = [item for item in items if item.in_lineage and item.id not in going]
+    if not yes and not left and any(item.in_lineage for item in going.values()):
         confirm(f"After this {str(found)[:8]} can neither be resumed nor forked: its training is lost. Delete?")
     ids = show.shortest(item.id for item in items)
-    for item in chosen.values():
+    for item in going.values():
         client.delete_checkpoint(found, item.id)
         print(f"Deleted {ids[item.id]} (step {item.step}, {show.size(item.size_bytes)})")
 
 
-@with_client
-def artifacts(client: "Client", operation_id: OperationId, json: Json = False) -> None:
-    """The files that an operation left, such as its final model.
-
-    Their paths are below the storage root.
-    """
-    items = client.artifacts(client.resolve(operation_id))
-    if json:
-        print(show.json_array(items))
-        return
-    if not items:
-        print("No artifact: a training leaves its model when it completes.")
-        return
-    table = show.table("NAME", "STEP", "SIZE", "SHA256", "PATH", right=("STEP", "SIZE"), wide=["PATH"])
-    for item in items:
-        table.add_row(item.name, str(item.step), show.size(item.size_bytes), item.sha256[:12], item.path)
-    show.print_rich(table)
-
-
-def confirm(question: str) -> None:
-    """Raises BadParameter where nobody can answer, and Exit for a no."""
-    if not sys.stdin.isatty():
-        raise typer.BadParameter(f"{question} Nobody is here to answer: say --yes")
-    if not typer.confirm(question):
-        raise typer.Exit(ExitCode.FAILED)
+def chosen(client: "Client", operation_id: "UUID", prefix: str | None) -> "UUID | None":
+    """The checkpoint of --from-checkpoint, if it was given. Raises OpsError."""
+    return find(client.checkpoints(operation_id), prefix).id if prefix else None
 
 
 def find(known: "Sequence[CheckpointView]", prefix: str) -> "CheckpointView":
@@ -134,13 +112,8 @@ def find(known: "Sequence[CheckpointView]", prefix: str) -> "CheckpointView":
     from ops_contract.errors import ErrorCode, OpsError
 
     matches = [checkpoint for checkpoint in known if str(checkpoint.id).startswith(prefix.lower())]
-    if not matches:
-        raise OpsError(
-            ErrorCode.NO_CHECKPOINT, f"no checkpoint has an id that begins with {prefix!r}; see `ops checkpoints list`"
-        )
-    if len(matches) > 1:
-        raise OpsError(ErrorCode.INVALID, f"{prefix!r} begins {len(matches)} ids of checkpoints; give more characters")
-    return matches[0]
+    absent = f"no checkpoint has an id that begins with {prefix!r}; see `ops checkpoints list`"
+    return the_one(matches, prefix, "checkpoints", OpsError(ErrorCode.NO_CHECKPOINT, absent))
 
 
 def _root_of_last_up() -> Path:

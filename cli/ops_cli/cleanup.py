@@ -1,19 +1,15 @@
 """Getting rid of operations that have ended: one by one, or by age."""
 
-import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ops_cli import show
-from ops_cli.checkpoints import confirm
-from ops_cli.connect import Json, with_client
+from ops_cli.connect import Json, age_s, confirm, with_client
 from ops_cli.exits import exit_code
 
 if TYPE_CHECKING:
     from relight.client import Client
-
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def register(app: typer.Typer) -> None:
@@ -99,11 +95,3 @@ def cleanup(
     going = [item for item in items if item.goes != "nothing"]
     freed = f"{len(going)} of {len(items)}, {show.size(sum(item.size_bytes for item in going))} and their logs"
     print(f"Gone: {freed}" if yes and not dry_run else f"Would go: {freed}. Do it: the same with --yes")
-
-
-def age_s(text: str) -> float:
-    """Raises BadParameter."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
-    if not match:
-        raise typer.BadParameter(f"{text!r} is no age; write it like 12h, 30d or 8w")
-    return float(match[1]) * _UNITS_S[match[2]]

@@ -12,6 +12,7 @@ import typer
 
 from ops_cli import show
 from ops_cli.connect import Json, OperationId, with_client
+from ops_cli.exits import invalid, not_found
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -59,12 +60,10 @@ def code(
     json: Json = False,
 ) -> None:
     """Show or unpack the code of an operation, as it was at submit."""
-    from ops_contract.errors import ErrorCode, OpsError
-
     found = client.resolve(operation_id)
     ran = client.get(found).job.code
     if ran is None:
-        raise OpsError(ErrorCode.NOT_FOUND, f"{str(found)[:8]} has no code of its own: it was submitted without")
+        raise not_found(f"{str(found)[:8]} has no code of its own: it was submitted without")
     packed = client.snapshot(ran.sha256)
     files = {path: len(entry.data) for path, entry in _entries(packed).items()}
     if to is not None:
@@ -83,24 +82,22 @@ def with_code(client: "Client", job: "JobSpec", directory: Path | None, no_code:
 
     What was packed is said on stderr. Raises OpsError `invalid`.
     """
-    from ops_contract.errors import ErrorCode, OpsError
     from ops_contract.jobs import is_users_own
     from relight.packing import pack
 
     own = is_users_own(job.workload or "command")
     if directory and (no_code or job.code or not own):
         reason = "--no-code" if no_code else "the code that the file names" if job.code else "an installed workload"
-        raise OpsError(ErrorCode.INVALID, f"--code {directory} contradicts {reason}; leave one of them out")
+        raise invalid(f"--code {directory} contradicts {reason}; leave one of them out")
     if no_code or job.code or not own:
         return job
     directory = directory or Path(".")
     packed = pack(directory)
     print(_said(packed, directory), file=sys.stderr)
     if absent := _absent(job, [path for path, _ in packed.files]):
-        raise OpsError(
-            ErrorCode.INVALID,
+        raise invalid(
             f"{absent} is not in what was packed: is it there, and does .gitignore or .relightignore name it? "
-            "`ops pack` shows what is packed; --no-code packs nothing",
+            "`ops pack` shows what is packed; --no-code packs nothing"
         )
     return job.model_copy(update={"code": client.upload(packed)})
 
@@ -130,13 +127,12 @@ def changed_code(client: "Client", parent: "UUID", directory: Path) -> "Code":
 
 
 def _entries(packed: bytes) -> "dict[str, Entry]":
-    from ops_contract.errors import ErrorCode, OpsError
     from relight.archive import BadArchive, read_archive
 
     try:
         return read_archive(packed)
     except BadArchive as error:
-        raise OpsError(ErrorCode.INVALID, f"this snapshot was not packed by Relight: {error}") from error
+        raise invalid(f"this snapshot was not packed by Relight: {error}") from error
 
 
 def _difference(before: "dict[str, Entry]", now: "dict[str, Entry]") -> str:
@@ -150,16 +146,15 @@ def _difference(before: "dict[str, Entry]", now: "dict[str, Entry]") -> str:
 
 
 def _unpack(packed: bytes, to: Path) -> None:
-    from ops_contract.errors import ErrorCode, OpsError
     from relight import archive
 
     try:
         to.mkdir(parents=True, exist_ok=True)
         if any(to.iterdir()):
-            raise OpsError(ErrorCode.INVALID, f"{to} is not empty; name a new directory, so that nothing of it is lost")
+            raise invalid(f"{to} is not empty; name a new directory, so that nothing of it is lost")
         archive.unpack(packed, to)
     except (OSError, archive.BadArchive) as error:
-        raise OpsError(ErrorCode.INVALID, f"the code cannot be unpacked in {to}: {error}") from error
+        raise invalid(f"the code cannot be unpacked in {to}: {error}") from error
 
 
 def _said(packed: "Packed", directory: Path) -> str:

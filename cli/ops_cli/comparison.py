@@ -13,7 +13,8 @@ from ops_cli.plot import columns, new_figure, save
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ops_contract.operations import AttemptView, Operation
+    from ops_contract.history import AttemptView
+    from ops_contract.operations import Operation
     from relight.client import Client
 
 NO_VALUES = "neither run reported a metric"

@@ -1,13 +1,23 @@
-"""How a command gets its client: `--url` and `--token` on every command that talks to a server."""
+"""What commands share: a client, by `--url` and `--token`; ids, ages, and a question."""
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Annotated, Any
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from ops_cli import completing
+from ops_cli.exits import ExitCode, invalid
+
+if TYPE_CHECKING:
+    from ops_contract.errors import OpsError
+
+T = TypeVar("T")
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 Url = Annotated[str | None, typer.Option(help="The server; else OPS_API_URL, the config file, or the last `ops up`.")]
 Token = Annotated[
@@ -49,6 +59,31 @@ def with_client(command: Callable[..., None]) -> Callable[..., None]:
     connected.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
     connected.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
     return connected
+
+
+def the_one(found: Sequence[T], prefix: str, what: str, absent: "OpsError") -> T:
+    """Of those that begin so. Raises `absent` where there is none, and OpsError `invalid` where there are several."""
+    if not found:
+        raise absent
+    if len(found) > 1:
+        raise invalid(f"{prefix!r} begins {len(found)} ids of {what}; give more characters")
+    return found[0]
+
+
+def age_s(text: str) -> float:
+    """Raises BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
+    if not match:
+        raise typer.BadParameter(f"{text!r} is no age; write it like 12h, 30d or 8w")
+    return float(match[1]) * _UNITS_S[match[2]]
+
+
+def confirm(question: str) -> None:
+    """Raises BadParameter where nobody can answer, and Exit for a no."""
+    if not sys.stdin.isatty():
+        raise typer.BadParameter(f"{question} Nobody is here to answer: say --yes")
+    if not typer.confirm(question):
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def _option(name: str, annotation: Any) -> inspect.Parameter:

@@ -119,7 +119,7 @@ def _job(workload: str, epochs: int, name: str) -> "JobSpec":
         "execution.max_epochs": epochs,
         "execution.checkpoint_every": {"steps": CHECKPOINT_STEPS.get(workload, OTHER_CHECKPOINT_STEPS)},
     }
-    return job_from_flags(flags, [])
+    return job_from_flags(flags)
 
 
 class Demonstration:

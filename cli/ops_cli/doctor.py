@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import httpx
 
     from ops_contract.doctor import Finding
-    from ops_contract.operations import WorkerView
+    from ops_contract.workers import WorkerView
     from relight.settings import Server
 
 TIMEOUT_S = 5.0
@@ -126,7 +126,8 @@ def _service(server: "Server | None") -> "Iterator[Finding]":
 
     from ops_contract.doctor import fail, warn
     from ops_contract.errors import OpsError
-    from relight.client import Client, is_loopback
+    from relight.client import Client
+    from relight.transport import is_loopback
 
     if server is None:
         yield warn("API", "no server is known", "start `ops up`, or name one by --url or OPS_API_URL")

@@ -1,9 +1,8 @@
 """`ops energy`: the ledger of an operation, its windows, and a drawing of its power."""
 
-import csv
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
@@ -18,8 +17,8 @@ from ops_cli.plot import FORMATS, new_figure, require_matplotlib, save
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from ops_contract.history import AttemptView
     from ops_contract.ledger import BookedWindow, EnergyLedger, Joules
-    from ops_contract.operations import AttemptView
     from relight.client import Client
 
 LAST_EPOCHS = 10
@@ -57,7 +56,10 @@ def energy(
         _draw(client.energy_windows(found), client.attempts(found), plot)
     elif windows:
         items = client.energy_windows(found)
-        print(show.json_array(items)) if json else _write_csv(items)
+        if json:
+            print(show.json_array(items))
+        else:
+            show.print_csv(_flat(window.model_dump(mode="json")) for window in items)
     elif json:
         print(client.energy(found).model_dump_json())
     else:
@@ -76,11 +78,7 @@ def _print(ledger: "EnergyLedger") -> None:
         print()
         _print_epochs(ledger)
     print()
-    facts = show.table("FACT", "")
-    facts.show_header = False
-    for label, value in _facts(ledger).items():
-        facts.add_row(f"[bold]{label}[/]", value)
-    show.print_rich(facts)
+    show.print_facts(_facts(ledger))
 
 
 def _print_uses(ledger: "EnergyLedger") -> None:
@@ -91,9 +89,9 @@ def _print_uses(ledger: "EnergyLedger") -> None:
     rows |= {"total": ledger.total, "unattributed": ledger.unattributed, "upper bound": ledger.upper_bound}
     for label, joules in rows.items():
         if joules is not None:
-            beside = label in ("unattributed", "upper bound")
-            share = "" if beside else _share(joules, ledger.total)
-            table.add_row(label, _energy(joules), share, _error(joules), show.cut(_why(joules)))
+            share = "" if label in ("unattributed", "upper bound") else _share(joules, ledger.total)
+            error = "–" if joules.error_j is None else f"± {_joules(joules.error_j)}"
+            table.add_row(label, _energy(joules), share, error, show.cut(_why(joules)))
     show.print_rich(table)
 
 
@@ -103,7 +101,8 @@ def _print_devices(ledger: "EnergyLedger") -> None:
     for each in ledger.devices:
         temperature = f"{each.temperature_max_c:.0f} °C" if each.temperature_max_c is not None else "–"
         source = f"{each.source}, {each.quality}".replace("_", " ") if each.source else "none"
-        cells = (_watts(each.power_mean_w), _watts(each.power_max_w), temperature, show.duration(each.duration_s))
+        watts = (show.quantity(each.power_mean_w, "W"), show.quantity(each.power_max_w, "W"))
+        cells = (*watts, temperature, show.duration(each.duration_s))
         table.add_row(show.cut(each.device), source, _energy(each.energy), *cells)
     show.print_rich(table)
 
@@ -156,10 +155,6 @@ def _at_least(energy_j: float | None, known_j: float | None) -> str:
     return f"≥ {_joules(known_j)}" if energy_j is None and known_j is not None else _joules(energy_j)
 
 
-def _error(joules: "Joules") -> str:
-    return "–" if joules.error_j is None else f"± {_joules(joules.error_j)}"
-
-
 def _why(joules: "Joules") -> str:
     return (joules.reason or "").replace("_", " ")
 
@@ -171,29 +166,15 @@ def _share(joules: "Joules", total: "Joules") -> str:
 
 
 def _joules(energy_j: float | None) -> str:
-    return "–" if energy_j is None else f"{show.number(energy_j)} J"
-
-
-def _watts(power_w: float | None) -> str:
-    return "–" if power_w is None else f"{show.number(power_w)} W"
+    return show.quantity(energy_j, "J")
 
 
 def _or_why(text: str, reason: str | None) -> str:
     return f"not known ({reason.replace('_', ' ')})" if reason else text
 
 
-def _write_csv(windows: "Iterable[BookedWindow]") -> None:
-    """Empty is not known, and `reason` says why; the state of the device has columns of its own."""
-    rows = (_flat(window.model_dump(mode="json")) for window in windows)
-    writer: csv.DictWriter[str] | None = None
-    for row in rows:
-        if writer is None:
-            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def _flat(window: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a csv: empty is not known, and `reason` says why; the state of the device has columns of its own."""
     from ops_contract.energy import DeviceState
 
     state = window["state"] or {}

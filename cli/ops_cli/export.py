@@ -2,8 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +11,7 @@ import typer
 
 from ops_cli.connect import Json, OperationIds, with_client
 from ops_cli.exits import ExitCode
+from ops_cli.files import writing
 
 if TYPE_CHECKING:
     from relight.client import Client
@@ -64,7 +63,7 @@ def export(
     if force and format is not Format.CSV:
         raise typer.BadParameter("--force goes with --format csv: the other formats replace what is theirs")
     ids = [client.resolve(each) for each in operation_ids]
-    with _told():
+    with writing("does it again"):
         if format is Format.MLFLOW:
             _to_mlflow(client, ids, to, experiment or EXPERIMENT, with_files, as_json)
         elif to == "-":
@@ -109,17 +108,3 @@ def _to_mlflow(
 def _say(facts: dict[str, Any], line: str, as_json: bool) -> None:
     """A line an operation, as soon as it is done."""
     print(json.dumps(facts) if as_json else line, flush=True)
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # whoever read stdout has enough
-    except OSError as error:
-        print(f"ops: cannot be written: {error}; make room or choose another --to", file=sys.stderr)
-        raise typer.Exit(ExitCode.FAILED) from error
-    except KeyboardInterrupt:
-        print("Interrupted; the same command does it again.", file=sys.stderr)
-        raise typer.Exit(ExitCode.DETACHED) from None

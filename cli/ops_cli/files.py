@@ -1,8 +1,9 @@
-"""`ops download`: what an operation left, onto this machine."""
+"""The files that an operation left: which there are, and fetching them."""
 
 import json as json_text
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,12 +16,32 @@ from ops_cli.exits import ExitCode
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from ops_contract.operations import ArtifactView
+    from ops_contract.history import ArtifactView
     from relight.client import Client
 
 
 def register(app: typer.Typer) -> None:
+    app.command()(artifacts)
     app.command()(download)
+
+
+@with_client
+def artifacts(client: "Client", operation_id: OperationId, json: Json = False) -> None:
+    """The files that an operation left, such as its final model.
+
+    Their paths are below the storage root.
+    """
+    items = client.artifacts(client.resolve(operation_id))
+    if json:
+        print(show.json_array(items))
+        return
+    if not items:
+        print("No artifact: a training leaves its model when it completes.")
+        return
+    table = show.table("NAME", "STEP", "SIZE", "SHA256", "PATH", right=("STEP", "SIZE"), wide=["PATH"])
+    for item in items:
+        table.add_row(item.name, str(item.step), show.size(item.size_bytes), item.sha256[:12], item.path)
+    show.print_rich(table)
 
 
 @with_client
@@ -61,11 +82,20 @@ def fetch(client: "Client", id: "UUID", to: Path, names: Sequence[str] | None) -
                 tasks[artifact.id] = bars.add_task(show.plain(artifact.name), total=artifact.size_bytes)
             bars.update(tasks[artifact.id], completed=size_bytes)
 
-        try:
+        with writing("goes on where it was"):
             return client.download(id, to, names, progress)
-        except OSError as error:
-            print(f"ops: cannot be written: {error}; make room or choose another --to", file=sys.stderr)
-            raise typer.Exit(ExitCode.FAILED) from error
-        except KeyboardInterrupt:
-            print("Interrupted; the same command goes on where it was.", file=sys.stderr)
-            raise typer.Exit(ExitCode.DETACHED) from None
+
+
+@contextmanager
+def writing(again: str) -> Iterator[None]:
+    """Leaves with a hint where the disk refuses, or ctrl-C came: what the same command does then, `again`."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # whoever read stdout has enough
+    except OSError as error:
+        print(f"ops: cannot be written: {error}; make room or choose another --to", file=sys.stderr)
+        raise typer.Exit(ExitCode.FAILED) from error
+    except KeyboardInterrupt:
+        print(f"Interrupted; the same command {again}.", file=sys.stderr)
+        raise typer.Exit(ExitCode.DETACHED) from None

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ops_contract.errors import ErrorCode, OpsError
+from ops_cli.exits import invalid
 from ops_contract.jobs import Job, JobSpec
 from ops_contract.problems import problems_of, unknown_field
 
@@ -20,26 +20,24 @@ TEXTS = ("name", "workload", "workdir")
 NAMED_TEXTS = ("env", "labels")
 
 
-def job_from_text(text: str, source: str, settings: Iterable[str] = ()) -> JobSpec:
+def job_from_text(text: str, source: str, settings: Iterable[str] | None = None) -> JobSpec:
     """YAML or JSON, and `settings` over it. Raises OpsError `invalid` that names the line or the field."""
     try:
         content = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise OpsError(ErrorCode.INVALID, f"{source} is neither YAML nor JSON: {error}") from error
+        raise invalid(f"{source} is neither YAML nor JSON: {error}") from error
     if not isinstance(content, dict):
-        raise OpsError(
-            ErrorCode.INVALID, f"{source} is no job: it needs at least `workload: NAME`; see `ops workloads`"
-        )
+        raise invalid(f"{source} is no job: it needs at least `workload: NAME`; see `ops workloads`")
     for path, value in _parsed(settings).items():
         _assign(content, path, value, replace=True)
     return checked(JobSpec, content)
 
 
-def job_from_flags(flags: Mapping[str, Any], settings: Iterable[str]) -> JobSpec:
+def job_from_flags(flags: Mapping[str, Any], settings: Iterable[str] | None = None) -> JobSpec:
     return checked(JobSpec, content_from_flags(flags, settings))
 
 
-def content_from_flags(flags: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+def content_from_flags(flags: Mapping[str, Any], settings: Iterable[str] | None) -> dict[str, Any]:
     """`flags` by dotted path, None for one not given; `settings` as typed: `config.k=v`, `execution.k=v`, `name=v`."""
     content: dict[str, Any] = {}
     for path, value in [*flags.items(), *_parsed(settings).items()]:
@@ -48,18 +46,18 @@ def content_from_flags(flags: Mapping[str, Any], settings: Iterable[str]) -> dic
     return content
 
 
-def _parsed(settings: Iterable[str]) -> dict[str, Any]:
+def _parsed(settings: Iterable[str] | None) -> dict[str, Any]:
     """Values by dotted path."""
     found: dict[str, Any] = {}
-    for setting in settings:
+    for setting in settings or ():
         path, equals, text = setting.partition("=")
         first = path.split(".")[0]
         if not equals or first not in JobSpec.model_fields:
             hint = f"; {first}: {unknown_field(first, JobSpec.model_fields)}" if equals else ""
             message = f"--set {setting}: write it as PATH=VALUE, such as config.NAME=VALUE or execution.NAME=VALUE"
-            raise OpsError(ErrorCode.INVALID, message + hint)
+            raise invalid(message + hint)
         if path in found:
-            raise OpsError(ErrorCode.INVALID, f"{path} is set twice; give it once")
+            raise invalid(f"{path} is set twice; give it once")
         is_text = path in TEXTS or (first in NAMED_TEXTS and path != first)
         found[path] = text if is_text else parsed_value(text)
     return found
@@ -79,20 +77,26 @@ def checkpoint_every(text: str) -> dict[str, int] | str:
         return text
     match = re.fullmatch(r"(\d+) ?(step|epoch|second)s?", text)
     if match is None:
-        raise OpsError(
-            ErrorCode.INVALID, f"--checkpoint-every {text}: write it like 200steps, 1epoch or 30seconds, or auto"
-        )
+        raise invalid(f"--checkpoint-every {text}: write it like 200steps, 1epoch or 30seconds, or auto")
     return {f"{match[2]}s": int(match[1])}
 
 
-def labels(pairs: Iterable[str], option: str = "--label") -> dict[str, str]:
+def labels(pairs: Iterable[str] | None) -> dict[str, str] | None:
+    """Of --label; None where it was not given."""
     found = {}
-    for pair in pairs:
+    for pair in pairs or ():
         key, equals, value = pair.partition("=")
         if not (key and equals and value):
-            raise OpsError(ErrorCode.INVALID, f"{option} {pair}: write it as KEY=VALUE")
+            raise invalid(f"--label {pair}: write it as KEY=VALUE")
         found[key] = value
-    return found
+    return found or None
+
+
+def about(
+    name: str | None, label: Iterable[str] | None, priority: int | None, max_retries: int | None
+) -> dict[str, Any]:
+    """The flags that every job may have."""
+    return {"name": name, "labels": labels(label), "priority": priority, "max_retries": max_retries}
 
 
 def variables(given: Iterable[str], shell: Mapping[str, str]) -> dict[str, str]:
@@ -101,7 +105,7 @@ def variables(given: Iterable[str], shell: Mapping[str, str]) -> dict[str, str]:
     for text in given:
         name, equals, value = text.partition("=")
         if not equals and name not in shell:
-            raise OpsError(ErrorCode.INVALID, f"--env {text}: this shell has no such variable; write it as K=VALUE")
+            raise invalid(f"--env {text}: this shell has no such variable; write it as K=VALUE")
         found[name] = value if equals else shell[name]
     return found
 
@@ -112,7 +116,7 @@ def checked(model: type[M], content: Mapping[str, Any]) -> M:
         return model.model_validate(content)
     except ValidationError as error:
         complaints = [f"{field or 'job'}: {problem}" for field, problem in problems_of(error, model)]
-        raise OpsError(ErrorCode.INVALID, "; ".join(complaints)) from error
+        raise invalid("; ".join(complaints)) from error
 
 
 def as_yaml(job: Job) -> str:
@@ -137,10 +141,10 @@ def _assign(tree: dict[str, Any], path: str, value: Any, replace: bool = False) 
         if inner is None:
             inner = tree[parent] = {}
         if not isinstance(inner, dict):
-            raise OpsError(ErrorCode.INVALID, f"{path} cannot be set in {parent}, which is set as a whole")
+            raise invalid(f"{path} cannot be set in {parent}, which is set as a whole")
         tree = inner
     if leaf in tree and not replace:
-        raise OpsError(ErrorCode.INVALID, f"{path} is set twice; give it once")
+        raise invalid(f"{path} is set twice; give it once")
     tree[leaf] = value
 
 

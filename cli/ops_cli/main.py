@@ -1,7 +1,6 @@
 """The command `ops`."""
 
 import errno
-import importlib.util
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -41,7 +40,7 @@ from ops_cli import (
     workers,
     workloads,
 )
-from ops_cli.exits import exit_code
+from ops_cli.exits import exit_code, require
 
 # What `ops --help` shows, and in which order.
 SECTIONS = {
@@ -151,8 +150,7 @@ def db(context: typer.Context) -> None:
 
 
 def _become(module: str, *arguments: str, needs: str) -> NoReturn:
-    if importlib.util.find_spec({"backend": "sqlalchemy", "worker": "uvicorn"}[needs]) is None:
-        _leave(f"this needs more packages: pip install 'relight[{needs}]'", 1)
+    require({"backend": "sqlalchemy", "worker": "uvicorn"}[needs], needs, "ops: this")
     os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments])
 
 

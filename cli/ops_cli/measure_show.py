@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, get_args
 
 from ops_cli import show, studies
 from ops_cli.connect import Json, OperationId, with_client
+from ops_cli.exits import not_found
 
 if TYPE_CHECKING:
     from ops_contract.measurements import Figure, MeasurementResult
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from relight.client import Client
 
 NOT_KNOWN = "not known"
-SHORT_FROM = 1e7  # FLOPs and bytes in full say no more
 
 
 @with_client
@@ -55,18 +55,14 @@ def _print_measurement(result: "MeasurementResult") -> None:
         print()
         _print_devices(result)
     print()
-    facts = show.table("FACT", "", wide=[""])
-    facts.show_header = False
-    for label, value in _facts(result).items():
-        facts.add_row(f"[bold]{label}[/]", show.plain(value))
-    show.print_rich(facts)
+    show.print_facts({label: show.plain(value) for label, value in _facts(result).items()}, wrapped=True)
     for warning in result.warnings:
         print(f"Warning: {show.harmless(warning)}")
 
 
 def _cells(figure: "Figure") -> tuple[str, ...]:
-    value = NOT_KNOWN if figure.value is None else _short(figure.value)
-    bound = "–" if figure.uncertainty is None else _short(figure.uncertainty)
+    value = NOT_KNOWN if figure.value is None else show.short(figure.value)
+    bound = "–" if figure.uncertainty is None else show.short(figure.uncertainty)
     return value, bound, show.plain(figure.unit), show.plain(figure.source)
 
 
@@ -75,10 +71,6 @@ def _in_order(result: "MeasurementResult") -> "list[tuple[str, Figure]]":
     from ops_contract.measurements import FigureName
 
     return [(name, result.figures[name]) for name in get_args(FigureName) if name in result.figures]
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}" if abs(value) >= SHORT_FROM else show.number(value)
 
 
 def _unknown(result: "MeasurementResult") -> dict[str, list[str]]:
@@ -95,16 +87,16 @@ def _print_devices(result: "MeasurementResult") -> None:
     table = show.table("DEVICE", "SOURCE", *columns, "WHY", right=columns, wide=["DEVICE", "SOURCE", "WHY"])
     for each in result.devices:
         source = f"{each.source}, {each.quality}".replace("_", " ")
-        energy = (_of(each.energy_j, "J"), show.number(each.error_j), _of(each.energy_adjusted_j, "J"))
-        state = (_of(each.power_max_w, "W"), _of(each.temperature_max_c, "°C"))
+        energy = (
+            show.quantity(each.energy_j, "J"),
+            show.number(each.error_j),
+            show.quantity(each.energy_adjusted_j, "J"),
+        )
+        state = (show.quantity(each.power_max_w, "W"), show.quantity(each.temperature_max_c, "°C"))
         ticks = "–" if each.ticks is None else str(each.ticks)
         why = show.plain((each.reason or "").replace("_", " "))
         table.add_row(show.plain(each.name or each.device), source, *energy, *state, ticks, why)
     show.print_rich(table)
-
-
-def _of(value: float | None, unit: str) -> str:
-    return "–" if value is None else f"{show.number(value)} {unit}"
 
 
 def _facts(result: "MeasurementResult") -> dict[str, str]:
@@ -112,12 +104,12 @@ def _facts(result: "MeasurementResult") -> dict[str, str]:
 
     baseline, warmup, slowed = result.baseline, result.warmup, result.thermal_throttle
     took = [f"{phase} {result.phases_s[phase]:.1f} s" for phase in MeasurementPhase if phase in result.phases_s]
-    idle = ", ".join(f"{device} {_of(power, 'W')}" for device, power in baseline.power_w.items())
+    idle = ", ".join(f"{device} {show.quantity(power, 'W')}" for device, power in baseline.power_w.items())
     aged = f", {show.duration(baseline.age_s)} old" if baseline.age_s is not None else ""
     drifted = f", drift {100 * baseline.drift:.1f} %" if baseline.drift is not None else ""
     settled = {None: "", True: ", settled", False: ", not settled"}[warmup.converged]
     reasons = ", ".join(f"{why} {s:.3g} s" for why, s in slowed.reasons.items()).replace("_", " ")
-    throttled = f"for {_of(slowed.duration_s, 's')}: {reasons}" if slowed.throttled else "never"
+    throttled = f"for {show.quantity(slowed.duration_s, 's')}: {reasons}" if slowed.throttled else "never"
     return {
         "tokens": f"{result.tokens_in:,} in, {result.tokens_out:,} out, of {result.n_prompts:,} prompts",
         "idle power": (idle or NOT_KNOWN) + aged + drifted + (f" ({baseline.reason})" if baseline.reason else ""),
@@ -168,10 +160,8 @@ def _print_so_far(client: "Client", operation: "Operation") -> None:
 
 
 def _nothing_yet(operation: "Operation") -> Exception:
-    from ops_contract.errors import ErrorCode, OpsError
-
     short = str(operation.id)[:8]
     if operation.kind != "measurement":
-        return OpsError(ErrorCode.NOT_FOUND, f"{short} is no measurement; see `ops status {short}`")
+        return not_found(f"{short} is no measurement; see `ops status {short}`")
     why = f": {show.fault(operation.error)}" if operation.error else f"; see `ops status {short}`"
-    return OpsError(ErrorCode.NOT_FOUND, f"{short} is {operation.status} and has no figures{why}")
+    return not_found(f"{short} is {operation.status} and has no figures{why}")

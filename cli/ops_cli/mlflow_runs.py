@@ -32,7 +32,8 @@ from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Status
 from ops_contract.operations import Operation
 from ops_contract.wire import API_PREFIX
-from relight.client import Client, Unreachable
+from relight.client import Client
+from relight.transport import Unreachable
 
 Points = Iterator[tuple[str, int, float]]
 

@@ -65,7 +65,7 @@ def submit(
     from ops_cli.jobs import job_from_text
 
     text = sys.stdin.read() if file == "-" else _read(Path(file))
-    job = job_from_text(text, file, settings or [])
+    job = job_from_text(text, file, settings)
     submit_job(client, with_code(client, job, code, no_code), dry_run, watch, json)
 
 
@@ -117,10 +117,7 @@ def train(
 
     flags = {
         "workload": workload,
-        "name": name,
-        "labels": jobs.labels(label or []) or None,
-        "priority": priority,
-        "max_retries": max_retries,
+        **jobs.about(name, label, priority, max_retries),
         "execution.max_epochs": max_epochs,
         "execution.max_steps": max_steps,
         "execution.max_samples": max_samples,
@@ -130,7 +127,7 @@ def train(
         "execution.threads": threads,
         "execution.checkpoint_every": jobs.checkpoint_every(checkpoint_every) if checkpoint_every else None,
     }
-    job = jobs.job_from_flags(flags, settings or [])
+    job = jobs.job_from_flags(flags, settings)
     submit_job(client, with_code(client, job, code, no_code), dry_run, watch, json)
 
 
@@ -176,12 +173,9 @@ def run(
         "workdir": workdir,
         "resources.cores": cores,
         "execution.accelerator": accelerator,
-        "name": name,
-        "labels": jobs.labels(label or []) or None,
-        "priority": priority,
-        "max_retries": max_retries,
+        **jobs.about(name, label, priority, max_retries),
     }
-    job = jobs.job_from_flags(flags, [])
+    job = jobs.job_from_flags(flags)
     submit_job(client, with_code(client, job, code, no_code), dry_run, watch, json)
 
 
@@ -231,8 +225,8 @@ def resume(
     ops resume 1f6e --from-checkpoint 9ab2
     """
     found = client.resolve(operation_id)
-    chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
-    accepted = client.resume(found, chosen.id if chosen else None, accept_changes)
+    checkpoint = checkpoints.chosen(client, found, from_checkpoint)
+    accepted = client.resume(found, checkpoint, accept_changes)
     came_from, short = accepted.resumed_from, str(found)[:8]
     if came_from:
         said = f"{short} goes on from {show.came_from(came_from)}"
@@ -275,17 +269,17 @@ def fork(
     from ops_contract.operations import ForkOverrides
 
     found = client.resolve(operation_id)
-    chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
-    flags = {"labels": jobs.labels(label or []) or None, "priority": priority, "max_retries": max_retries}
-    overrides = jobs.content_from_flags(flags, settings or [])
+    checkpoint = checkpoints.chosen(client, found, from_checkpoint)
+    flags = jobs.about(None, label, priority, max_retries)
+    overrides = jobs.content_from_flags(flags, settings)
     if code:
         overrides["code"] = changed_code(client, found, code).model_dump()
         accept_changes = True
     jobs.checked(ForkOverrides, overrides)
     if dry_run:
-        _show(client.dry_run_fork(found, chosen.id if chosen else None, overrides), json)
+        _show(client.dry_run_fork(found, checkpoint, overrides), json)
         return
-    operation = client.fork(found, chosen.id if chosen else None, overrides, name, accept_changes=accept_changes)
+    operation = client.fork(found, checkpoint, overrides, name, accept_changes=accept_changes)
     at = f", from step {operation.forked_from.step} of {str(found)[:8]}" if operation.forked_from else ""
     print(operation.model_dump_json() if json else f"Forked {operation.name}: {operation.id}{at}", flush=True)
     _follow(client, operation.id, watch, json)

@@ -1,8 +1,6 @@
 """`ops plot`: a metric of operations, or a study; and what the demo's drawing shares with it."""
 
-import importlib.util
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ops_cli.connect import OperationIds, with_client
-from ops_cli.exits import ExitCode
+from ops_cli.exits import not_found, require
 from ops_cli.read import no_points
 
 if TYPE_CHECKING:
@@ -97,12 +95,11 @@ def plot(
 def _fetch_pictures(client: "Client", operation_id: str, to: Path) -> None:
     """Raises OpsError where there is none."""
     from ops_cli.files import fetch
-    from ops_contract.errors import ErrorCode, OpsError
 
     id = client.resolve(operation_id)
     names = sorted({each.name for each in client.artifacts(id) if each.name.lower().endswith(".png")})
     if not names:
-        raise OpsError(ErrorCode.NOT_FOUND, f"{str(id)[:8]} has left no PNG; see `ops artifacts {str(id)[:8]}`")
+        raise not_found(f"{str(id)[:8]} has left no PNG; see `ops artifacts {str(id)[:8]}`")
     print(*(path.resolve() for path in fetch(client, id, to, names)), sep="\n")
 
 
@@ -155,10 +152,7 @@ def _save(curves: "Sequence[Curve]", metric: str, log: bool, path: Path) -> Path
 
 
 def require_matplotlib() -> None:
-    """Leaves with a hint where it is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("ops: drawing needs more packages: pip install 'relight[plots]'", file=sys.stderr)
-        raise typer.Exit(ExitCode.FAILED)
+    require("matplotlib", "plots", "ops: drawing")
 
 
 def new_figure() -> "Figure":

@@ -8,6 +8,7 @@ import typer
 
 from ops_cli import ptycho_train, show
 from ops_cli.connect import Json
+from ops_cli.exits import invalid
 
 if TYPE_CHECKING:
     from relight.ptycho.data import Scan
@@ -86,27 +87,22 @@ def check(file: File, json: Json = False) -> None:
 def _simulation(wish: dict[str, Any]) -> "Simulation":
     from pydantic import ValidationError
 
+    from ops_contract.errors import without_prefix
     from relight.ptycho.simulation import Simulation
 
     try:
         return Simulation.model_validate(wish)
     except ValidationError as error:
-        problems = (
-            ": ".join([*map(_option, each["loc"]), each["msg"].removeprefix("Value error, ")])
-            for each in error.errors()
-        )
+        problems = []
+        for each in error.errors():
+            option = ": ".join(f"--{field}".replace("_", "-") for field in each["loc"])
+            problems.append(f"{option}: {without_prefix(each['msg'])}" if option else without_prefix(each["msg"]))
         raise typer.BadParameter("; ".join(problems)) from error
 
 
-def _option(field: int | str) -> str:
-    return f"--{str(field).replace('_', '-')}"
-
-
 def _refuse(file: Path, problem: Exception) -> NoReturn:
-    from ops_contract.errors import ErrorCode, OpsError
-
     message = f"{file}: {problem.strerror}" if isinstance(problem, OSError) else str(problem)
-    raise OpsError(ErrorCode.INVALID, message) from problem
+    raise invalid(message) from problem
 
 
 def _print(file: Path, scan: "Scan", as_json: bool) -> None:

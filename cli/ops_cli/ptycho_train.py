@@ -71,7 +71,7 @@ def train(
     if preset and (train_data_file or test_data_file):
         given.append("config.simulate_test=null")
     given += [f"name={name}"] if name else []
-    given += [f"labels.{key}={value}" for key, value in jobs.labels(label or []).items()]
+    given += [f"labels.{key}={value}" for key, value in (jobs.labels(label) or {}).items()]
     text = (PRESETS / f"{preset}.yaml").read_text() if preset else "workload: ptycho"
     submit_job(client, jobs.job_from_text(text, "the preset", [*given, *(settings or [])]), dry_run, watch, json)
 

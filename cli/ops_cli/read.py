@@ -10,11 +10,14 @@ import typer
 
 from ops_cli import completing, show
 from ops_cli.connect import Json, OperationId, with_client
+from ops_cli.exits import not_found
 
 if TYPE_CHECKING:
     from ops_contract.errors import OpsError
+    from ops_contract.history import AttemptView, MetricSummary
     from ops_contract.jobs import Code
-    from ops_contract.operations import AttemptView, MetricSummary, Operation, SlotView, WorkerView
+    from ops_contract.operations import Operation
+    from ops_contract.workers import SlotView, WorkerView
     from relight.client import Client
 
 LAST_POINTS = 20
@@ -78,14 +81,10 @@ def status(client: "Client", operation_id: OperationId, json: Json = False) -> N
     if json:
         print(operation.model_dump_json())
         return
-    table = show.table("FACT", "", wide=[""])
-    table.show_header = False
     pending = operation.status == "pending"
     waits_for = (_engine(operation) or _waits_for(operation, client.workers())) if pending else ""
-    for label, value in _facts(operation, waits_for, datetime.now(UTC)).items():
-        if value:
-            table.add_row(f"[bold]{label}[/]", value)
-    show.print_rich(table)
+    facts = _facts(operation, waits_for, datetime.now(UTC))
+    show.print_facts({label: value for label, value in facts.items() if value}, wrapped=True)
     print(f"Next: {next_command(operation)}")
 
 
@@ -184,7 +183,7 @@ def _facts(operation: "Operation", waits_for: str, now: datetime) -> dict[str, s
         else "",
         "energy": show.energy(operation.energy),
         "submitted": f"{show.age(operation.created_at, now)} ago by {show.plain(operation.submitted_by)}",
-        "ran for": show.duration(_took_s(operation, now)) if operation.started_at else "",
+        "ran for": show.age(operation.started_at, operation.ended_at or now) if operation.started_at else "",
         "logs": f"{operation.logs}/ in the storage root" if operation.logs else "",
         "labels": show.plain(", ".join(f"{key}={value}" for key, value in operation.labels.items())),
     }
@@ -211,11 +210,6 @@ def _why(operation: "Operation", now: datetime) -> str:
     if operation.exit_unconfirmed:
         return ", its worker was lost: whether the process ended is not known"
     return f": {operation.cancel_reason}" if operation.cancel_reason else ""
-
-
-def _took_s(operation: "Operation", now: datetime) -> float:
-    assert operation.started_at is not None
-    return ((operation.ended_at or now) - operation.started_at).total_seconds()
 
 
 @with_client
@@ -300,12 +294,11 @@ def metrics(
 
 
 def no_points(client: "Client", id: UUID, metric: str) -> "OpsError":
-    from ops_contract.errors import ErrorCode, OpsError
     from ops_contract.problems import offer
 
     known = client.metric_names(id)
     hint = "no attempt that counts has reported it" if metric in known else f"of its metrics {offer(metric, known)}"
-    return OpsError(ErrorCode.NOT_FOUND, f"{str(id)[:8]} has no points of {metric}; {hint}")
+    return not_found(f"{str(id)[:8]} has no points of {metric}; {hint}")
 
 
 def _print_ends(summaries: "Iterable[MetricSummary]") -> None:

@@ -11,7 +11,8 @@ from ops_cli.exits import ExitCode
 from ops_cli.watch import detachable, follow, last_lines, view_for_people
 
 if TYPE_CHECKING:
-    from ops_contract.operations import Operation, ReplayCheck
+    from ops_contract.history import ReplayCheck
+    from ops_contract.operations import Operation
     from relight.client import Client
 
 
@@ -36,8 +37,8 @@ def replay(
     are those that it reported, 1 when not. Ctrl-C detaches and never cancels.
     """
     found = client.resolve(operation_id)
-    chosen = checkpoints.find(client.checkpoints(found), from_checkpoint) if from_checkpoint else None
-    operation = client.replay(found, chosen.id if chosen else None, steps)
+    checkpoint = checkpoints.chosen(client, found, from_checkpoint)
+    operation = client.replay(found, checkpoint, steps)
     if json and no_wait:
         print(operation.model_dump_json())
         return
@@ -51,7 +52,7 @@ def replay(
 
 def _judge(client: "Client", operation: "Operation", json: bool) -> None:
     """Wait for the verdict, say it, and leave with its exit code."""
-    from ops_contract.operations import ReplayCheck
+    from ops_contract.history import ReplayCheck
 
     with detachable(operation.id):
         ended = client.wait(operation.id) if json else _followed(client, operation)

@@ -14,6 +14,7 @@ import typer
 
 from ops_cli.exits import ExitCode
 from relight.private import make_private, opener
+from relight.settings import config_path, data_home
 
 NAME = "relight.service"
 SPARE_S = 10.0
@@ -45,7 +46,6 @@ def install(
     """
     from ops_cli.stack import stop_limit_s
     from ops_cli.up import HAND_BACK_S, UpError, arguments, cancel_grace_s
-    from relight.settings import config_path, data_home
 
     data_dir = (data_dir or data_home()).expanduser().resolve()
     try:
@@ -66,7 +66,9 @@ def install(
     if environment.exists():
         print(f"{environment} has its variables; it was there and stays as it is.")
     else:
-        _write_private(environment, environment_file(os.environ))
+        make_private(environment.parent)
+        with open(environment, "x", opener=opener) as file:
+            file.write(environment_file(os.environ))
         print(f"{environment} has its variables: PATH and OPS_* of this shell.")
     _start(data_dir)
 
@@ -122,8 +124,7 @@ def _start(data_dir: Path) -> None:
 
 
 def unit_path(environ: Mapping[str, str] = os.environ) -> Path:
-    base = environ.get("XDG_CONFIG_HOME") or str(Path(environ.get("HOME") or Path.home()) / ".config")
-    return Path(base) / "systemd" / "user" / NAME
+    return config_path(environ).parents[1] / "systemd" / "user" / NAME
 
 
 def unit(command: Sequence[str], environment: Path, stop_s: float) -> str:
@@ -182,12 +183,6 @@ def _shell_quoted(value: str) -> str:
     for character in '\\"`$':
         value = value.replace(character, f"\\{character}")
     return f'"{value}"'
-
-
-def _write_private(path: Path, text: str) -> None:
-    make_private(path.parent)
-    with open(path, "x", opener=opener) as file:
-        file.write(text)
 
 
 def systemd_runs() -> bool:

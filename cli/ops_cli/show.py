@@ -1,9 +1,11 @@
 """Values as people read them."""
 
+import csv
 import math
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 if TYPE_CHECKING:
@@ -11,10 +13,12 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from ops_contract.measurements import MeasurementProgress
-    from ops_contract.operations import EnergyView, Operation, ProgressView, ReplayCheck, ResumedFrom
+    from ops_contract.history import ReplayCheck
+    from ops_contract.operations import EnergyView, Operation, ProgressView, ResumedFrom
     from ops_contract.reports import Fault
     from ops_contract.wire import Wire
+
+SHORT_FROM = 1e7
 
 STYLES = {
     "pending": "yellow",
@@ -34,6 +38,19 @@ def number(value: float | None) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def short(value: float) -> str:
+    """As `number`, with an exponent from ten millions on: FLOPs and bytes in full say no more."""
+    return f"{value:.4g}" if abs(value) >= SHORT_FROM else number(value)
+
+
+def quantity(value: float | None, unit: str) -> str:
+    return "–" if value is None else f"{number(value)} {unit}"
+
+
+def cores(count: int) -> str:
+    return "1 core" if count == 1 else f"{count} cores"
 
 
 def duration(duration_s: float | None) -> str:
@@ -91,7 +108,9 @@ def progress_line(operation: "Operation", live: bool = True) -> str:
     if operation.children and progress:
         return f"{percent(progress)}, {steps(progress)} children"
     if progress and progress.measurement and live:
-        return phase(progress.measurement)
+        from relight.following import phase_line
+
+        return phase_line(progress.measurement)
     if progress is None or progress.step is None:
         return "no step yet"
     parts = {
@@ -103,12 +122,6 @@ def progress_line(operation: "Operation", live: bool = True) -> str:
         f"{duration(progress.eta_s)} left": progress.eta_s if live else None,
     }
     return ", ".join(text for text, value in parts.items() if value is not None)
-
-
-def phase(told: "MeasurementProgress") -> str:
-    from relight.following import phase_line
-
-    return phase_line(told)
 
 
 def energy(view: "EnergyView") -> str:
@@ -151,6 +164,25 @@ def table(*columns: str, right: Iterable[str] = (), wide: Collection[str] = ()) 
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", no_wrap=column not in wide)
     return made
+
+
+def print_facts(facts: Mapping[str, str], wrapped: bool = False) -> None:
+    """A line each. `wrapped`: what is too long for it goes on in the next."""
+    made = table("FACT", "", wide=[""] if wrapped else ())
+    made.show_header = False
+    for label, value in facts.items():
+        made.add_row(f"[bold]{label}[/]", value)
+    print_rich(made)
+
+
+def print_csv(rows: Iterable[Mapping[str, Any]]) -> None:
+    """With a head, if there is any."""
+    writer: csv.DictWriter[str] | None = None
+    for row in rows:
+        if writer is None:
+            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def cut(text: str) -> "Text":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ops_cli import show
 from ops_cli.child import Child, rotate
 from ops_contract.tokens import workers_token
 from relight.private import make_private
@@ -99,7 +100,7 @@ class Stack:
             self._await([self.database], "database  embedded Postgres")
         self._start([self.server])
         self._await([self.server], f"server    {self.settings.url}", self._healthy)
-        self._await(self.workers, f"workers   {len(self.workers)}, each with {_cores(self.settings.cores)}")
+        self._await(self.workers, f"workers   {len(self.workers)}, each with {show.cores(self.settings.cores)}")
 
     def turn(self) -> None:
         """Start again what has ended. Raises StackError when one keeps ending."""
@@ -199,7 +200,3 @@ class Stack:
             environ |= {"OPS_CPU_CORES": str(settings.cores), "OPS_USER_CODE": "1"}
             environ |= {"OPS_GPU_SHARE": f"{name.removeprefix('worker-')}/{settings.workers}"}
         return environ
-
-
-def _cores(count: int) -> str:
-    return "1 core" if count == 1 else f"{count} cores"

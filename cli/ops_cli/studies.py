@@ -84,13 +84,13 @@ def print_sweep(result: "SweepResult") -> None:
     right = ("BUDGET", "SIZE", "N", "D", "LOSS", "TOOK", "JOULES")
     table = show.table("RUN", *right, "STATUS", right=right)
     for row in result.rows:
-        cells = (f"{row.compute_budget:.3g}", str(row.size), f"{row.model_size:,}", _count(row.num_tokens))
+        tokens = "–" if row.num_tokens is None else f"{row.num_tokens:,}"
+        cells = (f"{row.compute_budget:.3g}", str(row.size), f"{row.model_size:,}", tokens)
         took = show.duration(row.wall_time_seconds)
         values = (show.number(row.final_loss), took, show.number(row.energy_j), show.coloured(row.status))
         table.add_row(row.experiment_id[:8], *cells, *values)
     show.print_rich(table)
-    counted = f"N counts embeddings: {result.embeddings}; FLOPs per token: {result.flops}"
-    print(f"{counted}.")
+    print(f"N counts embeddings: {result.embeddings}; FLOPs per token: {result.flops}.")
     if result.fit is not None:
         print()
         print_fit(result.fit)
@@ -125,10 +125,6 @@ def _statistic(value: "Statistic | None") -> str:
     if value.low is None or value.high is None:
         return show.number(value.mean)
     return f"{show.number(value.mean)} ±{show.number((value.high - value.low) / 2)}"
-
-
-def _count(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
 
 
 def print_notes(skipped: "Sequence[Skipped]", warnings: Sequence[str]) -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from ops_cli import show
+from ops_cli.exits import not_found
 from ops_cli.plot import Figures, save, show_curves
-from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.errors import OpsError
 from ops_contract.lifecycle import Status
 from ops_contract.measurements import MEASUREMENT, MeasurementResult
 from ops_contract.plans import ChildResult, GridAbout
@@ -119,14 +120,12 @@ def _grid(study: "Operation", result: GridResult, choice: Choice) -> plots.Panel
     axis = choice.axis or axes[0]
     for wanted, known, what in ((metric, metrics, "metrics"), (axis, axes, "axes")):
         if wanted not in known:
-            raise OpsError(ErrorCode.NOT_FOUND, f"{wanted}: nothing of it; of its {what} {offer(wanted, known)}")
+            raise not_found(f"{wanted}: nothing of it; of its {what} {offer(wanted, known)}")
     return plots.grid(result, metric, axis)
 
 
 def _nothing_yet(study: "Operation") -> OpsError:
-    return OpsError(
-        ErrorCode.NOT_FOUND, f"no child of {study.name} has a result yet; `ops watch {str(study.id)[:8]}` follows it"
-    )
+    return not_found(f"no child of {study.name} has a result yet; `ops watch {str(study.id)[:8]}` follows it")
 
 
 def _show(panel: plots.Panel) -> None:

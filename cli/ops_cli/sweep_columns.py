@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ops_cli.exits import invalid
 from ops_cli.show import harmless
-from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Status
 from ops_studies.runs import Run
 
@@ -43,7 +43,7 @@ class Columns:
         d = _number(row, self.tokens) if self.tokens else _number(row, self.flops) / (6 * n)
         c = _number(row, self.flops) if self.flops else 6 * n * d
         if not (0 < d < math.inf and 0 < c < math.inf):
-            raise _invalid(f"{row.where}: by C = 6ND it has {d:g} tokens and {c:g} FLOPs: no such run can be")
+            raise invalid(f"{row.where}: by C = 6ND it has {d:g} tokens and {c:g} FLOPs: no such run can be")
         return Run(row.name, n, d, c, loss, _number(row, self.budget) if self.budget else None)
 
 
@@ -54,12 +54,12 @@ def read(path: Path) -> tuple[list[Row], list[str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise _invalid(f"{path} cannot be read: {error.strerror}") from error
+        raise invalid(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise _invalid(f"{path} is no text in UTF-8: give a .csv or .json") from error
+        raise invalid(f"{path} is no text in UTF-8: give a .csv or .json") from error
     rows = list(_json_rows(path, text) if path.suffix == ".json" else _csv_rows(path, text))
     if not rows:
-        raise _invalid(f"{path} has no run: it needs a head and a row for each")
+        raise invalid(f"{path} has no run: it needs a head and a row for each")
     done = [row for row in rows if str(row.cells.get("status")) not in UNFINISHED]
     left_out = [row for row in rows if str(row.cells.get("status")) in UNFINISHED]
     return done, [f"{row.name} is left out: it is {row.cells['status']}" for row in left_out]
@@ -73,11 +73,11 @@ def choose(
     for option, name in (("params", params), ("tokens", tokens), ("flops", flops), ("loss", loss), ("budget", budget)):
         if name is not None and name not in there:
             listed = ", ".join(map(harmless, there[:20]))
-            raise _invalid(f"there is no column {name!r}: say which it is with --{option}. There are: {listed}")
+            raise invalid(f"there is no column {name!r}: say which it is with --{option}. There are: {listed}")
     if tokens is None and flops is None:
         tokens, flops = (name if name in there else None for name in ("num_tokens", "actual_flops"))
         if tokens is None and flops is None:
-            raise _invalid("say which column has the tokens or the FLOPs of each run: --tokens COL or --flops COL")
+            raise invalid("say which column has the tokens or the FLOPs of each run: --tokens COL or --flops COL")
     if budget is None and "compute_budget" in there:
         budget = "compute_budget"
     return Columns(params, tokens, flops, loss, budget)
@@ -88,24 +88,24 @@ def _csv_rows(path: Path, text: str) -> Iterator[Row]:
     try:
         head = list(reader.fieldnames or ())
         if twice := [name for name in head if head.count(name) > 1]:
-            raise _invalid(f"{path} has two columns {twice[0]!r}: name one of them otherwise")
+            raise invalid(f"{path} has two columns {twice[0]!r}: name one of them otherwise")
         for cells in reader:
             where = f"line {reader.line_num}"
             if None in cells or None in cells.values():
-                raise _invalid(f"{path}, {where}: it has not as many fields as the head")
+                raise invalid(f"{path}, {where}: it has not as many fields as the head")
             yield Row(where, cells)
     except csv.Error as error:
-        raise _invalid(f"{path}, line {reader.line_num}: {error}") from error
+        raise invalid(f"{path}, line {reader.line_num}: {error}") from error
 
 
 def _json_rows(path: Path, text: str) -> Iterator[Row]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _invalid(f"{path} is not JSON: {error}") from error
+        raise invalid(f"{path} is not JSON: {error}") from error
     rows = content.get("rows") if isinstance(content, dict) else content
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise _invalid(f"{path}: give a list of objects, one for each run")
+        raise invalid(f"{path}: give a list of objects, one for each run")
     for number, cells in enumerate(rows, 1):
         yield Row(f"run {number}", cells)
 
@@ -118,9 +118,5 @@ def _number(row: Row, column: str | None) -> float:
         value = math.nan
     if not 0 < value < math.inf:
         told = "empty" if cell is None or cell == "" else harmless(str(cell))[:50]
-        raise _invalid(f"{row.where}: {column} is {told}: give a number above 0, or leave the run out")
+        raise invalid(f"{row.where}: {column} is {told}: give a number above 0, or leave the run out")
     return value
-
-
-def _invalid(message: str) -> OpsError:
-    return OpsError(ErrorCode.INVALID, message)

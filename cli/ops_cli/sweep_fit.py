@@ -1,6 +1,5 @@
 """`ops sweep fit`: the fits of a sweep that anybody ran, without a server."""
 
-import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import typer
 
 from ops_cli import show
 from ops_cli.connect import Json
-from ops_cli.exits import ExitCode
+from ops_cli.exits import invalid, require
 
 if TYPE_CHECKING:
     from ops_contract.study_results import SweepFit
@@ -49,9 +48,8 @@ def fit(
         raise typer.BadParameter("--markdown goes without --json")
     if unfit := [each for each in predict or () if not 0 < each < math.inf]:
         raise typer.BadParameter(f"{unfit[0]}: give FLOPs above 0, such as 1e21", param_hint="--predict")
-    _require_scipy()
+    require("scipy", "studies", "ops: fitting")
     from ops_cli import sweep_columns
-    from ops_contract.errors import ErrorCode, OpsError
     from ops_studies import fits, tables
 
     rows, left_out = sweep_columns.read(file)
@@ -59,7 +57,7 @@ def fit(
     runs = [columns.run(row) for row in rows]
     found = fits.fit(runs, predict or (), bootstraps=bootstraps, seed=seed, drop_worst=drop_worst)
     if found.approach2 is None and found.approach3 is None:
-        raise OpsError(ErrorCode.INVALID, "; ".join(["these runs allow no fit", *left_out, *found.warnings]))
+        raise invalid("; ".join(["these runs allow no fit", *left_out, *found.warnings]))
     for warning in [*left_out, *found.warnings]:
         print(f"ops: {show.harmless(warning)}", file=sys.stderr)
     if json:
@@ -68,13 +66,6 @@ def fit(
         print(tables.chinchilla(found), end="")
     else:
         print_fit(found)
-
-
-def _require_scipy() -> None:
-    """Leaves with a hint where it is not installed."""
-    if importlib.util.find_spec("scipy") is None:
-        print("ops: fitting needs more packages: pip install 'relight[studies]'", file=sys.stderr)
-        raise typer.Exit(ExitCode.FAILED)
 
 
 def print_fit(found: "SweepFit") -> None:
@@ -100,11 +91,7 @@ def _print_facts(found: "SweepFit") -> None:
         r2 = "" if third.r2 is None else f", r² {third.r2:.4f}"
         facts["approach 3"] = f"L = E + A/N^alpha + B/D^beta{r2}, rmse {third.rmse_log:.2g} of log L"
         facts |= {f"  {name}": estimate(getattr(third, name), 4) for name in ("E", "A", "B", "alpha", "beta")}
-    table = show.table("FACT", "")
-    table.show_header = False
-    for label, value in facts.items():
-        table.add_row(f"[bold]{label}[/]", show.plain(value))
-    show.print_rich(table)
+    show.print_facts({label: show.plain(value) for label, value in facts.items()})
 
 
 def _print_outliers(found: "SweepFit") -> None:

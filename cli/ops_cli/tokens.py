@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ops_cli import show
-from ops_cli.cleanup import age_s
-from ops_cli.connect import Json, with_client
+from ops_cli.connect import Json, age_s, the_one, with_client
+from ops_cli.exits import not_found
 
 if TYPE_CHECKING:
     from ops_contract.tokens import TokenView
@@ -83,16 +83,11 @@ def revoke(
 
     The browsers that it logged in are out within seconds, and so are the workers that it registered.
     """
-    from ops_contract.errors import ErrorCode, OpsError
-
     living = [item for item in client.tokens() if not item.revoked_at]
     found = [item for item in living if item.name == name or str(item.id).startswith(name.lower())]
-    if not found:
-        raise OpsError(ErrorCode.NOT_FOUND, f"no token is called {name!r}; see `ops tokens list`")
-    if len(found) > 1:
-        raise OpsError(ErrorCode.INVALID, f"{name!r} begins {len(found)} ids of tokens; give more characters")
-    client.revoke_token(found[0].id)
-    print(f"Revoked {found[0].name}")
+    token = the_one(found, name, "tokens", not_found(f"no token is called {name!r}; see `ops tokens list`"))
+    client.revoke_token(token.id)
+    print(f"Revoked {token.name}")
 
 
 def _living(item: "TokenView", now: datetime) -> bool:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from ops_contract.operations import OperationSummary, WorkerView
+    from ops_contract.operations import OperationSummary
+    from ops_contract.workers import WorkerView
     from relight.client import Client
 
 KEY_WAIT_S = 0.5  # and so the time until a new size of the window is followed
@@ -109,7 +110,7 @@ class Looking(threading.Thread):
         self._client, self._every_s = client, every_s
 
     def run(self) -> None:
-        from relight.client import Unreachable
+        from relight.transport import Unreachable
 
         while not self.stopping.wait(self._every_s):
             try:
@@ -258,7 +259,7 @@ def _figures(operation: "OperationSummary") -> tuple[str, ...]:
     if told is None:
         return ("–",) * 5
     if now := told.measurement:
-        watts = "–" if now.power_w is None else f"{show.number(now.power_w)} W"
+        watts = show.quantity(now.power_w, "W")
         degrees = "–" if now.temperature_c is None else f"{now.temperature_c:.0f} °C"
         return show.percent(told), now.phase.replace("_", " "), degrees, watts, show.duration(told.eta_s)
     step = "–" if told.step is None else str(told.step)

@@ -76,7 +76,7 @@ def follow_all(
 ) -> "list[Operation]":
     """Until each has ended, or is `enough`. A server that goes away is waited for, and the view says so."""
     from ops_contract.lifecycle import TERMINAL
-    from relight.client import Unreachable
+    from relight.transport import Unreachable
 
     seen: dict[UUID, Operation] = {}
     live = list(ids)
@@ -136,32 +136,8 @@ class Away:
         self._said = False
 
 
-class JsonLines:
-    def __init__(self) -> None:
-        self._shown: dict[UUID, str] = {}
-        self._away = Away()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def show(self, operation: "Operation") -> None:
-        line = operation.model_dump_json()
-        if line != self._shown.get(operation.id):
-            print(line, flush=True)
-        self._shown[operation.id] = line
-        self._away.over()
-
-    def away(self, message: str) -> None:
-        self._away.say(message)
-
-    def ended(self, operation: "Operation") -> None:
-        """The last line has said it."""
-
-
-class Lines:
-    """For a log file: a line when the status, the attempt or the phase changes, and at every tenth of the way."""
+class Printed:
+    """What was shown last of each, by which a view tells whether there is anything new."""
 
     def __init__(self) -> None:
         self._shown: dict[UUID, object] = {}
@@ -172,6 +148,25 @@ class Lines:
 
     def __exit__(self, *_: object) -> None: ...
 
+    def away(self, message: str) -> None:
+        self._away.say(message)
+
+
+class JsonLines(Printed):
+    def show(self, operation: "Operation") -> None:
+        line = operation.model_dump_json()
+        if line != self._shown.get(operation.id):
+            print(line, flush=True)
+        self._shown[operation.id] = line
+        self._away.over()
+
+    def ended(self, operation: "Operation") -> None:
+        """The last line has said it."""
+
+
+class Lines(Printed):
+    """For a log file: a line when the status, the attempt or the phase changes, and at every tenth of the way."""
+
     def show(self, operation: "Operation") -> None:
         progress = operation.progress
         tenth = int((progress.percent if progress and progress.percent else 0) // LINE_EVERY_PERCENT)
@@ -181,9 +176,6 @@ class Lines:
             print(f"{headline(operation)}: {show.progress_line(operation)}", flush=True)
         self._shown[operation.id] = now
         self._away.over()
-
-    def away(self, message: str) -> None:
-        self._away.say(message)
 
     def ended(self, operation: "Operation") -> None:
         for line in last_lines(operation):
@@ -261,7 +253,9 @@ def headline(operation: "Operation") -> str:
 def figures(operation: "Operation") -> str:
     progress = operation.progress
     if progress is not None and progress.measurement is not None:
-        return show.phase(progress.measurement)
+        from relight.following import phase_line
+
+        return phase_line(progress.measurement)
     if progress is None or progress.step is None:
         return "no step yet"
     loss, speed, left = progress.loss, progress.samples_per_s, progress.eta_s

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ops_cli import show
-from ops_cli.connect import Json, with_client
+from ops_cli.connect import Json, the_one, with_client
+from ops_cli.exits import not_found
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -40,11 +41,13 @@ def add(
     """Have a URL told when operations end."""
     from pydantic import ValidationError
 
+    from ops_contract.errors import without_prefix
+
     statuses = [each.strip() for each in status.split(",")]
     try:
         made = client.add_webhook(receiver, format=format, statuses=statuses, label=label, description=description)
     except ValidationError as error:
-        problems = (f"{each['loc'][0]}: {each['msg'].removeprefix('Value error, ')}" for each in error.errors())
+        problems = (f"{each['loc'][0]}: {without_prefix(each['msg'])}" for each in error.errors())
         raise typer.BadParameter("; ".join(problems)) from error
     if json:
         print(made.model_dump_json())
@@ -106,15 +109,10 @@ def remove(client: "Client", webhook: Webhook) -> None:
 
 
 def _find(client: "Client", beginning: str) -> "UUID":
-    """Raises OpsError `not_found`, or `invalid` when there are several."""
-    from ops_contract.errors import ErrorCode, OpsError
-
+    """Raises OpsError."""
     found = [item.id for item in client.webhooks() if str(item.id).startswith(beginning.lower())]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise OpsError(ErrorCode.INVALID, f"{beginning!r} begins {len(found)} ids of webhooks; give more characters")
-    raise OpsError(ErrorCode.NOT_FOUND, f"no webhook's id begins with {beginning!r}; see `ops webhooks list`")
+    absent = not_found(f"no webhook's id begins with {beginning!r}; see `ops webhooks list`")
+    return the_one(found, beginning, "webhooks", absent)
 
 
 def _last(item: "WebhookView") -> str:

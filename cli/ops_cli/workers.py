@@ -11,7 +11,7 @@ from ops_cli.connect import Json, Token, Url, with_client
 
 if TYPE_CHECKING:
     from ops_contract.energy import DeviceNow
-    from ops_contract.operations import SlotView, WorkerView
+    from ops_contract.workers import SlotView, WorkerView
     from relight.client import Client
 
 Worker = Annotated[
@@ -100,14 +100,11 @@ def drain(
     if not found.live:
         print(f"{found.name} is gone; should it come back, it gets no work. Restarted it is another one: drain that")
     elif running:
-        print(f"{found.name} takes no more work; {running} running there: {_fate(hand_back)}")
+        fate = "handed back, from a checkpoint" if hand_back else "finished first (--hand-back moves it at once)"
+        print(f"{found.name} takes no more work; {running} running there: {fate}")
         print("Next: ops workers, until it says drained")
     else:
         print(f"{found.name} is drained: nothing runs there")
-
-
-def _fate(hand_back: bool) -> str:
-    return "handed back, from a checkpoint" if hand_back else "finished first (--hand-back moves it at once)"
 
 
 @with_client
@@ -126,7 +123,7 @@ def state_of(worker: "WorkerView") -> str:
 
 
 def _slot(slot: "SlotView") -> str:
-    device = "1 core" if slot.cores == 1 else f"{slot.cores} cores"
+    device = show.cores(slot.cores)
     if slot.device != "cpu":
         device = f"{slot.device} {(slot.device_uuid or str(slot.index))[:12]}, {device}"
     return f"{device}: {str(slot.operation_id)[:8]} attempt {slot.attempt}" if slot.operation_id else f"{device}: free"

@@ -14,7 +14,7 @@ from ops_cli.connect import Json, Token, Url, with_client
 from ops_cli.exits import ExitCode
 
 if TYPE_CHECKING:
-    from ops_contract.operations import WorkloadView
+    from ops_contract.workers import WorkloadView
     from relight.client import Client
 
 
@@ -51,7 +51,7 @@ def check(
     from ops_cli.jobs import content_from_flags
     from relight.interpreter import InterpreterError, checked_interpreter
 
-    given = content_from_flags({}, settings or [])
+    given = content_from_flags({}, settings)
     options = ["--config", json_text.dumps(given.get("config", {})), "--steps", str(steps)]
     options += ["--execution", json_text.dumps(given.get("execution", {}))]
     try:

@@ -9,6 +9,7 @@ from ops_contract.energy import DeviceNow
 from ops_contract.jobs import Job
 from ops_contract.lifecycle import Drain, Phase
 from ops_contract.plans import ChildResult, Plan
+from ops_contract.problems import Problem
 from ops_contract.reports import Progress, Report
 from ops_contract.study_results import GridResult, SweepResult
 from ops_contract.wire import Name, Step, Wire
@@ -229,14 +230,7 @@ class StorageProbed(Wire):
     publish_errno: str | None = None
 
 
-class Problem(Wire):
-    """`field` is a path within the job."""
-
-    field: str
-    problem: str
-
-
-# Of the JSON of such an answer: it comes from users' code, by way of a worker.
+# Of the JSON of a `Validated`: it comes from users' code, by way of a worker.
 VALIDATED_MAX_BYTES = 8 * 2**20
 
 

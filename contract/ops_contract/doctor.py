@@ -1,8 +1,15 @@
-"""What `ops doctor` finds."""
+"""Whether all is well: the answer of `/health`, and what `ops doctor` finds."""
 
 from typing import Literal
 
 from ops_contract.wire import Wire
+
+
+class Health(Wire):
+    """`version` of Relight."""
+
+    status: Literal["ok"]
+    version: str
 
 
 class Finding(Wire):

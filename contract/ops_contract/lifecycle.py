@@ -34,6 +34,8 @@ TERMINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 CANCELLABLE = frozenset({Status.PENDING, Status.RUNNING, Status.WAITING})
 RESUMABLE = frozenset({Status.FAILED, Status.CANCELLED})
 
+Ended = Literal[Status.COMPLETED, Status.FAILED, Status.CANCELLED]  # of TERMINAL, for a schema
+
 
 class Event(StrEnum):
     """Why a row was written to an operation's history. All but the last three may move its status."""

@@ -7,11 +7,17 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from ops_contract.errors import without_prefix
+from ops_contract.wire import Wire
 
-Problem = tuple[str, str]
+
+class Problem(Wire):
+    """`field` is a path within the job."""
+
+    field: str
+    problem: str
 
 
-def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[Problem]:
+def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[tuple[str, str]]:
     """(field, problem) for each; of an unknown field the nearest known one is said. `prefix` has its dot."""
     found = []
     for each in error.errors(include_url=False, include_input=False, include_context=False):

@@ -1,5 +1,6 @@
 """What a study comes to: rows as its children end, fits and statistics once it is reduced."""
 
+import math
 from datetime import datetime
 from typing import Annotated, Literal
 from uuid import UUID
@@ -42,6 +43,11 @@ class SweepRow(Wire):
     status: Status
     timestamp: datetime | None = None
     error_message: str | None = None
+
+    @property
+    def has_loss(self) -> bool:
+        """Completed, with a finite one."""
+        return self.status is Status.COMPLETED and self.final_loss is not None and math.isfinite(self.final_loss)
 
 
 class PowerLaw(Wire):

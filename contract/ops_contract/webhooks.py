@@ -7,8 +7,8 @@ from uuid import UUID
 
 from pydantic import AfterValidator, Field, HttpUrl, StringConstraints
 
-from ops_contract.lifecycle import Status
-from ops_contract.operations import Ended, OperationSummary
+from ops_contract.lifecycle import Ended, Status
+from ops_contract.operations import OperationSummary
 from ops_contract.wire import Name, Wire
 
 MAX_URL = 1000  # an index holds it

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from uuid import UUID
 
-from ops_contract.operations import ArtifactView, Operation, OperationSummary
-from relight.client import Client, ExportFormat
+from ops_contract.history import ArtifactView
+from ops_contract.operations import Operation, OperationSummary
+from relight.client import Client
 from relight.download import Progress
-from relight.following import Bar
+from relight.following import Bar, Changes, Output
+from relight.transfers import ExportFormat
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -107,7 +109,7 @@ class AsyncClient:
         self, operation_id: UUID | str, *, poll_s: float = 1.0, patience_s: float = 300.0
     ) -> AsyncIterator[Operation]:
         """As Client.stream."""
-        changes = self.client._changes(operation_id, poll_s, patience_s)
+        changes = Changes(functools.partial(self.client.get, operation_id), poll_s, patience_s)
         while not changes.ended:
             if (operation := await self._run(changes.poll)) is not None:
                 yield operation
@@ -125,7 +127,8 @@ class AsyncClient:
         away: Callable[[str], None] | None = None,
     ) -> AsyncIterator[bytes]:
         """As Client.logs; `away` is called in another thread."""
-        output = self.client._output(operation_id, offset, follow, poll_s, patience_s, away)
+        look = functools.partial(self.client.log_part, operation_id)
+        output = Output(look, offset, follow, poll_s, patience_s, away)
         while not output.ended:
             if piece := await self._run(output.poll):
                 yield piece

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.operations import ArtifactView
+from ops_contract.history import ArtifactView
 
 READ_BYTES = 1 << 20
 

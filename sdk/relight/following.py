@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from ops_contract.errors import OpsError
 from ops_contract.lifecycle import TERMINAL
 from ops_contract.measurements import MeasurementProgress
 from ops_contract.operations import Operation
+from relight.transport import Unreachable
 
 
 class Changes:
     """Looks at an operation, without waiting: `poll` between pauses of `poll_s` until `ended`."""
 
-    def __init__(self, look: Callable[[], Operation], away: type[OpsError], poll_s: float, patience_s: float) -> None:
-        self._look, self._away = look, away
+    def __init__(self, look: Callable[[], Operation], poll_s: float, patience_s: float) -> None:
+        self._look = look
         self.poll_s, self._patience_s = poll_s, patience_s
         self._away_s = 0.0
         self._last: Operation | None = None
@@ -30,7 +30,7 @@ class Changes:
         """None when nothing has changed. Raises what `look` does once the server was away for `patience_s`."""
         try:
             now = self._look()
-        except self._away:
+        except Unreachable:
             if self._away_s >= self._patience_s:
                 raise
             self._away_s += self.poll_s
@@ -61,14 +61,13 @@ class Output:
     def __init__(
         self,
         look: Callable[[int], LogPart],
-        away: type[OpsError],
         offset: int,
         follow: bool,
         poll_s: float,
         patience_s: float,
         tell: Callable[[str], None] | None,
     ) -> None:
-        self._look, self._away, self._tell = look, away, tell
+        self._look, self._tell = look, tell
         self._offset, self._follow = offset, follow
         self._poll_s, self._patience_s = poll_s, patience_s if follow else 0.0
         self._away_s = 0.0
@@ -79,7 +78,7 @@ class Output:
         """What comes next, after a line that says what was left out before it. Raises as `Changes.poll`."""
         try:
             part = self._look(self._offset)
-        except self._away as away:
+        except Unreachable as away:
             if self._away_s >= self._patience_s:
                 raise
             self._away_s += self._poll_s

@@ -11,7 +11,8 @@ from typing import Any, TypeGuard
 
 from pydantic import BaseModel, ValidationError
 
-from ops_contract.agents import Problem
+from ops_contract.errors import without_prefix
+from ops_contract.problems import Problem
 from relight.training.faults import TrainingFault
 from relight.workload import AnyWorkload, LoopWorkload, Workload
 
@@ -44,7 +45,7 @@ def config_problems(workload_type: AnyWorkload, config: dict[str, Any]) -> list[
         workload_type.Config.model_validate(config)
     except ValidationError as error:
         return [
-            Problem(field=".".join(["config", *map(str, e["loc"])]), problem=e["msg"].removeprefix("Value error, "))
+            Problem(field=".".join(["config", *map(str, e["loc"])]), problem=without_prefix(e["msg"]))
             for e in error.errors()
         ]
     return []

@@ -42,15 +42,11 @@ def measure(
     Interrupted it leaves the operation alone. Raises TypeError for a field that there is not, ValidationError and
     OpsError as `Client.submit`, RuntimeError where not one run completed.
     """
-    spec = spec_of(
-        {"model": model, **fields},
-        vary=vary,
-        cycles=cycles,
-        order=order,
-        stop_after_failures=stop_after_failures,
-        timeout_s=timeout_s,
-    )
-    job = JobSpec.model_validate(spec | _given(name=name, labels=labels and dict(labels)))
+    config, axes = _split({"model": model, **fields})
+    axes |= {path: list(values) for path, values in (vary or {}).items()}
+    asked = _given(name=name, labels=labels and dict(labels), execution=_given(timeout_s=timeout_s) or None)
+    study = study_of(axes, cycles, order, stop_after_failures)
+    job = JobSpec.model_validate({"workload": MEASUREMENT, "config": config} | asked | study)
     if client is not None:
         return _measured(client, job, progress)
     from relight.client import Client
@@ -99,30 +95,6 @@ class MeasurementStudy:
         return "\n".join([self.table().rstrip(), *comparison.not_measured(self.result), *reasons, *self.warnings])
 
 
-def spec_of(
-    fields: Mapping[str, Any],
-    *,
-    vary: Mapping[str, Sequence[Any]] | None = None,
-    cycles: int = 1,
-    order: str | None = None,
-    stop_after_failures: int | None = None,
-    timeout_s: float | None = None,
-) -> dict[str, Any]:
-    """The job of a measurement, or of a study where something varies. Raises TypeError, ValueError."""
-    config: dict[str, Any] = {}
-    axes: dict[str, Any] = {}
-    for field, value in fields.items():
-        path = _path(field)
-        if _is_list(value) and len(value) > 1:
-            axes[f"config.{'.'.join(path)}"] = [_plain(each) for each in value]
-        first = value[0] if _is_list(value) else value
-        (config.setdefault("task", {}) if len(path) > 1 else config)[path[-1]] = _plain(first)
-    axes |= {path: list(values) for path, values in (vary or {}).items()}
-    study = study_of(axes, cycles, order, stop_after_failures)
-    execution = _given(timeout_s=timeout_s)
-    return {"workload": MEASUREMENT, "config": config} | ({"execution": execution} if execution else {}) | study
-
-
 def study_of(
     axes: Mapping[str, Sequence[Any]], cycles: int, order: str | None, stop_after_failures: int | None
 ) -> dict[str, Any]:
@@ -134,6 +106,19 @@ def study_of(
         return {}
     points: dict[str, Any] = {"axes": dict(axes)} if axes else {"experiments": [{}]}
     return {"study": {"type": "grid", **points, "cycles": cycles, **asked}}
+
+
+def _split(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The config, with the first of several values, and the axes that they make. Raises TypeError."""
+    config: dict[str, Any] = {}
+    axes: dict[str, list[Any]] = {}
+    for field, value in fields.items():
+        path = _path(field)
+        if _is_list(value) and len(value) > 1:
+            axes[f"config.{'.'.join(path)}"] = [_plain(each) for each in value]
+        first = value[0] if _is_list(value) else value
+        (config.setdefault("task", {}) if len(path) > 1 else config)[path[-1]] = _plain(first)
+    return config, axes
 
 
 def _path(field: str) -> tuple[str, ...]:

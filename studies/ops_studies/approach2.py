@@ -16,9 +16,8 @@ from scipy.special import fdtrc
 
 from ops_contract.study_results import Approach2, BudgetOptimum, Estimate, PowerLaw
 from ops_studies.estimates import exp, exp_plus_minus, plus_minus, student
-from ops_studies.runs import Cost, Floats, Runs, Slice
+from ops_studies.runs import MIN_SIZES, Cost, Floats, Runs, Slice
 
-MIN_SIZES = 3
 SCATTER_P = 0.01  # of the vertices about their line, if the noise within budgets explained it
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from ops_contract.lifecycle import Status
 from ops_contract.study_results import Approach2, JouleOptimum, Prediction, SweepFit, SweepRow
 from ops_studies import approach2, approach3
 from ops_studies.runs import Cost, Run, Runs, runs_of
@@ -74,7 +73,7 @@ def fit(
 
 def joule_optima(rows: Iterable[SweepRow]) -> list[JouleOptimum]:
     """By budget, as far as the joules of a run within 1 % of the lowest loss are known."""
-    done = [row for row in rows if row.status is Status.COMPLETED and row.final_loss and math.isfinite(row.final_loss)]
+    done = [row for row in rows if row.has_loss and row.final_loss]
     found = []
     for budget in sorted({row.compute_budget for row in done}):
         under = [(row.final_loss or math.nan, row) for row in done if row.compute_budget == budget]

@@ -14,8 +14,7 @@ from ops_contract.plans import ChildPlan, ChildResult, IsoFlopAbout, Plan, Skipp
 from ops_contract.studies import MAX_CHILDREN, IsoFlop, Point, SizeRange
 from ops_contract.study_results import JouleOptimum, SweepFit, SweepResult, SweepRow
 from ops_studies.points import Base, Refused, Unplannable, as_name
-
-_PARABOLA = 3
+from ops_studies.runs import MIN_SIZES
 
 
 @dataclass(frozen=True)
@@ -136,11 +135,11 @@ def result(
     warnings: Sequence[str] = (),
 ) -> SweepResult:
     """`fit` and `joules` are given the completed rows with a finite loss and counted tokens; which are not is told."""
-    usable = [row for row in every if _is_usable(row)]
+    usable = [row for row in every if row.has_loss and row.num_tokens]
     told = [
         f"{row.experiment_id} is not in the fits: {row.error_message or f'it is {row.status}'}"
         for row in every
-        if not _is_usable(row)
+        if not (row.has_loss and row.num_tokens)
     ]
     return SweepResult(
         flops=study.flops,
@@ -244,7 +243,7 @@ def _beyond(data: Data) -> str:
 def _lacking(study: IsoFlop, data: Data, budget: float, picked: int, refusals: Counter[str]) -> Iterator[str]:
     what = f"budget {_short(budget)}: {picked} of {study.per_budget} sizes"
     if picked < study.per_budget:
-        few = f"; no parabola goes through fewer than {_PARABOLA}" if picked < _PARABOLA else ""
+        few = f"; no parabola goes through fewer than {MIN_SIZES}" if picked < MIN_SIZES else ""
         yield f"{what}{few}; {_in_words(refusals) or 'there are no more'}"
     elif count := refusals[_beyond(data)]:
         yield f"{what}, without the smallest: {count} would have {_beyond(data)}; repeat_data allows more epochs"
@@ -338,11 +337,6 @@ def _missing(child: ChildResult, monitor: str, loss: float | None, units: int | 
     if not math.isfinite(loss):
         return f"its {monitor} is {loss}: it diverged"
     return None if units else "nobody counted its tokens"
-
-
-def _is_usable(row: SweepRow) -> bool:
-    completed = row.status is Status.COMPLETED
-    return completed and row.final_loss is not None and math.isfinite(row.final_loss) and bool(row.num_tokens)
 
 
 def _short(budget: float) -> str:

@@ -22,6 +22,7 @@ from ops_contract.study_results import (
     SweepRow,
 )
 from ops_studies import pareto
+from ops_studies.points import as_text
 
 Point = tuple[float, float]
 Interval = tuple[float, float]
@@ -155,11 +156,8 @@ def energy(result: SweepResult) -> Panel:
         unknown.update(_reason(row) for row in rows if row.energy_j is None)
         points.append(Points(colour, list(known.values()), label=flops(budget)))
         for best in (each for each in result.joules if each.budget == budget):
-            for mark, id in (("flop_optimal", best.flop_optimal), ("joule_optimal", best.joule_optimal)):
-                if id in known:
-                    points.append(
-                        Points(colour, [known[id]], "flop_optimal" if mark == "flop_optimal" else "joule_optimal")
-                    )
+            marked: dict[Mark, str] = {"flop_optimal": best.flop_optimal, "joule_optimal": best.joule_optimal}
+            points += [Points(colour, [known[id]], mark) for mark, id in marked.items() if id in known]
     notes = [f"{count} of the runs left out, energy unknown: {reason}" for reason, count in sorted(unknown.items())]
     return Panel("Energy against loss", "energy (J)", "loss (nats)", points, notes=notes)
 
@@ -194,7 +192,7 @@ def grid(result: GridResult, metric: str, axis: str) -> Panel:
         series = [point for point, _ in known]
         points.append(Points(colour, series, label=label, intervals=[interval for _, interval in known]))
         lines.append(Line(colour, series))
-    ticks = [] if is_scale else [said(value) for value in values]
+    ticks = [] if is_scale else [as_text(value) for value in values]
     without = sum(metric not in group.metrics or axis not in group.point for group in result.groups)
     notes = [f"{without} of {len(result.groups)} points left out: without {metric} or {axis}"] if without else []
     return Panel(metric, axis, metric, points, lines, log_x=log, ticks=ticks, notes=notes)
@@ -247,11 +245,7 @@ def _interval(found: Statistic) -> Interval | None:
 
 def named(point: Mapping[str, JsonValue], but: str = "") -> str:
     """A point in words, by the last names of its fields."""
-    return ", ".join(f"{field.rpartition('.')[2]}={said(value)}" for field, value in point.items() if field != but)
-
-
-def said(value: JsonValue) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return ", ".join(f"{field.rpartition('.')[2]}={as_text(value)}" for field, value in point.items() if field != but)
 
 
 def flops(budget: float) -> str:
@@ -273,18 +267,14 @@ def _key(value: JsonValue) -> str:
 def _by_budget(result: SweepResult) -> list[tuple[float, list[SweepRow]]]:
     """The completed runs of each budget with a loss that can be drawn."""
     budgets = sorted({row.compute_budget for row in result.rows})
-    return [(b, [row for row in result.rows if row.compute_budget == b and has_loss(row)]) for b in budgets]
-
-
-def has_loss(row: SweepRow) -> bool:
-    return row.status is Status.COMPLETED and row.final_loss is not None and math.isfinite(row.final_loss)
+    return [(b, [row for row in result.rows if row.compute_budget == b and row.has_loss]) for b in budgets]
 
 
 def _without_loss(result: SweepResult) -> Iterator[str]:
     states = Counter(
         "completed without a finite loss" if row.status is Status.COMPLETED else str(row.status)
         for row in result.rows
-        if not has_loss(row)
+        if not row.has_loss
     )
     if states:
         yield f"not drawn: {', '.join(f'{count} {state}' for state, count in sorted(states.items()))}"

@@ -9,11 +9,10 @@ from typing import Any
 
 from pydantic import JsonValue, ValidationError
 
-from ops_contract.agents import Problem
 from ops_contract.jobs import COMMAND, Execution, Job, JobSpec, Setup, kind_of
 from ops_contract.lifecycle import Kind
 from ops_contract.plans import ChildPlan, GridAbout, IsoFlopAbout, Skipped
-from ops_contract.problems import problems_of
+from ops_contract.problems import Problem, problems_of
 from ops_contract.resolving import Unresolvable, check_plain_knobs, resolved_execution
 from ops_contract.studies import Point
 from ops_studies.keys import content_key

@@ -13,6 +13,7 @@ from ops_contract.study_results import SweepRow
 Floats = NDArray[np.float64]
 FloatOrFloats = TypeVar("FloatOrFloats", float, Floats)
 
+MIN_SIZES = 3  # under a budget: a parabola has three parameters
 SAME_BUDGET = 1.1  # runs that say no budget share one where their C differ by less than this factor
 
 

@@ -15,7 +15,7 @@ from helpers.databases import Databases
 from helpers.networks import Elsewhere, Network, networks, why_not
 from helpers.service import Service, alive, eventually, kill, running_service, start
 from ops_cli.child import Child
-from ops_contract.operations import AttemptView
+from ops_contract.history import AttemptView
 
 Curves = dict[str, list[tuple[int, float]]]
 

@@ -18,7 +18,8 @@ from helpers.databases import Databases
 from helpers.service import LEASE_S, LONG, Service, alive, eventually, frozen, kill, running_service, start
 from ops_cli.up import free_port
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.operations import AttemptView, CheckpointView, EventView, WorkerView
+from ops_contract.history import AttemptView, CheckpointView, EventView
+from ops_contract.workers import WorkerView
 from relight.client import Client
 
 Curves = dict[str, list[tuple[int, float]]]

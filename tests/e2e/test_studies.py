@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 
 from helpers.service import Service, eventually, kill
-from ops_contract.operations import AttemptView
+from ops_contract.history import AttemptView
 from ops_contract.plans import ChildResult
 from ops_contract.study_results import GridResult, SweepResult
 

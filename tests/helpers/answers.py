@@ -4,16 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
 
+from ops_contract.history import MetricNames, MetricPoints, MetricSummary
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status
-from ops_contract.operations import (
-    EnergyView,
-    MetricNames,
-    MetricPoints,
-    MetricSummary,
-    Operation,
-    OperationSummary,
-)
+from ops_contract.operations import EnergyView, Operation, OperationSummary
 
 Points = list[tuple[int, float]]
 

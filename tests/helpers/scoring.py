@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from ops_contract.agents import CheckpointRef
-from ops_contract.operations import CheckpointView, Operation
+from ops_contract.history import CheckpointView
+from ops_contract.operations import Operation
 from ops_worker.workloads.digits import Digits, DigitsConfig
 from relight.training.checkpoint import restore
 from relight.workload import Env

@@ -15,7 +15,8 @@ import httpx
 from helpers.openapi import OpenAPI
 from ops_cli.child import Child
 from ops_cli.up import free_port
-from ops_contract.operations import AttemptView, CheckpointView, MetricPoints, Operation
+from ops_contract.history import AttemptView, CheckpointView, MetricPoints
+from ops_contract.operations import Operation
 from ops_contract.wire import API_PREFIX
 from relight.client import Client
 

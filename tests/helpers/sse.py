@@ -5,7 +5,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ops_contract.operations import AttemptPoints
+from ops_contract.history import AttemptPoints
 
 Points = list[tuple[int, float]]
 

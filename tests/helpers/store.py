@@ -36,11 +36,12 @@ from ops_contract.agents import (
     WorkloadOffer,
 )
 from ops_contract.energy import DeviceNow, EnergyBatch, EnergyWindow, Quality, Source, Use
+from ops_contract.history import AttemptView
 from ops_contract.jobs import Execution, JobSpec
 from ops_contract.ledger import EnergyLedger
 from ops_contract.lifecycle import CheckpointType, Drain, Outcome, Phase, Status
 from ops_contract.measurements import MEASUREMENT
-from ops_contract.operations import AttemptView, ForkRequest, Operation, ReplayRequest, ResumeAccepted
+from ops_contract.operations import ForkRequest, Operation, ReplayRequest, ResumeAccepted
 from ops_contract.plans import ChildPlan, ChildResult, GridAbout, Plan
 from ops_contract.reports import CheckpointSaved, Exactness, Fault, Finish, Metrics, Progress, Report, Series, Started
 

@@ -3,10 +3,10 @@
 from typing import Any
 from uuid import uuid4
 
-from ops_contract.agents import Problem
 from ops_contract.jobs import COMMAND, Job, JobSpec
 from ops_contract.lifecycle import Status
 from ops_contract.plans import ChildPlan, ChildResult, TrainingResult
+from ops_contract.problems import Problem
 from ops_studies.points import Base
 
 DIGESTS = {"code": "c" * 64, "data": "d" * 64}

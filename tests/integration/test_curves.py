@@ -22,8 +22,8 @@ from helpers.store import Store, held, losses, started
 from ops_backend.database import Sessions
 from ops_backend.store import curves
 from ops_contract.errors import OpsError
+from ops_contract.history import MetricPoints
 from ops_contract.lifecycle import Outcome
-from ops_contract.operations import MetricPoints
 from ops_contract.pipe import Mark
 from ops_contract.reports import Metrics, Progress, Report
 from relight import AsyncClient

@@ -15,9 +15,10 @@ from ops_backend.routes import cleanup
 from ops_backend.store import curves, deletion, fork, logs, queries
 from ops_backend.store.identities import Identity
 from ops_backend.sweeper import Sweeper
+from ops_contract.cleanup import Cleanup, CleanupRequest
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Outcome, Status
-from ops_contract.operations import Cleanup, CleanupRequest, ForkRequest
+from ops_contract.operations import ForkRequest
 from ops_contract.reports import ArtifactSaved, LogChunk, Note
 from ops_contract.tokens import Scope
 

@@ -17,8 +17,9 @@ from ops_backend.database import Drivers, Limits
 from ops_backend.status_reads import READERS, StatusReads
 from ops_backend.store import polls
 from ops_backend.tags import Tagged
+from ops_contract.doctor import Health
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.operations import Health, Operation
+from ops_contract.operations import Operation
 from ops_contract.reports import Progress
 
 

@@ -9,8 +9,8 @@ from sqlalchemy import text
 from helpers.store import Held, Store, at_once, held, losses, saved, started
 from ops_backend.store import curves, queries
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.history import CheckpointView
 from ops_contract.lifecycle import CheckpointStatus, Outcome, Status
-from ops_contract.operations import CheckpointView
 
 RETIRE = """
     UPDATE checkpoints SET status = 'deleting' WHERE id = :id AND status = 'committed' AND pinned_at IS NULL

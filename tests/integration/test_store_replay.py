@@ -11,8 +11,8 @@ import pytest
 from helpers.store import Held, Store, at_once, held, losses, saved, started
 from ops_backend.store import queries
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.history import AttemptView, EventView, ReplayCheck
 from ops_contract.lifecycle import CheckpointStatus, Outcome
-from ops_contract.operations import AttemptView, EventView, ReplayCheck
 from ops_contract.reports import Metrics, Report
 
 ULP_OFF = math.nextafter(0.3, 1.0)

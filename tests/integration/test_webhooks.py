@@ -22,8 +22,9 @@ from ops_backend.routes import webhooks as routes
 from ops_backend.store import deletion, webhooks
 from ops_backend.webhooks import WebhookSender, signature
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.history import EventView
 from ops_contract.lifecycle import Outcome
-from ops_contract.operations import EventView, OperationSummary
+from ops_contract.operations import OperationSummary
 from ops_contract.reports import Fault, Progress
 from ops_contract.webhooks import DeliveryView, WebhookBody, WebhookFormat, WebhookRequest, WebhookView
 

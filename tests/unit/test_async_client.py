@@ -12,11 +12,12 @@ import pytest
 
 from helpers.answers import metric_names, metric_points, operation
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.history import Artifacts, Results, ResultView
 from ops_contract.lifecycle import Status
-from ops_contract.operations import Artifacts, Results, ResultView
 from ops_contract.plans import TrainingResult
 from relight import AsyncClient
-from relight.client import TRIES, Client
+from relight.client import Client
+from relight.transport import TRIES
 
 AT = datetime(2026, 1, 1, tzinfo=UTC)
 TRAINED = TrainingResult(steps=6, samples=12, units=12, params=3, embedding_params=0)

@@ -28,50 +28,44 @@ from ops_cli.exits import ExitCode
 from ops_cli.main import main
 from ops_cli.stack import Stack, StackSettings
 from ops_contract.audit import AuditEntry, AuditPage
-from ops_contract.doctor import clock
+from ops_contract.cleanup import Cleanup, CleanupItem, CleanupRequest
+from ops_contract.doctor import Health, clock
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.jobs import CheckpointEvery, Code, Execution, Job, JobSpec, Resources
-from ops_contract.ledger import BookedWindow, EnergyLedger, EnergyWindows
-from ops_contract.lifecycle import CheckpointType, Kind, Phase, Status
-from ops_contract.operations import (
+from ops_contract.history import (
     Artifacts,
     ArtifactView,
     Attempts,
     AttemptView,
-    CancelRequest,
     Checkpoints,
     CheckpointView,
-    Children,
-    Cleanup,
-    CleanupItem,
-    CleanupRequest,
     Difference,
-    DrainRequest,
     Events,
     EventView,
-    ForkedFrom,
-    Health,
     MemberView,
-    Operation,
-    OperationPage,
-    ProgressView,
     ReplayCheck,
     Results,
     ResultView,
+)
+from ops_contract.jobs import CheckpointEvery, Code, Execution, Job, JobSpec, Resources
+from ops_contract.ledger import BookedWindow, EnergyLedger, EnergyWindows
+from ops_contract.lifecycle import CheckpointType, Kind, Phase, Status
+from ops_contract.operations import (
+    CancelRequest,
+    Children,
+    ForkedFrom,
+    Operation,
+    OperationPage,
+    ProgressView,
     ResumeAccepted,
     ResumedFrom,
-    SlotView,
     StudyPreview,
-    Workers,
-    WorkerView,
-    Workloads,
-    WorkloadView,
 )
 from ops_contract.plans import ChildResult, Plan
 from ops_contract.reports import Fault
 from ops_contract.tokens import TokenCreated, Tokens, TokenView
 from ops_contract.webhooks import Deliveries, WebhookAnswer, WebhookCreated, Webhooks, WebhookView
 from ops_contract.wire import API_PREFIX, Wire
+from ops_contract.workers import DrainRequest, SlotView, Workers, WorkerView, Workloads, WorkloadView
 from relight.manifest import FileEntry, Manifest
 from relight.settings import UpState, write_up_state
 

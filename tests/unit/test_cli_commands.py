@@ -19,9 +19,9 @@ from helpers.measured import measurement_result
 from ops_cli.exits import ExitCode
 from ops_cli.main import SECTIONS, app
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.history import ResultView
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status
-from ops_contract.operations import ResultView
 from ops_contract.tokens import TokenView
 from ops_contract.webhooks import WebhookView
 from relight.packing import pack
@@ -146,7 +146,7 @@ def filled(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
     never = dict.fromkeys(("expires_at", "last_used_at", "revoked_at"))
     known = {"id": WEBHOOK, "name": "ana", "scope": "read", "created_by": "operator", "created_at": AT}
     api.tokens = [TokenView.model_validate(known | never)]
-    monkeypatch.setattr("relight.client.BACKOFF_S", 0.0)
+    monkeypatch.setattr("relight.transport.BACKOFF_S", 0.0)
     return api
 
 

@@ -11,10 +11,11 @@ from test_cli import Api, Ops, api, ops
 from helpers.answers import operation
 from helpers.measured import DONE, NO_METER, measurement_result, measurement_study, without_joules
 from ops_cli.exits import ExitCode
+from ops_contract.history import ResultView
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status
 from ops_contract.measurements import MEASUREMENT, MeasurementPhase, MeasurementResult
-from ops_contract.operations import ProgressView, ResultView
+from ops_contract.operations import ProgressView
 from ops_contract.plans import ChildResult, GridAbout
 from ops_contract.reports import Fault
 from ops_contract.studies import Grid

@@ -12,9 +12,9 @@ from test_cli import Api, Ops, api, ops
 from helpers.answers import operation
 from helpers.store import plan
 from ops_cli.exits import ExitCode
+from ops_contract.history import ResultView
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status
-from ops_contract.operations import ResultView
 from ops_contract.plans import ChildPlan, ChildResult, IsoFlopAbout, Plan, Skipped
 from ops_contract.studies import Grid
 from ops_contract.study_results import GridGroup, GridResult, GridRow, Statistic, SweepResult, SweepRow

@@ -11,9 +11,10 @@ from test_cli import Api, Ops, api, ops
 from helpers.answers import operation
 from helpers.sweeps import grid_result, sweep_result
 from ops_cli.exits import ExitCode
+from ops_contract.history import ResultView
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status
-from ops_contract.operations import Operation, ResultView
+from ops_contract.operations import Operation
 from ops_contract.plans import ChildResult, GridAbout, IsoFlopAbout
 from ops_contract.studies import Grid, IsoFlop
 from ops_contract.study_results import GridResult, SweepResult

@@ -14,9 +14,11 @@ from helpers.answers import metric_points, operation, summary
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Status
 from ops_contract.operations import OperationPage
-from relight.client import TRIES, Client, Unreachable, run_name
+from relight.client import Client
 from relight.packing import Packed
 from relight.settings import UpState, config_path, find_server, forget_up_state, up_state_path, write_up_state
+from relight.transfers import run_name
+from relight.transport import TRIES, Unreachable
 
 URL = "http://127.0.0.1:8470"
 Answer = httpx.Response | Exception

@@ -11,9 +11,10 @@ import httpx
 import pytest
 
 from ops_contract.errors import OpsError
-from ops_contract.operations import Artifacts, ArtifactView
-from relight.client import TRIES, Client, Unreachable
+from ops_contract.history import Artifacts, ArtifactView
+from relight.client import Client
 from relight.download import DownloadFailed
+from relight.transport import TRIES, Unreachable
 
 CONTENT = bytes(range(200))
 

@@ -9,9 +9,9 @@ from test_cli import Api, api
 
 from helpers.answers import operation
 from helpers.measured import DONE, NO_METER, measurement_result, measurement_study, without_joules
+from ops_contract.history import ResultView
 from ops_contract.lifecycle import Status
 from ops_contract.measurements import MeasurementPhase, MeasurementResult, RandomModel
-from ops_contract.operations import ResultView
 from ops_contract.reports import Fault
 from ops_contract.study_results import GridResult
 from relight import measure

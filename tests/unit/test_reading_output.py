@@ -22,7 +22,8 @@ from ops_cli.main import main
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.wire import API_PREFIX, LOG_COMPLETE, LOG_END, LOG_OFFSET
 from relight import AsyncClient
-from relight.client import TRIES, Client, Unreachable
+from relight.client import Client
+from relight.transport import TRIES, Unreachable
 
 ID = UUID("12345678-0000-0000-0000-000000000000")
 AWAY = OpsError(ErrorCode.UNAVAILABLE, "the database is away")

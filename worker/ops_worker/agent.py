@@ -17,7 +17,6 @@ from ops_contract.agents import (
     CancelTraining,
     HoldRef,
     ProbeStorage,
-    Problem,
     SlotOffer,
     StartTraining,
     StorageProbed,

@@ -10,14 +10,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ops_contract.agents import Problem, Validated
+from ops_contract.agents import Validated
 from ops_contract.energy import Use
 from ops_contract.jobs import Job, kind_of
 from ops_contract.lifecycle import Outcome, Status
 from ops_contract.measurements import MEASUREMENT, METHOD_VERSION, MeasurementConfig
 from ops_contract.pipe import Mark, RunJob
 from ops_contract.plans import ChildResult, Plan
-from ops_contract.problems import problems_of
+from ops_contract.problems import Problem, problems_of
 from ops_contract.reports import Exactness, Finish, Result, Started
 from ops_contract.resolving import resolved_execution
 from ops_contract.studies import NOT_RUN, IsoFlop

@@ -20,11 +20,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, NoReturn
 
-from ops_contract.agents import Problem, Validated, WorkloadOffer
+from ops_contract.agents import Validated, WorkloadOffer
 from ops_contract.jobs import Accelerator, Job, kind_of
 from ops_contract.lifecycle import Kind, Outcome
 from ops_contract.measurements import MEASUREMENT, MeasurementConfig
 from ops_contract.pipe import STACKS_SIGNAL, Description, Hello, RunJob, line
+from ops_contract.problems import Problem
 from ops_contract.reports import Fault, Finish, Note
 from ops_worker import artifacts
 from ops_worker.confinement import confine_judgement

@@ -13,7 +13,8 @@ from ops_backend.store.workers import drain
 from ops_backend.tags import Tagged
 from ops_contract.audit import Action
 from ops_contract.jobs import JobSpec
-from ops_contract.operations import DrainRequest, LiveCounts, Workers, WorkerView, Workloads
+from ops_contract.operations import LiveCounts
+from ops_contract.workers import DrainRequest, Workers, WorkerView, Workloads
 
 router = APIRouter(tags=["workers"], responses=refusals(401))
 

@@ -8,8 +8,8 @@ from ops_backend.dependencies import AdminDep, AuditDep, SessionsDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store.deletion import cleanup_plan, delete_if_ended, explain_delete, give_up_checkpoints
 from ops_contract.audit import Action
+from ops_contract.cleanup import Cleanup, CleanupItem, CleanupRequest
 from ops_contract.errors import ErrorCode
-from ops_contract.operations import Cleanup, CleanupItem, CleanupRequest
 
 router = APIRouter(tags=["operations"], responses=refusals(401, 422))
 

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from ops_backend.storage import open_file
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.operations import ArtifactView
+from ops_contract.history import ArtifactView
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _FILE = {"application/octet-stream": _BINARY, "image/png": _BINARY}

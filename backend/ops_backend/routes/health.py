@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from ops_backend.dependencies import SessionDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store.leases import ping
-from ops_contract.operations import Health
+from ops_contract.doctor import Health
 
 router = APIRouter(prefix="/health", tags=["health"])
 

@@ -37,22 +37,16 @@ from ops_backend.tags import Tagged
 from ops_contract.agents import Validated
 from ops_contract.audit import Action
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.history import Artifacts, Attempts, Checkpoints, Events, MetricNames, MetricPoints, Results
 from ops_contract.jobs import Job, JobSpec
 from ops_contract.lifecycle import Kind, Status
 from ops_contract.operations import (
-    Artifacts,
-    Attempts,
     CancelRequest,
-    Checkpoints,
     Children,
-    Events,
     ForkRequest,
-    MetricNames,
-    MetricPoints,
     Operation,
     OperationPage,
     ReplayRequest,
-    Results,
     ResumeAccepted,
     ResumeRequest,
     StudyPreview,

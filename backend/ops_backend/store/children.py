@@ -10,8 +10,9 @@ from ops_backend.store import ledger
 from ops_backend.store.energy import OUTCOMES, entries
 from ops_backend.store.sql import statement
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.history import Results, ResultView
 from ops_contract.lifecycle import Status
-from ops_contract.operations import Children, Results, ResultView
+from ops_contract.operations import Children
 from ops_contract.plans import ChildResult
 from ops_contract.studies import MAX_CHILDREN
 from ops_contract.study_results import GridResult, SweepResult

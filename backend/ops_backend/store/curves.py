@@ -10,7 +10,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ops_backend.store.queries import lineage, starts_of
 from ops_backend.store.sql import statement
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.operations import LineageEntry, MetricNames, MetricPoints, MetricSummary
+from ops_contract.history import MetricNames, MetricPoints, MetricSummary
+from ops_contract.operations import LineageEntry
 
 PAGE_POINTS = 50_000
 LAST_STEP = 2**63 - 1

@@ -11,9 +11,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import statement
 from ops_backend.store.transitions import not_found
+from ops_contract.cleanup import CleanupItem, CleanupRequest
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import TERMINAL
-from ops_contract.operations import CleanupItem, CleanupRequest
 
 CANDIDATES = 10_000
 FORKS_NAMED = 5

@@ -21,9 +21,7 @@ from ops_backend.store.sql import continues, statement
 from ops_backend.store.story import tell
 from ops_backend.store.transitions import not_found
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.jobs import Logger
-from ops_contract.lifecycle import TERMINAL, Status
-from ops_contract.operations import (
+from ops_contract.history import (
     Artifacts,
     ArtifactView,
     Attempts,
@@ -32,6 +30,10 @@ from ops_contract.operations import (
     CheckpointView,
     Events,
     EventView,
+)
+from ops_contract.jobs import Logger
+from ops_contract.lifecycle import TERMINAL, Status
+from ops_contract.operations import (
     ForkedFrom,
     LineageEntry,
     Operation,
@@ -39,12 +41,8 @@ from ops_contract.operations import (
     OperationSummary,
     ProgressView,
     ResumedFrom,
-    SlotView,
-    Workers,
-    WorkerView,
-    Workloads,
-    WorkloadView,
 )
+from ops_contract.workers import SlotView, Workers, WorkerView, Workloads, WorkloadView
 
 # Where the first page begins: a bound as any other, so that the index gives it under every plan.
 _NEWEST = ("infinity", UUID(int=2**128 - 1))

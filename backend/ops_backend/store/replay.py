@@ -7,7 +7,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import plain, record, statement
-from ops_contract.operations import Difference, ReplayCheck
+from ops_contract.history import Difference, ReplayCheck
 from ops_contract.reports import Series
 
 # Whose reports an attempt's are compared with: its predecessors', or, in a replay, those of the run that it replays.

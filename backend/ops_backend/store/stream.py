@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.queries import event_view
 from ops_backend.store.sql import statement
-from ops_contract.operations import AttemptPoints, SeriesPoints
+from ops_contract.history import AttemptPoints, SeriesPoints
 from ops_contract.wire import Wire
 
 # Of one operation in one reading. A report is never cut, so one may be longer.

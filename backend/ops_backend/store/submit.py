@@ -29,7 +29,7 @@ from ops_contract.jobs import (
 )
 from ops_contract.lifecycle import Kind
 from ops_contract.measurements import MEASUREMENT, MeasurementConfig
-from ops_contract.problems import Problem, offer, problems_of, unknown_field
+from ops_contract.problems import offer, problems_of, unknown_field
 from ops_contract.resolving import Unresolvable, check_plain_knobs, resolved_execution
 
 # Where more workers may be started: why they could never hold such a job, or None where they could.
@@ -238,7 +238,7 @@ def _study_job(spec: JobSpec, told: Validated | None, path: str, setup: dict[str
     return Job(workload=spec.workload or COMMAND, config=spec.config, execution=spec.execution, **setup)
 
 
-def invalid(problems: list[Problem]) -> OpsError:
+def invalid(problems: list[tuple[str, str]]) -> OpsError:
     """422 for (field, problem) pairs, the first one in words."""
     field, problem = problems[0]
     errors = [{"field": field, "problem": problem} for field, problem in problems]
@@ -332,7 +332,7 @@ def refuse_problems(told: Validated, path: str = "") -> None:
         raise invalid([(f"{path}{problem.field}", problem.problem) for problem in told.problems])
 
 
-def _config_problems(error: jsonschema.ValidationError, path: str) -> list[Problem]:
+def _config_problems(error: jsonschema.ValidationError, path: str) -> list[tuple[str, str]]:
     """One for each unknown field, which jsonschema names only in its message."""
     place = ".".join([path, *map(str, error.absolute_path)])
     if error.validator != "additionalProperties" or error.validator_value is not False:

@@ -15,7 +15,8 @@ from ops_backend.store.children import COUNTS
 from ops_backend.store.queries import events, summary
 from ops_backend.store.sql import statement
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.operations import EventView, OperationSummary
+from ops_contract.history import EventView
+from ops_contract.operations import OperationSummary
 from ops_contract.webhooks import (
     Deliveries,
     DeliveryState,

@@ -5,9 +5,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ops_contract.agents import Problem
 from ops_contract.jobs import Job
 from ops_contract.plans import Plan, Skipped
+from ops_contract.problems import Problem
 from ops_contract.studies import IsoFlop
 from ops_studies import isoflop
 from ops_studies.isoflop import Candidate, Data
