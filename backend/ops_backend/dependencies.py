@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Protocol, cast
 from uuid import UUID
 
-from fastapi import Depends, Request, Security
+from fastapi import Depends, Query, Request, Security
 from fastapi.openapi.models import HTTPBearer
 from fastapi.security import SecurityScopes
 from fastapi.security.base import SecurityBase
@@ -134,6 +134,8 @@ async def agent(identity: CallerDep) -> Agent:
         raise OpsError(ErrorCode.FORBIDDEN, "it takes the credential with which a worker registered, and no token")
     return Agent(identity.incarnation)
 
+
+PageCursor = Annotated[str | None, Query(description="the `next_cursor` of the page before")]
 
 SessionsDep = Annotated[Sessions, _of_app("sessions")]
 # For reads as long as an operation is.

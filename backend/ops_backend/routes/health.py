@@ -5,7 +5,6 @@ from importlib.metadata import version
 from fastapi import APIRouter
 
 from ops_backend.dependencies import SessionDep
-from ops_backend.routes.errors import refusals
 from ops_backend.store.leases import ping
 from ops_contract.operations import Health
 
@@ -18,7 +17,7 @@ async def live() -> Health:
     return Health(status="ok", version=version("relight"))
 
 
-@router.get("/ready", responses=refusals(503))
+@router.get("/ready")
 async def ready(session: SessionDep) -> Health:
     """The database answers and has our tables: send requests here only while it does."""
     await ping(session)

@@ -12,6 +12,7 @@ from ops_backend.database import Sessions
 from ops_backend.dependencies import (
     AuditDep,
     DispatcherDep,
+    PageCursor,
     ReaderDep,
     SessionDep,
     SessionsDep,
@@ -33,7 +34,7 @@ from ops_backend.store.retention import delete_if_unused, explain_delete
 from ops_backend.store.submit import once, replay, resolved_job, submit_if_new
 from ops_backend.store.transitions import cancel_if_live, explain_cancel, explain_resume, resume_if_ended
 from ops_backend.store.validation import Question, question
-from ops_backend.tags import Tagged
+from ops_backend.tags import UNCHANGED, IfNoneMatch, Tagged
 from ops_contract.agents import Validated
 from ops_contract.audit import Action
 from ops_contract.errors import ErrorCode, OpsError
@@ -61,7 +62,7 @@ from ops_contract.problems import offer
 from ops_contract.studies import MAX_CHILDREN
 from ops_contract.wire import LOG_COMPLETE, LOG_END, LOG_NEXT, LOG_OFFSET, Wire
 
-router = APIRouter(prefix="/operations", tags=["operations"])
+router = APIRouter(prefix="/operations", tags=["operations"], responses=refusals(401))
 
 IdempotencyKey = Annotated[
     str | None, Header(min_length=1, max_length=200, description="the same key and body again make nothing new")
@@ -77,7 +78,7 @@ DryRun = Annotated[
     "",
     status_code=201,
     response_model=Operation,
-    responses={200: {"model": Operation | Job | StudyPreview}, **refusals(401, 409, 422)},
+    responses={200: {"model": Operation | Job | StudyPreview}, **refusals(409)},
     openapi_extra=reads(JobSpec, {"workload": "digits", "execution": {"max_epochs": 20}}, required=True),
 )
 async def submit(
@@ -133,7 +134,7 @@ async def submit(
         return await submitted(session, told)
 
 
-@router.get("", response_model=OperationPage, responses={304: {"description": "unchanged"}, **refusals(401, 422)})
+@router.get("", response_model=OperationPage, responses=UNCHANGED)
 async def list_operations(
     session: SessionDep,
     user: ReaderDep,
@@ -147,8 +148,8 @@ async def list_operations(
         UUID | Literal["none"] | None, Query(description="a study's children; none: what is no study's child")
     ] = None,
     limit: Annotated[int, Query(ge=1, le=500, description="so many a page")] = 50,
-    cursor: Annotated[str | None, Query(description="the `next_cursor` of the page before")] = None,
-    if_none_match: Annotated[str | None, Header(description="an `ETag`; 304 while nothing has changed")] = None,
+    cursor: PageCursor = None,
+    if_none_match: IfNoneMatch = None,
 ) -> Response:
     """Operations, newest first, in pages: `next_cursor` is the `cursor` of the next one, null on the last.
 
@@ -158,27 +159,27 @@ async def list_operations(
     return Tagged(await queries.list_page(session, wanted, limit, cursor)).answer(if_none_match)
 
 
-@router.get("/{id}/children", responses=refusals(401, 404, 422))
+@router.get("/{id}/children", responses=refusals(404))
 async def operation_children(
     id: UUID,
     session: SessionDep,
     _: ReaderDep,
     limit: Annotated[int, Query(ge=1, le=MAX_CHILDREN, description="so many a page")] = 500,
-    cursor: Annotated[str | None, Query(description="the `next_cursor` of the page before")] = None,
+    cursor: PageCursor = None,
 ) -> Children:
     """A study's children in the order of its plan, with what each has given so far; none of what is no study."""
     await queries.starts_of(session, id)
     return await children.page(session, id, limit, cursor)
 
 
-@router.get("/{id}/results", responses=refusals(401, 404))
+@router.get("/{id}/results", responses=refusals(404))
 async def operation_results(id: UUID, session: SessionDep, _: ReaderDep) -> Results:
     """What it came to: of a training how much it was trained on what, of a study its rows, fits and statistics."""
     await queries.starts_of(session, id)
     return await children.results(session, id)
 
 
-@router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(401, 404, 409))
+@router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(404, 409))
 async def delete_operation(id: UUID, session: SessionDep, _: UserDep, audit: AuditDep) -> None:
     """Delete an operation that has ended, for good. Its files, checkpoints and model included, go soon after."""
     if not await deletion.delete_if_ended(session, id):
@@ -186,7 +187,7 @@ async def delete_operation(id: UUID, session: SessionDep, _: UserDep, audit: Aud
     await audit.note(session, Action.DELETE, id)
 
 
-@router.post("/{id}/cancel", status_code=202, responses=refusals(401, 404, 409))
+@router.post("/{id}/cancel", status_code=202, responses=refusals(404, 409))
 async def cancel_operation(
     id: UUID,
     session: SessionDep,
@@ -212,7 +213,7 @@ async def cancel_operation(
     return await queries.get(session, id)
 
 
-@router.post("/{id}/resume", status_code=202, responses=refusals(401, 404, 409))
+@router.post("/{id}/resume", status_code=202, responses=refusals(404, 409))
 async def resume_operation(
     id: UUID,
     session: SessionDep,
@@ -239,7 +240,7 @@ async def resume_operation(
     "/{id}/fork",
     status_code=201,
     response_model=Operation,
-    responses={200: {"model": Operation | Job}, **refusals(401, 404, 409, 422)},
+    responses={200: {"model": Operation | Job}, **refusals(404, 409)},
     openapi_extra=reads(ForkRequest, {"overrides": {"execution": {"max_epochs": 40}}}, required=False),
 )
 async def fork_operation(
@@ -293,7 +294,7 @@ async def fork_operation(
 @router.post(
     "/{id}/replay",
     status_code=201,
-    responses={200: {"model": Operation}, **refusals(401, 404, 409, 422)},
+    responses={200: {"model": Operation}, **refusals(404, 409)},
     openapi_extra=reads(ReplayRequest, {"steps": 50}, required=False),
 )
 async def replay_operation(
@@ -323,13 +324,13 @@ async def replay_operation(
     return await queries.get(session, replay_id)
 
 
-@router.get("/{id}/attempts", responses=refusals(401, 404))
+@router.get("/{id}/attempts", responses=refusals(404))
 async def get_attempts(id: UUID, session: SessionDep, _: ReaderDep) -> Attempts:
     """Its executions, the first one first: where each ran, from which step on, how it ended, whether it is exact."""
     return await queries.attempts(session, id)
 
 
-@router.get("/{id}/metrics", response_model=MetricPoints | MetricNames, responses=refusals(401, 404, 422))
+@router.get("/{id}/metrics", response_model=MetricPoints | MetricNames, responses=refusals(404))
 async def get_metrics(
     id: UUID,
     session: SessionDep,
@@ -353,14 +354,14 @@ async def get_metrics(
     return as_json(await curves.names(session, id))
 
 
-@router.get("/{id}/checkpoints", responses=refusals(401, 404))
+@router.get("/{id}/checkpoints", responses=refusals(404))
 async def get_checkpoints(id: UUID, session: SessionDep, _: ReaderDep) -> Checkpoints:
     """Those that are committed, and those that are marked; `step` is the next one to run from there."""
     return await queries.checkpoints(session, id)
 
 
 @router.delete(
-    "/{id}/checkpoints/{checkpoint_id}", status_code=204, response_class=Response, responses=refusals(401, 404, 409)
+    "/{id}/checkpoints/{checkpoint_id}", status_code=204, response_class=Response, responses=refusals(404, 409)
 )
 async def delete_checkpoint(id: UUID, checkpoint_id: UUID, session: SessionDep, _: UserDep, audit: AuditDep) -> None:
     """Give up a checkpoint: it can no longer be used. Its files go within seconds, and its row after them."""
@@ -369,7 +370,7 @@ async def delete_checkpoint(id: UUID, checkpoint_id: UUID, session: SessionDep, 
     await audit.note(session, Action.DELETE_CHECKPOINT, checkpoint_id, of=str(id))
 
 
-@router.get("/{id}/artifacts", responses=refusals(401, 404))
+@router.get("/{id}/artifacts", responses=refusals(404))
 async def get_artifacts(id: UUID, session: SessionDep, _: ReaderDep) -> Artifacts:
     """The files that a completed operation left: `model.safetensors`, its final model."""
     return await queries.artifacts(session, id)
@@ -380,7 +381,7 @@ async def get_artifacts(id: UUID, session: SessionDep, _: ReaderDep) -> Artifact
     "/{id}/artifacts/{artifact_id}",
     status_code=200,  # else FastAPI reads it from the class, and finds none
     response_class=ArtifactResponse,
-    responses=FILE_ANSWERS | refusals(401, 404),
+    responses=FILE_ANSWERS | refusals(404),
 )
 async def get_artifact(
     id: UUID, artifact_id: UUID, sessions: SessionsDep, settings: SettingsDep, _: ReaderDep
@@ -391,7 +392,7 @@ async def get_artifact(
     return ArtifactResponse(settings.storage_root, artifact)
 
 
-@router.get("/{id}/events", responses=refusals(401, 404))
+@router.get("/{id}/events", responses=refusals(404))
 async def get_events(id: UUID, session: SessionDep, _: ReaderDep, after_seq: AfterSeq = 0) -> Events:
     """Its history, oldest first, in pages: ask again with the last `seq`. `message` is a sentence for people."""
     return await queries.events(session, id, after_seq)
@@ -410,7 +411,7 @@ _LOG = {
 }
 
 
-@router.get("/{id}/logs", response_class=Response, responses={200: _LOG, **refusals(401, 404, 422)})
+@router.get("/{id}/logs", response_class=Response, responses={200: _LOG, **refusals(404)})
 async def get_logs(
     id: UUID,
     session: SessionDep,

@@ -29,7 +29,7 @@ async def make_link(
     return LoginLink(code=code, expires_at=await logins.add_link(session, digest(settings, code), user))
 
 
-@router.post("", status_code=204, response_class=Response, responses=refusals(422))
+@router.post("", status_code=204, response_class=Response)
 async def log_in(
     wish: Login,
     request: Request,
