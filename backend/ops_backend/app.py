@@ -26,6 +26,7 @@ from ops_backend.routes import (
     catalog,
     cleanup,
     dashboard,
+    details,
     energy,
     errors,
     exports,
@@ -37,6 +38,7 @@ from ops_backend.routes import (
     snapshots,
     status,
     stream,
+    submissions,
     tokens,
     webhooks,
 )
@@ -100,8 +102,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health.router)
     app.include_router(scrape.router)
     app.include_router(dashboard.router)
-    users = (operations, energy, stream, exports, cleanup, snapshots, catalog, webhooks, session, tokens, audit)
-    for module in (agents, *users):  # in this order a request is looked for, and most are agents'
+    of_operations = (submissions, operations, details, energy, stream, exports, cleanup)
+    # In this order a request is looked for, and most are agents'.
+    for module in (agents, *of_operations, snapshots, catalog, webhooks, session, tokens, audit):
         app.include_router(module.router, prefix=API_PREFIX)
     return app
 

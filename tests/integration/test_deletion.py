@@ -14,6 +14,7 @@ from ops_backend.orphans import OrphanSweeper
 from ops_backend.routes import cleanup
 from ops_backend.store import curves, deletion, fork, logs, queries
 from ops_backend.store.identities import Identity
+from ops_backend.store.submit import Fleet, Submission
 from ops_backend.sweeper import Sweeper
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Outcome, Status
@@ -131,7 +132,7 @@ async def test_one_that_forks_or_replays_need_stays_until_they_are_deleted(store
 async def test_a_fork_that_is_being_made_is_waited_for_and_wins(store: Store, run: Any) -> None:
     id = (await run()).operation_id
     async with store.sessions.begin() as session:
-        await fork.fork_if_there(session, id, ForkRequest(), "me", None, b"{}", LEASE_S)
+        await fork.fork_if_there(session, id, ForkRequest(), Submission("me", None, b"{}"), Fleet(LEASE_S))
         deleting = asyncio.create_task(delete(store, id))
         await somebody_waits(store)
 
