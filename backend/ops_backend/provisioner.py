@@ -4,7 +4,6 @@ What is intended is written first, then the scheduler is asked, then its answer 
 the name of the job. Nothing is asked for inside a transaction.
 """
 
-import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from uuid import UUID
@@ -17,6 +16,7 @@ from ops_backend.engines.requests import request_for
 from ops_backend.settings import Settings
 from ops_backend.store import engine_jobs
 from ops_backend.store.engine_jobs import OpenJob, Seen, Wanting
+from ops_backend.ticking import forever
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +49,8 @@ class Provisioner:
 
     async def run(self) -> None:
         """Until cancelled; at once where no job may be asked for."""
-        while self._settings.slurm_max_jobs > 0:
-            try:
-                await self.look()
-            except Exception:
-                log.exception("provisioner: tick failed; trying again")
-            await asyncio.sleep(self._tick_s)
+        if self._settings.slurm_max_jobs > 0:
+            await forever(self.look, self._tick_s, log)
 
     async def look(self) -> None:
         while await self._settle():
