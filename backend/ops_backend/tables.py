@@ -71,8 +71,8 @@ def _flag(name: str) -> Column[bool]:
     return Column(name, Boolean, nullable=False, server_default=text("false"))
 
 
-# All that decides what an operation fits: what `store.claims` reads in `runs`, `suits`, `room` and its choice of slots
-# has to be in it. Null of what does not wait: a condition on it is one that no other index can serve, whatever the
+# All that decides what an operation fits: what `store.placement` reads in `runs`, `suits`, `room` and `PLACED` has
+# to be in it. Null of what does not wait: a condition on it is one that no other index can serve, whatever the
 # planner believes of how many wait. Ordered by bytes: new rules of sorting of an operating system break no such index.
 WISH = """((CASE WHEN status = 'pending' THEN
     CASE WHEN kind IN ('study', 'training') THEN left(kind, 1) ELSE '' END

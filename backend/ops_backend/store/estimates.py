@@ -2,9 +2,9 @@
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.claims import runs
 from ops_backend.store.ledger import IN_SUMS, MICRO
-from ops_backend.store.sql import statement
+from ops_backend.store.placement import runs
+from ops_backend.store.sql import TAKES_WORK, statement
 from ops_contract.jobs import Job
 from ops_contract.operations import StudyPreview
 from ops_contract.plans import Plan
@@ -34,7 +34,7 @@ PACE = statement(f"""
 SLOTS = statement(f"""
     SELECT count(*) FROM slots s JOIN workers w USING (incarnation)
       JOIN (SELECT CAST(:workload AS text) AS workload, CAST(:job AS jsonb) AS job) o ON {runs("w")}
-     WHERE NOT w.draining AND w.drain IS NULL AND w.last_seen_at > now() - make_interval(secs => :lease_s)
+     WHERE {TAKES_WORK}
        AND s.cores >= :cores AND (:device = 'auto' OR s.device = :device) AND (:ranks = 1 OR s.port IS NOT NULL)
 """)
 

@@ -17,7 +17,7 @@ from ops_backend.store import energy, ledger
 from ops_backend.store.children import COUNTS
 from ops_backend.store.energy import OUTCOMES, entries
 from ops_backend.store.engine_jobs import ENGINE
-from ops_backend.store.sql import continues, statement
+from ops_backend.store.sql import IS_LIVE, continues, statement
 from ops_backend.store.story import tell
 from ops_backend.store.transitions import not_found
 from ops_contract.errors import ErrorCode, OpsError
@@ -162,10 +162,10 @@ EVENTS = statement("""
      WHERE e.operation_id = :id AND e.seq > :after ORDER BY e.seq LIMIT 1000
 """)
 
-WORKERS = statement("""
+WORKERS = statement(f"""
     SELECT w.incarnation, w.name, w.host, w.url, w.draining OR w.drain IS NOT NULL AS draining, w.drain,
            w.user_code, w.registered_at, w.last_seen_at, w.versions, w.devices,
-           w.last_seen_at > now() - make_interval(secs => :lease_s) AS live,
+           {IS_LIVE} AS live,
            s.index, s.device, s.device_uuid, s.cores, h.operation_id, h.attempt
       FROM workers w
       JOIN slots s USING (incarnation)

@@ -72,7 +72,6 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "name": Text(),
     "names": ARRAY(Text),
     "next_seq": BigInteger(),
-    "no_children": Boolean(),
     "operation_id": Uuid(),
     "outcome": Text(),
     "parent_id": Uuid(),
@@ -101,7 +100,6 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "size_bytes": BigInteger(),
     "start": BigInteger(),
     "state": Text(),
-    "status": Text(),
     "step": BigInteger(),
     "epoch": BigInteger(),
     "steps": ARRAY(BigInteger),
@@ -192,6 +190,11 @@ def moved_at(operation: str) -> str:
 # Of a pending operation `o`. One with a single event has been so since it was made: no look-up for each of those that
 # wait, and one by one all the same, for a join would read all events of all time.
 PENDING_SINCE = f"CASE WHEN o.event_seq = 1 THEN o.created_at ELSE {moved_at('o')} END"
+
+
+# Of a worker `w`: a heartbeat within a lease is its sign of life.
+IS_LIVE = "w.last_seen_at > now() - make_interval(secs => :lease_s)"
+TAKES_WORK = f"NOT w.draining AND w.drain IS NULL AND {IS_LIVE}"
 
 
 def record(event: str, detail: str = "CAST(:detail AS jsonb)") -> str:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from referencing import Registry
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.claims import capacity
+from ops_backend.store.placement import capacity
 from ops_backend.store.sql import plain, record, statement
 from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError
