@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.dependencies import AdminDep, AuditDep, DispatcherDep, ReaderDep, SessionDep, SettingsDep
 from ops_backend.routes.errors import refusals
-from ops_backend.store import gauges, queries
+from ops_backend.store import catalog, gauges
 from ops_backend.store.workers import drain
 from ops_backend.tags import UNCHANGED, IfNoneMatch, Tagged
 from ops_contract.audit import Action
@@ -21,7 +21,7 @@ router = APIRouter(tags=["workers"], responses=refusals(401))
 @router.get("/workers")
 async def list_workers(session: SessionDep, _: ReaderDep, settings: SettingsDep) -> Workers:
     """Those that were seen within a day, their slots, and what runs there."""
-    return await queries.workers(session, settings.lease_s)
+    return await catalog.workers(session, settings.lease_s)
 
 
 @router.post("/workers/{id}/drain", responses=refusals(404))
@@ -63,7 +63,7 @@ async def undrain_worker(
 @router.get("/workloads")
 async def list_workloads(session: SessionDep, _: ReaderDep) -> Workloads:
     """What can be trained: each with the JSON Schema of its config and the metrics that it reports."""
-    return await queries.workloads(session)
+    return await catalog.workloads(session)
 
 
 @router.get("/counts", tags=["operations"], response_model=LiveCounts, responses=UNCHANGED)
@@ -79,5 +79,5 @@ async def job_schema() -> dict[str, Any]:
 
 
 async def _view(session: AsyncSession, id: UUID, lease_s: float) -> WorkerView:
-    [worker] = (await queries.workers(session, lease_s, id)).items
+    [worker] = (await catalog.workers(session, lease_s, id)).items
     return worker

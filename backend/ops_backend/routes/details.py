@@ -42,14 +42,12 @@ async def operation_children(
     cursor: PageCursor = None,
 ) -> Children:
     """A study's children in the order of its plan, with what each has given so far; none of what is no study."""
-    await queries.starts_of(session, id)
     return await children.page(session, id, limit, cursor)
 
 
 @router.get("/{id}/results", responses=refusals(404))
 async def operation_results(id: UUID, session: SessionDep, _: ReaderDep) -> Results:
     """What it came to: of a training how much it was trained on what, of a study its rows, fits and statistics."""
-    await queries.starts_of(session, id)
     return await children.results(session, id)
 
 

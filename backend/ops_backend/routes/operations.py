@@ -15,7 +15,7 @@ from ops_backend.dependencies import (
     UserDep,
 )
 from ops_backend.routes.errors import refusals
-from ops_backend.store import deletion, queries
+from ops_backend.store import deletion, lists, queries
 from ops_backend.store.transitions import cancel_if_live, explain_cancel, explain_resume, resume_if_ended
 from ops_backend.tags import UNCHANGED, IfNoneMatch, Tagged
 from ops_contract.audit import Action
@@ -48,8 +48,8 @@ async def list_operations(
 
     A page by `q` looks at 100,000 operations at most: it may be short, or empty, and not the last.
     """
-    wanted = queries.Filter(_known(status), kind, workload, label, q, user.name if mine else None, parent_id)
-    return Tagged(await queries.list_page(session, wanted, limit, cursor)).answer(if_none_match)
+    wanted = lists.Filter(_known(status), kind, workload, label, q, user.name if mine else None, parent_id)
+    return Tagged(await lists.list_page(session, wanted, limit, cursor)).answer(if_none_match)
 
 
 @router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(404, 409))

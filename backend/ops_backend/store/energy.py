@@ -11,6 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.ledger import LIVE, MICRO, UNMEASURED, joules, of_attempt
 from ops_backend.store.ledger_views import EPOCHS, Account, Rates, whole
+from ops_backend.store.lineage import starts_of
+from ops_backend.store.paging import not_a_cursor
 from ops_backend.store.sql import statement
 from ops_backend.store.transitions import not_found
 from ops_contract.energy import EnergyBatch, EnergyWindow
@@ -211,8 +213,6 @@ THROTTLED = statement("""
      ORDER BY device, incarnation, source, quality, reason
 """)
 
-THERE = statement("SELECT id FROM operations WHERE id = :id")
-
 WINDOWS = statement(f"""
     SELECT w.*, {_share("energy_uj")}::bigint AS lost_uj
       FROM operations o, LATERAL ({_CUTS.format(operation="o")}) cuts
@@ -268,8 +268,7 @@ async def by_attempt(session: AsyncSession, id: UUID) -> list[Shares]:
 
 async def windows(session: AsyncSession, id: UUID, limit: int, cursor: str | None) -> EnergyWindows:
     """A page of them. Raises 404, and 422 for a cursor that is not one of ours."""
-    if await session.scalar(THERE, {"id": id}) is None:
-        raise not_found(id)
+    await starts_of(session, id)
     after = dict(zip(("attempt", "incarnation", "device", "index"), _read_cursor(cursor), strict=True))
     rows = (await session.execute(WINDOWS, after | {"id": id, "limit": limit + 1})).all()
     items = [_window(row) for row in rows[:limit]]
@@ -314,4 +313,4 @@ def _read_cursor(cursor: str | None) -> tuple[int, UUID, str, int]:
         attempt, incarnation, device, index = json.loads(base64.urlsafe_b64decode(cursor))
         return int(attempt), UUID(incarnation), str(device), int(index)
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):  # of base64, JSON, or the parts
-        raise OpsError(ErrorCode.INVALID, "cursor: not one that this service gave; start without it") from None
+        raise not_a_cursor() from None
