@@ -33,7 +33,6 @@ from ops_backend.routes import (
     health,
     operations,
     raw_bodies,
-    scrape,
     session,
     snapshots,
     status,
@@ -100,7 +99,6 @@ def create_app(settings: Settings) -> FastAPI:
     status.install(app)
     raw_bodies.install(app)
     app.include_router(health.router)
-    app.include_router(scrape.router)
     app.include_router(dashboard.router)
     of_operations = (submissions, operations, details, energy, stream, exports, cleanup)
     # In this order a request is looked for, and most are agents'.
