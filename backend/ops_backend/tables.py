@@ -1,5 +1,6 @@
 """The schema as SQLAlchemy sees it. The migrations make it; `alembic check` holds the two together."""
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 from sqlalchemy import (
@@ -52,9 +53,14 @@ metadata = MetaData(
 )
 
 
+def quoted(words: Iterable[str]) -> str:
+    """As they stand in `IN (…)`."""
+    return ", ".join(f"'{word}'" for word in words)
+
+
 def one_of(column: str, words: type[StrEnum]) -> CheckConstraint:
     """The column holds a word of the enum (or null, where it may)."""
-    return CheckConstraint(f"{column} IN ({', '.join(repr(w.value) for w in words)})", name=column)
+    return CheckConstraint(f"{column} IN ({quoted(words)})", name=column)
 
 
 def _instant(name: str, *, default_now: bool = False, nullable: bool = True) -> Column[object]:
@@ -175,11 +181,10 @@ Index(
     unique=True,
     postgresql_where=operations.c.parent_id.is_not(None),
 )
-_LIVE = ", ".join(f"'{status}'" for status in sorted(LIVE))
 Index(
     "ix_operations_live_children",
     operations.c.parent_id,
-    postgresql_where=text(f"parent_id IS NOT NULL AND status IN ({_LIVE})"),
+    postgresql_where=text(f"parent_id IS NOT NULL AND status IN ({quoted(sorted(LIVE))})"),
 )
 Index(
     "ix_operations_unended_studies",

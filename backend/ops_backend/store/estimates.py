@@ -5,6 +5,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ops_backend.store.ledger import IN_SUMS, MICRO
 from ops_backend.store.placement import runs
 from ops_backend.store.sql import TAKES_WORK, statement
+from ops_backend.tables import quoted
 from ops_contract.jobs import Job
 from ops_contract.operations import StudyPreview
 from ops_contract.plans import Plan
@@ -23,7 +24,7 @@ PACE = statement(f"""
                                    FROM attempts a WHERE a.operation_id = o.id) ran
              CROSS JOIN LATERAL (SELECT sum(s.energy_uj)::float8 AS energy_uj, sum(s.unknown) AS unknown
                                    FROM energy_sums s WHERE s.operation_id = o.id
-                                    AND s.quality IN ({", ".join(f"'{q}'" for q in IN_SUMS)})) used
+                                    AND s.quality IN ({quoted(IN_SUMS)})) used
              WHERE o.kind = 'training' AND o.workload = :workload AND o.status = 'completed'
                AND coalesce((o.job->'execution'->>'devices')::int, 1) = :ranks
                AND o.created_at > now() - interval '30 days'

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ops_backend.store.paging import cursor_of, read_cursor
 from ops_backend.store.queries import SUMMARY, summary
 from ops_backend.store.sql import statement
+from ops_backend.tables import quoted
 from ops_contract.lifecycle import Status
 from ops_contract.operations import OperationPage, OperationSummary
 
@@ -64,7 +65,7 @@ def _end_of_search(statuses: frozenset[Status], conditions: frozenset[str]) -> T
 def _where(statuses: frozenset[Status], conditions: frozenset[str]) -> str:
     wanted = [_CONDITIONS[name] for name in sorted(conditions)]
     if statuses:
-        wanted.append("o.status IN ({})".format(", ".join(f"'{status}'" for status in sorted(statuses))))
+        wanted.append(f"o.status IN ({quoted(sorted(statuses))})")
     return " AND ".join([*wanted, "(o.created_at, o.id) < (CAST(:cursor_at AS timestamptz), :cursor_id)"])
 
 

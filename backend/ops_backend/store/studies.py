@@ -12,13 +12,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import plain, record, statement
 from ops_backend.store.transitions import CancelPush, cancelling
+from ops_backend.tables import quoted
 from ops_contract.jobs import Job, kind_of
 from ops_contract.lifecycle import LIVE, Status
 from ops_contract.plans import ChildPlan, Plan
 from ops_contract.reports import ResultContent
 from ops_contract.studies import NOT_RUN
 
-_LIVE = ", ".join(f"'{status}'" for status in sorted(LIVE))
+_LIVE = quoted(sorted(LIVE))
 CANCELLED_STUDY = "its study was cancelled"
 # Rows that one statement moves: what is left is moved by the next one.
 AT_ONCE = 500

@@ -8,13 +8,14 @@ from sqlalchemy import TextClause
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, by_member, continues, plain, record, statement
+from ops_backend.tables import quoted
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import CANCELLABLE, RESUMABLE, TRANSITIONS, Outcome, Status
 from ops_contract.operations import ResumeAccepted, ResumedFrom
 from ops_contract.reports import Finish
 
 MAX_BACKOFF_S = 300
-CHARGED = ", ".join(sorted(f"'{t.event}'" for t in TRANSITIONS if t.charged))
+CHARGED = quoted(sorted(t.event for t in TRANSITIONS if t.charged))
 MAX_LOST_WITHOUT_PROGRESS = 3
 # Of a member whose gang goes on without it, until the last one has finished.
 IN_ORDER = frozenset({Outcome.COMPLETED, Outcome.CANCELLED, Outcome.PREEMPTED})
