@@ -57,13 +57,11 @@ class Identities:
     async def of_cookie(self, secret: str, address: str) -> Identity | None:
         return await self._known_or(digest(self._settings, secret), identities.of_login, address)
 
-    async def trade(self, session: AsyncSession, code: str, secret: str, address: str) -> bool:
-        """Whether the code of a link is a session with this secret now."""
+    async def trade(self, session: AsyncSession, code: str, secret: str, address: str) -> None:
+        """Make the code of a link a session with this secret, where it is good."""
         self._admit(address)
-        traded = await logins.trade(session, digest(self._settings, code), digest(self._settings, secret))
-        if traded is None:
+        if not await logins.trade(session, digest(self._settings, code), digest(self._settings, secret)):
             self._failed.failed(address)
-        return traded is not None
 
     def forget(self) -> None:
         """Something was revoked, or has begun to count: here, at least, at once."""

@@ -44,13 +44,13 @@ async def log_in(
         raise OpsError(ErrorCode.UNAUTHENTICATED, "log in on this server's own page")
     secret = secrets.token_urlsafe(32)
     if wish.code is not None:
-        if not await identities.trade(session, wish.code, secret, address_of(request)):
-            raise OpsError(ErrorCode.UNAUTHENTICATED, "this link was used or is too old; `ops dashboard` makes another")
+        await identities.trade(session, wish.code, secret, address_of(request))
     else:
         user = await identities.of_token(wish.token or "", address_of(request))
         if user is None or Scope.READ not in user.scope.allows:
             raise OpsError(ErrorCode.UNAUTHENTICATED, "no token of a user here; `ops up` keeps one in DIR/token")
         await logins.add_session(session, digest(settings, secret), user)
+    # There is none of a code that is no good.
     if (by := await of_login(session, digest(settings, secret))) is None:
         raise OpsError(ErrorCode.UNAUTHENTICATED, "this link was used or is too old; `ops dashboard` makes another")
     await audit.note(session, Action.LOG_IN, by=by, with_link=wish.code is not None or None)
