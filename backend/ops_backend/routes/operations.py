@@ -48,7 +48,7 @@ async def list_operations(
 
     A page by `q` looks at 100,000 operations at most: it may be short, or empty, and not the last.
     """
-    wanted = lists.Filter(_known(status), kind, workload, label, q, user.name if mine else None, parent_id)
+    wanted = lists.Filter(_statuses(status), kind, workload, label, q, user.name if mine else None, parent_id)
     return Tagged(await lists.list_page(session, wanted, limit, cursor)).answer(if_none_match)
 
 
@@ -109,7 +109,9 @@ async def resume_operation(
     return resumed
 
 
-def _known(statuses: str | None) -> str | None:
-    for unknown in sorted(set((statuses or "").split(",")) - {"", *Status}):
+def _statuses(text: str | None) -> frozenset[Status]:
+    """Raises 422 for a word that is none."""
+    words = set((text or "").split(",")) - {""}
+    for unknown in sorted(words - {*Status}):
         raise OpsError(ErrorCode.INVALID, f"status: no such status {unknown}; {offer(unknown, Status)}")
-    return statuses or None
+    return frozenset(map(Status, words))

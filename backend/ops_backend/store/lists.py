@@ -18,9 +18,9 @@ from ops_contract.operations import OperationPage, OperationSummary
 
 @dataclass(frozen=True)
 class Filter:
-    """What a list is narrowed to; `status` may be several, joined by commas."""
+    """What a list is narrowed to; without statuses it is of any."""
 
-    status: str | None = None
+    statuses: frozenset[Status] = frozenset()
     kind: str | None = None
     workload: str | None = None
     label: str | None = None
@@ -76,8 +76,7 @@ async def list_page(session: AsyncSession, wanted: Filter, limit: int, cursor: s
     """
     at, id = read_cursor(cursor)
     values = _asked(wanted) | {"cursor_at": at, "cursor_id": id, "limit": limit + 1}
-    statuses = frozenset(Status(status) for status in (wanted.status or "").split(",") if status)
-    conditions = frozenset(values.keys() & _CONDITIONS.keys())
+    statuses, conditions = wanted.statuses, frozenset(values.keys() & _CONDITIONS.keys())
     if "label_value" in conditions:
         conditions -= {"label_key"}
     end = None
