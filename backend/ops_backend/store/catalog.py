@@ -4,7 +4,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.sql import IS_LIVE, statement
+from ops_backend.store.sql import IS_LIVE, of_row, statement
 from ops_contract.operations import SlotView, Workers, WorkerView, Workloads, WorkloadView
 
 WORKERS = statement(f"""
@@ -29,7 +29,7 @@ async def workers(session: AsyncSession, lease_s: float, id: UUID | None = None)
     """Those seen within a day, or the one; the attempts of older ones keep their names."""
     views: dict[UUID, WorkerView] = {}
     for row in (await session.execute(WORKERS, {"lease_s": lease_s, "id": id})).mappings():
-        slot = SlotView(**{f: row[f] for f in SlotView.model_fields})
+        slot = of_row(SlotView, row)
         seen = views.get(row["incarnation"])
         values = {f: row[f] for f in WorkerView.model_fields if f not in ("id", "slots")}
         views[row["incarnation"]] = WorkerView(

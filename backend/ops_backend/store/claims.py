@@ -9,7 +9,17 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.children import children, planned
 from ops_backend.store.placement import BEHIND, PLACED, QUEUE, SUPPLY
-from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, by_member, continues, moved_at, plain, record, statement
+from ops_backend.store.sql import (
+    LOCK_HOLDS,
+    NEWEST_FIRST,
+    by_member,
+    continues,
+    moved_at,
+    of_row,
+    plain,
+    record,
+    statement,
+)
 from ops_contract.agents import CheckpointRef, FailureRecord
 from ops_contract.jobs import MOST_THREADS, Job
 from ops_contract.lifecycle import Status, StudyPhase
@@ -208,7 +218,7 @@ async def claim_next(session: AsyncSession, lease_s: float) -> Claim | None:
     reduces = row["study_phase"] == StudyPhase.REDUCE
     checkpoint = None
     if row["checkpoint_id"] is not None:
-        checkpoint = CheckpointRef.model_validate({name: row[name] for name in CheckpointRef.model_fields})
+        checkpoint = of_row(CheckpointRef, row)
     leader = row["members"][0]
     return Claim(
         operation_id=row["operation_id"],

@@ -12,7 +12,7 @@ from ops_backend.store.children import COUNTS
 from ops_backend.store.energy import OUTCOMES, entries
 from ops_backend.store.engine_jobs import ENGINE
 from ops_backend.store.lineage import STARTS, lineage, starts_of
-from ops_backend.store.sql import continues, statement
+from ops_backend.store.sql import continues, of_row, statement
 from ops_backend.store.story import tell
 from ops_backend.store.transitions import not_found
 from ops_contract.errors import ErrorCode, OpsError
@@ -173,7 +173,7 @@ async def attempts(session: AsyncSession, id: UUID) -> Attempts:
 async def checkpoints(session: AsyncSession, id: UUID) -> Checkpoints:
     await starts_of(session, id)
     rows = (await session.execute(CHECKPOINTS, {"id": id})).mappings()
-    return Checkpoints(items=[CheckpointView(**{f: row[f] for f in CheckpointView.model_fields}) for row in rows])
+    return Checkpoints(items=[of_row(CheckpointView, row) for row in rows])
 
 
 async def artifacts(session: AsyncSession, id: UUID) -> Artifacts:

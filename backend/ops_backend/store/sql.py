@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import TextClause, bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.types import JSON, BigInteger, Boolean, Double, Integer, Text, TypeEngine, Uuid
 
 from ops_contract.wire import Wire
+
+M = TypeVar("M", bound=Wire)
 
 # asyncpg sends every parameter with a type; these are the ones whose Python value does not tell it.
 _TYPES: Mapping[str, TypeEngine[Any]] = {
@@ -136,6 +138,11 @@ def plain(model: Wire) -> dict[str, Any]:
     """For a jsonb column: as it travels, with non-finite numbers as strings (`mode="json"` leaves them floats)."""
     found: dict[str, Any] = json.loads(model.model_dump_json())
     return found
+
+
+def of_row(model: type[M], row: Mapping[Any, Any]) -> M:
+    """Of a row that may have more columns than the model has fields."""
+    return model.model_validate({name: row[name] for name in model.model_fields})
 
 
 def in_lineage(checkpoint: str) -> str:

@@ -11,7 +11,7 @@ from sqlalchemy import TextClause
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import plain, record, statement
-from ops_backend.store.transitions import CancelPush, cancelling
+from ops_backend.store.transitions import CancelPush, cancelling, push_of
 from ops_backend.tables import quoted
 from ops_contract.jobs import Job, kind_of
 from ops_contract.lifecycle import LIVE, Status
@@ -224,12 +224,7 @@ async def stop_after_failures(session: AsyncSession) -> list[ChildCancelled]:
 async def _cancelled(session: AsyncSession, which: TextClause, reason: str) -> list[ChildCancelled]:
     values = {"cancel_reason": reason, "detail": {"reason": reason}}
     return [
-        ChildCancelled(
-            row.id,
-            Status(row.status),
-            row.force,
-            None if row.incarnation is None else CancelPush(row.incarnation, row.attempt, row.url, row.secret),
-        )
+        ChildCancelled(row.id, Status(row.status), row.force, push_of(row))
         for row in await session.execute(which, values)
     ]
 
