@@ -21,6 +21,11 @@ from ops_contract.ledger import BookedWindow, EnergyLedger, EnergyWindows, Share
 
 _SUMMED = ("windows", "unknown", "without_error", "energy_uj", "error_uj", "duration_us", "steps", "units")
 _KEY = ("attempt", "incarnation", "device", "source", "quality", "use")
+# Of windows `w`: the columns of `_SUMMED`, in their order, and why some are unknown.
+_SUMS = """count(*) AS windows, count(*) - count(w.energy_uj) AS unknown,
+           count(w.energy_uj) - count(w.error_uj) AS without_error, coalesce(sum(w.energy_uj), 0)::bigint AS energy_uj,
+           coalesce(sum(w.error_uj), 0)::bigint AS error_uj, sum(w.duration_us)::bigint AS duration_us,
+           sum(w.until_step - w.first_step)::bigint AS steps, sum(w.units)::bigint AS units, min(w.reason) AS reason"""
 
 # The operation is locked first, as a deletion does: either it finds these windows, or they find no hold any more.
 # The hold may have ended: a fenced attempt changes only its own joules. Of the same batch twice at once the second
@@ -44,11 +49,8 @@ BOOK = statement(f"""
         ON CONFLICT DO NOTHING
         RETURNING *
     ), totals AS MATERIALIZED (
-        SELECT device, source, quality, use, count(*) AS windows, count(*) - count(energy_uj) AS unknown,
-               count(energy_uj) - count(error_uj) AS without_error, coalesce(sum(energy_uj), 0)::bigint AS energy_uj,
-               coalesce(sum(error_uj), 0)::bigint AS error_uj, sum(duration_us)::bigint AS duration_us,
-               sum(until_step - first_step)::bigint AS steps, sum(units)::bigint AS units, min(reason) AS reason
-          FROM fresh GROUP BY device, source, quality, use ORDER BY device, source, quality, use
+        SELECT device, source, quality, use, {_SUMS} FROM fresh w
+         GROUP BY device, source, quality, use ORDER BY device, source, quality, use
     ), summed AS (
         INSERT INTO energy_sums AS s (operation_id, attempt, incarnation, device, source, quality, use,
                                       {", ".join(_SUMMED)}, reason)
@@ -158,11 +160,7 @@ BY_ATTEMPT = statement(f"""
 
 # What the sums do not have is read from the windows themselves.
 BY_EPOCH = statement(f"""
-    SELECT w.epoch, w.attempt, w.incarnation, w.device, w.quality, w.use, count(*) AS windows,
-           count(*) - count(w.energy_uj) AS unknown, count(w.energy_uj) - count(w.error_uj) AS without_error,
-           coalesce(sum(w.energy_uj), 0)::bigint AS energy_uj, coalesce(sum(w.error_uj), 0)::bigint AS error_uj,
-           sum(w.duration_us)::bigint AS duration_us, sum(w.until_step - w.first_step)::bigint AS steps,
-           sum(w.units)::bigint AS units, min(w.reason) AS reason, {_LOST}
+    SELECT w.epoch, w.attempt, w.incarnation, w.device, w.quality, w.use, {_SUMS}, {_LOST}
       FROM operations o, LATERAL ({_CUTS.format(operation="o")}) cuts
       JOIN energy_windows w USING (attempt)
      {_AGAIN}
@@ -172,11 +170,8 @@ BY_EPOCH = statement(f"""
      ORDER BY w.epoch, w.attempt
 """)
 
-BY_DEVICE = statement("""
-    SELECT w.device, k.name AS worker, w.incarnation, w.source, w.quality, count(*) AS windows,
-           count(*) - count(w.energy_uj) AS unknown, count(w.energy_uj) - count(w.error_uj) AS without_error,
-           coalesce(sum(w.energy_uj), 0)::bigint AS energy_uj, coalesce(sum(w.error_uj), 0)::bigint AS error_uj,
-           min(w.reason) AS reason, sum(w.duration_us)::bigint AS duration_us,
+BY_DEVICE = statement(f"""
+    SELECT w.device, k.name AS worker, w.incarnation, w.source, w.quality, {_SUMS},
            sum(w.duration_us) FILTER (WHERE w.energy_uj IS NOT NULL)::bigint AS known_us,
            max((w.state->>'power_max_w')::float8) AS power_max_w, max(w.baseline_w) AS baseline_w,
            max((w.state->>'temperature_max_c')::float8) AS temperature_max_c,
