@@ -6,9 +6,9 @@ from pathlib import Path
 from uuid import UUID
 
 from ops_backend.database import Sessions
-from ops_backend.logs import files
+from ops_backend.log_files import files
 from ops_backend.storage import show_logs, write_logs
-from ops_backend.store.logs import mark_if_unmoved, read_if_unlogged, unlogged
+from ops_backend.store.log_files import mark_if_unmoved, read_if_unlogged, unlogged
 from ops_backend.ticking import forever
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import pytest
 from helpers.store import LEASE_S, Held, Store, at_once, losses, saved, started
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.routes import cleanup
-from ops_backend.store import curves, deletion, fork, logs, queries
+from ops_backend.store import curves, deletion, fork, log_files, queries
 from ops_backend.store.identities import Identity
 from ops_backend.store.submit import Fleet, Submission
 from ops_backend.sweeper import Sweeper
@@ -197,7 +197,7 @@ async def test_a_zombie_is_told_and_what_it_publishes_later_goes(store: Store, r
 async def test_logs_that_are_being_written_are_waited_for(store: Store, run: Any) -> None:
     id = (await run()).operation_id
     async with store.sessions.begin() as session:
-        assert await logs.read_if_unlogged(session, id)
+        assert await log_files.read_if_unlogged(session, id)
         deleting = asyncio.create_task(delete(store, id))
         await somebody_waits(store)
         assert await exists(store, id)

@@ -12,9 +12,9 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ops_backend.dependencies import ExportTurnsDep, PatientSessionsDep, ReaderDep
-from ops_backend.logs import points
+from ops_backend.log_files import points
 from ops_backend.routes.errors import refusals
-from ops_backend.store.logs import read
+from ops_backend.store.log_files import read
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Logger
 
