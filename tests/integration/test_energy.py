@@ -223,7 +223,7 @@ async def test_a_status_reads_only_windows_that_were_lost(store: Store) -> None:
     await store.execute("ANALYZE")
 
     lines = await store.fetch(
-        f"EXPLAIN (ANALYZE, FORMAT JSON) SELECT {store_energy.entries('o', 'attempt', 'quality', 'use')}"
+        f"EXPLAIN (ANALYZE, FORMAT JSON) SELECT {store_energy.entries('attempt', 'quality', 'use')}"
         " FROM operations o WHERE o.id = :id",
         id=held.operation_id,
     )

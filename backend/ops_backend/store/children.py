@@ -49,7 +49,7 @@ CHILDREN = statement(f"""
            o.ended_at, o.cancel_reason, final.names, final.values, ran.running_s,
            CASE o.kind WHEN 'training' THEN x.content END AS training,
            CASE WHEN o.kind = 'measurement' AND x.attempt = o.attempt THEN ({_FIGURES}) END AS figures,
-           {OUTCOMES} AS outcomes, {entries("o", "attempt", "quality", "use")} AS energy
+           {OUTCOMES} AS outcomes, {entries("attempt", "quality", "use")} AS energy
       FROM wanted JOIN operations o USING (id)
       LEFT JOIN results x ON x.operation_id = o.id
       LEFT JOIN LATERAL ({_FINAL}) final ON true

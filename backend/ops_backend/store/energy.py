@@ -21,6 +21,7 @@ from ops_contract.ledger import BookedWindow, EnergyLedger, EnergyWindows, Share
 
 _SUMMED = ("windows", "unknown", "without_error", "energy_uj", "error_uj", "duration_us", "steps", "units")
 _KEY = ("attempt", "incarnation", "device", "source", "quality", "use")
+_WINDOW_KEY = ", ".join(f"w.{column}" for column in _KEY)
 # Of windows `w`: the columns of `_SUMMED`, in their order, and why some are unknown.
 _SUMS = """count(*) AS windows, count(*) - count(w.energy_uj) AS unknown,
            count(w.energy_uj) - count(w.error_uj) AS without_error, coalesce(sum(w.energy_uj), 0)::bigint AS energy_uj,
@@ -63,10 +64,11 @@ BOOK = statement(f"""
       FROM hold LEFT JOIN totals ON true
 """)
 
+# Of operation `o`: of each attempt the step from which on a later one does again what it did.
 _CUTS = """
     SELECT number AS attempt, min(start_step) OVER later AS evaluate_cut,
            min(start_step + starts_at_evaluation::int) OVER later AS train_cut
-      FROM attempts WHERE operation_id = {operation}.id
+      FROM attempts WHERE operation_id = o.id
     WINDOW later AS (ORDER BY number ROWS BETWEEN 1 FOLLOWING AND UNBOUNDED FOLLOWING)"""
 
 # How many of the steps of window `w` a later attempt did again (`cuts`), and of how many.
@@ -110,28 +112,24 @@ _AGAIN_COLUMNS = (
 
 # What later attempts did again, of every row of sums. Nothing else of the windows is read: OFFSET 0 keeps the planner
 # from joining by a hash of all of them.
-_BEHIND = """
-    SELECT {keys}, {lost}
-      FROM ({cuts}) cuts
+_BEHIND = f"""
+    SELECT {_WINDOW_KEY}, {_LOST}
+      FROM ({_CUTS}) cuts
      CROSS JOIN LATERAL (
         SELECT * FROM energy_windows
-         WHERE operation_id = {operation}.id AND attempt = cuts.attempt AND use IN ('train', 'evaluate')
+         WHERE operation_id = o.id AND attempt = cuts.attempt AND use IN ('train', 'evaluate')
            AND until_step > cuts.evaluate_cut OFFSET 0) w
-     {again}
+     {_AGAIN}
      WHERE part.again > 0
-     GROUP BY {keys}"""
+     GROUP BY {_WINDOW_KEY}"""
 
 
-def entries(operation: str, *by: str) -> str:
-    """A jsonb array, one for each of these columns of the key: the sums, and what of them was done again.
+def entries(*by: str) -> str:
+    """Of operation `o` a jsonb array, one for each of these columns of the key: the sums, and what was done again.
 
     `partly_shared`: of a device that was in the sums at other times of the same hold.
     """
     keys = ", ".join(by)
-    cuts = _CUTS.format(operation=operation)
-    behind = _BEHIND.format(
-        keys=", ".join(f"w.{key}" for key in _KEY), lost=_LOST, cuts=cuts, operation=operation, again=_AGAIN
-    )
     return f"""
         (SELECT jsonb_agg(to_jsonb(entry) ORDER BY {keys}, partly_shared) FROM (
             SELECT {keys}, partly_shared, min(reason) AS reason,
@@ -139,8 +137,8 @@ def entries(operation: str, *by: str) -> str:
               FROM (SELECT {", ".join(_KEY)}, reason, {", ".join(_SUMMED)},
                            quality = 'upper_bound' AND bool_or(quality IN ('measured', 'estimated'))
                                OVER (PARTITION BY attempt, incarnation, device) AS partly_shared
-                      FROM energy_sums WHERE operation_id = {operation}.id) summed
-              LEFT JOIN ({behind}) behind USING ({", ".join(_KEY)})
+                      FROM energy_sums WHERE operation_id = o.id) summed
+              LEFT JOIN ({_BEHIND}) behind USING ({", ".join(_KEY)})
              GROUP BY {keys}, partly_shared) entry)"""
 
 
@@ -150,18 +148,18 @@ OUTCOMES = f"""
        FROM attempts x WHERE x.operation_id = o.id)"""
 
 ACCOUNT = statement(f"""
-    SELECT o.status, {OUTCOMES} AS outcomes, {entries("o", *_KEY)} AS entries FROM operations o WHERE o.id = :id
+    SELECT o.status, {OUTCOMES} AS outcomes, {entries(*_KEY)} AS entries FROM operations o WHERE o.id = :id
 """)
 
 BY_ATTEMPT = statement(f"""
-    SELECT {OUTCOMES} AS outcomes, {entries("o", "attempt", "quality", "use")} AS entries
+    SELECT {OUTCOMES} AS outcomes, {entries("attempt", "quality", "use")} AS entries
       FROM operations o WHERE o.id = :id
 """)
 
 # What the sums do not have is read from the windows themselves.
 BY_EPOCH = statement(f"""
     SELECT w.epoch, w.attempt, w.incarnation, w.device, w.quality, w.use, {_SUMS}, {_LOST}
-      FROM operations o, LATERAL ({_CUTS.format(operation="o")}) cuts
+      FROM operations o, LATERAL ({_CUTS}) cuts
       JOIN energy_windows w USING (attempt)
      {_AGAIN}
      WHERE o.id = :id AND w.operation_id = o.id
@@ -210,7 +208,7 @@ THROTTLED = statement("""
 
 WINDOWS = statement(f"""
     SELECT w.*, {_share("energy_uj")}::bigint AS lost_uj
-      FROM operations o, LATERAL ({_CUTS.format(operation="o")}) cuts
+      FROM operations o, LATERAL ({_CUTS}) cuts
       JOIN energy_windows w USING (attempt)
      {_AGAIN}
      WHERE o.id = :id AND w.operation_id = o.id

@@ -1,4 +1,4 @@
-"""Whose secret it is."""
+"""Who shows a secret: the holder of a token, a registered worker, or a browser that is logged in."""
 
 from dataclasses import dataclass
 from datetime import datetime

@@ -52,7 +52,7 @@ OPERATIONS = statement(f"""
            c.epoch AS checkpoint_epoch, c.step AS checkpoint_step,
            fork.operation_id AS fork_operation_id, fork.step AS fork_step,
            {STARTS} AS starts,
-           {OUTCOMES} AS outcomes, {entries("o", "attempt", "quality", "use")} AS energy, {COUNTS} AS children,
+           {OUTCOMES} AS outcomes, {entries("attempt", "quality", "use")} AS energy, {COUNTS} AS children,
            {ENGINE} AS engine
       FROM operations o {_PROGRESS}
       LEFT JOIN checkpoints c ON c.id = coalesce(o.resume_checkpoint_id, a.checkpoint_id)
