@@ -298,7 +298,7 @@ async def test_a_host_with_too_few_is_not_reserved(store: Store) -> None:
     await gang(store, 2, nodes=1)
     small = await store.submit()
     claim = await claimed(store)
-    assert (claim.operation_id, claim.leader.incarnation) == (small, lone)
+    assert (claim.operation_id, claim.members[0].incarnation) == (small, lone)
 
 
 async def test_higher_priority_passes_it(store: Store) -> None:

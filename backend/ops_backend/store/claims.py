@@ -200,10 +200,6 @@ class Claim:
     due_s: float  # how long it had been due
 
     @property
-    def leader(self) -> Member:
-        return self.members[0]
-
-    @property
     def world_size(self) -> int:
         return sum(len(member.slots) for member in self.members)
 
