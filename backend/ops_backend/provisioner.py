@@ -38,19 +38,17 @@ class Provisioner:
         engine: Engine,
         settings: Settings,
         *,
-        tick_s: float = TICK_S,
         adopt_s: float = ADOPT_S,
     ) -> None:
         self._sessions = sessions
         self._engine = engine
         self._settings = settings
-        self._tick_s = tick_s
         self._adopt_s = adopt_s
 
     async def run(self) -> None:
         """Until cancelled; at once where no job may be asked for."""
         if self._settings.slurm_max_jobs > 0:
-            await forever(self.look, self._tick_s, log)
+            await forever(self.look, TICK_S, log)
 
     async def look(self) -> None:
         while await self._settle():
