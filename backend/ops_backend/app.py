@@ -27,7 +27,6 @@ from ops_backend.routes import (
     cleanup,
     dashboard,
     details,
-    energy,
     errors,
     exports,
     health,
@@ -100,7 +99,7 @@ def create_app(settings: Settings) -> FastAPI:
     raw_bodies.install(app)
     app.include_router(health.router)
     app.include_router(dashboard.router)
-    of_operations = (submissions, operations, details, energy, stream, exports, cleanup)
+    of_operations = (submissions, operations, details, stream, exports, cleanup)
     # In this order a request is looked for, and most are agents'.
     for module in (agents, *of_operations, snapshots, catalog, webhooks, session, tokens, audit):
         app.include_router(module.router, prefix=API_PREFIX)

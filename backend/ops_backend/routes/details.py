@@ -1,4 +1,4 @@
-"""What one operation has come to: children, results, attempts, metrics, checkpoints, artifacts, events, output."""
+"""What one operation has come to: children, results, attempts, metrics, checkpoints, artifacts, energy, output."""
 
 from typing import Annotated
 from uuid import UUID
@@ -10,11 +10,14 @@ from ops_backend.dependencies import AuditDep, PageCursor, ReaderDep, SessionDep
 from ops_backend.routes.errors import refusals
 from ops_backend.routes.files import FILE_ANSWERS, ArtifactResponse
 from ops_backend.routes.raw_bodies import as_json
-from ops_backend.store import children, curves, output, queries
+from ops_backend.store import children, curves, energy, output, queries
 from ops_backend.store.curves import LAST_STEP
+from ops_backend.store.ledger_views import Rates
 from ops_backend.store.retention import delete_if_unused, explain_delete
+from ops_backend.tags import UNCHANGED, IfNoneMatch, Tagged
 from ops_contract.audit import Action
 from ops_contract.errors import ErrorCode, OpsError
+from ops_contract.ledger import EnergyLedger, EnergyWindows
 from ops_contract.operations import (
     Artifacts,
     Attempts,
@@ -117,6 +120,31 @@ async def get_artifact(
     async with sessions.begin() as session:
         artifact = await queries.artifact(session, id, artifact_id)
     return ArtifactResponse(settings.storage_root, artifact)
+
+
+@router.get("/{id}/energy", response_model=EnergyLedger, responses=UNCHANGED | refusals(404))
+async def get_energy(
+    id: UUID,
+    session: SessionDep,
+    _: ReaderDep,
+    settings: SettingsDep,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    """The ledger: useful, lost, overhead; by attempt, epoch and device; carbon and cost. Unknown is null, and why."""
+    rates = Rates(settings.carbon_g_per_kwh, settings.price_per_kwh, settings.currency)
+    return Tagged(await energy.ledger(session, id, rates)).answer(if_none_match)
+
+
+@router.get("/{id}/energy/windows", responses=refusals(404))
+async def get_windows(
+    id: UUID,
+    session: SessionDep,
+    _: ReaderDep,
+    limit: Annotated[int, Query(ge=1, le=1000, description="how many at most")] = 1000,
+    cursor: PageCursor = None,
+) -> EnergyWindows:
+    """What the ledger adds up, in pages: a time series of each device of each attempt."""
+    return await energy.windows(session, id, limit, cursor)
 
 
 @router.get("/{id}/events", responses=refusals(404))
