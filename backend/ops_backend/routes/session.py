@@ -9,7 +9,7 @@ from ops_backend.browsers import cookie_name, cookie_of, digest, from_our_page
 from ops_backend.dependencies import AuditDep, CallerDep, IdentitiesDep, ReaderDep, SessionDep, SettingsDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import logins
-from ops_backend.store.identities import of_login
+from ops_backend.store.identities import FIND_LOGIN, of_secret
 from ops_contract.audit import Action
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.logins import BrowserSession, Login, LoginLink
@@ -51,7 +51,7 @@ async def log_in(
             raise OpsError(ErrorCode.UNAUTHENTICATED, "no token of a user here; `ops up` keeps one in DIR/token")
         await logins.add_session(session, digest(settings, secret), user)
     # There is none of a code that is no good.
-    if (by := await of_login(session, digest(settings, secret))) is None:
+    if (by := await of_secret(session, FIND_LOGIN, digest(settings, secret))) is None:
         raise OpsError(ErrorCode.UNAUTHENTICATED, "this link was used or is too old; `ops dashboard` makes another")
     await audit.note(session, Action.LOG_IN, by=by, with_link=wish.code is not None or None)
     response.headers["Cache-Control"] = "no-store"
