@@ -17,6 +17,7 @@ from ops_backend.store.story import tell
 from ops_backend.store.transitions import not_found
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Logger
+from ops_contract.ledger import Shares
 from ops_contract.lifecycle import TERMINAL
 from ops_contract.operations import (
     Artifacts,
@@ -141,32 +142,18 @@ async def summaries(session: AsyncSession, ids: list[UUID]) -> dict[UUID, Operat
 async def attempts(session: AsyncSession, id: UUID) -> Attempts:
     rows = (await session.execute(ATTEMPTS, {"id": id})).all()
     used = await energy.by_attempt(session, id)  # of as many, or of one that was claimed in between
-    return Attempts(
-        items=[
-            AttemptView(
-                number=r.number,
-                worker_id=r.incarnation,
-                worker=r.worker,
-                host=r.host,
-                world_size=sum(member["ranks"] for member in r.members),
-                members=r.members,
-                trainer_pid=r.trainer_pid,
-                claimed_at=r.claimed_at,
-                started_at=r.started_at,
-                ended_at=r.ended_at,
-                outcome=r.outcome,
-                error=r.error,
-                start_step=r.start_step,
-                first_step=r.first_step,
-                last_step=r.last_step,
-                energy_j=joules.total.energy_j,
-                lost_j=joules.lost.energy_j,
-                energy_reason=joules.total.reason,
-                environment=r.environment,
-                replay=r.replay,
-            )
-            for r, joules in zip(rows, used, strict=False)
-        ]
+    return Attempts(items=[_attempt(row, shares) for row, shares in zip(rows, used, strict=False)])
+
+
+def _attempt(row: Row[Any], used: Shares) -> AttemptView:
+    same = AttemptView.model_fields.keys() & row._mapping.keys()
+    return AttemptView(
+        **{name: row._mapping[name] for name in same},
+        worker_id=row.incarnation,
+        world_size=sum(member["ranks"] for member in row.members),
+        energy_j=used.total.energy_j,
+        lost_j=used.lost.energy_j,
+        energy_reason=used.total.reason,
     )
 
 
