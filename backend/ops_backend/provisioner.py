@@ -32,14 +32,7 @@ _STAGES = {Stage.PENDING: "submitted", Stage.RUNNING: "running", Stage.ENDED: "e
 class Provisioner:
     """One a backend; the statements guard themselves, so several do no harm."""
 
-    def __init__(
-        self,
-        sessions: Sessions,
-        engine: Engine,
-        settings: Settings,
-        *,
-        adopt_s: float = ADOPT_S,
-    ) -> None:
+    def __init__(self, sessions: Sessions, engine: Engine, settings: Settings, *, adopt_s: float = ADOPT_S) -> None:
         self._sessions = sessions
         self._engine = engine
         self._settings = settings

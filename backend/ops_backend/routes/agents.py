@@ -61,9 +61,7 @@ async def register(
     identities.forget()
     await audit.note(session, Action.REGISTER, worker.incarnation, name=worker.name, host=worker.host)
     return WorkerRegistered(
-        lease_s=settings.lease_s,
-        heartbeat_s=settings.heartbeat_s,
-        cancel_grace_s=settings.cancel_grace_s,
+        lease_s=settings.lease_s, heartbeat_s=settings.heartbeat_s, cancel_grace_s=settings.cancel_grace_s
     )
 
 

@@ -26,12 +26,7 @@ async def list_workers(session: SessionDep, _: ReaderDep, settings: SettingsDep)
 
 @router.post("/workers/{id}/drain", responses=refusals(404))
 async def drain_worker(
-    id: UUID,
-    session: SessionDep,
-    _: AdminDep,
-    settings: SettingsDep,
-    audit: AuditDep,
-    wish: DrainRequest | None = None,
+    id: UUID, session: SessionDep, _: AdminDep, settings: SettingsDep, audit: AuditDep, wish: DrainRequest | None = None
 ) -> WorkerView:
     """No more work goes to this worker until it is undrained or restarted. What runs there finishes, or is preempted.
 

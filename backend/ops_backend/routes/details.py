@@ -124,11 +124,7 @@ async def get_artifact(
 
 @router.get("/{id}/energy", response_model=EnergyLedger, responses=UNCHANGED | refusals(404))
 async def get_energy(
-    id: UUID,
-    session: SessionDep,
-    _: ReaderDep,
-    settings: SettingsDep,
-    if_none_match: IfNoneMatch = None,
+    id: UUID, session: SessionDep, _: ReaderDep, settings: SettingsDep, if_none_match: IfNoneMatch = None
 ) -> Response:
     """The ledger: useful, lost, overhead; by attempt, epoch and device; carbon and cost. Unknown is null, and why."""
     rates = Rates(settings.carbon_g_per_kwh, settings.price_per_kwh, settings.currency)

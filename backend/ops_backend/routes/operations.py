@@ -5,15 +5,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, BackgroundTasks, Query, Response
 
-from ops_backend.dependencies import (
-    AuditDep,
-    DispatcherDep,
-    PageCursor,
-    ReaderDep,
-    SessionDep,
-    TelemetryDep,
-    UserDep,
-)
+from ops_backend.dependencies import AuditDep, DispatcherDep, PageCursor, ReaderDep, SessionDep, TelemetryDep, UserDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import deletion, lists, queries
 from ops_backend.store.transitions import cancel_if_live, explain_cancel, explain_resume, resume_if_ended

@@ -37,11 +37,7 @@ def install(app: FastAPI) -> None:
 
 
 async def get_operation(
-    request: Request,
-    id: UUID,
-    reads: StatusReadsDep,
-    _: ReaderDep,
-    if_none_match: IfNoneMatch = None,
+    request: Request, id: UUID, reads: StatusReadsDep, _: ReaderDep, if_none_match: IfNoneMatch = None
 ) -> Response:
     """The operation as it is now. Its ETag changes with it; sent back as If-None-Match, it spares the body."""
     if unread := getattr(request.state, "unread", None):  # the short way waited for it already

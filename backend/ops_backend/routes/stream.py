@@ -55,17 +55,10 @@ _MESSAGES = """Every message has the id `<event_seq>.<attempt>.<seq>`, which is 
 - `event`: as in `…/events`
 - `deleted`: the last one
 """
-_STREAM: dict[str, Any] = {
-    "description": _MESSAGES,
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
-}
+_STREAM: dict[str, Any] = {"description": _MESSAGES, "content": {"text/event-stream": {"schema": {"type": "string"}}}}
 
 
-@router.get(
-    "/{id}/stream",
-    response_class=Response,
-    responses={200: _STREAM, **refusals(404)},
-)
+@router.get("/{id}/stream", response_class=Response, responses={200: _STREAM, **refusals(404)})
 async def stream_operation(
     id: UUID,
     streams: StreamsDep,

@@ -102,12 +102,7 @@ _LOST = f"""
     coalesce(sum(greatest({_share("energy_uj")}, w.energy_uj - {_share("energy_uj")}) + coalesce(w.error_uj, 0))
              FILTER (WHERE part.whole > 1), 0)::bigint AS split_error_uj"""
 
-_AGAIN_COLUMNS = (
-    *(f"lost_{column}" for column in _SUMMED),
-    "split_windows",
-    "split_unknown",
-    "split_error_uj",
-)
+_AGAIN_COLUMNS = (*(f"lost_{column}" for column in _SUMMED), "split_windows", "split_unknown", "split_error_uj")
 
 
 # What later attempts did again, of every row of sums. Nothing else of the windows is read: OFFSET 0 keeps the planner

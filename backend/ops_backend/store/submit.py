@@ -18,16 +18,7 @@ from ops_backend.store.placement import capacity
 from ops_backend.store.sql import plain, record, statement
 from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.jobs import (
-    COMMAND,
-    Accelerator,
-    Code,
-    Execution,
-    Job,
-    JobSpec,
-    Resources,
-    Setup,
-)
+from ops_contract.jobs import COMMAND, Accelerator, Code, Execution, Job, JobSpec, Resources, Setup
 from ops_contract.lifecycle import Kind
 from ops_contract.measurements import MEASUREMENT, MeasurementConfig
 from ops_contract.problems import Problem, offer, problems_of, unknown_field
@@ -119,11 +110,7 @@ async def replay(session: AsyncSession, submission: Submission) -> UUID | None:
 
 
 async def submit_if_new(
-    session: AsyncSession,
-    spec: JobSpec,
-    submission: Submission,
-    fleet: Fleet,
-    told: Validated | None = None,
+    session: AsyncSession, spec: JobSpec, submission: Submission, fleet: Fleet, told: Validated | None = None
 ) -> UUID | None:
     """Insert the operation; None when a concurrent request with the same key was first.
 
