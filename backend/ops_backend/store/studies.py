@@ -16,7 +16,6 @@ from ops_backend.tables import quoted
 from ops_contract.jobs import Job, kind_of
 from ops_contract.lifecycle import LIVE, Status
 from ops_contract.plans import ChildPlan, Plan
-from ops_contract.reports import ResultContent
 from ops_contract.studies import NOT_RUN
 
 _LIVE = quoted(sorted(LIVE))
@@ -49,11 +48,6 @@ INSERT_CHILDREN = statement(f"""
         RETURNING id, event_seq, attempt, NULL::text AS from_status, status
     )
     {record("'submit'", "jsonb_build_object('study', CAST(:id AS uuid))")}
-""")
-
-PUT_RESULT = statement("""
-    INSERT INTO results (operation_id, attempt, content) VALUES (:id, :attempt, :content)
-    ON CONFLICT (operation_id) DO UPDATE SET attempt = excluded.attempt, content = excluded.content, created_at = now()
 """)
 
 # Whether any of the levels may have something to move: all that is asked while there is no study.
@@ -191,10 +185,6 @@ def child_job(study: Job, child: ChildPlan) -> Job:
     changed = child.model_dump(include={"config", "command", "env", "resources"})
     changed |= {"kind": kind_of(study.workload), "execution": child.execution.model_dump()}
     return Job.model_validate(study.model_dump(exclude={"study"}) | changed)
-
-
-async def put_result(session: AsyncSession, id: UUID, attempt: int, content: ResultContent) -> None:
-    await session.execute(PUT_RESULT, {"id": id, "attempt": attempt, "content": plain(content)})
 
 
 async def stirs(session: AsyncSession) -> bool:
