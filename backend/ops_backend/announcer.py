@@ -10,6 +10,7 @@ from ops_backend.bodies import ended_body
 from ops_backend.database import Sessions
 from ops_backend.store import webhooks
 from ops_backend.store.webhooks import Due
+from ops_backend.ticking import forever
 from ops_backend.webhooks import SEND_S, WebhookSender
 from ops_contract.webhooks import DeliveryState
 
@@ -37,13 +38,12 @@ class Announcer:
     async def run(self) -> None:
         """Until cancelled."""
         async with asyncio.TaskGroup() as sends:
-            while True:
-                try:
-                    await self.announce()
-                    await self.start_due(sends)
-                except Exception:
-                    log.exception("announcer: tick failed; trying again")
-                await asyncio.sleep(self._tick_s)
+
+            async def tick() -> None:
+                await self.announce()
+                await self.start_due(sends)
+
+            await forever(tick, self._tick_s, log)
 
     async def announce(self) -> None:
         more = True

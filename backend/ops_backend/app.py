@@ -26,17 +26,17 @@ from ops_backend.routes import (
     catalog,
     cleanup,
     dashboard,
-    energy,
+    details,
     errors,
     exports,
     health,
     operations,
     raw_bodies,
-    scrape,
     session,
     snapshots,
     status,
     stream,
+    submissions,
     tokens,
     webhooks,
 )
@@ -98,10 +98,10 @@ def create_app(settings: Settings) -> FastAPI:
     status.install(app)
     raw_bodies.install(app)
     app.include_router(health.router)
-    app.include_router(scrape.router)
     app.include_router(dashboard.router)
-    users = (operations, energy, stream, exports, cleanup, snapshots, catalog, webhooks, session, tokens, audit)
-    for module in (agents, *users):  # in this order a request is looked for, and most are agents'
+    of_operations = (submissions, operations, details, stream, exports, cleanup)
+    # In this order a request is looked for, and most are agents'.
+    for module in (agents, *of_operations, snapshots, catalog, webhooks, session, tokens, audit):
         app.include_router(module.router, prefix=API_PREFIX)
     return app
 

@@ -1,6 +1,5 @@
 """The audit: what requests note of themselves, what was refused, and the loop that writes and forgets."""
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from ops_backend.database import Sessions
 from ops_backend.store import audit
 from ops_backend.store.audit import Caller
 from ops_backend.store.identities import Identity
+from ops_backend.ticking import forever
 from ops_contract.audit import Action
 
 log = logging.getLogger(__name__)
@@ -108,12 +108,7 @@ class Auditor:
 
     async def run(self) -> None:
         """Until cancelled."""
-        while True:
-            try:
-                await self.tick()
-            except Exception:
-                log.exception("auditor: tick failed; trying again")
-            await asyncio.sleep(self._tick_s)
+        await forever(self.tick, self._tick_s, log)
 
     async def tick(self) -> None:
         taken = self._refusals.take()

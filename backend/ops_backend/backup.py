@@ -25,14 +25,7 @@ from ops_backend.database import is_known, migrate, newest_revision
 from ops_backend.postgres import EmbeddedPostgres, url_of
 from ops_backend.postgres_place import existing_home
 from ops_backend.settings import SettingsError, with_our_driver
-from ops_backend.storage import (
-    files_in,
-    mark_restoring,
-    open_file,
-    operations_in,
-    remove_operation,
-    sync_directory,
-)
+from ops_backend.storage import files_in, mark_restoring, open_file, operations_in, remove_operation, sync_directory
 from ops_backend.store import backup as store
 from ops_contract.backup import RESTORING, Restored, Taken
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Protocol, cast
 from uuid import UUID
 
-from fastapi import Depends, Request, Security
+from fastapi import Depends, Query, Request, Security
 from fastapi.openapi.models import HTTPBearer
 from fastapi.security import SecurityScopes
 from fastapi.security.base import SecurityBase
@@ -15,10 +15,12 @@ from ops_backend.addresses import Names, address_of
 from ops_backend.audit import Audit
 from ops_backend.browsers import cookie_of
 from ops_backend.database import Sessions
+from ops_backend.engines.requests import elastic
 from ops_backend.identities import Identities
 from ops_backend.settings import Settings
 from ops_backend.status_reads import StatusReads
 from ops_backend.store.identities import Identity
+from ops_backend.store.submit import Fleet
 from ops_backend.store.transitions import CancelPush
 from ops_backend.store.validation import Question
 from ops_backend.streams import Streams
@@ -60,6 +62,11 @@ async def vital_session_of(request: Request) -> AsyncIterator[AsyncSession]:
     """The same, for what keeps leases alive: no load of requests can keep it waiting for a connection."""
     async with cast(Sessions, request.app.state.vital_sessions).begin() as session:
         yield session
+
+
+async def fleet_of(request: Request) -> Fleet:
+    settings: Settings = request.app.state.settings
+    return Fleet(settings.lease_s, elastic(settings))
 
 
 async def audit_of(request: Request) -> Audit:
@@ -135,6 +142,8 @@ async def agent(identity: CallerDep) -> Agent:
     return Agent(identity.incarnation)
 
 
+PageCursor = Annotated[str | None, Query(description="the `next_cursor` of the page before")]
+
 SessionsDep = Annotated[Sessions, _of_app("sessions")]
 # For reads as long as an operation is.
 PatientSessionsDep = Annotated[Sessions, _of_app("patient_sessions")]
@@ -154,5 +163,6 @@ AdminDep = Annotated[Identity, Security(caller, scopes=[Scope.ADMIN])]
 RegistrarDep = Annotated[Identity, Security(registrar, scopes=[Scope.WORKER])]
 AgentDep = Annotated[Agent, Security(agent, scopes=[Scope.WORKER])]
 NamesDep = Annotated[Names, _of_app("names")]
+FleetDep = Annotated[Fleet, Depends(fleet_of)]
 AuditDep = Annotated[Audit, Depends(audit_of)]
 IdentitiesDep = Annotated[Identities, _of_app("identities")]

@@ -6,9 +6,10 @@ from pathlib import Path
 from uuid import UUID
 
 from ops_backend.database import Sessions
-from ops_backend.logs import files
+from ops_backend.log_files import files
 from ops_backend.storage import show_logs, write_logs
-from ops_backend.store.logs import mark_if_unmoved, read_if_unlogged, unlogged
+from ops_backend.store.log_files import mark_if_unmoved, read_if_unlogged, unlogged
+from ops_backend.ticking import forever
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +26,7 @@ class Exporter:
 
     async def run(self) -> None:
         """Until cancelled."""
-        while True:
-            try:
-                await self.export()
-            except Exception:
-                log.exception("exporter: tick failed; trying again")
-            await asyncio.sleep(self._tick_s)
+        await forever(self.export, self._tick_s, log)
 
     async def export(self) -> None:
         """A bounded number of operations; what cannot be written is said once, and tried again."""

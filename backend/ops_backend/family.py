@@ -9,6 +9,7 @@ from ops_backend.database import Sessions
 from ops_backend.store import studies
 from ops_backend.store.transitions import CancelPush
 from ops_backend.telemetry import Telemetry
+from ops_backend.ticking import forever
 from ops_contract.lifecycle import Status
 
 log = logging.getLogger(__name__)
@@ -35,12 +36,7 @@ class Family:
 
     async def run(self) -> None:
         """Until cancelled."""
-        while True:
-            try:
-                await self.look()
-            except Exception:
-                log.exception("studies: cannot look after them; trying again")
-            await asyncio.sleep(self._tick_s)
+        await forever(self.look, self._tick_s, log)
 
     async def look(self) -> None:
         """Each statement in a transaction of its own: none locks what another one waits for."""

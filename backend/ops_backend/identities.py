@@ -2,16 +2,17 @@
 
 import hmac
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
+from sqlalchemy import TextClause
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.browsers import digest
 from ops_backend.database import Sessions
 from ops_backend.failed_logins import FailedLogins
 from ops_backend.settings import Settings
-from ops_backend.store import identities, logins
-from ops_backend.store.identities import Identity
+from ops_backend.store import logins
+from ops_backend.store.identities import FIND_LOGIN, FIND_TOKEN, FIND_WORKER, Identity, of_secret
 from ops_contract.agents import CREDENTIAL_PREFIX
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.tokens import OPERATOR, WORKERS, Scope, token_digest, workers_token
@@ -51,28 +52,24 @@ class Identities:
     async def of_token(self, token: str, address: str) -> Identity | None:
         if identity := self.known(token):
             return identity
-        find = identities.of_worker if token.startswith(CREDENTIAL_PREFIX) else identities.of_token
+        find = FIND_WORKER if token.startswith(CREDENTIAL_PREFIX) else FIND_TOKEN
         return await self._known_or(token_digest(token), find, address)
 
     async def of_cookie(self, secret: str, address: str) -> Identity | None:
-        return await self._known_or(digest(self._settings, secret), identities.of_login, address)
+        return await self._known_or(digest(self._settings, secret), FIND_LOGIN, address)
 
-    async def trade(self, session: AsyncSession, code: str, secret: str, address: str) -> bool:
-        """Whether the code of a link is a session with this secret now."""
+    async def trade(self, session: AsyncSession, code: str, secret: str, address: str) -> None:
+        """Make the code of a link a session with this secret, where it is good."""
         self._admit(address)
-        traded = await logins.trade(session, digest(self._settings, code), digest(self._settings, secret))
-        if traded is None:
+        if not await logins.trade(session, digest(self._settings, code), digest(self._settings, secret)):
             self._failed.failed(address)
-        return traded is not None
 
     def forget(self) -> None:
         """Something was revoked, or has begun to count: here, at least, at once."""
         for known, (_, identity) in self._answers.items():
             self._answers[known] = (0.0, identity)
 
-    async def _known_or(
-        self, digest: bytes, find: Callable[[AsyncSession, bytes], Awaitable[Identity | None]], address: str
-    ) -> Identity | None:
+    async def _known_or(self, digest: bytes, find: TextClause, address: str) -> Identity | None:
         now_s = self._clock_s()
         known = self._answers.get(digest)
         if known and now_s < known[0]:
@@ -80,7 +77,7 @@ class Identities:
         if not known:
             self._admit(address)
         async with self._sessions.reading() as session:
-            found = await find(session, digest)
+            found = await of_secret(session, find, digest)
         if found is None and not known:
             self._failed.failed(address)
         self._answers.pop(digest, None)

@@ -9,6 +9,7 @@ from ops_backend.storage import owner, published_in, remove_checkpoint
 from ops_backend.store.backup import may_sweep
 from ops_backend.store.retention import without_row
 from ops_backend.store.snapshots import delete_unused
+from ops_backend.ticking import forever
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +28,8 @@ class OrphanSweeper:
 
     async def run(self) -> None:
         """Until cancelled."""
-        while True:
-            await asyncio.sleep(self._tick_s)
-            try:
-                await self.sweep()
-            except Exception:
-                log.exception("orphan sweeper: tick failed; trying again")
+        await asyncio.sleep(self._tick_s)
+        await forever(self.sweep, self._tick_s, log)
 
     async def sweep(self) -> None:
         """The next operations in the order of their ids, after the last ones from the beginning."""

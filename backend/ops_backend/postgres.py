@@ -36,6 +36,7 @@ SOCKET = ".s.PGSQL.5432"
 SUN_PATH_BYTES = 107
 LOG_BYTES = 8 << 20
 SHUTDOWN_WAIT_S = 60.0
+STOP_WAIT_S = 30.0  # for each of ever stronger means
 QUICK_FAILURES = 5
 STEADY_S = 3.0
 
@@ -202,7 +203,7 @@ class EmbeddedPostgres:
             self._trim_log()
         return code
 
-    def stop(self, mode: Literal["fast", "immediate"] = "fast", wait_s: float = 30.0) -> None:
+    def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
         """By ever stronger means. `fast` ends with a checkpoint; after `immediate` the next start recovers."""
         if self._process is None:
             return
@@ -210,7 +211,7 @@ class EmbeddedPostgres:
         for number in (*milder, signal.SIGQUIT, signal.SIGKILL):
             self._process.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(wait_s)
+                self._process.wait(STOP_WAIT_S)
                 return
 
     def close(self) -> None:

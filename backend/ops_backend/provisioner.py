@@ -4,7 +4,6 @@ What is intended is written first, then the scheduler is asked, then its answer 
 the name of the job. Nothing is asked for inside a transaction.
 """
 
-import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from uuid import UUID
@@ -17,6 +16,7 @@ from ops_backend.engines.requests import request_for
 from ops_backend.settings import Settings
 from ops_backend.store import engine_jobs
 from ops_backend.store.engine_jobs import OpenJob, Seen, Wanting
+from ops_backend.ticking import forever
 
 log = logging.getLogger(__name__)
 
@@ -32,29 +32,16 @@ _STAGES = {Stage.PENDING: "submitted", Stage.RUNNING: "running", Stage.ENDED: "e
 class Provisioner:
     """One a backend; the statements guard themselves, so several do no harm."""
 
-    def __init__(
-        self,
-        sessions: Sessions,
-        engine: Engine,
-        settings: Settings,
-        *,
-        tick_s: float = TICK_S,
-        adopt_s: float = ADOPT_S,
-    ) -> None:
+    def __init__(self, sessions: Sessions, engine: Engine, settings: Settings, *, adopt_s: float = ADOPT_S) -> None:
         self._sessions = sessions
         self._engine = engine
         self._settings = settings
-        self._tick_s = tick_s
         self._adopt_s = adopt_s
 
     async def run(self) -> None:
         """Until cancelled; at once where no job may be asked for."""
-        while self._settings.slurm_max_jobs > 0:
-            try:
-                await self.look()
-            except Exception:
-                log.exception("provisioner: tick failed; trying again")
-            await asyncio.sleep(self._tick_s)
+        if self._settings.slurm_max_jobs > 0:
+            await forever(self.look, TICK_S, log)
 
     async def look(self) -> None:
         while await self._settle():

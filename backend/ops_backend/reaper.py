@@ -1,6 +1,5 @@
 """Ends attempts whose lease ran out, unless nobody could renew."""
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -8,6 +7,7 @@ from ops_backend.database import Sessions
 from ops_backend.store.leases import expired, tick
 from ops_backend.store.transitions import lose_if_expired
 from ops_backend.telemetry import Telemetry
+from ops_backend.ticking import forever
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,7 @@ class Reaper:
 
     async def run(self) -> None:
         """Until cancelled."""
-        while True:
-            try:
-                await self.reap()
-            except Exception:
-                log.exception("reaper: tick failed; trying again")
-            await asyncio.sleep(self._tick_s)
+        await forever(self.reap, self._tick_s, log)
 
     async def reap(self) -> None:
         async with self._sessions.begin() as session:

@@ -67,9 +67,7 @@ class Settings(BaseModel):
         "snapshots that nothing refers to",
     )
     max_streams: int = Field(
-        200,
-        ge=1,
-        description="how many clients may watch by `GET …/stream` at a time, of each API; one more is a 503",
+        200, ge=1, description="how many clients may watch by `GET …/stream` at a time, of each API; one more is a 503"
     )
     worker_allow: str = Field(
         "",

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ from ops_contract.backup import RESTORING
 from ops_contract.modes import directory_mode, file_mode
 
 LOGS = "logs"
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_ROOT = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_DIRECTORY = _ROOT | os.O_NOFOLLOW
 OPERATION = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _PUBLISHED = re.compile(r"([1-9][0-9]{0,8})-(?:0|[1-9][0-9]{0,18})(?:-evaluate|-model|-files|-finish)?(?:\.tmp)?")
 
@@ -77,14 +78,11 @@ def remove_checkpoint(root: Path, path: str) -> None:
 
 def remove_operation(root: Path, operation: UUID) -> None:
     """Delete all that is in `<operation>` below the root; no symbolic link is followed. Raises as above."""
-    storage = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with _opened(root) as storage:
         with suppress(FileNotFoundError):
             shutil.rmtree(str(operation), dir_fd=storage)
         if os.path.lexists(root / str(operation)):
             raise OSError(f"{operation} is still there")
-    finally:
-        os.close(storage)
 
 
 def open_file(root: Path, path: str) -> int:
@@ -93,18 +91,16 @@ def open_file(root: Path, path: str) -> int:
     Raises OSError: FileNotFoundError for anything else that is there, NotADirectoryError for a root that is not.
     """
     *directories, name = path.split("/")
-    at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for directory in directories:
-            above, at = at, _open_below(at, directory, _DIRECTORY)
-            os.close(above)
+    with _opened(root, directories, _open_directory) as at:
         file = _open_below(at, name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    finally:
-        os.close(at)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise FileNotFoundError(path)
     return file
+
+
+def _open_directory(above: int, name: str) -> int:
+    return _open_below(above, name, _DIRECTORY)
 
 
 def _open_below(directory: int, name: str, flags: int) -> int:
@@ -123,7 +119,7 @@ def write_logs(root: Path, operation: str, files: Mapping[str, Callable[[BinaryI
 
     One writer at a time. No symbolic link is followed. Raises OSError; a root that is not there is not made.
     """
-    with _logs_of(root, operation) as directory:
+    with _opened(root, (operation, LOGS), _have_directory) as directory:
         for name, write in files.items():
             with suppress(FileNotFoundError):
                 os.unlink(_unfinished(name), dir_fd=directory)
@@ -137,45 +133,41 @@ def write_logs(root: Path, operation: str, files: Mapping[str, Callable[[BinaryI
 
 def show_logs(root: Path, operation: str, names: list[str]) -> None:
     """Put what `write_logs` wrote in the place of what was there, each file whole."""
-    with _logs_of(root, operation) as directory:
+    with _opened(root, (operation, LOGS), _have_directory) as directory:
         for name in names:
             os.replace(_unfinished(name), name, src_dir_fd=directory, dst_dir_fd=directory)
         os.fsync(directory)
 
 
 def _write(name: str, write: Callable[[BinaryIO], None], directory: int) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(name, flags, 0o600, dir_fd=directory), "wb") as file:
-        _set_mode(file.fileno(), file_mode(os.fstat(directory).st_mode))
+    with _new_file(directory, name) as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _new_file(directory: int, name: str) -> BinaryIO:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    file = open(os.open(name, flags, 0o600, dir_fd=directory), "wb")  # noqa: SIM115
+    try:
+        _set_mode(file.fileno(), file_mode(os.fstat(directory).st_mode))
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def _unfinished(name: str) -> str:
     return f".{name}.tmp"
 
 
-@contextmanager
-def _logs_of(root: Path, operation: str) -> Iterator[int]:
-    """A descriptor of `<operation>/logs`, which is made where it is not there."""
-    at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for name in (operation, LOGS):
-            above, at = at, _have_directory(at, name)
-            os.close(above)
-        yield at
-    finally:
-        os.close(at)
-
-
 def _have_directory(above: int, name: str) -> int:
-    """A descriptor of it. A new one is as private as the one above, durably."""
+    """A descriptor of it, which is made where it is not there: as private as the one above, durably."""
     try:
         os.mkdir(name, 0o700, dir_fd=above)
     except FileExistsError:
-        return os.open(name, _DIRECTORY, dir_fd=above)
-    made = os.open(name, _DIRECTORY, dir_fd=above)
+        return _directory_in(above, name)
+    made = _directory_in(above, name)
     _set_mode(made, directory_mode(os.fstat(above).st_mode))
     os.fsync(above)
     return made
@@ -197,16 +189,8 @@ def operations_in(root: Path) -> list[UUID]:
 def new_file(root: Path, path: str) -> BinaryIO:
     """To write, with the directories on its way; no symbolic link is followed. Raises OSError, also where one is."""
     *directories, name = path.split("/")
-    at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for directory in directories:
-            above, at = at, _have_directory(at, directory)
-            os.close(above)
-        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=at)
-        _set_mode(file, file_mode(os.fstat(at).st_mode))
-    finally:
-        os.close(at)
-    return open(file, "wb")
+    with _opened(root, directories, _have_directory) as at:
+        return _new_file(at, name)
 
 
 def mark_restoring(root: Path, digest: str) -> None:
@@ -221,11 +205,8 @@ def mark_restoring(root: Path, digest: str) -> None:
 
 def sync_directory(path: Path) -> None:
     """What was renamed or made in it is durable."""
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with _opened(path) as directory:
         os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def files_in(root: Path, path: str) -> Iterator[str]:
@@ -233,25 +214,33 @@ def files_in(root: Path, path: str) -> Iterator[str]:
 
     No symbolic link is followed.
     """
-    storage = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with suppress(FileNotFoundError):
-            for directory, _, names, _ in os.fwalk(path, dir_fd=storage):
-                yield from (f"{directory}/{name}" for name in sorted(names))
-    finally:
-        os.close(storage)
+    with _opened(root) as storage, suppress(FileNotFoundError):
+        for directory, _, names, _ in os.fwalk(path, dir_fd=storage):
+            yield from (f"{directory}/{name}" for name in sorted(names))
 
 
 def _remove_tree(root: Path, operation: str, name: str) -> None:
-    storage = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        directory = os.open(operation, _DIRECTORY, dir_fd=storage)
-    finally:
-        os.close(storage)
-    try:
+    with _opened(root, (operation,)) as directory:
         if stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
             shutil.rmtree(name, dir_fd=directory)
         else:
             os.unlink(name, dir_fd=directory)
+
+
+def _directory_in(above: int, name: str) -> int:
+    return os.open(name, _DIRECTORY, dir_fd=above)
+
+
+@contextmanager
+def _opened(
+    directory: Path, below: Iterable[str] = (), step: Callable[[int, str], int] = _directory_in
+) -> Iterator[int]:
+    """A descriptor of a directory, or of the one that these names lead to below it, a `step` for each."""
+    at = os.open(directory, _ROOT)
+    try:
+        for name in below:
+            above, at = at, step(at, name)
+            os.close(above)
+        yield at
     finally:
-        os.close(directory)
+        os.close(at)

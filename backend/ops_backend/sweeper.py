@@ -10,6 +10,7 @@ from ops_backend.storage import owner, remove_checkpoint, remove_operation
 from ops_backend.store.backup import may_sweep
 from ops_backend.store.deletion import mark_swept, unswept
 from ops_backend.store.retention import Retired, deleting, forget, release
+from ops_backend.ticking import forever
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +25,7 @@ class Sweeper:
 
     async def run(self) -> None:
         """Until cancelled."""
-        while True:
-            try:
-                await self.sweep()
-            except Exception:
-                log.exception("sweeper: tick failed; trying again")
-            await asyncio.sleep(self._tick_s)
+        await forever(self.sweep, self._tick_s, log)
 
     async def sweep(self) -> None:
         async with self._sessions.begin() as session:

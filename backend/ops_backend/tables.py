@@ -1,5 +1,6 @@
 """The schema as SQLAlchemy sees it. The migrations make it; `alembic check` holds the two together."""
 
+from collections.abc import Iterable
 from enum import StrEnum
 
 from sqlalchemy import (
@@ -52,9 +53,14 @@ metadata = MetaData(
 )
 
 
+def quoted(words: Iterable[str]) -> str:
+    """As they stand in `IN (…)`."""
+    return ", ".join(f"'{word}'" for word in words)
+
+
 def one_of(column: str, words: type[StrEnum]) -> CheckConstraint:
     """The column holds a word of the enum (or null, where it may)."""
-    return CheckConstraint(f"{column} IN ({', '.join(repr(w.value) for w in words)})", name=column)
+    return CheckConstraint(f"{column} IN ({quoted(words)})", name=column)
 
 
 def _instant(name: str, *, default_now: bool = False, nullable: bool = True) -> Column[object]:
@@ -71,8 +77,8 @@ def _flag(name: str) -> Column[bool]:
     return Column(name, Boolean, nullable=False, server_default=text("false"))
 
 
-# All that decides what an operation fits: what `store.claims` reads in `runs`, `suits`, `room` and its choice of slots
-# has to be in it. Null of what does not wait: a condition on it is one that no other index can serve, whatever the
+# All that decides what an operation fits: what `store.placement` reads in `runs`, `suits`, `room` and `PLACED` has
+# to be in it. Null of what does not wait: a condition on it is one that no other index can serve, whatever the
 # planner believes of how many wait. Ordered by bytes: new rules of sorting of an operating system break no such index.
 WISH = """((CASE WHEN status = 'pending' THEN
     CASE WHEN kind IN ('study', 'training') THEN left(kind, 1) ELSE '' END
@@ -175,11 +181,10 @@ Index(
     unique=True,
     postgresql_where=operations.c.parent_id.is_not(None),
 )
-_LIVE = ", ".join(f"'{status}'" for status in sorted(LIVE))
 Index(
     "ix_operations_live_children",
     operations.c.parent_id,
-    postgresql_where=text(f"parent_id IS NOT NULL AND status IN ({_LIVE})"),
+    postgresql_where=text(f"parent_id IS NOT NULL AND status IN ({quoted(sorted(LIVE))})"),
 )
 Index(
     "ix_operations_unended_studies",

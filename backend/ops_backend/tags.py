@@ -3,12 +3,18 @@
 import hashlib
 import re
 from functools import cached_property
+from typing import Annotated, Any, Final
 
+from fastapi import Header
 from starlette.responses import Response
 from starlette.types import Message
 
 from ops_contract.http_gate import with_headers
 from ops_contract.wire import Wire
+
+# What a route with such answers asks for, and says of itself.
+IfNoneMatch = Annotated[str | None, Header(description="an `ETag`; 304 while nothing has changed")]
+UNCHANGED: Final[dict[int | str, dict[str, Any]]] = {304: {"description": "unchanged"}}
 
 _TAG = re.compile(r'"[^"]*"')
 

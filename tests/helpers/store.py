@@ -24,7 +24,7 @@ from ops_backend.store import (
     workers,
 )
 from ops_backend.store.ledger_views import Rates
-from ops_backend.store.submit import Elastic
+from ops_backend.store.submit import Elastic, Fleet, Submission
 from ops_contract.agents import (
     CREDENTIAL_PREFIX,
     Heartbeat,
@@ -119,17 +119,17 @@ class Store:
         return incarnation
 
     async def submit(self, key: str | None = None, elastic: Elastic | None = None, **spec: Any) -> UUID:
-        body = b'{"workload": "toy"}'
+        submission = Submission("me", key, b'{"workload": "toy"}')
         if "command" not in spec and spec.get("workload") != MEASUREMENT:
             # A period of its own, so that all its checkpoints are kept.
             execution = {"checkpoint_every": {"epochs": 1}} | spec.get("execution", {})
             spec = {"workload": "toy"} | spec | {"execution": execution}
         async with self.sessions.begin() as session:
-            found = await submit.replay(session, "me", key, body)
+            found = await submit.replay(session, submission)
             made = found or await submit.submit_if_new(
-                session, JobSpec.model_validate(spec), "me", key, body, LEASE_S, elastic=elastic
+                session, JobSpec.model_validate(spec), submission, Fleet(LEASE_S, elastic)
             )
-            made = made or await submit.replay(session, "me", key, body)
+            made = made or await submit.replay(session, submission)
         assert made is not None
         return made
 
@@ -183,15 +183,15 @@ class Store:
 
     async def fork(self, id: UUID, key: str | None = None, elastic: Elastic | None = None, **wish: Any) -> UUID | None:
         request = ForkRequest.model_validate(wish)
+        submission = Submission("me", key, request.model_dump_json().encode())
         async with self.sessions.begin() as session:
-            return await fork.fork_if_there(
-                session, id, request, "me", key, request.model_dump_json().encode(), LEASE_S, elastic=elastic
-            )
+            return await fork.fork_if_there(session, id, request, submission, Fleet(LEASE_S, elastic))
 
     async def replay(self, id: UUID, key: str | None = None, **wish: Any) -> UUID | None:
         request = ReplayRequest.model_validate(wish)
+        submission = Submission("me", key, request.model_dump_json().encode())
         async with self.sessions.begin() as session:
-            return await fork.replay_if_there(session, id, request, "me", key, request.model_dump_json().encode())
+            return await fork.replay_if_there(session, id, request, submission)
 
     async def heartbeat(
         self, incarnation: UUID, *holds: Held, draining: bool = False, devices: Sequence[DeviceNow] = ()

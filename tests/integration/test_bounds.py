@@ -13,7 +13,7 @@ from test_api import serving
 
 from helpers.databases import Databases, connect
 from ops_backend.database import Sessions
-from ops_backend.store import curves, polls, queries
+from ops_backend.store import curves, lists, polls
 from ops_backend.store.sql import statement
 from ops_contract.lifecycle import Status
 
@@ -138,10 +138,10 @@ async def check_plans(url: str) -> None:
     frequent = ({}, {"q": "run"}, {"label_key": "team"}, {"workload": "toy"})
     rare = ({"workload": "no"}, {"submitted_by": "no"}, {"label_key": "no"}, {"label_key": "team", "label_value": "no"})
     for narrowed in (*frequent, *rare):
-        read = await scanned(url, queries.list_of(frozenset(), frozenset(narrowed)), newest | narrowed)
+        read = await scanned(url, lists.list_of(frozenset(), frozenset(narrowed)), newest | narrowed)
         assert read.get("operations", 0) < 200, narrowed
     for status in (Status.RUNNING, Status.CANCELLING, Status.CANCELLED):
-        read = await scanned(url, queries.list_of(frozenset({status}), frozenset()), newest)
+        read = await scanned(url, lists.list_of(frozenset({status}), frozenset()), newest)
         assert read.get("operations", 0) < 200, status
     assert (await scanned(url, curves.SUMMARIES, {"id": ID, "last_steps": [2**63 - 1]}))["metrics"] < 50
 

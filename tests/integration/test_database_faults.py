@@ -197,7 +197,7 @@ async def test_what_was_committed_and_not_answered_is_safe_to_repeat(
         claim = await store.claim()
         assert claim is not None
         of = f"/operations/{id}"
-        run = Held(id, 1, claim.leader.incarnation)
+        run = Held(id, 1, claim.members[0].incarnation)
         assert (await beat(api, run)).status_code == 200
         progress = started(), losses((0, float("nan"))), saved(run, 0)
         batch = ReportBatch(incarnation=run.incarnation, first_seq=1, reports=list(progress)).model_dump_json()

@@ -12,8 +12,9 @@ import pytest
 from helpers.store import LEASE_S, Held, Store, at_once, losses, saved, started
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.routes import cleanup
-from ops_backend.store import curves, deletion, fork, logs, queries
+from ops_backend.store import curves, deletion, fork, log_files, queries
 from ops_backend.store.identities import Identity
+from ops_backend.store.submit import Fleet, Submission
 from ops_backend.sweeper import Sweeper
 from ops_contract.cleanup import Cleanup, CleanupRequest
 from ops_contract.errors import ErrorCode, OpsError
@@ -132,7 +133,7 @@ async def test_one_that_forks_or_replays_need_stays_until_they_are_deleted(store
 async def test_a_fork_that_is_being_made_is_waited_for_and_wins(store: Store, run: Any) -> None:
     id = (await run()).operation_id
     async with store.sessions.begin() as session:
-        await fork.fork_if_there(session, id, ForkRequest(), "me", None, b"{}", LEASE_S)
+        await fork.fork_if_there(session, id, ForkRequest(), Submission("me", None, b"{}"), Fleet(LEASE_S))
         deleting = asyncio.create_task(delete(store, id))
         await somebody_waits(store)
 
@@ -197,7 +198,7 @@ async def test_a_zombie_is_told_and_what_it_publishes_later_goes(store: Store, r
 async def test_logs_that_are_being_written_are_waited_for(store: Store, run: Any) -> None:
     id = (await run()).operation_id
     async with store.sessions.begin() as session:
-        assert await logs.read_if_unlogged(session, id)
+        assert await log_files.read_if_unlogged(session, id)
         deleting = asyncio.create_task(delete(store, id))
         await somebody_waits(store)
         assert await exists(store, id)

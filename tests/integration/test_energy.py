@@ -152,7 +152,7 @@ async def test_no_zero_stands_for_what_is_not_known(
     if windows:
         claim = await store.claim()
         assert claim is not None
-        held = Held(id, 1, claim.leader.incarnation)
+        held = Held(id, 1, claim.members[0].incarnation)
         await book(api, held, *(window(n, **changes) for n, changes in enumerate(windows, 1)))
 
     bodies = [(await api.get(f"/operations/{id}{part}")).json() for part in ("", "/attempts", "/energy")]
@@ -223,7 +223,7 @@ async def test_a_status_reads_only_windows_that_were_lost(store: Store) -> None:
     await store.execute("ANALYZE")
 
     lines = await store.fetch(
-        f"EXPLAIN (ANALYZE, FORMAT JSON) SELECT {store_energy.entries('o', 'attempt', 'quality', 'use')}"
+        f"EXPLAIN (ANALYZE, FORMAT JSON) SELECT {store_energy.entries('attempt', 'quality', 'use')}"
         " FROM operations o WHERE o.id = :id",
         id=held.operation_id,
     )

@@ -376,7 +376,7 @@ async def test_every_answer_says_how_to_treat_it(api: httpx.AsyncClient, monkeyp
         await api.get("http://test/health/live"),
         await api.get("http://test/openapi.json"),
     ]
-    monkeypatch.setattr("ops_backend.routes.catalog.queries.workers", broken)
+    monkeypatch.setattr("ops_backend.routes.catalog.catalog.workers", broken)
     async with httpx.AsyncClient(transport=api._transport, base_url=api.base_url, headers=api.headers) as unwatched:
         answers.append(await unwatched.get("/workers"))
 

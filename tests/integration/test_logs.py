@@ -14,7 +14,7 @@ import yaml
 from helpers.store import Held, Store, held, losses, saved, started
 from ops_backend import exporter, storage
 from ops_backend.exporter import Exporter
-from ops_backend.store.logs import read_if_unlogged
+from ops_backend.store.log_files import read_if_unlogged
 from ops_contract.jobs import Job
 from ops_contract.lifecycle import Outcome
 from ops_contract.operations import Operation

@@ -7,7 +7,7 @@ import pytest
 from helpers.databases import POSTGRES_15, Databases, debian_postgres
 from helpers.store import Store, at_once, held, losses, saved, started
 from ops_backend.database import Sessions
-from ops_backend.store import curves, queries
+from ops_backend.store import catalog, curves, lists, queries
 from ops_contract.lifecycle import Outcome, Status
 
 
@@ -43,10 +43,10 @@ async def test_the_store_runs_on_postgres_15(postgres_15: str) -> None:
     await store.finish(held(claim), Outcome.COMPLETED)
 
     async with store.sessions.begin() as session:
-        page = await queries.list_page(session, queries.Filter(q="toy"), 10, None)
+        page = await lists.list_page(session, lists.Filter(q="toy"), 10, None)
         assert [item.status for item in page.items] == ["completed"]
         assert (await curves.read(session, run.operation_id, "loss")).points == [(0, 1.0)]
         assert len((await queries.checkpoints(session, run.operation_id)).items) == 2
         assert len((await queries.attempts(session, run.operation_id)).items) == 4
-        assert len((await queries.workers(session, 60.0)).items) == 1
+        assert len((await catalog.workers(session, 60.0)).items) == 1
     await sessions.dispose()

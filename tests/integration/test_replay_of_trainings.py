@@ -61,7 +61,7 @@ async def trained(store: Store, root: Path, workload: type[Pure]) -> tuple[Held,
     claim = await store.claim()
     assert claim is not None
     start = StartTraining(
-        incarnation=claim.leader.incarnation,
+        incarnation=claim.members[0].incarnation,
         operation_id=claim.operation_id,
         attempt=claim.attempt,
         slots=[0],

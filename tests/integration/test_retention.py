@@ -10,6 +10,7 @@ import pytest
 
 from helpers.store import LEASE_S, TOY, Held, Store, at_once, held, saved, started
 from ops_backend.store import fork, queries, retention, transitions
+from ops_backend.store.submit import Fleet, Submission
 from ops_backend.sweeper import Sweeper
 from ops_contract.lifecycle import Outcome, Status
 from ops_contract.operations import ForkRequest
@@ -357,7 +358,7 @@ async def test_what_a_fork_has_just_pinned_is_not_deleted(store: Store, run: Any
     id, surplus = await cancelled_with_surplus(store, run)
     wish = ForkRequest(from_checkpoint=surplus)
     async with store.sessions.begin() as forking, store.sessions.begin() as deleting:
-        assert await fork.fork_if_there(forking, id, wish, "me", None, b"", LEASE_S) is not None
+        assert await fork.fork_if_there(forking, id, wish, Submission("me", None, b""), Fleet(LEASE_S)) is not None
         task = asyncio.create_task(retention.delete_if_unused(deleting, id, surplus))
         await until_one_waits_for_a_lock(store)
         await forking.commit()

@@ -13,12 +13,14 @@ from helpers.store import LEASE_S, Store
 from integration.test_api import refusal, serving
 from ops_backend.orphans import OrphanSweeper
 from ops_backend.store import snapshots, submit
+from ops_backend.store.submit import Fleet, Submission
 from ops_contract.errors import OpsError
 from ops_contract.jobs import SNAPSHOT_MAX_BYTES, JobSpec
 
 ARCHIVE = b"the bytes of an archive"
 SHA256 = sha256(ARCHIVE).hexdigest()
 PATH = f"/snapshots/{SHA256}"
+NEW = Submission("me", None, b"{}")
 COMMAND = {"command": ["true"], "workload": None, "code": {"sha256": SHA256}}
 
 
@@ -51,7 +53,7 @@ async def kept(store: Store) -> bool:
 
 async def run_command(store: Store) -> UUID:
     async with store.sessions.begin() as session:
-        made = await submit.submit_if_new(session, JobSpec.model_validate(COMMAND), "me", None, b"{}", LEASE_S)
+        made = await submit.submit_if_new(session, JobSpec.model_validate(COMMAND), NEW, Fleet(LEASE_S))
     assert made is not None
     return made
 
@@ -139,7 +141,7 @@ async def test_who_has_asked_for_it_finds_it_for_a_day(
 async def test_a_sweep_passes_over_what_a_submit_holds(store: Store, old: None) -> None:
     spec = JobSpec.model_validate(COMMAND)
     async with store.sessions.begin() as session:
-        await submit.submit_if_new(session, spec, "me", None, b"{}", LEASE_S)
+        await submit.submit_if_new(session, spec, NEW, Fleet(LEASE_S))
         await asyncio.wait_for(sweep(store), 10)  # it does not wait for the submit to be committed
 
     assert await kept(store)

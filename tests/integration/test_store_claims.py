@@ -23,7 +23,7 @@ async def test_auto_takes_the_gpu_first(store: Store) -> None:
     await store.submit()
     claim = await store.claim()
     assert claim is not None
-    assert claim.leader.incarnation == gpu
+    assert claim.members[0].incarnation == gpu
 
 
 async def test_auto_waits_for_a_busy_gpu_rather_than_crawl_on_a_cpu(store: Store) -> None:
@@ -42,7 +42,7 @@ async def test_auto_waits_for_a_drained_gpu_and_a_job_for_the_cpu_does_not(store
     await store.submit(**on("cpu"))
     claim = await store.claim()
     assert claim is not None
-    assert claim.leader.incarnation == cpu
+    assert claim.members[0].incarnation == cpu
 
 
 async def test_auto_falls_back_to_the_cpu_where_no_live_worker_has_a_gpu(store: Store) -> None:
@@ -52,7 +52,7 @@ async def test_auto_falls_back_to_the_cpu_where_no_live_worker_has_a_gpu(store: 
     await store.submit()
     claim = await store.claim()
     assert claim is not None
-    assert claim.leader.incarnation == cpu
+    assert claim.members[0].incarnation == cpu
 
 
 async def test_a_job_for_the_cpu_leaves_the_gpu_alone(store: Store) -> None:
@@ -62,7 +62,7 @@ async def test_a_job_for_the_cpu_leaves_the_gpu_alone(store: Store) -> None:
     cpu = await store.worker("cpu")
     claim = await store.claim()
     assert claim is not None
-    assert claim.leader.incarnation == cpu
+    assert claim.members[0].incarnation == cpu
 
 
 async def test_a_job_for_cuda_never_runs_on_a_cpu(store: Store) -> None:
@@ -93,7 +93,7 @@ async def test_mps_goes_to_mps_and_auto_prefers_it_to_a_cpu(store: Store) -> Non
     await store.submit(**on("mps"))
     await store.submit(**on("auto"))
     claims = [await store.claim(), await store.claim()]
-    assert [claim and claim.leader.incarnation for claim in claims] == [mac, mac]
+    assert [claim and claim.members[0].incarnation for claim in claims] == [mac, mac]
 
 
 async def test_higher_priority_goes_first_then_the_older(store: Store) -> None:
@@ -112,7 +112,7 @@ async def test_a_worker_gets_only_workloads_that_it_offers(store: Store) -> None
     first, second = await store.claim(), await store.claim()
     assert first is not None
     assert second is not None
-    assert first.leader.incarnation != second.leader.incarnation
+    assert first.members[0].incarnation != second.members[0].incarnation
 
 
 async def test_the_first_slots_cores_are_frozen_and_preferred_later(store: Store) -> None:
@@ -124,7 +124,7 @@ async def test_the_first_slots_cores_are_frozen_and_preferred_later(store: Store
         await store.worker(name, cores=4)
     claim = await store.claim()
     assert claim is not None
-    assert (claim.leader.incarnation, claim.job.execution.threads) == (small, 1)
+    assert (claim.members[0].incarnation, claim.job.execution.threads) == (small, 1)
 
 
 async def test_a_chosen_number_of_threads_stands(store: Store) -> None:
@@ -160,7 +160,7 @@ async def test_a_restarted_worker_is_not_drained(store: Store) -> None:
     await store.submit()
     claim = await store.claim()
     assert claim is not None
-    assert claim.leader.incarnation == restarted
+    assert claim.members[0].incarnation == restarted
 
 
 async def test_a_drain_waits_for_the_claim_that_does_not_see_it(store: Store) -> None:

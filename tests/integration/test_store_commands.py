@@ -24,7 +24,7 @@ async def test_a_command_is_given_to_a_worker_that_runs_user_code_only(store: St
     claim = await store.claim()
 
     assert claim is not None
-    assert (claim.operation_id, claim.leader.incarnation, claim.job.command) == (id, open_worker, COMMAND)
+    assert (claim.operation_id, claim.members[0].incarnation, claim.job.command) == (id, open_worker, COMMAND)
 
 
 async def test_variables_of_a_job_are_for_a_worker_that_runs_user_code_only(store: Store) -> None:
@@ -36,7 +36,7 @@ async def test_variables_of_a_job_are_for_a_worker_that_runs_user_code_only(stor
     claim = await store.claim()
 
     assert claim is not None
-    assert (claim.operation_id, claim.leader.incarnation) == (id, open_worker)
+    assert (claim.operation_id, claim.members[0].incarnation) == (id, open_worker)
 
 
 async def test_a_slot_with_too_few_cores_gets_no_command_that_wants_more(store: Store) -> None:

@@ -53,7 +53,7 @@ async def next_attempt(store: Store, operation_id: UUID) -> Held:
     claim = await store.claim()
     assert claim is not None
     assert claim.operation_id == operation_id
-    return Held(operation_id, claim.attempt, claim.leader.incarnation)
+    return Held(operation_id, claim.attempt, claim.members[0].incarnation)
 
 
 async def killed(store: Store, held: Held, *, worker: str) -> Held:

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import text
 
 from helpers.store import TOY, Held, Store, at_once, held, holds_of, losses, saved, started, window
-from ops_backend.store import claims, deletion, queries
+from ops_backend.store import catalog, claims, deletion, queries
 from ops_backend.store.claims import Claim
 from ops_contract.agents import WorkloadOffer
 from ops_contract.energy import Use
@@ -298,7 +298,7 @@ async def test_a_host_with_too_few_is_not_reserved(store: Store) -> None:
     await gang(store, 2, nodes=1)
     small = await store.submit()
     claim = await claimed(store)
-    assert (claim.operation_id, claim.leader.incarnation) == (small, lone)
+    assert (claim.operation_id, claim.members[0].incarnation) == (small, lone)
 
 
 async def test_higher_priority_passes_it(store: Store) -> None:
@@ -742,7 +742,7 @@ async def test_progress_is_the_leaders(store: Store) -> None:
 async def test_each_slot_of_a_gang_says_what_it_runs(store: Store) -> None:
     leader, _ = await pair(store)
     async with store.sessions.begin() as session:
-        seen = (await queries.workers(session, 60.0)).items
+        seen = (await catalog.workers(session, 60.0)).items
     assert [slot.operation_id for each in seen for slot in each.slots] == 2 * [leader.operation_id]
 
 

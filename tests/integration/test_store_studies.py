@@ -77,7 +77,7 @@ async def test_a_study_asks_for_no_gpu_and_no_cores_but_its_children_do(store: S
     await store.finish(run, Outcome.PLANNED, plan=plan("a", **wanted))
     claim = await store.claim()
     assert claim is not None
-    assert claim.leader.incarnation == gpu
+    assert claim.members[0].incarnation == gpu
     assert (await store.get(run.operation_id)).job.execution.threads is None
 
 

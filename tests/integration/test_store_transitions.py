@@ -78,7 +78,7 @@ async def test_twenty_concurrent_claims_give_each_operation_to_one_slot(store: S
 
     assert len(claims) == 3
     assert len({c.operation_id for c in claims}) == 3
-    assert {c.leader.slots[0] for c in claims} == {0, 1, 2}
+    assert {c.members[0].slots[0] for c in claims} == {0, 1, 2}
 
 
 async def test_the_same_idempotency_key_from_twenty_clients_makes_one_operation(store: Store) -> None:

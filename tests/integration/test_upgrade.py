@@ -11,7 +11,7 @@ import pytest
 from helpers.databases import Databases, connect
 from helpers.store import Store
 from ops_backend.database import Sessions, migrate
-from ops_backend.store import curves, queries
+from ops_backend.store import curves, lists, queries
 from ops_backend.store.transitions import lose_if_expired
 from ops_contract.agents import WorkloadOffer
 from ops_contract.lifecycle import Status
@@ -43,7 +43,7 @@ async def test_what_an_older_version_left_is_all_there_and_what_ran_goes_on(
     sessions = Sessions(url, 2)
     store = Store(sessions)
     async with sessions.begin() as session:
-        page = await queries.list_page(session, queries.Filter(), 10, None)
+        page = await lists.list_page(session, lists.Filter(), 10, None)
         ran, done = page.items
         assert [(o.name, o.status) for o in (ran, done)] == [("halfway", "running"), ("done", "completed")]
         loss = (await curves.read(session, done.id, "loss")).points

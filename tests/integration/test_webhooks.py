@@ -186,7 +186,7 @@ async def test_a_resumed_one_ends_twice_and_each_is_told_as_it_was(
     await turn(announcer)  # it is pending again, without error or end
     claim = await store.claim()
     assert claim
-    await store.finish(Held(held.operation_id, 2, claim.leader.incarnation), Outcome.COMPLETED)
+    await store.finish(Held(held.operation_id, 2, claim.members[0].incarnation), Outcome.COMPLETED)
     await turn(announcer)
 
     first, second = (r.json["data"] for r in receiver.received)

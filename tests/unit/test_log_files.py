@@ -16,8 +16,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ops_backend.logs import files, write_events, write_hparams, write_metrics
-from ops_backend.store.logs import Curve, Recorded
+from ops_backend.log_files import files, write_events, write_hparams, write_metrics
+from ops_backend.store.log_files import Curve, Recorded
 from ops_contract.jobs import Execution, Job, Logger
 from ops_contract.lifecycle import Kind
 from relight.download import Part, replace

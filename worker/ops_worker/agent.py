@@ -29,6 +29,7 @@ from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Job, runs_user_code
 from ops_contract.lifecycle import Kind
 from ops_contract.pipe import RunJob
+from ops_contract.problems import Problem
 from ops_worker.api_client import ApiClient
 from ops_worker.delivery import Delivery
 from ops_worker.describe import describe, validate

@@ -129,9 +129,9 @@ class SlurmEngine:
         return await _told(program, *arguments, environ=self._environ | dict(environ or {}), timeout_s=self._timeout_s)
 
 
-async def partitions(environ: Mapping[str, str] = os.environ) -> str:
+async def partitions() -> str:
     """With their nodes and states, for people. Raises EngineAway and EngineRefused."""
-    told = await _told("sinfo", "--noheader", "--format=%P %a, %D nodes %T", environ=environ, timeout_s=TIMEOUT_S)
+    told = await _told("sinfo", "--noheader", "--format=%P %a, %D nodes %T", environ=os.environ, timeout_s=TIMEOUT_S)
     return "; ".join(line.strip() for line in told.splitlines())
 
 

@@ -34,10 +34,10 @@ from ops_contract.audit import Action
 from ops_contract.energy import EnergyBatch, EnergyBooked
 from ops_contract.reports import Finish
 
-router = APIRouter(tags=["agents"])
+router = APIRouter(tags=["agents"], responses=refusals(401))
 
 
-@router.post("/workers", status_code=201, responses=refusals(401, 409, 422))
+@router.post("/workers", status_code=201, responses=refusals(409))
 async def register(
     worker: WorkerRegistration,
     request: Request,
@@ -61,13 +61,11 @@ async def register(
     identities.forget()
     await audit.note(session, Action.REGISTER, worker.incarnation, name=worker.name, host=worker.host)
     return WorkerRegistered(
-        lease_s=settings.lease_s,
-        heartbeat_s=settings.heartbeat_s,
-        cancel_grace_s=settings.cancel_grace_s,
+        lease_s=settings.lease_s, heartbeat_s=settings.heartbeat_s, cancel_grace_s=settings.cancel_grace_s
     )
 
 
-@router.post("/workers/{incarnation}/heartbeat", responses=refusals(401, 404, 422))
+@router.post("/workers/{incarnation}/heartbeat", responses=refusals(404))
 async def heartbeat(
     incarnation: UUID, beat: Heartbeat, session: VitalSessionDep, agent: AgentDep, settings: SettingsDep
 ) -> HeartbeatAnswer:
@@ -76,7 +74,7 @@ async def heartbeat(
     return await workers.heartbeat(session, incarnation, beat, settings.lease_s)
 
 
-@router.post("/operations/{id}/attempts/{attempt}/reports", responses=refusals(401, 404, 409, 422))
+@router.post("/operations/{id}/attempts/{attempt}/reports", responses=refusals(404, 409))
 async def report(
     id: UUID,
     attempt: Annotated[int, Path(ge=1, lt=2**31)],
@@ -101,7 +99,7 @@ async def report(
     return ReportsAccepted(last_seq=accepted.last_seq)
 
 
-@router.post("/operations/{id}/attempts/{attempt}/energy", responses=refusals(401, 404, 422))
+@router.post("/operations/{id}/attempts/{attempt}/energy", responses=refusals(404))
 async def book_energy(
     id: UUID,
     attempt: Annotated[int, Path(ge=1, lt=2**31)],

@@ -5,12 +5,12 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from pydantic import AwareDatetime
 
-from ops_backend.dependencies import AdminDep, SessionDep
+from ops_backend.dependencies import AdminDep, PageCursor, SessionDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import audit
 from ops_contract.audit import Action, AuditPage
 
-router = APIRouter(prefix="/audit", tags=["audit"], responses=refusals(401, 422))
+router = APIRouter(prefix="/audit", tags=["audit"], responses=refusals(401))
 
 
 @router.get("")
@@ -22,7 +22,7 @@ async def list_audit(
     target: Annotated[str | None, Query(description="an id that it was done to, or its beginning")] = None,
     since: Annotated[AwareDatetime | None, Query(description="not before that, with its time zone")] = None,
     limit: Annotated[int, Query(ge=1, le=500, description="so many a page")] = 50,
-    cursor: Annotated[str | None, Query(description="the `next_cursor` of the page before")] = None,
+    cursor: PageCursor = None,
 ) -> AuditPage:
     """Every change that was accepted, and who was refused: newest first, in pages. What only reads is not noted."""
     return await audit.list_page(session, audit.Filter(who, action, target, since), limit, cursor)

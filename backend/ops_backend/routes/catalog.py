@@ -1,16 +1,16 @@
 """Who works here, and what can be run."""
 
-from typing import Annotated, Any
+from typing import Any
 from uuid import UUID
 
-from fastapi import APIRouter, BackgroundTasks, Header, Response
+from fastapi import APIRouter, BackgroundTasks, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.dependencies import AdminDep, AuditDep, DispatcherDep, ReaderDep, SessionDep, SettingsDep
 from ops_backend.routes.errors import refusals
-from ops_backend.store import gauges, queries
+from ops_backend.store import catalog, gauges
 from ops_backend.store.workers import drain
-from ops_backend.tags import Tagged
+from ops_backend.tags import UNCHANGED, IfNoneMatch, Tagged
 from ops_contract.audit import Action
 from ops_contract.jobs import JobSpec
 from ops_contract.operations import LiveCounts
@@ -22,17 +22,12 @@ router = APIRouter(tags=["workers"], responses=refusals(401))
 @router.get("/workers")
 async def list_workers(session: SessionDep, _: ReaderDep, settings: SettingsDep) -> Workers:
     """Those that were seen within a day, their slots, and what runs there."""
-    return await queries.workers(session, settings.lease_s)
+    return await catalog.workers(session, settings.lease_s)
 
 
-@router.post("/workers/{id}/drain", responses=refusals(404, 422))
+@router.post("/workers/{id}/drain", responses=refusals(404))
 async def drain_worker(
-    id: UUID,
-    session: SessionDep,
-    _: AdminDep,
-    settings: SettingsDep,
-    audit: AuditDep,
-    wish: DrainRequest | None = None,
+    id: UUID, session: SessionDep, _: AdminDep, settings: SettingsDep, audit: AuditDep, wish: DrainRequest | None = None
 ) -> WorkerView:
     """No more work goes to this worker until it is undrained or restarted. What runs there finishes, or is preempted.
 
@@ -44,7 +39,7 @@ async def drain_worker(
     return await _view(session, id, settings.lease_s)
 
 
-@router.post("/workers/{id}/undrain", responses=refusals(404, 422))
+@router.post("/workers/{id}/undrain", responses=refusals(404))
 async def undrain_worker(
     id: UUID,
     session: SessionDep,
@@ -64,15 +59,11 @@ async def undrain_worker(
 @router.get("/workloads")
 async def list_workloads(session: SessionDep, _: ReaderDep) -> Workloads:
     """What can be trained: each with the JSON Schema of its config and the metrics that it reports."""
-    return await queries.workloads(session)
+    return await catalog.workloads(session)
 
 
-@router.get("/counts", tags=["operations"], response_model=LiveCounts, responses={304: {"description": "unchanged"}})
-async def count_live(
-    session: SessionDep,
-    _: ReaderDep,
-    if_none_match: Annotated[str | None, Header(description="an `ETag`; 304 while nothing has changed")] = None,
-) -> Response:
+@router.get("/counts", tags=["operations"], response_model=LiveCounts, responses=UNCHANGED)
+async def count_live(session: SessionDep, _: ReaderDep, if_none_match: IfNoneMatch = None) -> Response:
     """How many operations wait, run, and are being cancelled."""
     return Tagged(await gauges.counts(session)).answer(if_none_match)
 
@@ -84,5 +75,5 @@ async def job_schema() -> dict[str, Any]:
 
 
 async def _view(session: AsyncSession, id: UUID, lease_s: float) -> WorkerView:
-    [worker] = (await queries.workers(session, lease_s, id)).items
+    [worker] = (await catalog.workers(session, lease_s, id)).items
     return worker

@@ -11,7 +11,7 @@ from ops_contract.audit import Action
 from ops_contract.cleanup import Cleanup, CleanupItem, CleanupRequest
 from ops_contract.errors import ErrorCode
 
-router = APIRouter(tags=["operations"], responses=refusals(401, 422))
+router = APIRouter(tags=["operations"], responses=refusals(401))
 
 DELETED_A_CALL = 200  # well within the patience of a client
 

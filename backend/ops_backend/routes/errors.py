@@ -21,7 +21,6 @@ from ops_contract.wire import API_PREFIX
 
 log = logging.getLogger(__name__)
 
-_PARAMETERS = {"operation_id": "id", "attempt": "attempt"}
 _BAD_VALUE = ("22", "23")  # data exception, integrity constraint violation
 # Connection exception, insufficient resources, operator intervention (a statement that took too long is one),
 # transaction rolled back, a standby, idle for too long, a lock that others hold for too long.
@@ -116,8 +115,8 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
 
 def _about(request: Request) -> dict[str, str | None]:
     """The operation that the request is of, for the log."""
-    of_one = request.url.path.startswith(f"{API_PREFIX}/operations/")
-    return {name: request.path_params.get(key) if of_one else None for name, key in _PARAMETERS.items()}
+    found = request.path_params if request.url.path.startswith(f"{API_PREFIX}/operations/") else {}
+    return {"operation_id": found.get("id"), "attempt": found.get("attempt")}
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

@@ -12,13 +12,13 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ops_backend.dependencies import ExportTurnsDep, PatientSessionsDep, ReaderDep
-from ops_backend.logs import points
+from ops_backend.log_files import points
 from ops_backend.routes.errors import refusals
-from ops_backend.store.logs import read
+from ops_backend.store.log_files import read
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Logger
 
-router = APIRouter(prefix="/operations", tags=["operations"])
+router = APIRouter(prefix="/operations", tags=["operations"], responses=refusals(401))
 
 WAIT_S = 20.0  # less than a client waits for an answer
 _READ_BYTES = 256 * 1024
@@ -29,7 +29,7 @@ _FILE = {
 }
 
 
-@router.get("/{id}/export", response_class=Response, responses={200: _FILE, **refusals(401, 404, 422, 503)})
+@router.get("/{id}/export", response_class=Response, responses={200: _FILE, **refusals(404)})
 async def export_operation(
     id: UUID,
     sessions: PatientSessionsDep,

@@ -9,7 +9,7 @@ from ops_backend.browsers import cookie_name, cookie_of, digest, from_our_page
 from ops_backend.dependencies import AuditDep, CallerDep, IdentitiesDep, ReaderDep, SessionDep, SettingsDep
 from ops_backend.routes.errors import refusals
 from ops_backend.store import logins
-from ops_backend.store.identities import of_login
+from ops_backend.store.identities import FIND_LOGIN, of_secret
 from ops_contract.audit import Action
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.logins import BrowserSession, Login, LoginLink
@@ -29,7 +29,7 @@ async def make_link(
     return LoginLink(code=code, expires_at=await logins.add_link(session, digest(settings, code), user))
 
 
-@router.post("", status_code=204, response_class=Response, responses=refusals(422))
+@router.post("", status_code=204, response_class=Response)
 async def log_in(
     wish: Login,
     request: Request,
@@ -44,14 +44,14 @@ async def log_in(
         raise OpsError(ErrorCode.UNAUTHENTICATED, "log in on this server's own page")
     secret = secrets.token_urlsafe(32)
     if wish.code is not None:
-        if not await identities.trade(session, wish.code, secret, address_of(request)):
-            raise OpsError(ErrorCode.UNAUTHENTICATED, "this link was used or is too old; `ops dashboard` makes another")
+        await identities.trade(session, wish.code, secret, address_of(request))
     else:
         user = await identities.of_token(wish.token or "", address_of(request))
         if user is None or Scope.READ not in user.scope.allows:
             raise OpsError(ErrorCode.UNAUTHENTICATED, "no token of a user here; `ops up` keeps one in DIR/token")
         await logins.add_session(session, digest(settings, secret), user)
-    if (by := await of_login(session, digest(settings, secret))) is None:
+    # There is none of a code that is no good.
+    if (by := await of_secret(session, FIND_LOGIN, digest(settings, secret))) is None:
         raise OpsError(ErrorCode.UNAUTHENTICATED, "this link was used or is too old; `ops dashboard` makes another")
     await audit.note(session, Action.LOG_IN, by=by, with_link=wish.code is not None or None)
     response.headers["Cache-Control"] = "no-store"

@@ -12,7 +12,7 @@ from ops_backend.store import snapshots
 from ops_contract.audit import Action
 from ops_contract.errors import ErrorCode, OpsError
 
-router = APIRouter(prefix="/snapshots", tags=["snapshots"])
+router = APIRouter(prefix="/snapshots", tags=["snapshots"], responses=refusals(401))
 
 Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="of the archive, in hexadecimal")]
 ARCHIVE = "application/octet-stream"
@@ -22,7 +22,7 @@ ARCHIVE = "application/octet-stream"
     "/{sha256}",
     status_code=201,
     response_class=Response,
-    responses={200: {"description": "it was here already"}, **refusals(401, 413, 422)},
+    responses={200: {"description": "it was here already"}},
     openapi_extra=reads_bytes(ARCHIVE),
 )
 async def put_snapshot(
@@ -38,7 +38,7 @@ async def put_snapshot(
     return Response(status_code=201 if is_new else 200)
 
 
-@router.head("/{sha256}", responses=refusals(401, 404, 422))
+@router.head("/{sha256}", responses=refusals(404))
 async def has_snapshot(sha256: Digest, session: SessionDep, _: UserDep) -> None:
     """Whether it is here. If so it stays for a day more, and need not be sent."""
     if not await snapshots.has(session, sha256):
@@ -48,7 +48,7 @@ async def has_snapshot(sha256: Digest, session: SessionDep, _: UserDep) -> None:
 @router.get(
     "/{sha256}",
     response_class=Response,
-    responses={200: {"content": {ARCHIVE: {}}, "description": "a tar file"}, **refusals(401, 404, 422)},
+    responses={200: {"content": {ARCHIVE: {}}, "description": "a tar file"}, **refusals(404)},
 )
 async def get_snapshot(sha256: Digest, session: SessionDep, _: CallerDep) -> Response:
     """The archive, as it was uploaded: for users and for the workers that run it."""

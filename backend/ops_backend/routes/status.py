@@ -2,15 +2,16 @@
 
 import re
 from time import perf_counter
-from typing import Annotated, cast
+from typing import cast
 from uuid import UUID
 
-from fastapi import FastAPI, Header, Request, Response
+from fastapi import FastAPI, Request, Response
 from starlette.types import Receive, Send
 from starlette.types import Scope as Connection
 
 from ops_backend.dependencies import ReaderDep, StatusReadsDep
 from ops_backend.routes.errors import refusals
+from ops_backend.tags import UNCHANGED, IfNoneMatch
 from ops_contract.operations import Operation
 from ops_contract.tokens import Scope
 from ops_contract.wire import API_PREFIX
@@ -22,7 +23,7 @@ _READ = frozenset({b"authorization", b"if-none-match", b"content-length", b"tran
 
 def install(app: FastAPI) -> None:
     """Before all routers."""
-    documented = refusals(401, 404, 422, 503) | {304: {"description": "unchanged"}}
+    documented = UNCHANGED | refusals(401, 404)
     for method in ("GET", "HEAD"):
         app.router.add_api_route(
             API_PREFIX + _ROUTE,
@@ -36,11 +37,7 @@ def install(app: FastAPI) -> None:
 
 
 async def get_operation(
-    request: Request,
-    id: UUID,
-    reads: StatusReadsDep,
-    _: ReaderDep,
-    if_none_match: Annotated[str | None, Header(description="an `ETag`; 304 while nothing has changed")] = None,
+    request: Request, id: UUID, reads: StatusReadsDep, _: ReaderDep, if_none_match: IfNoneMatch = None
 ) -> Response:
     """The operation as it is now. Its ETag changes with it; sent back as If-None-Match, it spares the body."""
     if unread := getattr(request.state, "unread", None):  # the short way waited for it already

@@ -13,7 +13,7 @@ from ops_contract.tokens import TokenCreated, TokenRequest, Tokens
 router = APIRouter(prefix="/tokens", tags=["tokens"], responses=refusals(401))
 
 
-@router.post("", status_code=201, responses=refusals(409, 422))
+@router.post("", status_code=201, responses=refusals(409))
 async def create_token(
     wish: TokenRequest, session: SessionDep, user: AdminDep, audit: AuditDep, response: Response
 ) -> TokenCreated:
@@ -30,7 +30,7 @@ async def list_tokens(session: SessionDep, _: AdminDep) -> Tokens:
     return await tokens.list_all(session)
 
 
-@router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(404, 422))
+@router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(404))
 async def revoke_token(id: UUID, session: SessionDep, _: AdminDep, audit: AuditDep, identities: IdentitiesDep) -> None:
     """It opens nothing any more: here at once, at other API processes within seconds.
 

@@ -18,7 +18,7 @@ from ops_contract.webhooks import Deliveries, WebhookAnswer, WebhookCreated, Web
 router = APIRouter(prefix="/webhooks", tags=["webhooks"], responses=refusals(401))
 
 
-@router.post("", status_code=201, responses=refusals(409, 422))
+@router.post("", status_code=201, responses=refusals(409))
 async def add_webhook(
     wish: WebhookRequest, sessions: SessionsDep, _: AdminDep, audit: AuditDep, sender: WebhookSenderDep
 ) -> WebhookCreated:
@@ -39,20 +39,20 @@ async def list_webhooks(session: SessionDep, _: AdminDep) -> Webhooks:
     return await webhooks.list_all(session)
 
 
-@router.get("/{id}/deliveries", responses=refusals(404, 422))
+@router.get("/{id}/deliveries", responses=refusals(404))
 async def list_deliveries(id: UUID, session: SessionDep, _: AdminDep) -> Deliveries:
     """What was sent to it, what it answered, what is tried again: the newest hundred."""
     return await webhooks.deliveries(session, id)
 
 
-@router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(404, 422))
+@router.delete("/{id}", status_code=204, response_class=Response, responses=refusals(404))
 async def remove_webhook(id: UUID, session: SessionDep, _: AdminDep, audit: AuditDep) -> None:
     """Tell it no more. What is still due to it goes too."""
     await webhooks.remove(session, id)
     await audit.note(session, Action.REMOVE_WEBHOOK, id)
 
 
-@router.post("/{id}/test", responses=refusals(404, 422))
+@router.post("/{id}/test", responses=refusals(404))
 async def send_sample(
     id: UUID, sessions: SessionsDep, _: AdminDep, audit: AuditDep, sender: WebhookSenderDep
 ) -> WebhookAnswer:

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.queries import cursor_of, read_cursor
+from ops_backend.store.paging import cursor_of, read_cursor
 from ops_backend.store.sql import statement
 from ops_contract.audit import Action, AuditEntry, AuditPage
 

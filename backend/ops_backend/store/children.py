@@ -8,8 +8,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store import ledger
 from ops_backend.store.energy import OUTCOMES, entries
+from ops_backend.store.lineage import starts_of
+from ops_backend.store.paging import not_a_cursor
 from ops_backend.store.sql import statement
-from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.history import Results, ResultView
 from ops_contract.lifecycle import Status
 from ops_contract.operations import Children
@@ -49,7 +50,7 @@ CHILDREN = statement(f"""
            o.ended_at, o.cancel_reason, final.names, final.values, ran.running_s,
            CASE o.kind WHEN 'training' THEN x.content END AS training,
            CASE WHEN o.kind = 'measurement' AND x.attempt = o.attempt THEN ({_FIGURES}) END AS figures,
-           {OUTCOMES} AS outcomes, {entries("o", "attempt", "quality", "use")} AS energy
+           {OUTCOMES} AS outcomes, {entries("attempt", "quality", "use")} AS energy
       FROM wanted JOIN operations o USING (id)
       LEFT JOIN results x ON x.operation_id = o.id
       LEFT JOIN LATERAL ({_FINAL}) final ON true
@@ -71,24 +72,31 @@ RESULT = statement("SELECT attempt, created_at, content FROM results WHERE opera
 
 
 async def results(session: AsyncSession, id: UUID) -> Results:
-    row = (await session.execute(RESULT, {"id": id})).mappings().one_or_none()
-    return Results(items=[ResultView.model_validate(dict(row))] if row else [])
+    """Raises 404."""
+    await starts_of(session, id)
+    found = await _result(session, id)
+    return Results(items=[found] if found else [])
 
 
 async def planned(session: AsyncSession, id: UUID) -> SweepResult | GridResult | None:
     """What the study said last: what it skipped and warned of when it planned."""
-    found = (await results(session, id)).items
-    content = found[0].content if found else None
-    return content if isinstance(content, SweepResult | GridResult) else None
+    found = await _result(session, id)
+    return found.content if found and isinstance(found.content, SweepResult | GridResult) else None
+
+
+async def _result(session: AsyncSession, id: UUID) -> ResultView | None:
+    row = (await session.execute(RESULT, {"id": id})).mappings().one_or_none()
+    return ResultView.model_validate(dict(row)) if row else None
 
 
 async def page(session: AsyncSession, id: UUID, limit: int, cursor: str | None) -> Children:
-    """Raises 422 for a cursor that is not one of ours."""
+    """Raises 404, and 422 for a cursor that is not one of ours."""
+    await starts_of(session, id)
     try:
         after = -1 if cursor is None else int(cursor)
         found = await children(session, id, after, limit + 1)
     except ValueError:
-        raise OpsError(ErrorCode.INVALID, "cursor: not one that this service gave; start without it") from None
+        raise not_a_cursor() from None
     items = found[:limit]
     return Children(items=items, next_cursor=str(items[-1].position) if len(found) > limit else None)
 

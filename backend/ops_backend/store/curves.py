@@ -7,7 +7,7 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.queries import lineage, starts_of
+from ops_backend.store.lineage import lineage, starts_of
 from ops_backend.store.sql import statement
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.history import MetricNames, MetricPoints, MetricSummary

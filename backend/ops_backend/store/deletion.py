@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import statement
 from ops_backend.store.transitions import not_found
+from ops_backend.tables import quoted
 from ops_contract.cleanup import CleanupItem, CleanupRequest
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import TERMINAL
@@ -22,7 +23,7 @@ FORKS_NAMED = 5
 # A study's children go with it.
 LOCK = statement("SELECT id FROM operations WHERE id = :id OR parent_id = :id ORDER BY id FOR UPDATE")
 
-_TERMINAL = ", ".join(f"'{status}'" for status in sorted(TERMINAL))
+_TERMINAL = quoted(sorted(TERMINAL))
 
 # Live or not: a fork that has ended can be resumed from its fork point, and a replay compares with its parent's values.
 _DEPENDENTS = """

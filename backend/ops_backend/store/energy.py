@@ -11,6 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.ledger import LIVE, MICRO, UNMEASURED, joules, of_attempt
 from ops_backend.store.ledger_views import EPOCHS, Account, Rates, whole
+from ops_backend.store.lineage import starts_of
+from ops_backend.store.paging import not_a_cursor
 from ops_backend.store.sql import statement
 from ops_backend.store.transitions import not_found
 from ops_contract.energy import EnergyBatch, EnergyWindow
@@ -19,6 +21,12 @@ from ops_contract.ledger import BookedWindow, EnergyLedger, EnergyWindows, Share
 
 _SUMMED = ("windows", "unknown", "without_error", "energy_uj", "error_uj", "duration_us", "steps", "units")
 _KEY = ("attempt", "incarnation", "device", "source", "quality", "use")
+_WINDOW_KEY = ", ".join(f"w.{column}" for column in _KEY)
+# Of windows `w`: the columns of `_SUMMED`, in their order, and why some are unknown.
+_SUMS = """count(*) AS windows, count(*) - count(w.energy_uj) AS unknown,
+           count(w.energy_uj) - count(w.error_uj) AS without_error, coalesce(sum(w.energy_uj), 0)::bigint AS energy_uj,
+           coalesce(sum(w.error_uj), 0)::bigint AS error_uj, sum(w.duration_us)::bigint AS duration_us,
+           sum(w.until_step - w.first_step)::bigint AS steps, sum(w.units)::bigint AS units, min(w.reason) AS reason"""
 
 # The operation is locked first, as a deletion does: either it finds these windows, or they find no hold any more.
 # The hold may have ended: a fenced attempt changes only its own joules. Of the same batch twice at once the second
@@ -42,11 +50,8 @@ BOOK = statement(f"""
         ON CONFLICT DO NOTHING
         RETURNING *
     ), totals AS MATERIALIZED (
-        SELECT device, source, quality, use, count(*) AS windows, count(*) - count(energy_uj) AS unknown,
-               count(energy_uj) - count(error_uj) AS without_error, coalesce(sum(energy_uj), 0)::bigint AS energy_uj,
-               coalesce(sum(error_uj), 0)::bigint AS error_uj, sum(duration_us)::bigint AS duration_us,
-               sum(until_step - first_step)::bigint AS steps, sum(units)::bigint AS units, min(reason) AS reason
-          FROM fresh GROUP BY device, source, quality, use ORDER BY device, source, quality, use
+        SELECT device, source, quality, use, {_SUMS} FROM fresh w
+         GROUP BY device, source, quality, use ORDER BY device, source, quality, use
     ), summed AS (
         INSERT INTO energy_sums AS s (operation_id, attempt, incarnation, device, source, quality, use,
                                       {", ".join(_SUMMED)}, reason)
@@ -59,10 +64,11 @@ BOOK = statement(f"""
       FROM hold LEFT JOIN totals ON true
 """)
 
+# Of operation `o`: of each attempt the step from which on a later one does again what it did.
 _CUTS = """
     SELECT number AS attempt, min(start_step) OVER later AS evaluate_cut,
            min(start_step + starts_at_evaluation::int) OVER later AS train_cut
-      FROM attempts WHERE operation_id = {operation}.id
+      FROM attempts WHERE operation_id = o.id
     WINDOW later AS (ORDER BY number ROWS BETWEEN 1 FOLLOWING AND UNBOUNDED FOLLOWING)"""
 
 # How many of the steps of window `w` a later attempt did again (`cuts`), and of how many.
@@ -96,38 +102,29 @@ _LOST = f"""
     coalesce(sum(greatest({_share("energy_uj")}, w.energy_uj - {_share("energy_uj")}) + coalesce(w.error_uj, 0))
              FILTER (WHERE part.whole > 1), 0)::bigint AS split_error_uj"""
 
-_AGAIN_COLUMNS = (
-    *(f"lost_{column}" for column in _SUMMED),
-    "split_windows",
-    "split_unknown",
-    "split_error_uj",
-)
+_AGAIN_COLUMNS = (*(f"lost_{column}" for column in _SUMMED), "split_windows", "split_unknown", "split_error_uj")
 
 
 # What later attempts did again, of every row of sums. Nothing else of the windows is read: OFFSET 0 keeps the planner
 # from joining by a hash of all of them.
-_BEHIND = """
-    SELECT {keys}, {lost}
-      FROM ({cuts}) cuts
+_BEHIND = f"""
+    SELECT {_WINDOW_KEY}, {_LOST}
+      FROM ({_CUTS}) cuts
      CROSS JOIN LATERAL (
         SELECT * FROM energy_windows
-         WHERE operation_id = {operation}.id AND attempt = cuts.attempt AND use IN ('train', 'evaluate')
+         WHERE operation_id = o.id AND attempt = cuts.attempt AND use IN ('train', 'evaluate')
            AND until_step > cuts.evaluate_cut OFFSET 0) w
-     {again}
+     {_AGAIN}
      WHERE part.again > 0
-     GROUP BY {keys}"""
+     GROUP BY {_WINDOW_KEY}"""
 
 
-def entries(operation: str, *by: str) -> str:
-    """A jsonb array, one for each of these columns of the key: the sums, and what of them was done again.
+def entries(*by: str) -> str:
+    """Of operation `o` a jsonb array, one for each of these columns of the key: the sums, and what was done again.
 
     `partly_shared`: of a device that was in the sums at other times of the same hold.
     """
     keys = ", ".join(by)
-    cuts = _CUTS.format(operation=operation)
-    behind = _BEHIND.format(
-        keys=", ".join(f"w.{key}" for key in _KEY), lost=_LOST, cuts=cuts, operation=operation, again=_AGAIN
-    )
     return f"""
         (SELECT jsonb_agg(to_jsonb(entry) ORDER BY {keys}, partly_shared) FROM (
             SELECT {keys}, partly_shared, min(reason) AS reason,
@@ -135,8 +132,8 @@ def entries(operation: str, *by: str) -> str:
               FROM (SELECT {", ".join(_KEY)}, reason, {", ".join(_SUMMED)},
                            quality = 'upper_bound' AND bool_or(quality IN ('measured', 'estimated'))
                                OVER (PARTITION BY attempt, incarnation, device) AS partly_shared
-                      FROM energy_sums WHERE operation_id = {operation}.id) summed
-              LEFT JOIN ({behind}) behind USING ({", ".join(_KEY)})
+                      FROM energy_sums WHERE operation_id = o.id) summed
+              LEFT JOIN ({_BEHIND}) behind USING ({", ".join(_KEY)})
              GROUP BY {keys}, partly_shared) entry)"""
 
 
@@ -146,22 +143,18 @@ OUTCOMES = f"""
        FROM attempts x WHERE x.operation_id = o.id)"""
 
 ACCOUNT = statement(f"""
-    SELECT o.status, {OUTCOMES} AS outcomes, {entries("o", *_KEY)} AS entries FROM operations o WHERE o.id = :id
+    SELECT o.status, {OUTCOMES} AS outcomes, {entries(*_KEY)} AS entries FROM operations o WHERE o.id = :id
 """)
 
 BY_ATTEMPT = statement(f"""
-    SELECT {OUTCOMES} AS outcomes, {entries("o", "attempt", "quality", "use")} AS entries
+    SELECT {OUTCOMES} AS outcomes, {entries("attempt", "quality", "use")} AS entries
       FROM operations o WHERE o.id = :id
 """)
 
 # What the sums do not have is read from the windows themselves.
 BY_EPOCH = statement(f"""
-    SELECT w.epoch, w.attempt, w.incarnation, w.device, w.quality, w.use, count(*) AS windows,
-           count(*) - count(w.energy_uj) AS unknown, count(w.energy_uj) - count(w.error_uj) AS without_error,
-           coalesce(sum(w.energy_uj), 0)::bigint AS energy_uj, coalesce(sum(w.error_uj), 0)::bigint AS error_uj,
-           sum(w.duration_us)::bigint AS duration_us, sum(w.until_step - w.first_step)::bigint AS steps,
-           sum(w.units)::bigint AS units, min(w.reason) AS reason, {_LOST}
-      FROM operations o, LATERAL ({_CUTS.format(operation="o")}) cuts
+    SELECT w.epoch, w.attempt, w.incarnation, w.device, w.quality, w.use, {_SUMS}, {_LOST}
+      FROM operations o, LATERAL ({_CUTS}) cuts
       JOIN energy_windows w USING (attempt)
      {_AGAIN}
      WHERE o.id = :id AND w.operation_id = o.id
@@ -170,11 +163,8 @@ BY_EPOCH = statement(f"""
      ORDER BY w.epoch, w.attempt
 """)
 
-BY_DEVICE = statement("""
-    SELECT w.device, k.name AS worker, w.incarnation, w.source, w.quality, count(*) AS windows,
-           count(*) - count(w.energy_uj) AS unknown, count(w.energy_uj) - count(w.error_uj) AS without_error,
-           coalesce(sum(w.energy_uj), 0)::bigint AS energy_uj, coalesce(sum(w.error_uj), 0)::bigint AS error_uj,
-           min(w.reason) AS reason, sum(w.duration_us)::bigint AS duration_us,
+BY_DEVICE = statement(f"""
+    SELECT w.device, k.name AS worker, w.incarnation, w.source, w.quality, {_SUMS},
            sum(w.duration_us) FILTER (WHERE w.energy_uj IS NOT NULL)::bigint AS known_us,
            max((w.state->>'power_max_w')::float8) AS power_max_w, max(w.baseline_w) AS baseline_w,
            max((w.state->>'temperature_max_c')::float8) AS temperature_max_c,
@@ -211,11 +201,9 @@ THROTTLED = statement("""
      ORDER BY device, incarnation, source, quality, reason
 """)
 
-THERE = statement("SELECT id FROM operations WHERE id = :id")
-
 WINDOWS = statement(f"""
     SELECT w.*, {_share("energy_uj")}::bigint AS lost_uj
-      FROM operations o, LATERAL ({_CUTS.format(operation="o")}) cuts
+      FROM operations o, LATERAL ({_CUTS}) cuts
       JOIN energy_windows w USING (attempt)
      {_AGAIN}
      WHERE o.id = :id AND w.operation_id = o.id
@@ -268,8 +256,7 @@ async def by_attempt(session: AsyncSession, id: UUID) -> list[Shares]:
 
 async def windows(session: AsyncSession, id: UUID, limit: int, cursor: str | None) -> EnergyWindows:
     """A page of them. Raises 404, and 422 for a cursor that is not one of ours."""
-    if await session.scalar(THERE, {"id": id}) is None:
-        raise not_found(id)
+    await starts_of(session, id)
     after = dict(zip(("attempt", "incarnation", "device", "index"), _read_cursor(cursor), strict=True))
     rows = (await session.execute(WINDOWS, after | {"id": id, "limit": limit + 1})).all()
     items = [_window(row) for row in rows[:limit]]
@@ -314,4 +301,4 @@ def _read_cursor(cursor: str | None) -> tuple[int, UUID, str, int]:
         attempt, incarnation, device, index = json.loads(base64.urlsafe_b64decode(cursor))
         return int(attempt), UUID(incarnation), str(device), int(index)
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):  # of base64, JSON, or the parts
-        raise OpsError(ErrorCode.INVALID, "cursor: not one that this service gave; start without it") from None
+        raise not_a_cursor() from None

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.engines import EngineRequest
-from ops_backend.store.claims import PLACED, SUPPLY
+from ops_backend.store.placement import PLACED, QUEUE, SUPPLY
 from ops_backend.store.sql import PENDING_SINCE, plain, record, statement
 from ops_contract.jobs import Job
 
@@ -42,7 +42,7 @@ WANTING = statement(f"""
        AND (coalesce(last.failures, 0) = 0 OR last.ended_at <= now() - make_interval(
             secs => least({MAX_BACKOFF_S}, {BACKOFF_S} * 2 ^ least(last.failures - 1, 16))))
        AND ({PLACED}) IS NULL
-     ORDER BY o.priority DESC, o.created_at, o.id
+     {QUEUE}
      LIMIT {LOOKED_AT}
 """)
 

@@ -2,9 +2,10 @@
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.claims import runs
 from ops_backend.store.ledger import IN_SUMS, MICRO
-from ops_backend.store.sql import statement
+from ops_backend.store.placement import runs
+from ops_backend.store.sql import TAKES_WORK, statement
+from ops_backend.tables import quoted
 from ops_contract.jobs import Job
 from ops_contract.operations import StudyPreview
 from ops_contract.plans import Plan
@@ -23,7 +24,7 @@ PACE = statement(f"""
                                    FROM attempts a WHERE a.operation_id = o.id) ran
              CROSS JOIN LATERAL (SELECT sum(s.energy_uj)::float8 AS energy_uj, sum(s.unknown) AS unknown
                                    FROM energy_sums s WHERE s.operation_id = o.id
-                                    AND s.quality IN ({", ".join(f"'{q}'" for q in IN_SUMS)})) used
+                                    AND s.quality IN ({quoted(IN_SUMS)})) used
              WHERE o.kind = 'training' AND o.workload = :workload AND o.status = 'completed'
                AND coalesce((o.job->'execution'->>'devices')::int, 1) = :ranks
                AND o.created_at > now() - interval '30 days'
@@ -34,7 +35,7 @@ PACE = statement(f"""
 SLOTS = statement(f"""
     SELECT count(*) FROM slots s JOIN workers w USING (incarnation)
       JOIN (SELECT CAST(:workload AS text) AS workload, CAST(:job AS jsonb) AS job) o ON {runs("w")}
-     WHERE NOT w.draining AND w.drain IS NULL AND w.last_seen_at > now() - make_interval(secs => :lease_s)
+     WHERE {TAKES_WORK}
        AND s.cores >= :cores AND (:device = 'auto' OR s.device = :device) AND (:ranks = 1 OR s.port IS NOT NULL)
 """)
 

@@ -8,7 +8,7 @@ from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import NEWEST_FIRST, continues, record, statement
-from ops_backend.store.submit import Elastic, invalid, new_operation, resolved_job
+from ops_backend.store.submit import Fleet, Submission, invalid, new_operation, resolved_job
 from ops_backend.store.transitions import not_found
 from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError
@@ -84,42 +84,28 @@ async def fork_if_there(
     session: AsyncSession,
     id: UUID,
     wish: ForkRequest,
-    submitted_by: str,
-    key: str | None,
-    body: bytes,
-    lease_s: float,
+    submission: Submission,
+    fleet: Fleet,
     told: Validated | None = None,
-    elastic: Elastic | None = None,
 ) -> UUID | None:
     """Insert the fork; None when a concurrent request with the same key was first.
 
     Raises 404 without the operation or the checkpoint, 422 for overrides that cannot be carried over.
     """
-    point, spec, job = await _forked(session, id, wish, lease_s, told, elastic)
-    values = new_operation(spec, job, submitted_by, key, body)
-    values |= {"replay_of": None, "accept_changes": wish.accept_changes}
+    point, spec, job = await _forked(session, id, wish, fleet, told)
+    values = new_operation(spec, job, submission) | {"replay_of": None, "accept_changes": wish.accept_changes}
     return await _insert(session, wish, point, values)
 
 
 async def forked_job(
-    session: AsyncSession,
-    id: UUID,
-    wish: ForkRequest,
-    lease_s: float,
-    told: Validated | None = None,
-    elastic: Elastic | None = None,
+    session: AsyncSession, id: UUID, wish: ForkRequest, fleet: Fleet, told: Validated | None = None
 ) -> Job:
     """What the fork would run; nothing is stored. Raises as `fork_if_there`."""
-    return (await _forked(session, id, wish, lease_s, told, elastic))[2]
+    return (await _forked(session, id, wish, fleet, told))[2]
 
 
 async def _forked(
-    session: AsyncSession,
-    id: UUID,
-    wish: ForkRequest,
-    lease_s: float,
-    told: Validated | None,
-    elastic: Elastic | None,
+    session: AsyncSession, id: UUID, wish: ForkRequest, fleet: Fleet, told: Validated | None
 ) -> tuple[Row[Any], JobSpec, Job]:
     point = await _find(session, id, wish)
     runs_anew = point.job["kind"] in (Kind.COMMAND, Kind.MEASUREMENT)
@@ -131,12 +117,10 @@ async def _forked(
     spec = _forked_spec(point, wish)
     if not runs_anew:
         _check_carried_over(spec.execution, point)
-    return point, spec, await resolved_job(session, spec, lease_s, "overrides.", told, elastic)
+    return point, spec, await resolved_job(session, spec, fleet, told, "overrides.")
 
 
-async def replay_if_there(
-    session: AsyncSession, id: UUID, wish: ReplayRequest, submitted_by: str, key: str | None, body: bytes
-) -> UUID | None:
+async def replay_if_there(session: AsyncSession, id: UUID, wish: ReplayRequest, submission: Submission) -> UUID | None:
     """Insert the replay, of the very same job; None when a concurrent request with the same key was first.
 
     Raises 404 without the operation or the checkpoint, 409 when no step after it has been reported.
@@ -146,7 +130,7 @@ async def replay_if_there(
         raise _no_checkpoint(wish)
     spec = _forked_spec(point, ForkRequest(name=f"replay of {point.name}"[:200]))
     job = _replayed_job(point, wish)
-    values = new_operation(spec, job, submitted_by, key, body) | {"replay_of": id, "accept_changes": False}
+    values = new_operation(spec, job, submission) | {"replay_of": id, "accept_changes": False}
     return await _insert(session, wish, point, values)
 
 

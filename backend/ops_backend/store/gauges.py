@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.sql import PENDING_SINCE, statement
+from ops_backend.store.sql import IS_LIVE, PENDING_SINCE, statement
 from ops_contract.operations import LiveCounts
 
 # By partial indexes of the queue, live holds and studies: operations that have ended may be millions.
@@ -31,32 +31,32 @@ OPERATIONS = statement(f"""
 """)
 
 # By name: a worker that has been started again is the same one to who watches it, and two of a name are one series.
-WORKERS = statement("""
+WORKERS = statement(f"""
     SELECT name, bool_or(live) AS live, coalesce(bool_and(going) FILTER (WHERE live), false) AS draining,
            extract(epoch FROM now() - max(last_seen_at))::float8 AS last_seen_s
       FROM (SELECT name, last_seen_at, draining OR drain IS NOT NULL AS going,
-                   last_seen_at > now() - make_interval(secs => :lease_s) AS live
-              FROM workers WHERE last_seen_at > now() - interval '1 hour') seen
+                   {IS_LIVE} AS live
+              FROM workers w WHERE last_seen_at > now() - interval '1 hour') seen
      GROUP BY name ORDER BY name
 """)
 
-SLOTS = statement("""
+SLOTS = statement(f"""
     SELECT w.name, s.device, s.device_uuid, count(h.operation_id) AS busy, count(*) - count(h.operation_id) AS free
       FROM workers w
       JOIN slots s USING (incarnation)
       LEFT JOIN holds h ON h.operation_id = s.operation_id AND h.attempt = s.attempt
                        AND h.incarnation = s.incarnation AND h.ended_at IS NULL
-     WHERE w.last_seen_at > now() - make_interval(secs => :lease_s)
+     WHERE {IS_LIVE}
      GROUP BY w.name, s.device, s.device_uuid ORDER BY w.name, s.device, s.device_uuid
 """)
 
 # Of two workers of a name that tell of the same GPU, what the last said.
-DEVICES = statement("""
+DEVICES = statement(f"""
     SELECT DISTINCT ON (w.name, d.device) w.name, d.*
       FROM workers w, jsonb_to_recordset(w.devices) AS d (
            device text, power_w float8, power_limit_w float8, temperature_c float8, utilization_percent float8,
            memory_used_bytes bigint, memory_total_bytes bigint, throttle jsonb)
-     WHERE w.last_seen_at > now() - make_interval(secs => :lease_s)
+     WHERE {IS_LIVE}
      ORDER BY w.name, d.device, w.last_seen_at DESC
 """)
 

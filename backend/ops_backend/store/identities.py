@@ -1,4 +1,4 @@
-"""Whose secret it is."""
+"""Who shows a secret: the holder of a token, a registered worker, or a browser that is logged in."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -43,19 +43,8 @@ class Identity:
     incarnation: UUID | None = None
 
 
-async def of_token(session: AsyncSession, digest: bytes) -> Identity | None:
-    return await _found(session, FIND_TOKEN, digest)
-
-
-async def of_worker(session: AsyncSession, digest: bytes) -> Identity | None:
-    return await _found(session, FIND_WORKER, digest)
-
-
-async def of_login(session: AsyncSession, digest: bytes) -> Identity | None:
-    return await _found(session, FIND_LOGIN, digest)
-
-
-async def _found(session: AsyncSession, find: TextClause, digest: bytes) -> Identity | None:
+async def of_secret(session: AsyncSession, find: TextClause, digest: bytes) -> Identity | None:
+    """`find` is the statement for what kind of secret it is. That its token is used is noted."""
     row = (await session.execute(find, {"digest": digest})).one_or_none()
     if row is None:
         return None

@@ -98,28 +98,15 @@ class Parts:
     def shares(self) -> Shares:
         overhead = sum(self.overhead.values(), Sum())
         total = self.useful + self.lost + overhead
-        if total.unknown and not total.known:
-            # Nothing is known: then a part without windows is no zero either.
-            return self._unknown(Sum(unknown=1, reason=total.reason).joules())
+        nothing = Sum(unknown=1, reason=total.reason) if total.unknown and not total.known else None
+        # Where nothing is known, a part without windows is no zero either.
         return Shares(
             quality=self._quality(),
-            total=total.joules(),
-            useful=self.useful.joules(),
-            lost=self.lost.joules(),
-            overhead=overhead.joules(),
-            overhead_by_use={use: self.overhead[use].joules() for use in OVERHEAD_USES},
-            unattributed=_beside(self.unattributed),
-            upper_bound=_beside(self.upper_bound),
-        )
-
-    def _unknown(self, joules: Joules) -> Shares:
-        return Shares(
-            quality=self._quality(),
-            total=joules,
-            useful=joules,
-            lost=joules,
-            overhead=joules,
-            overhead_by_use=dict.fromkeys(OVERHEAD_USES, joules),
+            total=(nothing or total).joules(),
+            useful=(nothing or self.useful).joules(),
+            lost=(nothing or self.lost).joules(),
+            overhead=(nothing or overhead).joules(),
+            overhead_by_use={use: (nothing or self.overhead[use]).joules() for use in OVERHEAD_USES},
             unattributed=_beside(self.unattributed),
             upper_bound=_beside(self.upper_bound),
         )

@@ -39,16 +39,14 @@ async def add_link(session: AsyncSession, digest: bytes, user: Identity) -> date
     return await _add(session, digest, "link", user, LINK_S)
 
 
-async def add_session(session: AsyncSession, digest: bytes, user: Identity) -> datetime:
-    return await _add(session, digest, "session", user, SESSION_S)
+async def add_session(session: AsyncSession, digest: bytes, user: Identity) -> None:
+    await _add(session, digest, "session", user, SESSION_S)
 
 
-async def trade(session: AsyncSession, code_digest: bytes, digest: bytes) -> datetime | None:
-    """The code for a session, once. None: it is used, too old, or none of ours."""
-    found: datetime | None = await session.scalar(
-        TRADE, {"code_digest": code_digest, "digest": digest, "lasts_s": SESSION_S}
-    )
-    return found
+async def trade(session: AsyncSession, code_digest: bytes, digest: bytes) -> bool:
+    """The code for a session, once. False: it is used, too old, or none of ours."""
+    values = {"code_digest": code_digest, "digest": digest, "lasts_s": SESSION_S}
+    return await session.scalar(TRADE, values) is not None
 
 
 async def end(session: AsyncSession, digest: bytes) -> None:

@@ -1,15 +1,9 @@
-"""Reads. Bounded in rows and in queries, whatever the operation has lived through."""
+"""Reads of one operation, bounded in rows and in queries, whatever it has lived through."""
 
-import base64
-import binascii
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, TextClause
+from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.storage import LOGS
@@ -17,7 +11,8 @@ from ops_backend.store import energy, ledger
 from ops_backend.store.children import COUNTS
 from ops_backend.store.energy import OUTCOMES, entries
 from ops_backend.store.engine_jobs import ENGINE
-from ops_backend.store.sql import continues, statement
+from ops_backend.store.lineage import STARTS, lineage, starts_of
+from ops_backend.store.sql import continues, of_row, statement
 from ops_backend.store.story import tell
 from ops_backend.store.transitions import not_found
 from ops_contract.errors import ErrorCode, OpsError
@@ -32,20 +27,15 @@ from ops_contract.history import (
     EventView,
 )
 from ops_contract.jobs import Logger
-from ops_contract.lifecycle import TERMINAL, Status
+from ops_contract.ledger import Shares
+from ops_contract.lifecycle import TERMINAL
 from ops_contract.operations import (
     ForkedFrom,
-    LineageEntry,
     Operation,
-    OperationPage,
     OperationSummary,
     ProgressView,
     ResumedFrom,
 )
-from ops_contract.workers import SlotView, Workers, WorkerView, Workloads, WorkloadView
-
-# Where the first page begins: a bound as any other, so that the index gives it under every plan.
-_NEWEST = ("infinity", UUID(int=2**128 - 1))
 
 # The newest hold that told anything; a claimed attempt that has not spoken yet shows where it starts instead.
 _PROGRESS = """
@@ -64,8 +54,8 @@ OPERATIONS = statement(f"""
            c.id AS checkpoint_id, c.checkpoint_type, c.created_at AS checkpoint_created_at,
            c.epoch AS checkpoint_epoch, c.step AS checkpoint_step,
            fork.operation_id AS fork_operation_id, fork.step AS fork_step,
-           (SELECT array_agg(x.start_step ORDER BY x.number) FROM attempts x WHERE x.operation_id = o.id) AS starts,
-           {OUTCOMES} AS outcomes, {entries("o", "attempt", "quality", "use")} AS energy, {COUNTS} AS children,
+           {STARTS} AS starts,
+           {OUTCOMES} AS outcomes, {entries("attempt", "quality", "use")} AS energy, {COUNTS} AS children,
            {ENGINE} AS engine
       FROM operations o {_PROGRESS}
       LEFT JOIN checkpoints c ON c.id = coalesce(o.resume_checkpoint_id, a.checkpoint_id)
@@ -73,58 +63,13 @@ OPERATIONS = statement(f"""
      WHERE o.id = ANY (:ids)
 """)
 
-_SUMMARY = f"""
+SUMMARY = f"""
     SELECT o.id, o.name, o.status, o.kind, o.workload, o.labels, o.submitted_by, o.priority, o.attempt, o.error,
            o.created_at, o.started_at, o.ended_at, o.parent_id, a.start_step, told.attempt AS told_attempt,
            told.progress, {COUNTS} AS children
       FROM operations o {_PROGRESS}"""
 
-SUMMARIES = statement(f"{_SUMMARY} WHERE o.id = ANY (:ids)")
-
-# Only what is asked for is in the statement: a condition that is there but says nothing hides the indexes from the
-# planner, and a status has to be written out to be found in a partial one.
-_CONDITIONS = {
-    "kind": "o.kind = :kind",
-    "workload": "o.workload = :workload",
-    "label_key": "o.labels ? :label_key",
-    "label_value": "o.labels @> jsonb_build_object(CAST(:label_key AS text), CAST(:label_value AS text))",
-    "submitted_by": "o.submitted_by = :submitted_by",
-    "parent_id": "o.parent_id = :parent_id",
-    "no_children": "o.parent_id IS NULL",
-    "q": "(strpos(lower(o.name), lower(:q)) > 0 OR starts_with(o.id::text, lower(:q)))",
-    "end_at": "(o.created_at, o.id) >= (CAST(:end_at AS timestamptz), :end_id)",
-}
-_NEWEST_FIRST = "ORDER BY o.created_at DESC, o.id DESC"
-# What a page of a search by `q` looks at, at most: no index finds a part of a name.
-SEARCHED = 100_000
-
-
-@lru_cache(maxsize=500)
-def list_of(statuses: frozenset[Status], conditions: frozenset[str]) -> TextClause:
-    """A page, newest first, of what is in `statuses` (empty: in any)."""
-    return statement(f"{_SUMMARY} WHERE {_where(statuses, conditions)} {_NEWEST_FIRST} LIMIT :limit")
-
-
-@lru_cache(maxsize=500)
-def _end_of_search(statuses: frozenset[Status], conditions: frozenset[str]) -> TextClause:
-    """The last operation that a page of this search looks at; no row: all that there are."""
-    where = _where(statuses, conditions - {"q"})
-    return statement(
-        f"SELECT o.created_at, o.id FROM operations o WHERE {where} {_NEWEST_FIRST} OFFSET :searched - 1 LIMIT 1"
-    )
-
-
-def _where(statuses: frozenset[Status], conditions: frozenset[str]) -> str:
-    wanted = [_CONDITIONS[name] for name in sorted(conditions)]
-    if statuses:
-        wanted.append("o.status IN ({})".format(", ".join(f"'{status}'" for status in sorted(statuses))))
-    return " AND ".join([*wanted, "(o.created_at, o.id) < (CAST(:cursor_at AS timestamptz), :cursor_id)"])
-
-
-STARTS = statement("""
-    SELECT (SELECT array_agg(a.start_step ORDER BY a.number) FROM attempts a WHERE a.operation_id = o.id) AS starts
-      FROM operations o WHERE o.id = :id
-""")
+SUMMARIES = statement(f"{SUMMARY} WHERE o.id = ANY (:ids)")
 
 ATTEMPTS = statement("""
     SELECT a.*, w.name AS worker, w.host, h.first_step, h.last_step,
@@ -160,51 +105,17 @@ EVENTS = statement("""
      WHERE e.operation_id = :id AND e.seq > :after ORDER BY e.seq LIMIT 1000
 """)
 
-WORKERS = statement("""
-    SELECT w.incarnation, w.name, w.host, w.url, w.draining OR w.drain IS NOT NULL AS draining, w.drain,
-           w.user_code, w.registered_at, w.last_seen_at, w.versions, w.devices,
-           w.last_seen_at > now() - make_interval(secs => :lease_s) AS live,
-           s.index, s.device, s.device_uuid, s.cores, h.operation_id, h.attempt
-      FROM workers w
-      JOIN slots s USING (incarnation)
-      LEFT JOIN holds h ON h.operation_id = s.operation_id AND h.attempt = s.attempt
-                       AND h.incarnation = s.incarnation AND h.ended_at IS NULL
-     WHERE CASE WHEN CAST(:id AS uuid) IS NULL THEN w.last_seen_at > now() - interval '1 day'
-                ELSE w.incarnation = :id END
-     ORDER BY live DESC, w.name, w.registered_at DESC, s.index
-     LIMIT 5000
-""")
-
-WORKLOADS = statement("SELECT name, title, config_schema, reports FROM workloads ORDER BY name")
-
-
-@dataclass(frozen=True)
-class Filter:
-    """What a list is narrowed to; `status` may be several, joined by commas."""
-
-    status: str | None = None
-    kind: str | None = None
-    workload: str | None = None
-    label: str | None = None
-    q: str | None = None
-    submitted_by: str | None = None
-    parent_id: UUID | Literal["none"] | None = None
-
 
 async def get(session: AsyncSession, id: UUID) -> Operation:
     """Raises 404."""
-    rows = await operation_rows(session, [id])
-    if not rows:
+    row = (await session.execute(OPERATIONS, {"ids": [id]})).one_or_none()
+    if row is None:
         raise not_found(id)
-    return operation_of(rows[0])
-
-
-async def operation_rows(session: AsyncSession, ids: list[UUID]) -> Sequence[Row[Any]]:
-    """Those that there are, each for `operation_of`."""
-    return (await session.execute(OPERATIONS, {"ids": ids})).all()
+    return operation_of(row)
 
 
 def operation_of(row: Any) -> Operation:
+    """Of a row of `OPERATIONS`."""
     return Operation(
         **summary(row),
         job=row.job,
@@ -224,45 +135,6 @@ def operation_of(row: Any) -> Operation:
     )
 
 
-async def list_page(session: AsyncSession, wanted: Filter, limit: int, cursor: str | None) -> OperationPage:
-    """Newest first. Raises 422 for a cursor that is not one of ours.
-
-    A page by `q` looks at `SEARCHED` operations at most: it may have fewer than `limit`, or none, and still a next one.
-    """
-    at, id = read_cursor(cursor)
-    values = _asked(wanted) | {"cursor_at": at, "cursor_id": id, "limit": limit + 1}
-    statuses = frozenset(Status(status) for status in (wanted.status or "").split(",") if status)
-    conditions = frozenset(values.keys() & _CONDITIONS.keys())
-    if "label_value" in conditions:
-        conditions -= {"label_key"}
-    end = None
-    if wanted.q:
-        found = await session.execute(_end_of_search(statuses, conditions), values | {"searched": SEARCHED})
-        if end := found.one_or_none():
-            values |= {"end_at": end.created_at.isoformat(), "end_id": end.id}
-            conditions |= {"end_at"}
-    rows = (await session.execute(list_of(statuses, conditions), values)).all()
-    last = rows[limit - 1] if len(rows) > limit else end
-    next_cursor = cursor_of(last.created_at, last.id) if last else None
-    return OperationPage(items=[OperationSummary(**summary(row)) for row in rows[:limit]], next_cursor=next_cursor)
-
-
-def _asked(wanted: Filter) -> dict[str, Any]:
-    """The values of `_CONDITIONS` that it narrows to, by name."""
-    key, _, value = (wanted.label or "").partition("=")
-    values = {
-        "kind": wanted.kind,
-        "workload": wanted.workload,
-        "label_key": key or None,
-        "label_value": value if key and value else None,
-        "q": wanted.q,
-        "submitted_by": wanted.submitted_by,
-        "parent_id": wanted.parent_id if isinstance(wanted.parent_id, UUID) else None,
-        "no_children": wanted.parent_id == "none" or None,
-    }
-    return {name: value for name, value in values.items() if value is not None}
-
-
 async def summaries(session: AsyncSession, ids: list[UUID]) -> dict[UUID, OperationSummary]:
     """Of those that there are."""
     rows = await session.execute(SUMMARIES, {"ids": ids})
@@ -272,39 +144,25 @@ async def summaries(session: AsyncSession, ids: list[UUID]) -> dict[UUID, Operat
 async def attempts(session: AsyncSession, id: UUID) -> Attempts:
     rows = (await session.execute(ATTEMPTS, {"id": id})).all()
     used = await energy.by_attempt(session, id)  # of as many, or of one that was claimed in between
-    return Attempts(
-        items=[
-            AttemptView(
-                number=r.number,
-                worker_id=r.incarnation,
-                worker=r.worker,
-                host=r.host,
-                world_size=sum(member["ranks"] for member in r.members or []) or 1,
-                members=r.members or [],
-                trainer_pid=r.trainer_pid,
-                claimed_at=r.claimed_at,
-                started_at=r.started_at,
-                ended_at=r.ended_at,
-                outcome=r.outcome,
-                error=r.error,
-                start_step=r.start_step,
-                first_step=r.first_step,
-                last_step=r.last_step,
-                energy_j=joules.total.energy_j,
-                lost_j=joules.lost.energy_j,
-                energy_reason=joules.total.reason,
-                environment=r.environment,
-                replay=r.replay,
-            )
-            for r, joules in zip(rows, used, strict=False)
-        ]
+    return Attempts(items=[_attempt(row, shares) for row, shares in zip(rows, used, strict=False)])
+
+
+def _attempt(row: Row[Any], used: Shares) -> AttemptView:
+    same = AttemptView.model_fields.keys() & row._mapping.keys()
+    return AttemptView(
+        **{name: row._mapping[name] for name in same},
+        worker_id=row.incarnation,
+        world_size=sum(member["ranks"] for member in row.members),
+        energy_j=used.total.energy_j,
+        lost_j=used.lost.energy_j,
+        energy_reason=used.total.reason,
     )
 
 
 async def checkpoints(session: AsyncSession, id: UUID) -> Checkpoints:
     await starts_of(session, id)
     rows = (await session.execute(CHECKPOINTS, {"id": id})).mappings()
-    return Checkpoints(items=[CheckpointView(**{f: row[f] for f in CheckpointView.model_fields}) for row in rows])
+    return Checkpoints(items=[of_row(CheckpointView, row) for row in rows])
 
 
 async def artifacts(session: AsyncSession, id: UUID) -> Artifacts:
@@ -331,49 +189,6 @@ def event_view(row: Row[Any]) -> EventView:
     """`row` has what `tell` wants."""
     fields = EventView.model_fields.keys() - {"message"}
     return EventView(**{f: getattr(row, f) for f in fields}, message=tell(row))
-
-
-async def workers(session: AsyncSession, lease_s: float, id: UUID | None = None) -> Workers:
-    """Those seen within a day, or the one; the attempts of older ones keep their names."""
-    views: dict[UUID, WorkerView] = {}
-    for row in (await session.execute(WORKERS, {"lease_s": lease_s, "id": id})).mappings():
-        slot = SlotView(**{f: row[f] for f in SlotView.model_fields})
-        seen = views.get(row["incarnation"])
-        values = {f: row[f] for f in WorkerView.model_fields if f not in ("id", "slots")}
-        views[row["incarnation"]] = WorkerView(
-            id=row["incarnation"], slots=[*(seen.slots if seen else []), slot], **values
-        )
-    return Workers(items=list(views.values()))
-
-
-async def workloads(session: AsyncSession) -> Workloads:
-    rows = (await session.execute(WORKLOADS)).mappings()
-    return Workloads(items=[WorkloadView(**row) for row in rows])
-
-
-def lineage(starts: list[int]) -> list[LineageEntry]:
-    """Attempt a counts from its start to the lowest start of any later attempt."""
-    entries: list[LineageEntry] = []
-    end: int | None = None
-    for number in range(len(starts), 0, -1):
-        start = starts[number - 1]
-        entries.insert(0, LineageEntry(attempt=number, start_step=start, end_step=end))
-        end = start if end is None else min(end, start)
-    return entries
-
-
-def counted(row: Row[Any], end_step: int | None) -> Iterator[tuple[int, float]]:
-    """The points of a row of metrics that count: those before a later attempt starts."""
-    points = zip(row.steps, row.values, strict=True)
-    return ((step, value) for step, value in points if end_step is None or step < end_step)
-
-
-async def starts_of(session: AsyncSession, id: UUID) -> list[int]:
-    """Where each attempt began. Raises 404."""
-    row = (await session.execute(STARTS, {"id": id})).one_or_none()
-    if row is None:
-        raise not_found(id)
-    return list(row.starts or [])
 
 
 def summary(row: Row[Any]) -> dict[str, Any]:
@@ -418,19 +233,3 @@ def _forked_from(row: Row[Any]) -> ForkedFrom | None:
 def _logs(row: Row[Any]) -> str | None:
     written = row.logged_event_seq == row.event_seq and row.job["execution"].get("logger") != Logger.NONE
     return f"{row.id}/{LOGS}" if written else None
-
-
-def cursor_of(at: datetime, id: UUID) -> str:
-    """Of the last row of a page whose newest come first."""
-    return base64.urlsafe_b64encode(f"{at.isoformat()}|{id}".encode()).decode()
-
-
-def read_cursor(cursor: str | None) -> tuple[str, UUID]:
-    """The rows before it are the next page. Raises 422 for one that is not ours."""
-    if cursor is None:
-        return _NEWEST
-    try:
-        at, id = base64.urlsafe_b64decode(cursor).decode().split("|")
-        return datetime.fromisoformat(at).isoformat(), UUID(id)
-    except (ValueError, binascii.Error):
-        raise OpsError(ErrorCode.INVALID, "cursor: not one that this service gave; start without it") from None

@@ -10,7 +10,7 @@ from ops_backend.store import output
 from ops_backend.store.replay import BEFORE, compare
 from ops_backend.store.retention import retire
 from ops_backend.store.sql import plain, record, statement
-from ops_backend.store.studies import insert_children, put_result
+from ops_backend.store.studies import insert_children
 from ops_backend.store.transitions import finish_if_held
 from ops_contract.agents import ReportBatch
 from ops_contract.errors import ErrorCode, OpsError
@@ -90,6 +90,11 @@ PUT_ARTIFACT = statement("""
     ON CONFLICT (operation_id, name) DO UPDATE
        SET id = excluded.id, attempt = excluded.attempt, step = excluded.step, path = excluded.path,
            size_bytes = excluded.size_bytes, sha256 = excluded.sha256, created_at = now()
+""")
+
+PUT_RESULT = statement("""
+    INSERT INTO results (operation_id, attempt, content) VALUES (:id, :attempt, :content)
+    ON CONFLICT (operation_id) DO UPDATE SET attempt = excluded.attempt, content = excluded.content, created_at = now()
 """)
 
 # The resumed attempt has a checkpoint of its own now: from here on the lineage decides, and its code and data are the
@@ -214,7 +219,7 @@ async def _write(session: AsyncSession, id: UUID, attempt: int, report: Report) 
         case ArtifactSaved():
             await session.execute(PUT_ARTIFACT, report.model_dump(exclude={"kind"}) | {"id": id, "attempt": attempt})
         case Result():
-            await put_result(session, id, attempt, report.content)
+            await session.execute(PUT_RESULT, {"id": id, "attempt": attempt, "content": plain(report.content)})
         case Note():
             await session.execute(NOTE, {"id": id, "attempt": attempt, "detail": {"message": report.message}})
             if report.inexact:

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from ops_backend.storage import Found
 from ops_backend.store.sql import NEWEST_FIRST, continues, in_lineage, statement
 from ops_backend.store.transitions import not_found
+from ops_backend.tables import quoted
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import TERMINAL, CheckpointStatus
 
@@ -79,7 +80,7 @@ DELETE = statement(f"""
       FROM target t
      WHERE d.id = :checkpoint_id AND d.operation_id = t.id AND d.status IN ('committed', 'corrupt')
        AND d.pinned_at IS NULL
-       AND (t.status IN ({", ".join(f"'{status}'" for status in sorted(TERMINAL))})
+       AND (t.status IN ({quoted(sorted(TERMINAL))})
             OR d.status = 'corrupt' OR NOT ({in_lineage("d")})
             OR EXISTS (SELECT FROM newest WHERE is_own AND newest.id <> d.id))
     RETURNING d.id

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import TextClause, bindparam, text
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.types import JSON, BigInteger, Boolean, Double, Integer, Text, TypeEngine, Uuid
 
 from ops_contract.wire import Wire
+
+M = TypeVar("M", bound=Wire)
 
 # asyncpg sends every parameter with a type; these are the ones whose Python value does not tell it.
 _TYPES: Mapping[str, TypeEngine[Any]] = {
@@ -72,7 +74,6 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "name": Text(),
     "names": ARRAY(Text),
     "next_seq": BigInteger(),
-    "no_children": Boolean(),
     "operation_id": Uuid(),
     "outcome": Text(),
     "parent_id": Uuid(),
@@ -101,7 +102,6 @@ _TYPES: Mapping[str, TypeEngine[Any]] = {
     "size_bytes": BigInteger(),
     "start": BigInteger(),
     "state": Text(),
-    "status": Text(),
     "step": BigInteger(),
     "epoch": BigInteger(),
     "steps": ARRAY(BigInteger),
@@ -138,6 +138,11 @@ def plain(model: Wire) -> dict[str, Any]:
     """For a jsonb column: as it travels, with non-finite numbers as strings (`mode="json"` leaves them floats)."""
     found: dict[str, Any] = json.loads(model.model_dump_json())
     return found
+
+
+def of_row(model: type[M], row: Mapping[Any, Any]) -> M:
+    """Of a row that may have more columns than the model has fields."""
+    return model.model_validate({name: row[name] for name in model.model_fields})
 
 
 def in_lineage(checkpoint: str) -> str:
@@ -192,6 +197,11 @@ def moved_at(operation: str) -> str:
 # Of a pending operation `o`. One with a single event has been so since it was made: no look-up for each of those that
 # wait, and one by one all the same, for a join would read all events of all time.
 PENDING_SINCE = f"CASE WHEN o.event_seq = 1 THEN o.created_at ELSE {moved_at('o')} END"
+
+
+# Of a worker `w`: a heartbeat within a lease is its sign of life.
+IS_LIVE = "w.last_seen_at > now() - make_interval(secs => :lease_s)"
+TAKES_WORK = f"NOT w.draining AND w.drain IS NULL AND {IS_LIVE}"
 
 
 def record(event: str, detail: str = "CAST(:detail AS jsonb)") -> str:

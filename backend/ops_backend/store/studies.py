@@ -11,14 +11,14 @@ from sqlalchemy import TextClause
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import plain, record, statement
-from ops_backend.store.transitions import CancelPush, cancelling
+from ops_backend.store.transitions import CancelPush, cancelling, push_of
+from ops_backend.tables import quoted
 from ops_contract.jobs import Job, kind_of
 from ops_contract.lifecycle import LIVE, Status
 from ops_contract.plans import ChildPlan, Plan
-from ops_contract.reports import ResultContent
 from ops_contract.studies import NOT_RUN
 
-_LIVE = ", ".join(f"'{status}'" for status in sorted(LIVE))
+_LIVE = quoted(sorted(LIVE))
 CANCELLED_STUDY = "its study was cancelled"
 # Rows that one statement moves: what is left is moved by the next one.
 AT_ONCE = 500
@@ -48,11 +48,6 @@ INSERT_CHILDREN = statement(f"""
         RETURNING id, event_seq, attempt, NULL::text AS from_status, status
     )
     {record("'submit'", "jsonb_build_object('study', CAST(:id AS uuid))")}
-""")
-
-PUT_RESULT = statement("""
-    INSERT INTO results (operation_id, attempt, content) VALUES (:id, :attempt, :content)
-    ON CONFLICT (operation_id) DO UPDATE SET attempt = excluded.attempt, content = excluded.content, created_at = now()
 """)
 
 # Whether any of the levels may have something to move: all that is asked while there is no study.
@@ -192,10 +187,6 @@ def child_job(study: Job, child: ChildPlan) -> Job:
     return Job.model_validate(study.model_dump(exclude={"study"}) | changed)
 
 
-async def put_result(session: AsyncSession, id: UUID, attempt: int, content: ResultContent) -> None:
-    await session.execute(PUT_RESULT, {"id": id, "attempt": attempt, "content": plain(content)})
-
-
 async def stirs(session: AsyncSession) -> bool:
     return bool(await session.scalar(STIRS))
 
@@ -223,12 +214,7 @@ async def stop_after_failures(session: AsyncSession) -> list[ChildCancelled]:
 async def _cancelled(session: AsyncSession, which: TextClause, reason: str) -> list[ChildCancelled]:
     values = {"cancel_reason": reason, "detail": {"reason": reason}}
     return [
-        ChildCancelled(
-            row.id,
-            Status(row.status),
-            row.force,
-            None if row.incarnation is None else CancelPush(row.incarnation, row.attempt, row.url, row.secret),
-        )
+        ChildCancelled(row.id, Status(row.status), row.force, push_of(row))
         for row in await session.execute(which, values)
     ]
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, cast
 from uuid import UUID, uuid4
@@ -13,27 +14,36 @@ from pydantic import ValidationError
 from referencing import Registry
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.claims import capacity
+from ops_backend.store.placement import capacity
 from ops_backend.store.sql import plain, record, statement
 from ops_contract.agents import Validated
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.jobs import (
-    COMMAND,
-    Accelerator,
-    Code,
-    Execution,
-    Job,
-    JobSpec,
-    Resources,
-    Setup,
-)
+from ops_contract.jobs import COMMAND, Accelerator, Code, Execution, Job, JobSpec, Resources, Setup
 from ops_contract.lifecycle import Kind
 from ops_contract.measurements import MEASUREMENT, MeasurementConfig
 from ops_contract.problems import offer, problems_of, unknown_field
 from ops_contract.resolving import Unresolvable, check_plain_knobs, resolved_execution
 
-# Where more workers may be started: why they could never hold such a job, or None where they could.
+# Why workers that may still be started could never hold such a job, or None where they could.
 Elastic = Callable[[Execution, Resources], str | None]
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Who may run a job: workers seen within `lease_s`, and those that may be started; of these None: none ever is."""
+
+    lease_s: float
+    elastic: Elastic | None = None
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Who wants a new operation, under which idempotency key, and the bytes that the key stands for."""
+
+    submitted_by: str
+    key: str | None
+    body: bytes
+
 
 FIND_REPLAY = statement("""
     SELECT id, body_sha256 FROM operations WHERE submitted_by = :submitted_by AND idempotency_key = :idempotency_key
@@ -64,31 +74,32 @@ SUBMIT = statement(f"""
 
 
 async def once(
-    session: AsyncSession, submitted_by: str, key: str | None, body: bytes, make: Callable[[], Awaitable[UUID | None]]
+    session: AsyncSession, submission: Submission, make: Callable[[], Awaitable[UUID | None]]
 ) -> tuple[UUID, bool]:
     """The operation of this key, and whether `make` has just made it. `make` gives None when another was first."""
-    found = await replay(session, submitted_by, key, body)
+    found = await replay(session, submission)
     if found is None:
         made = await make()
         if made is not None:
             return made, True
-        found = await replay(session, submitted_by, key, body)
+        found = await replay(session, submission)
     if found is None:
         raise OpsError(ErrorCode.UNAVAILABLE, "a concurrent request with this key has just gone; try again")
     return found, False
 
 
-async def replay(session: AsyncSession, submitted_by: str, key: str | None, body: bytes) -> UUID | None:
+async def replay(session: AsyncSession, submission: Submission) -> UUID | None:
     """The operation that this key made before. Raises 409 when its body was another one.
 
     It comes before validation: what was accepted once is accepted again, whatever the schema says by now.
     """
-    if key is None:
+    if submission.key is None:
         return None
-    row = (await session.execute(FIND_REPLAY, {"submitted_by": submitted_by, "idempotency_key": key})).one_or_none()
+    values = {"submitted_by": submission.submitted_by, "idempotency_key": submission.key}
+    row = (await session.execute(FIND_REPLAY, values)).one_or_none()
     if row is None:
         return None
-    if row.body_sha256 != body_sha256(body):
+    if row.body_sha256 != body_sha256(submission.body):
         raise OpsError(
             ErrorCode.IDEMPOTENCY_CONFLICT,
             "this Idempotency-Key was used with another body; use a new key for a new operation",
@@ -99,26 +110,19 @@ async def replay(session: AsyncSession, submitted_by: str, key: str | None, body
 
 
 async def submit_if_new(
-    session: AsyncSession,
-    spec: JobSpec,
-    submitted_by: str,
-    key: str | None,
-    body: bytes,
-    lease_s: float,
-    told: Validated | None = None,
-    elastic: Elastic | None = None,
+    session: AsyncSession, spec: JobSpec, submission: Submission, fleet: Fleet, told: Validated | None = None
 ) -> UUID | None:
     """Insert the operation; None when a concurrent request with the same key was first.
 
     Raises 422 for an unknown workload, a config that its schema refuses, a metric that it does not report, a GPU
     that nobody has, or more devices than the live workers could give, unless others may be started that could.
     """
-    job = await resolved_job(session, spec, lease_s, told=told, elastic=elastic)
-    submitted: UUID | None = await session.scalar(SUBMIT, new_operation(spec, job, submitted_by, key, body))
+    job = await resolved_job(session, spec, fleet, told)
+    submitted: UUID | None = await session.scalar(SUBMIT, new_operation(spec, job, submission))
     return submitted
 
 
-def new_operation(spec: JobSpec, job: Job, submitted_by: str, key: str | None, body: bytes) -> dict[str, Any]:
+def new_operation(spec: JobSpec, job: Job, submission: Submission) -> dict[str, Any]:
     """The columns that come from its submitter."""
     id = uuid4()
     return {
@@ -131,9 +135,9 @@ def new_operation(spec: JobSpec, job: Job, submitted_by: str, key: str | None, b
         "labels": spec.labels,
         "priority": spec.priority,
         "max_retries": spec.max_retries,
-        "submitted_by": submitted_by,
-        "idempotency_key": key,
-        "body_sha256": body_sha256(body),
+        "submitted_by": submission.submitted_by,
+        "idempotency_key": submission.key,
+        "body_sha256": body_sha256(submission.body),
     }
 
 
@@ -154,29 +158,25 @@ def body_sha256(body: bytes) -> str:
 
 
 async def resolved_job(
-    session: AsyncSession,
-    spec: JobSpec,
-    lease_s: float,
-    path: str = "",
-    told: Validated | None = None,
-    elastic: Elastic | None = None,
+    session: AsyncSession, spec: JobSpec, fleet: Fleet, told: Validated | None = None, path: str = ""
 ) -> Job:
     """With every default. Raises 422; `path` is where in the body the submitter wrote it, with its dot.
 
     Of the user's own workload only a worker knows them: without `told` they stay open until it starts.
     """
     # Those of a study are its children's.
-    never = elastic(spec.execution, spec.resources) if elastic else None
-    if elastic is None or never is not None:
+    never = fleet.elastic(spec.execution, spec.resources) if fleet.elastic else None
+    must_be_there = fleet.elastic is None or never is not None
+    if must_be_there:
         await _check_accelerator(session, spec.execution.accelerator, f"{path}execution", never)
         await _check_cores(session, spec, f"{path}resources", never)
     job = await _resolved(session, spec, path, told)
-    if elastic is None or never is not None:
-        await could_hold(session, job, lease_s, path, never)
+    if must_be_there:
+        await _check_room(session, job, fleet.lease_s, path, never)
     return job
 
 
-async def could_hold(session: AsyncSession, job: Job, lease_s: float, path: str = "", never: str | None = None) -> None:
+async def _check_room(session: AsyncSession, job: Job, lease_s: float, path: str, never: str | None) -> None:
     """Raises 422 for a gang that the slots of the live workers could never hold, however free they are.
 
     `never` is why no others could be started for it. Without it and without a live worker nobody knows. A child of a

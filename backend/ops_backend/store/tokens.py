@@ -7,16 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.sql import statement
 from ops_contract.errors import ErrorCode, OpsError
-from ops_contract.tokens import (
-    OPERATOR,
-    PREFIX,
-    WORKERS,
-    TokenCreated,
-    TokenRequest,
-    Tokens,
-    TokenView,
-    token_digest,
-)
+from ops_contract.tokens import OPERATOR, PREFIX, WORKERS, TokenCreated, TokenRequest, Tokens, TokenView, token_digest
 
 _VIEW = "id, name, scope, created_by, created_at, expires_at, last_used_at, revoked_at"
 # Of a token `t`.

@@ -4,17 +4,18 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import TextClause
+from sqlalchemy import Row, TextClause
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, by_member, continues, plain, record, statement
+from ops_backend.store.sql import LOCK_HOLDS, NEWEST_FIRST, by_member, continues, of_row, plain, record, statement
+from ops_backend.tables import quoted
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import CANCELLABLE, RESUMABLE, TRANSITIONS, Outcome, Status
 from ops_contract.operations import ResumeAccepted, ResumedFrom
 from ops_contract.reports import Finish
 
 MAX_BACKOFF_S = 300
-CHARGED = ", ".join(sorted(f"'{t.event}'" for t in TRANSITIONS if t.charged))
+CHARGED = quoted(sorted(t.event for t in TRANSITIONS if t.charged))
 MAX_LOST_WITHOUT_PROGRESS = 3
 # Of a member whose gang goes on without it, until the last one has finished.
 IN_ORDER = frozenset({Outcome.COMPLETED, Outcome.CANCELLED, Outcome.PREEMPTED})
@@ -295,8 +296,12 @@ async def cancel_if_live(session: AsyncSession, id: UUID, reason: str, force: bo
     rows = (await session.execute(REQUEST_CANCEL, values)).all()
     if not rows:
         return None
-    pushes = [CancelPush(r.incarnation, r.attempt, r.url, r.secret) for r in rows if r.incarnation is not None]
-    return Cancelled(Status(rows[0].status), pushes)
+    return Cancelled(Status(rows[0].status), [push for row in rows if (push := push_of(row))])
+
+
+def push_of(row: Row[Any]) -> CancelPush | None:
+    """Of a row of `cancelling`; None where nobody runs it."""
+    return None if row.incarnation is None else CancelPush(row.incarnation, row.attempt, row.url, row.secret)
 
 
 async def resume_if_ended(
@@ -309,7 +314,7 @@ async def resume_if_ended(
         return None
     resumed_from = None
     if row["checkpoint_id"] is not None:
-        resumed_from = ResumedFrom.model_validate({name: row[name] for name in ResumedFrom.model_fields})
+        resumed_from = of_row(ResumedFrom, row)
     return ResumeAccepted(operation_id=row["operation_id"], status=row["status"], resumed_from=resumed_from)
 
 

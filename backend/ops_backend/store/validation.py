@@ -5,13 +5,13 @@ from uuid import UUID
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.sql import statement
+from ops_backend.store.sql import TAKES_WORK, statement
 from ops_contract.jobs import Job, is_users_own, runs_user_code
 
 # One that would take it. Any of them: a hanging one must not be asked again and again.
-FIND_WORKER = statement("""
+FIND_WORKER = statement(f"""
     SELECT w.incarnation, w.url, w.secret FROM workers w
-     WHERE NOT w.draining AND w.drain IS NULL AND w.last_seen_at > now() - make_interval(secs => :lease_s)
+     WHERE {TAKES_WORK}
        AND (w.user_code OR NOT :user_code)
        AND (:own OR :workload = ANY (w.workloads)
                     AND (:plans OR (SELECT validates FROM workloads WHERE name = :workload)))

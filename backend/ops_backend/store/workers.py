@@ -6,7 +6,7 @@ from uuid import UUID
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.store.claims import CLAIM_LOCK
-from ops_backend.store.sql import plain, statement
+from ops_backend.store.sql import IS_LIVE, plain, statement
 from ops_contract.agents import CancelOrder, Heartbeat, HeartbeatAnswer, SlotOffer, WorkerRegistration
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Drain
@@ -51,10 +51,10 @@ OFFER_WORKLOAD = statement("""
 LOCK_HOST = statement("SELECT pg_advisory_xact_lock(hashtextextended(:host, 0))")
 
 # One that has said goodbye, and runs nothing any more, holds no device.
-DEVICE_OWNER = statement("""
+DEVICE_OWNER = statement(f"""
     SELECT w.name FROM slots s JOIN workers w USING (incarnation)
      WHERE w.host = :host AND s.device_uuid = ANY (:device_uuids) AND w.incarnation <> :incarnation
-       AND w.last_seen_at > now() - make_interval(secs => :lease_s)
+       AND {IS_LIVE}
        AND (NOT w.draining
             OR EXISTS (SELECT FROM holds h WHERE h.incarnation = w.incarnation AND h.ended_at IS NULL))
      LIMIT 1

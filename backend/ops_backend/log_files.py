@@ -13,7 +13,7 @@ from typing import BinaryIO, Literal
 import yaml
 
 from ops_backend import tfevents
-from ops_backend.store.logs import Curve, Recorded
+from ops_backend.store.log_files import Curve, Recorded
 from ops_backend.store.sql import plain
 from ops_contract.jobs import Job, Logger
 

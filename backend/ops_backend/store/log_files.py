@@ -9,7 +9,7 @@ from uuid import UUID
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from ops_backend.store.queries import counted, lineage
+from ops_backend.store.lineage import STARTS, lineage
 from ops_backend.store.sql import statement
 from ops_backend.store.transitions import not_found
 from ops_contract.jobs import Job
@@ -26,9 +26,9 @@ UNLOGGED = statement(f"""
 
 TRY_LOGS_LOCK = statement(f"SELECT pg_try_advisory_xact_lock({LOGS_LOCK})")
 
-_RECORDED = """
+_RECORDED = f"""
     SELECT o.id, o.event_seq, o.attempt, o.job, coalesce(o.started_at, o.created_at) AS began_at,
-           (SELECT array_agg(a.start_step ORDER BY a.number) FROM attempts a WHERE a.operation_id = o.id) AS starts
+           {STARTS} AS starts
       FROM operations o WHERE o.id = :id"""
 
 RECORDED = statement(_RECORDED)
@@ -101,7 +101,9 @@ async def _recorded(session: AsyncSession, row: Row[Any]) -> Recorded:
     found = await session.stream(CURVES, {"id": row.id, "attempt": row.attempt}, execution_options={"yield_per": 20})
     async for part in found:
         curve = curves.setdefault(part.name, Curve())
-        for step, value in counted(part, ends[part.attempt]):
-            curve.steps.append(step)
-            curve.values.append(value)
+        end_step = ends[part.attempt]
+        for step, value in zip(part.steps, part.values, strict=True):
+            if end_step is None or step < end_step:
+                curve.steps.append(step)
+                curve.values.append(value)
     return Recorded(row.id, row.event_seq, Job.model_validate(row.job), row.began_at, curves)
