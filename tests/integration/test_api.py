@@ -17,7 +17,7 @@ from helpers.store import TOY, Store, credential_of, losses, registration, saved
 from ops_backend.app import create_app
 from ops_backend.dispatcher import Dispatcher
 from ops_backend.settings import Settings, SettingsError
-from ops_backend.store import queries
+from ops_backend.store import lists
 from ops_contract.errors import ErrorBody, OpsError
 from ops_contract.lifecycle import Outcome
 from ops_contract.reports import ArtifactSaved, LogChunk, Progress
@@ -466,7 +466,7 @@ async def test_what_was_meant_is_said(api: httpx.AsyncClient, offered: str) -> N
 async def test_a_search_goes_on_where_its_page_has_stopped_looking(
     api: httpx.AsyncClient, offered: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queries, "SEARCHED", 3)
+    monkeypatch.setattr(lists, "SEARCHED", 3)
     names = ["big 1", "x", "big 2", "x", "x", "x", "x", "big 3", "x"]
     for name in names:
         await api.post("/operations", json={"workload": offered, "name": name})

@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy.optimize import approx_fprime, minimize, minimize_scalar
+from scipy.special import stdtrit
 
 from helpers import scaling
-from helpers.scaling import ALPHA, BETA, BUDGETS, EXPONENT, A, B, E, centred, noisy, run, same_sizes
+from helpers.scaling import ALPHA, BETA, BUDGETS, EXPONENT, A, B, E, centred, noisy, optimal_params, run, same_sizes
 from ops_contract.lifecycle import Status
 from ops_contract.study_results import Approach2, Approach3, Estimate, PowerLaw, Prediction, SweepFit, SweepRow
 from ops_studies import tables
@@ -328,6 +329,63 @@ def test_intervals_grow_beyond_the_budgets() -> None:
         assert 0 < width(near.loss) < 0.2
 
 
+def logs(estimate: Estimate) -> tuple[float, float]:
+    """The value and half the interval, which lies evenly about it."""
+    assert estimate.low is not None
+    assert estimate.high is not None
+    low, value, high = np.log([estimate.low, estimate.value, estimate.high])
+    assert high - value == pytest.approx(value - low, rel=1e-6)
+    return float(value), float(high - value)
+
+
+def test_approach_2_says_the_same_of_params_tokens_their_ratio_and_both_powers() -> None:
+    """Of one line through the vertices follows all of it, with C = k·N^m·D."""
+    k, m, grid = 40.0, 0.9, BUDGETS[:5]
+    runs = [run(params, each, k, m) for each in grid for params in optimal_params(each) * np.geomspace(1 / 8, 8, 9)]
+    found = fitted(noisy(runs, 0.002, seed=0), 1e18, 7e21)
+    approach, law = second(found)
+    assert approach.tokens is not None
+
+    for budget in (1e18, 7e21):
+        told = predicted(found, 2, budget)
+        (n, of_n), (d, of_d), (ratio, of_ratio) = map(logs, (told.params, told.tokens, told.tokens_per_param))
+        assert (d, ratio) == pytest.approx((np.log(budget / k) - m * n, d - n), rel=1e-6)
+        assert (of_d, of_ratio) == pytest.approx((m * of_n, (1 + m) * of_n), rel=1e-6)
+        for power, value in ((law, n), (approach.tokens, d)):
+            assert np.log(power.coefficient.value) + power.exponent.value * np.log(budget) == pytest.approx(value)
+    assert approach.tokens.exponent.value == pytest.approx(1 - m * law.exponent.value)
+    assert width(approach.tokens.exponent) == pytest.approx(m * width(law.exponent))
+    assert law.r2 == approach.tokens.r2 == pytest.approx(1, abs=0.01)
+
+
+def test_a_loss_of_approach_2_is_that_of_the_optima_and_on_the_line_between_them() -> None:
+    runs = noisy(centred(BUDGETS[:4], 9, factor=8), 0.003, seed=1)
+    low, high = BUDGETS[0], BUDGETS[3]
+    between = float(np.sqrt(BUDGETS[1] * BUDGETS[2]))
+    found = fitted(runs, between, low * 0.999, high * 1.001)
+
+    optima = second(found)[0].optima
+    squares, variances = [], []
+    for budget, optimum in zip(BUDGETS[:4], optima, strict=True):
+        told = predicted(found, 2, budget).loss
+        assert told is not None
+        assert told.value == pytest.approx(optimum.loss)
+        x, y = np.array([(np.log(each.params), each.loss) for each in runs if each.flops == budget]).T
+        basis, at = np.vander(x - x.mean(), 3), np.vander([np.log(optimum.params) - x.mean()], 3)[0]
+        squares.append(np.square(y - basis @ np.polyfit(x - x.mean(), y, 2)).sum() / y.mean() ** 2)
+        variances.append(at @ np.linalg.inv(basis.T @ basis) @ at * y.mean() ** 2 / optimum.loss**2)
+        freedom = 4 * (9 - 3)
+    noise = sum(squares) / freedom
+    for budget, variance in zip(BUDGETS[:4], variances, strict=True):
+        told = predicted(found, 2, budget).loss
+        assert told is not None
+        assert logs(told)[1] == pytest.approx(stdtrit(freedom, 0.975) * np.sqrt(noise * variance), rel=1e-3)
+    middle = predicted(found, 2, between).loss
+    assert middle is not None
+    assert middle.value == pytest.approx(np.sqrt(optima[1].loss * optima[2].loss))
+    assert predicted(found, 2, low * 0.999).loss is predicted(found, 2, high * 1.001).loss is None
+
+
 def test_what_the_runs_do_not_determine_is_told() -> None:
     """Losses without a floor: E is any small number."""
     runs = [replace(each, loss=each.loss - E) for each in centred()]
@@ -374,7 +432,9 @@ def test_rows_without_a_loss_are_named_and_the_others_fitted() -> None:
 def test_the_joule_optimal_run_is_the_most_frugal_of_those_about_as_good() -> None:
     rows = [
         row("best", final_loss=2.0, energy_j=100.0),
-        row("frugal", final_loss=2.019, energy_j=60.0),
+        row("as good", final_loss=2.0, energy_j=99.0),
+        row("frugal", final_loss=2.02, energy_j=60.0),
+        row("as frugal", final_loss=2.01, energy_j=60.0),
         row("worse", final_loss=2.021, energy_j=1.0),
         row("unknown", final_loss=2.001),
         row("diverged", final_loss=float("nan"), energy_j=0.1),
