@@ -162,22 +162,19 @@ async def test_nobody_is_refused_because_a_restart_had_ended_the_connections(
 
 
 class Ambiguous:
-    """Calls of which the first is carried out and not answered, and what the second one says.
-
-    `commit` is the transaction that is lost: a fork has one before, in which nothing is made.
-    """
+    """Calls of which the first is carried out and not answered, and what the second one says."""
 
     def __init__(self, api: httpx.AsyncClient, proxy: PostgresProxy) -> None:
         self.api = api
         self.proxy = proxy
 
-    async def __call__(self, path: str, body: Any = None, commit: int = 1, **headers: str) -> httpx.Response:
+    async def __call__(self, path: str, body: Any = None, **headers: str) -> httpx.Response:
         async def call() -> httpx.Response:
             content = body if isinstance(body, str) else None
             headers["Content-Type"] = "application/json"
             return await self.api.post(path, content=content, json=None if content else body, headers=headers)
 
-        before, self.proxy.lose_commit = self.proxy.lost_commits, commit
+        before, self.proxy.lose_commit = self.proxy.lost_commits, 1
         assert said(await call()) == BUSY
         assert self.proxy.lost_commits == before + 1
         return await call()
@@ -207,7 +204,7 @@ async def test_what_was_committed_and_not_answered_is_safe_to_repeat(
         batch = ReportBatch(incarnation=run.incarnation, first_seq=4, reports=list(end)).model_dump_json()
         finished = await again(f"{of}/attempts/1/reports", batch, **shown_by(run.incarnation))
         resumed = await again(f"{of}/resume")
-        forked = await again(f"{of}/fork", {}, 2, **{"Idempotency-Key": "f"})
+        forked = await again(f"{of}/fork", {}, **{"Idempotency-Key": "f"})
 
     assert made.status_code == 200
     assert (reported.status_code, reported.json()["last_seq"]) == (200, 3)
