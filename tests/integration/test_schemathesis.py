@@ -80,7 +80,7 @@ class Run:
         self.log = service.server.log
         self._ids = cycle([self._submitted() for _ in range(OPERATIONS)])
         self._turn = cycle([True, False])
-        self.schema = schemathesis.openapi.from_url(f"{service.url}/openapi.json")
+        self.schema = schemathesis.openapi.from_url(f"{service.url}/openapi.json", timeout=TIMEOUT_S)
 
     def plain(self, examples: int, calls: int | None = None) -> None:
         """Requests as they are described, and others, to every call, or to so many that the seed picks."""
