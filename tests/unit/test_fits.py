@@ -356,6 +356,11 @@ def test_approach_2_says_the_same_of_params_tokens_their_ratio_and_both_powers()
     assert approach.tokens.exponent.value == pytest.approx(1 - m * law.exponent.value)
     assert width(approach.tokens.exponent) == pytest.approx(m * width(law.exponent))
     assert law.r2 == approach.tokens.r2 == pytest.approx(1, abs=0.01)
+    # The variance is a parabola in log C, and that of the exponent its curvature.
+    spaced = fitted(noisy(runs, 0.002, seed=0), 1e20, 1e22, 1e24)
+    before, at, after = (logs(predicted(spaced, 2, budget).params)[1] for budget in (1e20, 1e22, 1e24))
+    half = width(law.exponent) / 2
+    assert before**2 - 2 * at**2 + after**2 == pytest.approx(2 * (np.log(100) * half) ** 2, rel=1e-6)
 
 
 def test_a_loss_of_approach_2_is_that_of_the_optima_and_on_the_line_between_them() -> None:
@@ -384,6 +389,9 @@ def test_a_loss_of_approach_2_is_that_of_the_optima_and_on_the_line_between_them
     assert middle is not None
     assert middle.value == pytest.approx(np.sqrt(optima[1].loss * optima[2].loss))
     assert predicted(found, 2, low * 0.999).loss is predicted(found, 2, high * 1.001).loss is None
+    tenths = predicted(fitted([replace(each, loss=each.loss / 10) for each in runs], between), 2, between).loss
+    assert tenths is not None
+    assert tenths.value == pytest.approx(middle.value / 10)
 
 
 def test_what_the_runs_do_not_determine_is_told() -> None:
