@@ -41,17 +41,8 @@ import lines
 import uvloop
 from filling import connect
 from lines import Line
-from simulation import (
-    COMPLETED,
-    STARTED,
-    Connection,
-    answers,
-    credential_of,
-    metrics_at,
-    postgres,
-    quantile,
-    registration,
-)
+from servers import postgres
+from speaking import COMPLETED, STARTED, Connection, answers, credential_of, metrics_at, registration
 from sqlalchemy import make_url
 
 from ops_backend.database import migrate
@@ -316,7 +307,7 @@ def tell(took_ms: Took, few: tuple[int, int], many: tuple[int, int]) -> list[Lin
     print("\n| | asked | p50, ms, few | many | p99, ms, few | many |\n|---|---|---|---|---|---|")
     found = []
     for name, sides in took_ms.items():
-        p50, p99 = ([[quantile(block, percent) for block in side] for side in sides] for percent in (50, 99))
+        p50, p99 = ([[lines.quantile(block, percent) for block in side] for side in sides] for percent in (50, 99))
         asked = sum(len(block) for side in sides for block in side)
         cells = [lines.spread(each) for each in (*p50, *p99)]
         print(f"| {name} | {asked} | {' | '.join(cells)} |")

@@ -36,7 +36,7 @@ import servers
 import uvloop
 from filling import connect
 from lifecycle import JOB, Hold, SimulatedWorker, simulated_worker
-from simulation import STARTED, Connection, postgres
+from speaking import STARTED, Connection
 
 from ops_contract.reports import Metrics, Progress, Series
 from ops_worker.delivery import BATCH_REPORTS
@@ -88,7 +88,7 @@ def main() -> None:
     lines.add_option(parser)
     given = parser.parse_args()
     servers.end_in_order()
-    with tempfile.TemporaryDirectory() as directory, postgres(Path(directory)) as (url, _):
+    with tempfile.TemporaryDirectory() as directory, servers.postgres(Path(directory)) as (url, _):
         found = uvloop.run(measure(given, url, Path(directory)))
     told = [
         lines.ratio(

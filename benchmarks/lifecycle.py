@@ -29,7 +29,7 @@ import peers
 import servers
 import uvloop
 from filling import connect
-from simulation import COMPLETED, STARTED, Connection, answers, credential_of, postgres, registration
+from speaking import COMPLETED, STARTED, Connection, answers, credential_of, registration
 from sqlalchemy import make_url
 
 PROCRASTINATE = ("procrastinate==3.10.0", "psycopg[binary,pool]==3.3.4")
@@ -51,7 +51,7 @@ def main() -> None:
     lines.add_option(parser)
     given = parser.parse_args()
     servers.end_in_order()
-    with tempfile.TemporaryDirectory() as directory, postgres(Path(directory)) as (url, _):
+    with tempfile.TemporaryDirectory() as directory, servers.postgres(Path(directory)) as (url, _):
         found = uvloop.run(measure(given, url, Path(directory)))
     what = "lifecycle of a no-op over HTTP: submit, claim, start, finish"
     against = "procrastinate: defer, run, succeeded"

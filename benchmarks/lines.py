@@ -104,3 +104,9 @@ def _form(values: Values) -> str:
     """Three digits, or as many as stand before the point."""
     size = abs(statistics.median(values))
     return ".0f" if size >= 100 else ".1f" if size >= 10 else ".2f" if size >= 1 else ".3f"
+
+
+def quantile(values: list[float], percent: int) -> float:
+    if len(values) < 2:
+        return values[0] if values else 0.0
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]

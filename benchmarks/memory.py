@@ -31,7 +31,7 @@ from typing import Any
 
 import lines
 from lines import Line
-from simulation import Connection
+from speaking import Connection
 
 from ops_cli.stack import Stack, StackSettings
 from ops_cli.up import free_port

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -35,18 +34,9 @@ import document
 import filling
 import psutil
 import uvloop
-from simulation import (
-    BUSY,
-    DYING_A_MINUTE,
-    FAILING,
-    Connection,
-    Fleet,
-    pause,
-    postgres,
-    quantile,
-    registration,
-    wishes,
-)
+from servers import postgres
+from simulation import BUSY, DYING_A_MINUTE, FAILING, LISTS, LISTS_A_SECOND, READS_A_SECOND, Fleet, Readers
+from speaking import registration
 from sqlalchemy import make_url
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -60,17 +50,6 @@ from ops_contract.agents import WorkerRegistration
 LEASE_S = 15.0
 LONG_LEASE_S = 60.0  # with which a large fleet beats a quarter as often
 FILL_AND_START_S = 60.0  # what a step takes at most beside its window
-READS_A_SECOND = 40.0
-LISTS_A_SECOND = 2.0
-LISTS = {
-    "newest": "",
-    "status": "&status=running",
-    "label": "&label=team%3Dt7",
-    "q": "&q=train-77",
-    "rare status": "&status=cancelling",
-    "no label": "&label=team%3Dnobody",
-    "no q": "&q=nowhere",
-}
 
 
 def main() -> None:
@@ -395,83 +374,6 @@ SIZES = """
      WHERE c.relkind = 'r' AND c.relname IN ('operations', 'attempts', 'holds', 'events', 'metrics', 'checkpoints')
      ORDER BY pg_total_relation_size(c.oid) DESC
 """
-
-
-# ---- readers
-
-
-class Readers:
-    """The process that polls and lists, each at its time whatever the answers take."""
-
-    def __init__(self, about: dict[str, Any]) -> None:
-        self.ports: list[int] = about["ports"]
-        self.token: str = about["token"]
-        self.took_ms: dict[str, list[float]] = defaultdict(list)
-        self.seen: Counter[str] = Counter()
-        self.free: list[Connection] = []
-        self.tags: dict[str, str] = {}
-        self.asked = 0
-
-    async def run(self) -> None:
-        async for wish in wishes():
-            print(json.dumps(await self._window(wish["seconds"])), flush=True)
-
-    async def _window(self, seconds: float) -> dict[str, Any]:
-        self.took_ms, self.seen = defaultdict(list), Counter()
-        ids: list[str] = []
-        for failures in range(5):
-            status, headers, answer = 503, {}, b""
-            with suppress(OSError, TimeoutError):
-                first = Connection(self.ports[0], self.token)
-                status, headers, answer = await first.request("GET", "/operations?limit=50")
-                first.close()
-            if status == 200:
-                ids = [item["id"] for item in json.loads(answer)["items"]]
-                break
-            await pause(failures, headers)
-        asked = Connection.asked
-        began_s, tasks = time.monotonic(), []
-        lists = list(LISTS.items())
-        polls = [(n / READS_A_SECOND, ids[n % len(ids)], None) for n in range(int(READS_A_SECOND * seconds)) if ids]
-        pages = [
-            (n / LISTS_A_SECOND, lists[n % len(lists)][0], lists[n % len(lists)][1])
-            for n in range(int(LISTS_A_SECOND * seconds))
-        ]
-        for at_s, what, query in sorted([*polls, *pages], key=lambda each: each[0]):
-            await asyncio.sleep(max(0.0, began_s + at_s - time.monotonic()))
-            tasks.append(asyncio.create_task(self._poll(what) if query is None else self._list(what, query)))
-        await asyncio.gather(*tasks)
-        polled, listed = self.took_ms["poll"], [ms for name in LISTS for ms in self.took_ms[name]]
-        return {
-            "requests/s": (Connection.asked - asked) / max(time.monotonic() - began_s, seconds, 1e-3),
-            "poll p50": quantile(polled, 50),
-            "poll p99": quantile(polled, 99),
-            "304": self.seen["304"] / max(len(polled), 1),
-            "list p99": quantile(listed, 99),
-            "failed reads": self.seen["failed"],
-        } | {f"list {name}": quantile(self.took_ms[name], 50) for name in LISTS}
-
-    async def _poll(self, id: str) -> None:
-        status, headers = await self._get("poll", f"/operations/{id}", self.tags.get(id, ""))
-        self.seen[str(status)] += 1
-        if status == 200:
-            self.tags[id] = headers.get("etag", "")
-
-    async def _list(self, name: str, query: str) -> None:
-        await self._get(name, f"/operations?limit=50{query}")
-
-    async def _get(self, name: str, path: str, tag: str = "") -> tuple[int, dict[str, str]]:
-        self.asked += 1
-        connection = self.free.pop() if self.free else Connection(self.ports[self.asked % len(self.ports)], self.token)
-        began_s = time.monotonic()
-        try:
-            status, headers, _ = await connection.request("GET", path, tag=tag)
-        except (OSError, TimeoutError):
-            status, headers = 0, {}
-        self.took_ms[name].append((time.monotonic() - began_s) * 1e3)
-        self.seen["failed"] += status not in (200, 304)
-        self.free.append(connection)
-        return status, headers
 
 
 if __name__ == "__main__":

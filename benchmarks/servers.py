@@ -1,6 +1,6 @@
 """What benchmarks over HTTP measure, as processes: our API as `ops server` runs it, and MLflow's tracking server.
 
-Both have the same embedded Postgres, each a database of its own.
+Both have the same embedded Postgres, which is one too, each a database of its own.
 """
 
 import json
@@ -33,6 +33,20 @@ class Api:
     port: int
     token: str
     pid: int
+
+
+@contextmanager
+def postgres(directory: Path) -> Iterator[tuple[str, int]]:
+    """As `ops up` runs it."""
+    command = [sys.executable, "-m", "ops_backend", "db", "--data-dir", str(directory), "--json", "--exit-on-eof"]
+    with (
+        (directory / "db.log").open("wb") as log,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True) as process,
+    ):
+        assert process.stdout is not None
+        said = json.loads(process.stdout.readline())
+        yield said["url"], said["pid"]
+        process.communicate()
 
 
 @contextmanager

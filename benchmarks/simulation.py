@@ -1,44 +1,49 @@
-"""Simulated workers, the HTTP that they speak, and the database beside them: for benchmarks of the control plane."""
+"""Simulated workers, who also submit their work, and simulated readers: each a process of `scale.py`."""
 
 import asyncio
 import json
 import random
-import statistics
-import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
-from ops_contract.agents import CREDENTIAL_PREFIX, WorkloadOffer
-from ops_contract.reports import Exactness, Finish, Metrics, Progress, Series, Started
-from ops_contract.wire import API_PREFIX
+import lines
+from speaking import (
+    COMPLETED,
+    FAILED,
+    STARTED,
+    Connection,
+    answers,
+    checkpoint_at,
+    credential_of,
+    is_for_later,
+    metrics_at,
+    pause,
+    registration,
+)
+
+from ops_contract.reports import Progress
 
 RAMP_S = 45.0  # until the wished share of the workers trains, at most
-RETRY_CAP_S = 2.0
 BUSY = 0.8
 FAILING = 0.05
 DYING_A_MINUTE = 0.02  # of all workers
-IDLE_CLOSE_S = 4.5  # a little less than the API keeps a connection
-
-
-@contextmanager
-def postgres(directory: Path) -> Iterator[tuple[str, int]]:
-    """As `ops up` runs it."""
-    command = [sys.executable, "-m", "ops_backend", "db", "--data-dir", str(directory), "--json", "--exit-on-eof"]
-    with (
-        (directory / "db.log").open("wb") as log,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True) as process,
-    ):
-        assert process.stdout is not None
-        said = json.loads(process.stdout.readline())
-        yield said["url"], said["pid"]
-        process.communicate()
+READS_A_SECOND = 40.0
+LISTS_A_SECOND = 2.0
+LISTS = {
+    "newest": "",
+    "status": "&status=running",
+    "label": "&label=team%3Dt7",
+    "q": "&q=train-77",
+    "rare status": "&status=cancelling",
+    "no label": "&label=team%3Dnobody",
+    "no q": "&q=nowhere",
+}
 
 
 async def wishes() -> AsyncIterator[dict[str, Any]]:
@@ -48,114 +53,8 @@ async def wishes() -> AsyncIterator[dict[str, Any]]:
         yield json.loads(line)
 
 
-# ---- HTTP, as cheap as it gets
-
-
 class Refused(Exception):
     pass
-
-
-class Connection:
-    """One, kept while it is used; one request at a time."""
-
-    asked = 0  # of all connections of this process
-
-    def __init__(self, port: int, token: str) -> None:
-        self._port = port
-        self._token = token
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._used_s = 0.0
-        self._turn = asyncio.Lock()
-
-    async def request(
-        self, method: str, path: str, body: str = "", tag: str = "", timeout_s: float = 30.0
-    ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body. Raises OSError, and TimeoutError."""
-        async with self._turn:
-            Connection.asked += 1
-            try:
-                async with asyncio.timeout(timeout_s):
-                    return await self._request(method, path, body, tag)
-            except BaseException:
-                self.close()
-                raise
-
-    def close(self) -> None:
-        if self._streams:
-            self._streams[1].close()
-        self._streams = None
-
-    async def _request(self, method: str, path: str, body: str, tag: str) -> tuple[int, dict[str, str], bytes]:
-        if self._streams and time.monotonic() - self._used_s > IDLE_CLOSE_S:
-            self.close()
-        if self._streams is None:
-            self._streams = await asyncio.open_connection("127.0.0.1", self._port)
-        reader, writer = self._streams
-        has = f"If-None-Match: {tag}\r\n" if tag else ""
-        content = body.encode()
-        head = f"{method} {API_PREFIX}{path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self._token}\r\n{has}"
-        if content:
-            head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
-        writer.write(f"{head}\r\n".encode() + content)
-        try:
-            lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:])}
-            answer = await reader.readexactly(int(headers.get("content-length", 0)))
-        except asyncio.IncompleteReadError as error:
-            raise ConnectionResetError("it was closed") from error
-        self._used_s = time.monotonic()
-        if headers.get("connection") == "close":
-            self.close()
-        return int(lines[0].split()[1]), headers, answer
-
-
-def is_for_later(status: int) -> bool:
-    """Says nothing of the request: an agent tries again."""
-    return status in (408, 429) or status >= 500
-
-
-async def pause(failures: int, headers: dict[str, str]) -> None:
-    """As `ops_worker.waiting.Backoff`: longer after each failure in a row, and not before `Retry-After`, seconds."""
-    said = headers.get("retry-after", "")
-    backoff_s = min(RETRY_CAP_S, 0.1 * 2 ** min(failures, 10)) * random.uniform(0.5, 1.0)
-    await asyncio.sleep(max(backoff_s, float(said) if said.isdecimal() else 0.0))
-
-
-# ---- simulated workers
-
-
-def answers(take: Callable[[dict[str, Any]], int]) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any]:
-    """A server of what the API calls, which is starts: `take` gives the status of each."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-                length = int(head.partition("content-length: ")[2].partition("\r\n")[0] or 0)
-                status = take(json.loads(await reader.readexactly(length) or b"{}"))
-                writer.write(b"HTTP/1.1 %d x\r\nContent-Type: application/json\r\n" % status)
-                writer.write(b"Content-Length: 2\r\n\r\n{}")
-        writer.close()
-
-    return serve
-
-
-def registration(incarnation: UUID, port: int, cores: int = 1) -> dict[str, Any]:
-    offer = WorkloadOffer(name="toy", config_schema={"type": "object"}, reports={"loss": "min"})
-    return {
-        "incarnation": str(incarnation),
-        "credential": credential_of(incarnation),
-        "secret": "s" * 43,
-        "name": f"w-{incarnation.hex[:8]}",
-        "host": f"h-{incarnation.hex[:8]}",
-        "url": f"http://127.0.0.1:{port}",
-        "slots": [{"index": 0, "device": "cpu", "cores": cores}],
-        "workloads": [offer.model_dump()],
-    }
-
-
-def credential_of(incarnation: UUID) -> str:
-    return CREDENTIAL_PREFIX + incarnation.hex + 11 * "0"
 
 
 @dataclass
@@ -250,13 +149,13 @@ class Fleet:
         return {
             "requests/s": (Connection.asked - asked) / lasted_s,
             "beats/s": len(counts.beat_ms) / lasted_s,
-            "beat p50": quantile(counts.beat_ms, 50),
-            "beat p99": quantile(counts.beat_ms, 99),
+            "beat p50": lines.quantile(counts.beat_ms, 50),
+            "beat p99": lines.quantile(counts.beat_ms, 99),
             "beats late": seen["late"],
             "reports/s": seen["reports"] / lasted_s,
             "starts/s": len(counts.dispatch_ms) / lasted_s,
-            "dispatch p50": quantile(counts.dispatch_ms, 50),
-            "dispatch p99": quantile(counts.dispatch_ms, 99),
+            "dispatch p50": lines.quantile(counts.dispatch_ms, 50),
+            "dispatch p99": lines.quantile(counts.dispatch_ms, 99),
             "errors": seen["errors"],
             "deaths": seen["deaths"],
             "dead": [str(id) for id in self.dead],
@@ -421,38 +320,75 @@ class SimulatedWorker:
         return seq, waiting
 
 
-STARTED = Started(
-    trainer_pid=1,
-    start_step=0,
-    exactness=Exactness(promise="promised"),
-    environment={"torch": "2.13.0", "python": "3.11"},
-).model_dump_json()
-COMPLETED = Finish.model_validate({"outcome": "completed"}).model_dump_json()
-FAILED = Finish.model_validate(
-    {"outcome": "failed", "permanent": True, "error": {"code": "exception", "message": "it raised"}}
-).model_dump_json()
-_VALUES = Series.of("loss", [(step, random.random()) for step in range(10)]).values
+class Readers:
+    """The process that polls and lists, each at its time whatever the answers take."""
 
+    def __init__(self, about: dict[str, Any]) -> None:
+        self.ports: list[int] = about["ports"]
+        self.token: str = about["token"]
+        self.took_ms: dict[str, list[float]] = defaultdict(list)
+        self.seen: Counter[str] = Counter()
+        self.free: list[Connection] = []
+        self.tags: dict[str, str] = {}
+        self.asked = 0
 
-def metrics_at(step: int) -> str:
-    steps = list(range(step - 9, step + 1))
-    series = [Series(name=name, steps=steps, values=_VALUES) for name in ("epoch", "learning_rate", "loss")]
-    return Metrics(series=series).model_dump_json()
+    async def run(self) -> None:
+        async for wish in wishes():
+            print(json.dumps(await self._window(wish["seconds"])), flush=True)
 
+    async def _window(self, seconds: float) -> dict[str, Any]:
+        self.took_ms, self.seen = defaultdict(list), Counter()
+        ids: list[str] = []
+        for failures in range(5):
+            status, headers, answer = 503, {}, b""
+            with suppress(OSError, TimeoutError):
+                first = Connection(self.ports[0], self.token)
+                status, headers, answer = await first.request("GET", "/operations?limit=50")
+                first.close()
+            if status == 200:
+                ids = [item["id"] for item in json.loads(answer)["items"]]
+                break
+            await pause(failures, headers)
+        asked = Connection.asked
+        began_s, tasks = time.monotonic(), []
+        lists = list(LISTS.items())
+        polls = [(n / READS_A_SECOND, ids[n % len(ids)], None) for n in range(int(READS_A_SECOND * seconds)) if ids]
+        pages = [
+            (n / LISTS_A_SECOND, lists[n % len(lists)][0], lists[n % len(lists)][1])
+            for n in range(int(LISTS_A_SECOND * seconds))
+        ]
+        for at_s, what, query in sorted([*polls, *pages], key=lambda each: each[0]):
+            await asyncio.sleep(max(0.0, began_s + at_s - time.monotonic()))
+            tasks.append(asyncio.create_task(self._poll(what) if query is None else self._list(what, query)))
+        await asyncio.gather(*tasks)
+        polled, listed = self.took_ms["poll"], [ms for name in LISTS for ms in self.took_ms[name]]
+        return {
+            "requests/s": (Connection.asked - asked) / max(time.monotonic() - began_s, seconds, 1e-3),
+            "poll p50": lines.quantile(polled, 50),
+            "poll p99": lines.quantile(polled, 99),
+            "304": self.seen["304"] / max(len(polled), 1),
+            "list p99": lines.quantile(listed, 99),
+            "failed reads": self.seen["failed"],
+        } | {f"list {name}": lines.quantile(self.took_ms[name], 50) for name in LISTS}
 
-def checkpoint_at(id: str, attempt: int, step: int) -> str:
-    about = {
-        "kind": "checkpoint",
-        "checkpoint_id": str(uuid4()),
-        "checkpoint_type": "periodic",
-        "step": step,
-        "epoch": 0,
-    }
-    about |= {"phase": "update", "path": f"{id}/{attempt}-{step}", "size_bytes": 1, "manifest_sha256": "0" * 64}
-    return json.dumps(about)
+    async def _poll(self, id: str) -> None:
+        status, headers = await self._get("poll", f"/operations/{id}", self.tags.get(id, ""))
+        self.seen[str(status)] += 1
+        if status == 200:
+            self.tags[id] = headers.get("etag", "")
 
+    async def _list(self, name: str, query: str) -> None:
+        await self._get(name, f"/operations?limit=50{query}")
 
-def quantile(values: list[float], percent: int) -> float:
-    if len(values) < 2:
-        return values[0] if values else 0.0
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+    async def _get(self, name: str, path: str, tag: str = "") -> tuple[int, dict[str, str]]:
+        self.asked += 1
+        connection = self.free.pop() if self.free else Connection(self.ports[self.asked % len(self.ports)], self.token)
+        began_s = time.monotonic()
+        try:
+            status, headers, _ = await connection.request("GET", path, tag=tag)
+        except (OSError, TimeoutError):
+            status, headers = 0, {}
+        self.took_ms[name].append((time.monotonic() - began_s) * 1e3)
+        self.seen["failed"] += status not in (200, 304)
+        self.free.append(connection)
+        return status, headers
