@@ -28,6 +28,8 @@ SHORTEST_PREFIX = 4
 
 
 class Administration(Transport):
+    """`relight.Client` has these calls."""
+
     def workers(self) -> Sequence[WorkerView]:
         return self._get("/workers", Workers).items
 

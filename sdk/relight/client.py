@@ -7,7 +7,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from uuid import UUID
 
@@ -75,6 +75,11 @@ class Client(Administration, Transfers):
     whose answer got lost is retried only where a repetition changes nothing: reads, and what makes an operation, with
     its key.
     """
+
+    @cached_property
+    def _seen(self) -> dict[UUID, tuple[str, Operation]]:
+        """With their ETags, those that have not ended."""
+        return {}
 
     def submit(self, spec: JobSpec | Mapping[str, Any], idempotency_key: str | None = None) -> Operation:
         """The same key and spec again give the same operation. Raises ValidationError for a malformed spec."""

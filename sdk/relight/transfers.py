@@ -27,6 +27,8 @@ EXPORT_TIMEOUT_S = 600.0
 
 
 class Transfers(Transport):
+    """`relight.Client` has these calls."""
+
     def upload(self, packed: "Packed") -> Code:
         """For a job's `code`; see `relight.packing.pack`. What the server has already is not sent again.
 

@@ -5,13 +5,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
-from uuid import UUID
 
 import httpx
 from pydantic import ValidationError
 
 from ops_contract.errors import ErrorBody, ErrorCode, OpsError
-from ops_contract.operations import Operation
 from ops_contract.wire import API_PREFIX, Wire
 from relight.settings import Server, find_server
 
@@ -31,7 +29,7 @@ class Unreachable(OpsError):
 
 
 class Transport:
-    """Talks to one server."""
+    """The connection to one server, and how calls are made over it: see `relight.Client`."""
 
     def __init__(
         self,
@@ -48,7 +46,6 @@ class Transport:
             raise Unreachable("No server is known. Start one with `ops up`, or name one by --url or OPS_API_URL.")
         self.server: Server = server
         self._sleep = sleep
-        self._seen: dict[UUID, tuple[str, Operation]] = {}  # with their ETags, those that have not ended
         local = is_loopback(server.url)
         # Of http on this machine there is nothing to verify, and reading all authorities takes longer than most calls.
         plain = local and server.url.startswith("http://")

@@ -19,7 +19,7 @@ touch "$root/torch_is_there"
 sleep 1
 install theirs "$wheel[backend,worker]"
 [ -z "$(torch_of)" ] || fail "the torch that was there was touched: $(torch_of)"
-tools=$bin bin=$root/theirs/bin PATH=$root/theirs/bin:$PATH
+PATH=$root/theirs/bin:$PATH
 [[ $(python -c 'import ops_backend; print(ops_backend.__file__)') = "$root/theirs/"* ]] || fail "not what was installed"
 [[ "$wheel" = */relight-"$(ops --version)"-* ]] || fail "ops --version says $(ops --version)"
 
@@ -34,5 +34,5 @@ ops watch "$id"
 is completed || fail "it is not completed"
 ops download "$id" --to out
 [ -s out/model.safetensors ] || fail "there is no model"
-"$tools/python" "$repository/tests/journeys/see_curve.py" "$(ops dashboard)" "$(ops status "$id" --json | of 'it["id"]')" "$root/curve.png"
+"$bin/python" "$repository/tests/journeys/see_curve.py" "$(ops dashboard)" "$(ops status "$id" --json | of 'it["id"]')" "$root/curve.png"
 echo "What is released runs."

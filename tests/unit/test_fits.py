@@ -379,7 +379,7 @@ def test_a_loss_of_approach_2_is_that_of_the_optima_and_on_the_line_between_them
         basis, at = np.vander(x - x.mean(), 3), np.vander([np.log(optimum.params) - x.mean()], 3)[0]
         squares.append(np.square(y - basis @ np.polyfit(x - x.mean(), y, 2)).sum() / y.mean() ** 2)
         variances.append(at @ np.linalg.inv(basis.T @ basis) @ at * y.mean() ** 2 / optimum.loss**2)
-        freedom = 4 * (9 - 3)
+    freedom = 4 * (9 - 3)
     noise = sum(squares) / freedom
     for budget, variance in zip(BUDGETS[:4], variances, strict=True):
         told = predicted(found, 2, budget).loss

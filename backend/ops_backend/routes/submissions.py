@@ -111,22 +111,22 @@ async def fork_operation(
 ) -> Operation | Response:
     """A new operation that begins at a checkpoint of this one, with its job but for the overrides."""
     body = await request.body() or b"{}"
-    wish = read(ForkRequest, body)
     submission = Submission(user.name, idempotency_key, _whole("fork", id, body))
 
     async def asked(session: AsyncSession) -> Question | None:
         if not dry_run and await replay(session, submission):
             return None
+        wish = read(ForkRequest, body)
         if not (wish.overrides.config or wish.overrides.code):
             return None
         return await question(session, await forked_job(session, id, wish, fleet), fleet.lease_s)
 
     async def forked(session: AsyncSession, told: Validated | None) -> Operation | Response:
         if dry_run:
-            return as_json(await forked_job(session, id, wish, fleet, told))
+            return as_json(await forked_job(session, id, read(ForkRequest, body), fleet, told))
 
         async def make() -> UUID | None:
-            return await fork_if_there(session, id, wish, submission, fleet, told)
+            return await fork_if_there(session, id, read(ForkRequest, body), submission, fleet, told)
 
         operation, is_new = await _once(session, submission, make, response)
         if is_new:
