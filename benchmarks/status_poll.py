@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import lines
 import servers as peer_servers
 
-from helpers.databases import Databases, embedded_postgres
+from helpers.databases import Databases
 from helpers.store import Held, Store, losses, started
 from ops_backend.app import create_app
 from ops_backend.database import Sessions
@@ -71,7 +71,7 @@ def main() -> None:
     if given.load:
         return generate()
     peer_servers.end_in_order()
-    with tempfile.TemporaryDirectory() as directory, embedded_postgres(Path(directory)) as url:
+    with tempfile.TemporaryDirectory() as directory, peer_servers.postgres(Path(directory)) as (url, _):
         rates = asyncio.run(measure(given, url, directory))
     tell(given, rates)
     told = lines_of(given, rates)
