@@ -58,7 +58,6 @@ class Settings(BaseModel):
     poll_s: float = Field(
         0.5, gt=0, description="how often the dispatcher looks for work unprompted, and streams for what is new"
     )
-    slot_rest_s: float = Field(5.0, ge=0, description="how long a slot that refused is left alone")
     retry_backoff_s: float = Field(2.0, ge=0, description="before the first retry; doubles up to five minutes")
     orphan_sweep_s: float = Field(
         600.0,
@@ -159,6 +158,11 @@ class Settings(BaseModel):
     def heartbeat_s(self) -> float:
         """Three chances within a lease, so that one lost beat costs nothing."""
         return self.lease_s / 3
+
+    @property
+    def slot_rest_s(self) -> float:
+        """A slot that refused is left alone until its worker has been heard again."""
+        return self.heartbeat_s
 
     @property
     def tick_s(self) -> float:

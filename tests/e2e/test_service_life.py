@@ -38,7 +38,7 @@ class Machine:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.environ = {"HOME": str(home), "PATH": os.environ["PATH"], "OPS_LEASE_S": "3", "OPS_SLOT_REST_S": "0.5"}
+        self.environ = {"HOME": str(home), "PATH": os.environ["PATH"], "OPS_LEASE_S": "3"}
 
     def ops(self, *arguments: str, code: int = 0, **more: str) -> str:
         done = subprocess.run(self.command(*arguments), env=self.environ | more, text=True, capture_output=True)

@@ -193,7 +193,6 @@ class Service:
             "OPS_PORT": str(self._port),
             "OPS_API_URL": f"http://127.0.0.1:{self._port}",
             "OPS_LEASE_S": str(self._lease_s),
-            "OPS_SLOT_REST_S": "0.5",
             "OPS_RETRY_BACKOFF_S": "0.2",
             **self.server_settings,
         }

@@ -35,7 +35,6 @@ class Deliveries:
             api_token="x" * 16,
             storage_root=Path("/"),
             lease_s=LEASE_S,
-            slot_rest_s=3600,
             poll_s=0.01,
         )
         self.telemetry = Telemetry("test")

@@ -5,9 +5,9 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from test_cli import Api, Ops, api, ops
 
 from helpers.answers import operation
+from helpers.cli import Api, Ops, api, ops
 from ops_cli.exits import ExitCode
 from ops_contract.audit import Action, AuditEntry
 

@@ -11,10 +11,10 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from test_cli import Api, Ops, Ran, api, left_by, ops, worker
 from typer.main import get_command
 
 from helpers.answers import operation
+from helpers.cli import Api, Ops, Ran, api, left_by, ops, worker
 from helpers.measured import measurement_result
 from ops_cli.exits import ExitCode
 from ops_cli.main import SECTIONS, app
@@ -179,7 +179,7 @@ def test_with_json_stdout_is_json_alone_whatever_the_terminal_is(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "20")
-    monkeypatch.setattr("test_cli.operation", lambda **given: operation(**{"status": Status.COMPLETED} | given))
+    monkeypatch.setattr("helpers.cli.operation", lambda **given: operation(**{"status": Status.COMPLETED} | given))
 
     def problem(name: str, ran: Ran) -> str | None:
         if ran.code != ExitCode.DONE:

@@ -8,9 +8,9 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from test_cli import Api, Ops, api, ops, worker
 
 from helpers.answers import operation
+from helpers.cli import Api, Ops, api, ops, worker
 from helpers.store import window
 from ops_backend.store.ledger_views import Account, Rates, whole
 from ops_cli import show

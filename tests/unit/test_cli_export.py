@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
-from test_cli import Api, Ops, api, left_by, ops
 
 from helpers.answers import operation
+from helpers.cli import Api, Ops, api, left_by, ops
 from ops_cli.exits import ExitCode
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status

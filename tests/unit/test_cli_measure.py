@@ -6,9 +6,9 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from test_cli import Api, Ops, api, ops
 
 from helpers.answers import operation
+from helpers.cli import Api, Ops, api, ops
 from helpers.measured import DONE, NO_METER, measurement_result, measurement_study, without_joules
 from ops_cli.exits import ExitCode
 from ops_contract.history import ResultView

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_cli import Api, Ops, api, ops
 
+from helpers.cli import Api, Ops, api, ops
 from ops_cli.exits import ExitCode
 from ops_cli.ptycho_train import PRESETS
 

@@ -7,9 +7,9 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from test_cli import Api, Ops, api, ops
 
 from helpers.answers import operation
+from helpers.cli import Api, Ops, api, ops
 from helpers.store import plan
 from ops_cli.exits import ExitCode
 from ops_contract.history import ResultView

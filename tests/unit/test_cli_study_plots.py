@@ -6,9 +6,9 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from test_cli import Api, Ops, api, ops
 
 from helpers.answers import operation
+from helpers.cli import Api, Ops, api, ops
 from helpers.sweeps import grid_result, sweep_result
 from ops_cli.exits import ExitCode
 from ops_contract.history import ResultView

@@ -6,8 +6,8 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from test_cli import Ops, ops
 
+from helpers.cli import Ops, ops
 from helpers.scaling import ALPHA, BUDGETS, centred, noisy
 from ops_cli.exits import ExitCode
 from ops_contract.lifecycle import Status

@@ -14,9 +14,9 @@ from uuid import UUID
 
 import pytest
 from rich.console import Console
-from test_cli import Api, Ops, api, ops, worker
 
 from helpers.answers import operation
+from helpers.cli import Api, Ops, api, ops, worker
 from ops_cli import top
 from ops_cli.canvas import Curve, draw
 from ops_cli.exits import ExitCode
@@ -168,7 +168,7 @@ def test_bars_say_that_the_server_is_away_but_for_what_is_over(capsys: pytest.Ca
 
 
 def test_a_submit_that_is_watched_is_json_lines_too(api: Api, ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("test_cli.operation", lambda **given: operation(status=Status.FAILED, **given))
+    monkeypatch.setattr("helpers.cli.operation", lambda **given: operation(status=Status.FAILED, **given))
 
     ran = ops("train", "digits", "--watch", "--json")
 

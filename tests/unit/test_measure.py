@@ -5,9 +5,9 @@ import sys
 from typing import Any
 
 import pytest
-from test_cli import Api, api
 
 from helpers.answers import operation
+from helpers.cli import Api, api
 from helpers.measured import DONE, NO_METER, measurement_result, measurement_study, without_joules
 from ops_contract.history import ResultView
 from ops_contract.lifecycle import Status
@@ -25,7 +25,7 @@ def gives(
 ) -> None:
     """What is submitted is completed at once, and comes to that."""
     plain = {"status": Status.COMPLETED}
-    monkeypatch.setattr("test_cli.operation", lambda **given: operation(**plain | given | changes))
+    monkeypatch.setattr("helpers.cli.operation", lambda **given: operation(**plain | given | changes))
     if content is not None:
         api.results = [ResultView(attempt=1, created_at="2026-01-01T00:00:00Z", content=content)]
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from test_cli import Ops, ops
 from typer.main import get_command
 
+from helpers.cli import Ops, ops
 from ops_cli.exits import ExitCode
 from ops_cli.main import app
 from relight.ptycho.data import DataProblem, Scan, load_scan, overlap, probe_diameter, save_scan

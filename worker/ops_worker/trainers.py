@@ -88,10 +88,6 @@ class Trainer:
     def pid(self) -> int:
         return self._process.pid
 
-    @property
-    def dead(self) -> bool:
-        return self._dead.is_set()
-
     def send(self, message: RunJob | Stop) -> None:
         """To a trainer that is gone it goes nowhere: its end is noticed elsewhere."""
         self._commands.write(line(message))
