@@ -31,7 +31,7 @@ ASLEEP_S = 2 * LEASE_S
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with embedded_postgres(tmp_path_factory.mktemp("own-postgres")) as url:
-        yield url
+        yield asyncio.run(Databases(url).fresh())
 
 
 @pytest.fixture(scope="module")

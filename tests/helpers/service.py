@@ -21,7 +21,7 @@ from ops_contract.wire import API_PREFIX
 from relight.client import Client
 
 T = TypeVar("T")
-WAIT_S = 60.0
+WAIT_S = 180.0
 LEASE_S = 3.0
 LONG = {"max_epochs": 12}  # of digits, enough to be stopped in the middle
 LONG_STEPS = 576  # of a few milliseconds

@@ -16,7 +16,7 @@ from typing import Self
 import pyte
 
 OPS = Path(sys.executable).with_name("ops")
-WAIT_S = 60.0
+WAIT_S = 180.0
 CTRL_C = "\x03"
 
 
