@@ -49,9 +49,6 @@ class FakeEngine:
             raise EngineAway("no route to slurmctld")
         return {} if self.forgets else {name: self.jobs[name] for name in names if name in self.jobs}
 
-    async def signal(self, external_id: str, signal: str) -> None:
-        raise NotImplementedError
-
     async def kill(self, external_id: str) -> None:
         self.killed.append(external_id)
         self.become(external_id, Stage.ENDED, "CANCELLED")

@@ -44,7 +44,7 @@ class EngineJob:
 
 
 class Engine(Protocol):
-    """Every call raises EngineAway; `submit` and `signal` raise EngineRefused too."""
+    """Every call raises EngineAway; `submit` raises EngineRefused too."""
 
     name: str
     title: str
@@ -55,10 +55,6 @@ class Engine(Protocol):
 
     async def poll(self, names: Sequence[str]) -> dict[str, EngineJob]:
         """Of the jobs of these names those that it knows."""
-        ...
-
-    async def signal(self, external_id: str, signal: str) -> None:
-        """To the workers of a job, such as `TERM`."""
         ...
 
     async def kill(self, external_id: str) -> None:

@@ -86,9 +86,6 @@ class SlurmEngine:
             log.info("sacct is no help: %s", problem)
         return {}
 
-    async def signal(self, external_id: str, signal: str) -> None:
-        await self._run("scancel", f"--signal={signal}", external_id)
-
     async def kill(self, external_id: str) -> None:
         try:
             await self._run("scancel", external_id)
