@@ -43,7 +43,7 @@ class Settings(BaseModel):
     """Lease, grace and intervals are the backend's; workers learn them when they register."""
 
     database_url: str = Field(description="postgresql://user:password@host/database, Postgres 15 or newer")
-    api_token: str = Field(min_length=16, description="the first admin's bearer token; `ops tokens create` makes more")
+    api_token: str = Field(min_length=16, description="the first admin's bearer token, at least 16 characters; `ops tokens create` makes others")
     storage_root: DirectoryPath = Field(
         description="where the workers publish checkpoints; must exist; old ones are deleted there, and logs written"
     )
