@@ -55,7 +55,6 @@ def test_a_slot_has_a_core_even_if_there_are_more_slots(environ):
         ("OPS_CPU_POWER_W", "-1"),
         ("OPS_WORKER_IDLE_EXIT_S", "0"),
         ("OPS_WORKER_IDLE_EXIT_S", "inf"),
-        ("OPS_WORKER_BIND", "0.0.0.0"),
     ],
 )
 def test_a_wrong_value_is_named_and_the_token_is_not_shown(environ, name, value):
