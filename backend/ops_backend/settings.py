@@ -20,6 +20,7 @@ from sqlalchemy.exc import ArgumentError
 
 from ops_backend.addresses import allowed
 from ops_backend.database import Limits
+from ops_contract.errors import without_prefix
 
 
 class SettingsError(Exception):
@@ -43,7 +44,10 @@ class Settings(BaseModel):
     """Lease, grace and intervals are the backend's; workers learn them when they register."""
 
     database_url: str = Field(description="postgresql://user:password@host/database, Postgres 15 or newer")
-    api_token: str = Field(min_length=16, description="the first admin's bearer token; `ops tokens create` makes more")
+    api_token: str = Field(
+        min_length=16,
+        description="the first admin's bearer token, at least 16 characters; `ops tokens create` makes others",
+    )
     storage_root: DirectoryPath = Field(
         description="where the workers publish checkpoints; must exist; old ones are deleted there, and logs written"
     )
@@ -180,7 +184,9 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            raise SettingsError("; ".join(cls._complaint(e["loc"], e["msg"]) for e in error.errors())) from None
+            raise SettingsError(
+                "; ".join(cls._complaint(e["loc"], without_prefix(e["msg"])) for e in error.errors())
+            ) from None
 
     @classmethod
     def _complaint(cls, loc: tuple[int | str, ...], message: str) -> str:

@@ -83,7 +83,7 @@ def train(
     client: "Client",
     workload: WorkloadName,
     settings: Settings = None,
-    max_epochs: Annotated[int | None, typer.Option()] = None,
+    max_epochs: Annotated[int | None, typer.Option(help="Passes over the training data; else 1.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer updates; ends the run before the epochs do.")] = None,
     max_samples: Annotated[
         int | None, typer.Option(help="Samples, repeats counted; the last batch is cut to it.")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ops_cli import show
+from ops_cli.compare import NOT_COMPARED
 from ops_cli.sweep_fit import print_fit
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 # Of what is listed in full only with --json.
 LISTED = 40
+TAKEN = ("wall_time_seconds", "energy_j")
 
 
 def print_preview(preview: "StudyPreview") -> None:
@@ -113,10 +115,11 @@ def print_grid(result: "GridResult", metric: str | None) -> None:
 
 
 def _shown_metrics(result: "GridResult") -> list[str]:
-    """Those that fit: the held-out ones first, then what all of it took."""
+    """Those that fit: the held-out ones, else the loss, else what a command calls its own; then what all of it took."""
     there = dict.fromkeys(name for group in result.groups for name in group.metrics)
-    best = [name for name in there if name.startswith(("val_", "final/"))] or [name for name in there if name == "loss"]
-    return [*best[:2], *(name for name in ("wall_time_seconds", "energy_j") if name in there)]
+    own = [name for name in there if name not in (*TAKEN, *NOT_COMPARED)]
+    best = [name for name in own if name.startswith(("val_", "final/"))] or [name for name in own if name == "loss"]
+    return [*(best or own)[:2], *(name for name in TAKEN if name in there)]
 
 
 def _statistic(value: "Statistic | None") -> str:

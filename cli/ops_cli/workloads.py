@@ -51,6 +51,7 @@ def check(
     from ops_cli.jobs import content_from_flags
     from relight.interpreter import InterpreterError, checked_interpreter
 
+    path_of_class = _path_of_class(workload)
     given = content_from_flags({}, settings)
     options = ["--config", json_text.dumps(given.get("config", {})), "--steps", str(steps)]
     options += ["--execution", json_text.dumps(given.get("execution", {}))]
@@ -60,8 +61,19 @@ def check(
         print(f"ops workloads check: {error}", file=sys.stderr)
         raise typer.Exit(ExitCode.FAILED) from error
     environ = os.environ | {"PYTHONHASHSEED": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    done = subprocess.run([path, "-P", "-m", "relight.training.check", workload, *options], env=environ)
+    done = subprocess.run([path, "-P", "-m", "relight.training.check", path_of_class, *options], env=environ)
     raise typer.Exit(ExitCode.FAILED if done.returncode else ExitCode.DONE)
+
+
+def _path_of_class(workload: str) -> str:
+    """MODULE:CLASS, of an installed one by its name too. Raises typer.BadParameter."""
+    from importlib.metadata import entry_points
+
+    if ":" in workload:
+        return workload
+    for entry in entry_points(group="relight.workloads", name=workload):
+        return entry.value
+    raise typer.BadParameter(f"{workload}: write MODULE:CLASS, such as mine:Mine", param_hint="MODULE:CLASS")
 
 
 def init(

@@ -22,8 +22,8 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
     found = []
     for each in error.errors(include_url=False, include_input=False, include_context=False):
         path = each["loc"]
-        unknown = each["type"] == "extra_forbidden"
-        problem = unknown_field(str(path[-1]), _fields_at(model, path[:-1])) if unknown else each["msg"]
+        known = list(_fields_at(model, path[:-1])) if each["type"] == "extra_forbidden" else []
+        problem = unknown_field(str(path[-1]), known) if known else each["msg"]
         found.append((prefix + ".".join(map(str, path)), without_prefix(problem)))
     return found
 

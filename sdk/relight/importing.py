@@ -11,8 +11,7 @@ from typing import Any, TypeGuard
 
 from pydantic import BaseModel, ValidationError
 
-from ops_contract.errors import without_prefix
-from ops_contract.problems import Problem
+from ops_contract.problems import Problem, problems_of
 from relight.training.faults import TrainingFault
 from relight.workload import AnyWorkload, LoopWorkload, Workload
 
@@ -44,10 +43,8 @@ def config_problems(workload_type: AnyWorkload, config: dict[str, Any]) -> list[
     try:
         workload_type.Config.model_validate(config)
     except ValidationError as error:
-        return [
-            Problem(field=".".join(["config", *map(str, e["loc"])]), problem=without_prefix(e["msg"]))
-            for e in error.errors()
-        ]
+        found = problems_of(error, workload_type.Config, "config.")
+        return [Problem(field=field.removesuffix("."), problem=problem) for field, problem in found]
     return []
 
 

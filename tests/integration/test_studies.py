@@ -169,7 +169,9 @@ async def test_an_estimate_goes_by_trainings_of_the_same_workload(store: Store) 
     job = (await store.get(await store.submit(**GRID))).job
     wanted = plan("a", "b", "c").model_copy(update={"flops": 12e6})
     async with store.sessions.begin() as session:
+        unplanned = await estimates.preview(session, job, None, 60)
         unknown = await estimates.preview(session, job, wanted, 60)
+    assert "none answered in time" in str(unplanned.reason)
     assert (unknown.time_s, unknown.slots) == (None, 2)
     assert unknown.reason == "no training of toy has completed here yet to go by"
     await store.cancel((await store.fetch("SELECT id FROM operations"))[0].id)

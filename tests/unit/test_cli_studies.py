@@ -113,6 +113,18 @@ def test_a_grid_is_shown_by_its_points_with_intervals(api: Api, ops: Ops) -> Non
     assert ops("sweep", "show", ID, "--csv").code == ExitCode.NOT_FOUND
 
 
+def test_a_grid_of_a_command_shows_what_the_command_reports(api: Api, ops: Ops) -> None:
+    study(api, status=Status.COMPLETED)
+    values = {"accuracy": 0.75, "epoch": 9.0, "wall_time_seconds": 2.5}
+    metrics = {name: Statistic(n=1, mean=mean) for name, mean in values.items()}
+    row = GridRow(operation_id=uuid4(), name="n", point={"args.lr": 1}, cycle=0, status=Status.COMPLETED)
+    holds_result(api, GridResult(rows=[row], groups=[GridGroup(point={"args.lr": 1}, metrics=metrics)]))
+
+    ran = ops("sweep", "show", ID)
+
+    assert ran.out.split()[:8] == ["POINT", "N", "accuracy", "wall_time_seconds", "lr=1", "1", "0.75", "2.5"]
+
+
 def test_a_sweep_is_shown_with_its_fit_and_goes_on_as_markdown_and_csv(
     api: Api, ops: Ops, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -82,3 +82,13 @@ def test_auto_goes_by_the_newest_measurements_and_tells_what_changed_twofold() -
     assert "stops training for 1 ms" in notes[1]
     times.commit_s = 20.0
     assert first_due_s() == 20
+
+
+def test_what_auto_tells_is_in_numbers_as_people_write_them() -> None:
+    times = SaveTimes(saved_at_s=0.0, whole_s=0.16)
+    notes: list[str] = []
+    pace = Pace("auto", FailureRecord(running_s=1234.4 * 3600, failures=0), times, lambda: 0.0, notes.append)
+    times.add_stall(0.16)
+    pace.is_due()
+    assert "stops training for 160 ms" in notes[0]
+    assert "of 1,234 h of attempts" in notes[0]

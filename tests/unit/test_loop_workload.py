@@ -227,7 +227,7 @@ def test_a_bad_config_and_a_replay_are_refused(operation: Operation) -> None:
     with pytest.raises(TrainingFault, match="cannot be redone"):
         attempt(operation)
     operation.until_step, operation.config = None, {"stesp": 3}
-    with pytest.raises(TrainingFault, match="stesp: Extra inputs"):
+    with pytest.raises(TrainingFault, match="stesp: no such field; did you mean steps"):
         attempt(operation)
 
 

@@ -225,7 +225,7 @@ class WithoutUnits(Line):
     ("workload_type", "config", "code", "permanent", "words"),
     [
         (Loop, {}, "not_sizable", True, "give a relight.Workload"),
-        (Line, {"widht": 2}, "bad_config", True, "widht: Extra inputs"),
+        (Line, {"widht": 2}, "bad_config", True, "widht: no such field; did you mean width?"),
         (WithoutData, {}, "no_data", True, "empty"),
         (WithoutUnits, {}, "not_sizable", True, "return its tokens or samples"),
         (RaisesInData, {}, "exception", False, "data() of the workload: LookupError: mine"),

@@ -85,7 +85,7 @@ def test_a_config_is_checked_before_anything_runs(operation: Operation) -> None:
     fault = refused(operation, Tiny)
 
     assert (fault.code, operation.reports) == ("bad_config", [])
-    assert "widht: Extra inputs are not permitted" in fault.message
+    assert "widht: no such field; did you mean width?" in fault.message
 
 
 def test_other_data_is_not_resumed_on(operation: Operation) -> None:

@@ -178,3 +178,22 @@ def test_the_command_says_what_it_found_and_leaves_with_its_code(
 
     assert result.exit_code == code
     assert said in capfd.readouterr().out
+
+
+def test_an_installed_workload_is_checked_by_its_name_and_what_is_neither_says_how_to_write_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("ops_cli.workloads.subprocess.run", run)
+    monkeypatch.setattr("relight.interpreter.checked_interpreter", lambda python, environ: python)
+
+    assert CliRunner().invoke(app, ["workloads", "check", "digits"]).exit_code == 0
+    assert "ops_worker.workloads.digits:Digits" in asked[-1]
+    refused = CliRunner().invoke(app, ["workloads", "check", "mine"])
+    assert (refused.exit_code, len(asked)) == (2, 1)
+    assert "such as mine:Mine" in refused.output

@@ -8,6 +8,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, DirectoryPath, Field, SecretStr, ValidationError, model_validator
 
+from ops_contract.errors import without_prefix
+
 
 class SettingsError(Exception):
     """A setting is missing or wrong; the message names the variable."""
@@ -111,7 +113,9 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            raise SettingsError("; ".join(cls._complaint(e["loc"], e["msg"]) for e in error.errors())) from None
+            raise SettingsError(
+                "; ".join(cls._complaint(e["loc"], without_prefix(e["msg"])) for e in error.errors())
+            ) from None
 
     @classmethod
     def _complaint(cls, loc: tuple[int | str, ...], message: str) -> str:

@@ -119,7 +119,7 @@ def _reasoning(interval_s: float, stall_s: float, commit_s: float, record: Failu
 
 
 def _said(duration_s: float) -> str:
-    for unit, size_s in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
-        if duration_s >= size_s:
-            return f"{duration_s / size_s:.3g} {unit}"
-    return f"{duration_s * 1000:.2g} ms"
+    units = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
+    unit, size_s = next((each for each in units if duration_s >= each[1]), ("ms", 1e-3))
+    value = duration_s / size_s
+    return f"{value:.3g} {unit}" if value < 100 else f"{value:,.0f} {unit}"  # and never 1.6e+02
