@@ -206,14 +206,16 @@ export function operation(main, [id], query) {
 
   /** What may be done now, in words. */
   function offers() {
-    const { status } = shown;
+    const { status, kind, attempt, forked_from } = shown;
     if (!may("operate")) return {};
+    const hasCheckpoint = attempt > 0 || forked_from; // as far as is known here
     return {
       c:
         (CANCELLABLE.has(status) && ["Cancel", () => actions.cancel(shown, refresh)]) ||
         (status === "cancelling" && ["Stop at once", () => actions.force(shown, refresh)]),
-      r: RESUMABLE.has(status) && ["Resume", () => actions.resume(shown, tried, refresh)],
-      f: shown.kind === "training" && ["Fork", () => actions.fork(shown)],
+      r: RESUMABLE.has(status) &&
+        (kind !== "training" || hasCheckpoint) && ["Resume", () => actions.resume(shown, tried, refresh)],
+      f: kind === "training" && hasCheckpoint && ["Fork", () => actions.fork(shown)],
       delete: TERMINAL.has(status) && ["Delete", () => actions.remove(shown)],
     };
   }
