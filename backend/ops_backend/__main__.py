@@ -75,7 +75,8 @@ def copy(arguments: argparse.Namespace) -> int:
         else:
             done = backup.restore(service, arguments.file, arguments.replace, say).model_dump_json()
     except (backup.BackupError, ArchiveError, UnfitDatabase, OSError) as error:
-        print(f"ops {arguments.verb}: {error}", file=sys.stderr)
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"ops {arguments.verb}: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"ops {arguments.verb}: stopped before it was done", file=sys.stderr)
@@ -93,7 +94,7 @@ def _log_to_stderr() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ops_backend")
+    parser = argparse.ArgumentParser(prog="ops")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="say ready as one line of JSON on stdout")
     common.add_argument("--exit-on-eof", action="store_true", help="stop when stdin ends")

@@ -108,7 +108,8 @@ async def identified(request: Request) -> Identity:
     else:
         found = None
     if found is None:
-        message = "no valid token: `Authorization: Bearer TOKEN`, of DIR/token of `ops up`"
+        where = "OPS_API_TOKEN or --token, in HTTP `Authorization: Bearer TOKEN`"
+        message = f"no valid token: {where}; `ops up` keeps its own in DIR/token"
         raise OpsError(ErrorCode.UNAUTHENTICATED, message)
     return found
 

@@ -59,7 +59,11 @@ def _moment(text: str) -> datetime:
     try:
         return datetime.fromisoformat(text).astimezone()
     except ValueError:
+        pass
+    try:
         return datetime.now(UTC) - timedelta(seconds=age_s(text))
+    except typer.BadParameter as error:
+        raise typer.BadParameter(f"{error.message}, or a day like 2026-11-26") from error
 
 
 def _detail(item: "AuditEntry") -> str:

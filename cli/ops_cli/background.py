@@ -9,7 +9,7 @@ import typer
 
 from ops_cli.child import last_lines, rotate
 from ops_cli.exits import ExitCode
-from ops_cli.holder import Holder, describe, find_holder
+from ops_cli.holder import Holder, describe, find_holder, unusable
 from ops_cli.stopping import StopRequested, StopRequests
 from relight.private import make_private, opener
 
@@ -28,6 +28,11 @@ def start(data_dir: Path, arguments: Sequence[str], port: int | None) -> Holder:
                 typer.echo(f"ops up: {describe(found, data_dir)}", err=True)
                 raise typer.Exit(ExitCode.CONFLICT)
             found = _await_ready(data_dir, process, stops)
+        except OSError as error:
+            if process is not None:
+                raise
+            typer.echo(f"ops up: {unusable(data_dir, error)}", err=True)
+            raise typer.Exit(ExitCode.FAILED) from error
         except StopRequested:
             if process is not None:
                 _take_back(process, stops)

@@ -49,7 +49,10 @@ def restore(
     replace: Annotated[bool, typer.Option("--replace", help="Set aside what is there; nothing is deleted.")] = False,
     json: Json = False,
 ) -> None:
-    """Bring a backup back into an empty data directory. What ran when it was taken goes on at the next `ops up`."""
+    """Bring a backup back into an empty data directory.
+
+    What ran when it was taken goes on at the next `ops up`.
+    """
     from ops_cli.holder import Taken, only_one
     from ops_contract.backup import Restored
     from relight.settings import data_home

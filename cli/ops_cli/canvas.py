@@ -65,6 +65,8 @@ def draw(
     first, last = (_place(10**each if log_x else each) for each in (min(places), max(places)))
     yield Text(f"{'':>{margin}}  {first}{f'{across} {last}':>{max(canvas.columns - len(first), 0)}}")
     for number, curve in enumerate(curves):
+        if not curve.label:
+            continue
         sign = "── " if curve.points else f"{MARK}  "
         yield Text.assemble((sign, _colour(number)), curve.label, no_wrap=True, overflow="ellipsis")
     if restarts:

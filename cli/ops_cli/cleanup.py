@@ -84,7 +84,7 @@ def cleanup(
     if json:
         print(show.json_array(items))
         return
-    table = show.table("ID", "NAME", "STATUS", "ENDED", "GOES", "SIZE", "", right=("SIZE",), wide=[""])
+    table = show.table("ID", "NAME", "STATUS", "ENDED", "GOES", "SIZE", "", right=("SIZE",), wide=["NAME", ""])
     ids = show.shortest(item.id for item in items)
     for item in items:
         ended = item.ended_at.astimezone().strftime("%Y-%m-%d")

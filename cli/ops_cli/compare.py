@@ -47,7 +47,7 @@ def compare(client: "Client", operation_ids: OperationIds, json: Json = False) -
         difference = verdict["first_difference"] or NO_VALUES
         equal = f"yes, all {verdict['values']} values" if verdict["equal"] else f"no, {difference}"
         between = "" if len(runs) == 2 else f"{runs[0].label} and {short[verdict['id']]}, "
-        print(f"Curves equal bit for bit: {between}{equal}")
+        show.print_words(f"Curves equal bit for bit: {between}{equal}")
 
 
 def _facts(run: Run, goals: dict[str, str]) -> dict[str, Any]:

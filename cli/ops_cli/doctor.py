@@ -189,7 +189,8 @@ def _worker(worker: "WorkerView") -> "Iterator[Finding]":
         torch = f"torch {worker.versions.get('torch', 'missing')}"
         counts = Counter(slot.device for slot in worker.slots)
         slots = " and ".join(f"{count} {device}" for device, count in sorted(counts.items(), reverse=True))
-        yield ok(check, f"live on {worker.host}, {slots} slots, {torch}{draining}")
+        slots += " slot" if len(worker.slots) == 1 else " slots"
+        yield ok(check, f"live on {worker.host}, {slots}, {torch}{draining}")
         yield from _gpus(check, worker)
     try:
         answer = httpx.get(f"{worker.url}/health", timeout=TIMEOUT_S, trust_env=False)

@@ -94,7 +94,8 @@ def writing(again: str) -> Iterator[None]:
     except BrokenPipeError:
         raise  # whoever read stdout has enough
     except OSError as error:
-        print(f"ops: cannot be written: {error}; make room or choose another --to", file=sys.stderr)
+        said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"ops: cannot be written: {said}; make room or choose another --to", file=sys.stderr)
         raise typer.Exit(ExitCode.FAILED) from error
     except KeyboardInterrupt:
         print(f"Interrupted; the same command {again}.", file=sys.stderr)

@@ -1,5 +1,6 @@
 """DIR/lock: one process at a time uses a data directory, and says there who it is."""
 
+import errno
 import fcntl
 import json
 import os
@@ -75,7 +76,7 @@ def only_one(data_dir: Path, doing: str) -> Iterator[Lock]:
 
 def find_holder(data_dir: Path) -> Holder | None:
     """Who holds the lock now; one that has only just taken it has no name yet."""
-    with suppress(FileNotFoundError), (data_dir / "lock").open() as file:
+    with suppress(FileNotFoundError, NotADirectoryError), (data_dir / "lock").open() as file:
         if not _try_lock(file, fcntl.LOCK_SH):
             noted = _noted(file)
             known: dict[str, Any] = {"pid": 0, "doing": "ops up"}
@@ -107,6 +108,13 @@ def describe(holder: Holder, data_dir: Path) -> str:
     if holder.doing == "ops up":
         return f"another `ops up` ({details}) runs on {data_dir}; use that one, or give this one its own --data-dir"
     return f"`{holder.doing}` ({details}) is at work on {data_dir}; wait until it is done"
+
+
+def unusable(data_dir: Path, error: OSError) -> str:
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{what}; make room there, or give another --data-dir"
+    return f"{data_dir} cannot be the data directory: {what}; mend that, or give another --data-dir"
 
 
 def _noted(file: IO[str]) -> dict[str, Any]:

@@ -25,12 +25,19 @@ def job_from_text(text: str, source: str, settings: Iterable[str] | None = None)
     try:
         content = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
-        raise invalid(f"{source} is neither YAML nor JSON: {error}") from error
+        raise invalid(f"{source} is neither YAML nor JSON: {_where(error)}") from error
     if not isinstance(content, dict):
         raise invalid(f"{source} is no job: it needs at least `workload: NAME`; see `ops workloads`")
     for path, value in _parsed(settings).items():
         _assign(content, path, value, replace=True)
     return checked(JobSpec, content)
+
+
+def _where(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return str(error)
 
 
 def job_from_flags(flags: Mapping[str, Any], settings: Iterable[str] | None = None) -> JobSpec:

@@ -89,6 +89,8 @@ def main() -> NoReturn:
             _leave(str(error), exit_code(422))
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             _leave(f"this cannot be written: {error}", 1)
+        if isinstance(error, OSError) and error.filename is not None:
+            _leave(f"{error.filename}: {error.strerror}; look at that path, and at who may read and write it", 1)
         raise
     raise AssertionError("typer leaves by SystemExit")
 

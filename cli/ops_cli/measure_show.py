@@ -50,14 +50,14 @@ def _print_measurement(result: "MeasurementResult") -> None:
         table.add_row(name, *_cells(figure))
     show.print_rich(table)
     for reason, names in _unknown(result).items():
-        print(show.harmless(f"Not known: {', '.join(names)}: {reason}"))
+        show.print_words(f"Not known: {', '.join(names)}: {reason}")
     if result.devices:
         print()
         _print_devices(result)
     print()
     show.print_facts({label: show.plain(value) for label, value in _facts(result).items()}, wrapped=True)
     for warning in result.warnings:
-        print(f"Warning: {show.harmless(warning)}")
+        show.print_words(f"Warning: {warning}")
 
 
 def _cells(figure: "Figure") -> tuple[str, ...]:

@@ -94,6 +94,8 @@ def next_command(operation: "Operation") -> str:
         on = f", ops resume {short}" if operation.status in ("failed", "cancelled") else ""
         of = "measure" if operation.workload == "measurement" else "sweep"
         return f"ops {of} show {short}, ops list --parent {short}{on}"
+    if operation.status in ("failed", "cancelled") and _never_began(operation):
+        return "submit it anew; it never began, so there is nothing to resume"
     if operation.status == "failed":
         return f"ops logs {short}, ops resume {short}"
     if operation.status == "cancelled":
@@ -107,6 +109,11 @@ def next_command(operation: "Operation") -> str:
             return f"ops logs {short}, ops metrics {short}, ops artifacts {short}"
         return f"ops metrics {short}, ops checkpoints list {short}"
     return f"ops watch {short}"
+
+
+def _never_began(operation: "Operation") -> bool:
+    """A training goes on from a checkpoint, its own or that of the one it was forked from; others run anew."""
+    return operation.kind == "training" and operation.attempt == 0 and operation.forked_from is None
 
 
 def _engine(operation: "Operation") -> str:

@@ -214,6 +214,11 @@ def width() -> int:
     return Console().width
 
 
+def print_words(text: str) -> None:
+    """A sentence: broken between words on a terminal, whole in a pipe."""
+    print_rich(plain(text)) if sys.stdout.isatty() else print(harmless(text))
+
+
 def print_rich(content: "RenderableType") -> None:
     from rich.console import Console
 

@@ -84,20 +84,20 @@ def _value(item: "ChildResult", metric: str | None) -> tuple[str, float | None]:
 
 def print_sweep(result: "SweepResult") -> None:
     right = ("BUDGET", "SIZE", "N", "D", "LOSS", "TOOK", "JOULES")
-    table = show.table("RUN", *right, "STATUS", right=right)
+    table = show.table("RUN", *right, "STATUS", right=right, wide=["RUN"])
     for row in result.rows:
         tokens = "–" if row.num_tokens is None else f"{row.num_tokens:,}"
         cells = (f"{row.compute_budget:.3g}", str(row.size), f"{row.model_size:,}", tokens)
         took = show.duration(row.wall_time_seconds)
         values = (show.number(row.final_loss), took, show.number(row.energy_j), show.coloured(row.status))
-        table.add_row(row.experiment_id[:8], *cells, *values)
+        table.add_row(show.cut(row.experiment_id), *cells, *values)
     show.print_rich(table)
     print(f"N counts embeddings: {result.embeddings}; FLOPs per token: {result.flops}.")
     if result.fit is not None:
         print()
         print_fit(result.fit)
         for warning in result.fit.warnings:
-            print(f"Warning: {show.harmless(warning)}")
+            show.print_words(f"Warning: {warning}")
     for each in result.joules:
         print(f"Budget {each.budget:.3g}: lowest loss {each.flop_optimal[:8]}, fewest joules {each.joule_optimal[:8]}")
     print_notes(result.skipped, result.warnings)
@@ -136,4 +136,4 @@ def print_notes(skipped: "Sequence[Skipped]", warnings: Sequence[str]) -> None:
     if len(skipped) > LISTED:
         print(f"… and {len(skipped) - LISTED:,} more are skipped; --json has all")
     for warning in warnings:
-        print(f"Warning: {show.harmless(warning)}")
+        show.print_words(f"Warning: {warning}")

@@ -101,7 +101,10 @@ def show_study(
     if [json, markdown, table].count(True) > 1:
         raise typer.BadParameter("give one of --json, --markdown and --csv")
     found = client.resolve(operation_id)
-    content = client.results(found).content
+    results = client.results(found)
+    content = results.content
+    if results.operation.kind != "study":
+        raise not_found(f"{str(found)[:8]} is no study; see `ops status {str(found)[:8]}`")
     if json:
         print(content.model_dump_json() if content else show.json_array(client.children(found)))
     elif (markdown or table) and not (isinstance(content, SweepResult) and content.rows):

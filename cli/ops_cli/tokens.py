@@ -63,6 +63,9 @@ def list_all(
     if json:
         print(show.json_array(items))
         return
+    if not items:
+        print("No token was made; that of `ops up` is in DIR/token. Make one: ops tokens create NAME")
+        return
     table = show.table("ID", "NAME", "SCOPE", "MADE BY", "MADE", "LAST USED", "ENDS", wide=["NAME"])
     ids = show.shortest(item.id for item in items)
     for item in items:

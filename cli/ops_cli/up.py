@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ops_cli.exits import ExitCode
-from ops_cli.holder import Lock, Taken, only_one
+from ops_cli.holder import Lock, Taken, only_one, unusable
 from ops_cli.stopping import StopRequested, StopRequests
 from relight.settings import UpState, data_home, forget_up_state, read_up_state, write_up_state
 
@@ -73,8 +73,11 @@ def up(
             _serve(_settings(data_dir, host, port, workers, lock, stops), lock, stops)
     except StopRequested:
         pass  # before anything ran
-    except (UpError, Taken, StackError, InterpreterError, OSError) as error:
+    except Taken as error:
         print(f"ops up: {error}", file=sys.stderr)
+        raise typer.Exit(ExitCode.CONFLICT) from error
+    except (UpError, StackError, InterpreterError, OSError) as error:
+        print(f"ops up: {unusable(data_dir, error) if isinstance(error, OSError) else error}", file=sys.stderr)
         raise typer.Exit(ExitCode.FAILED) from error
 
 

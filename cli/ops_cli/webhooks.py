@@ -64,6 +64,9 @@ def list_all(client: "Client", json: Json = False) -> None:
     if json:
         print(show.json_array(items))
         return
+    if not items:
+        print("No URL is told of anything. Add one: ops webhooks add URL")
+        return
     table = show.table("ID", "URL", "FORMAT", "WHEN", "LABEL", "LAST", "FAILURES", right=("FAILURES",), wide=["URL"])
     ids = show.shortest(item.id for item in items)
     for item in items:

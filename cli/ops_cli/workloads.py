@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from relight.client import Client
 
 
+TYPE_WIDTH = 16
+
+
 def register(app: typer.Typer) -> None:
     group = typer.Typer(invoke_without_command=True)
     group.callback()(workloads)
@@ -128,9 +131,25 @@ def _print_workload(workload: "WorkloadView") -> None:
     )
     table = show.table("  FIELD", "TYPE", "DEFAULT", "", wide=[""])
     for name, field in workload.config_schema.get("properties", {}).items():
-        cells = (f"  {name}", _type(field), str(field.get("default", "required")), str(field.get("description", "")))
+        cells = (f"  {name}", _folded(_type(field)), _default(field), str(field.get("description", "")))
         table.add_row(*map(show.plain, cells))
     show.print_rich(table)
+
+
+def _folded(choices: str) -> str:
+    """Many of them in several lines, so that field and description have room in 80 columns."""
+    lines = [""]
+    for choice in choices.split("|"):
+        if lines[-1] and len(lines[-1]) + len(choice) > TYPE_WIDTH:
+            lines.append("")
+        lines[-1] += f"{choice}|"
+    return "\n".join(lines)[:-1]
+
+
+def _default(field: dict[str, Any]) -> str:
+    """Of what is an object only that there is one: `ops workloads --json` has it."""
+    default = field.get("default", "required")
+    return "{…}" if isinstance(default, dict) else str(default)
 
 
 def _type(field: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """What is wrong with what somebody wrote, field by field, in words."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, get_args
 
@@ -8,6 +8,24 @@ from pydantic import BaseModel, ValidationError
 
 from ops_contract.errors import without_prefix
 from ops_contract.wire import Wire
+
+# Of pydantic's types of error, those whose own words speak of Python.
+_PLAIN = {
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "dict_type": "must be an object: names with values",
+    "model_type": "must be an object: names with values",
+    "model_attributes_type": "must be an object: names with values",
+    "uuid_type": "must be a whole id, 36 characters, as `ops list --json` has it",
+    "uuid_parsing": "must be a whole id, 36 characters, as `ops list --json` has it",
+}
 
 
 class Problem(Wire):
@@ -23,9 +41,14 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
     for each in error.errors(include_url=False, include_input=False, include_context=False):
         path = each["loc"]
         known = list(_fields_at(model, path[:-1])) if each["type"] == "extra_forbidden" else []
-        problem = unknown_field(str(path[-1]), known) if known else each["msg"]
-        found.append((prefix + ".".join(map(str, path)), without_prefix(problem)))
+        problem = unknown_field(str(path[-1]), known) if known else in_words(each)
+        found.append((prefix + ".".join(map(str, path)), problem))
     return found
+
+
+def in_words(error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors."""
+    return _PLAIN.get(error["type"]) or without_prefix(error["msg"])
 
 
 def offer(word: str, known: Iterable[str]) -> str:

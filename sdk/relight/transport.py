@@ -1,6 +1,7 @@
 """The connection to a server: retries, and what an answer or its absence means."""
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, TypeVar
@@ -128,7 +129,7 @@ class Transport:
             raise self._not_relight(response) from error
 
     def _unreachable(self, error: httpx.TransportError, harmless: bool) -> Unreachable:
-        problem = str(error) or type(error).__name__
+        problem = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
         where = f"No server answers at {self.server.url} ({self.server.origin}): {problem}."
         if harmless:
             return Unreachable(f"{where} Start it with `ops up`, or name another by --url or OPS_API_URL.")

@@ -49,7 +49,7 @@ def test_a_second_up_on_the_directory_says_who_is_there(house: House) -> None:
     with running(house) as first, house.start() as second:
         _, err = second.communicate()
 
-    assert second.returncode == 1
+    assert second.returncode == 4
     assert f"pid {first.pid}" in err
     assert house.noted("start").count("db") == 1
 

@@ -33,6 +33,7 @@ __all__ = ["api", "ops"]  # fixtures
 OPS = Path(sys.executable).with_name("ops")
 
 ID, OTHER = "11111111-0000-4000-8000-000000000000", "22222222-0000-4000-8000-000000000000"
+STUDY = "33333333-0000-4000-8000-000000000000"
 AT = "2026-01-01T00:00:00Z"
 WEBHOOK = "33333333-0000-4000-8000-000000000000"
 
@@ -73,7 +74,7 @@ COMMANDS = {
     "audit": Row("--since 7d --action token.create"),
     "doctor": Row(server=False),  # it works with the service down, and says what is wrong
     "sweep run": Row("digits --budget 1e9 --budget 2e9 --size config.channels --sizes 2,4"),
-    "sweep show": Row(ID),
+    "sweep show": Row(STUDY),
     "sweep fit": Row("runs.csv --params n --tokens d --loss loss --bootstraps 2", server=False),
     "measure run": Row("gpt2 --batch-size 1,8 --cycles 3"),
     "measure show": Row(ID),
@@ -134,6 +135,7 @@ def filled(api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
     job = Job(kind=Kind.COMMAND, workload="command", config={}, execution=Execution(), command=["a"], code=packed.code)
     for id in (ID, OTHER):
         api.holds(operation(id=id, status=Status.COMPLETED, job=job))
+    api.holds(operation(id=STUDY, kind=Kind.STUDY, status=Status.COMPLETED))
     api.snapshot = packed.archive
     api.curves = {"loss": [(0, 1.0), (1, float("nan"))]}
     api.artifacts = [left_by(UUID(ID), "files/a.pt", b"weights")]

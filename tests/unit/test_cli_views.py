@@ -17,11 +17,12 @@ from rich.console import Console
 
 from helpers.answers import operation
 from helpers.cli import Api, Ops, api, ops, worker
-from ops_cli import top
+from ops_cli import show, top
 from ops_cli.canvas import Curve, draw
 from ops_cli.exits import ExitCode
 from ops_cli.plot import smoothed
 from ops_cli.watch import Bar
+from ops_contract.cleanup import CleanupItem
 from ops_contract.jobs import Execution, Job
 from ops_contract.lifecycle import Kind, Status
 from ops_contract.operations import ProgressView
@@ -140,6 +141,43 @@ def test_compare_says_where_curves_first_part(api: Api, ops: Ops, monkeypatch: p
     monkeypatch.setattr(Client, "metric_names", lambda self, id: [])
     nothing = ops("compare", one, other).out
     assert "no, neither run reported a metric" in nothing
+
+
+def test_a_long_name_gives_way_to_ids_and_sizes_in_80_columns(
+    api: Api, ops: Ops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    id, name = "11111111-0000-4000-8000-000000000000", "/".join(["a-name-that-never-ends"] * 9)
+    facts = {"name": name, "status": "completed", "ended_at": "2026-01-01T00:00:00Z", "size_bytes": 2_000_000}
+    monkeypatch.setattr(Client, "cleanup", lambda *_, **__: [CleanupItem(id=UUID(id), goes="all", **facts)])
+
+    lines = ops("cleanup", "--older-than", "1s").out.splitlines()
+
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["ID", "NAME", "STATUS", "ENDED", "GOES", "SIZE"]
+    assert lines[1].split()[0] == "11111111"
+    assert "…" in lines[1]
+
+
+def test_a_list_of_none_says_how_to_make_one(api: Api, ops: Ops) -> None:
+    assert "ops tokens create NAME" in ops("tokens", "list").out
+    assert "ops webhooks add URL" in ops("webhooks", "list").out
+
+
+def test_a_sentence_is_broken_between_words_on_a_terminal_and_whole_in_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    sentence = "Warning: [bold] " + "word " * 30
+
+    show.print_words(sentence)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    show.print_words(sentence)
+
+    whole, *broken = capsys.readouterr().out.splitlines()
+    assert whole == sentence
+    assert max(map(len, broken)) <= 80
+    assert " ".join(" ".join(broken).split()) == sentence.strip()
 
 
 def test_watch_follows_several_and_fails_when_one_does(api: Api, ops: Ops) -> None:

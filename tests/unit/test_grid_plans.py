@@ -115,7 +115,7 @@ def test_arguments_are_appended_to_a_command() -> None:
         ({"config.d_model": 6}, "config: d_model 6 is no multiple of n_head"),
         ({"config.widht": 6}, "config.widht: no such field"),
         ({"execution.lerning_rate": 1}, "execution.lerning_rate: no such field; did you mean learning_rate?"),
-        ({"execution.learning_rate": "fast"}, "execution.learning_rate: Input should be a valid number"),
+        ({"execution.learning_rate": "fast"}, "execution.learning_rate: must be a number"),
         ({"execution.scheduler": "multistep"}, "execution.scheduler_milestones: scheduler multistep needs at least"),
         ({"execution.checkpoint_monitor": "bleu"}, "this workload does not report 'bleu'; it reports val_loss, accur"),
         ({"config.d_model.x": 6}, "config.d_model.x: config.d_model is no object"),

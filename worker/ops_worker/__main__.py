@@ -111,7 +111,7 @@ def _log_to_stderr(worker: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ops_worker", description="One worker; OPS_* variables set it up.")
+    parser = argparse.ArgumentParser(prog="ops worker", description="One worker; OPS_* variables set it up.")
     parser.add_argument("--json", action="store_true", help="say ready as one line of JSON on stdout")
     parser.add_argument("--python", metavar="PATH", help="the Python in which trainers run; else OPS_WORKER_PYTHON")
     parser.add_argument("--exit-on-eof", action="store_true", help="stop when stdin ends")

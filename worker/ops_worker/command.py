@@ -383,7 +383,7 @@ def _cannot_start(program: str, error: OSError) -> Fault:
 
 
 def _failed(status: int, kills_before: int | None) -> Fault:
-    last_words = "Its last output is in details.log_tail."
+    last_words = "`ops logs` has its output, details.log_tail the end of it."
     if killed_for_memory(status, kills_before):
         advice = "let it use less, or give the worker's cgroup (container) more"
         return Fault(code="out_of_memory", message=f"The kernel killed the command for memory: {advice}.")

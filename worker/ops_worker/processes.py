@@ -180,7 +180,7 @@ class JobProcess:
     def _fault(self, status: int) -> Fault:
         if self._overdue is not None:
             return self._overdue
-        what, last_words = self._what, "Its last output is in details.log_tail."
+        what, last_words = self._what, "`ops logs` has its output, details.log_tail the end of it."
         if self._misbehaviour is not None:
             message = f"The {what} broke the protocol of its pipe and was killed: {self._misbehaviour}. {last_words}"
             return Fault(code="trainer_protocol", message=message)

@@ -140,7 +140,7 @@ export function curves(root, operations, now) {
     if (!metrics.length)
       return render(
         root,
-        h("p", { class: "empty" }, "No metric has been reported yet. They appear here by themselves."),
+        h("p", { class: "empty" }, "No metric has been reported. What comes appears here by itself."),
       );
     for (const name of wanted()) if (!charts.has(name)) charts.set(name, new Chart(name, zoom));
     const found = metrics.filter(name => name.toLowerCase().includes(named.toLowerCase())).length;

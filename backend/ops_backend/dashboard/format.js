@@ -72,7 +72,8 @@ export const short = id => id.slice(0, 8);
 export const words = code => code.replaceAll("_", " ");
 
 /** Of a study, whose steps are its children. */
-export const ofChildren = ({ step, steps_total }) => `${count(step)} of ${plural(steps_total, "child", "children")}`;
+export const ofChildren = ({ step, steps_total }) =>
+  steps_total === null ? "none planned" : `${count(step)} of ${plural(steps_total, "child", "children")}`;
 
 /** Of a phase of a measurement: 32 of 64 prompts. */
 export function progressed({ done, total, unit }) {

@@ -135,7 +135,7 @@ export function list(main, _, query) {
         }),
         h("input", {
           id: "label",
-          placeholder: "Label: key or key=value",
+          placeholder: "Label, or key=value",
           "aria-label": "Label",
           oninput: later("label"),
           value: typingIn("label") ?? query.get("label") ?? "",
@@ -259,7 +259,7 @@ export function list(main, _, query) {
           !["running", "completed"].includes(status) &&
           h("span", { class: "why" }, operation.error.message),
       ),
-      h("td", { "data-label": "Workload" }, operation.workload),
+      h("td", { class: "workload", "data-label": "Workload" }, operation.workload),
       h("td", { class: "progress" }, progressCell(operation)),
       h("td", { class: "number", "data-label": "Loss" }, measured(progress?.loss)),
       h("td", { class: "number", "data-label": "Attempt" }, operation.attempt || UNKNOWN),

@@ -45,6 +45,7 @@ export function operation(main, [id], query) {
   let failed = null;
   let deleted = false;
   let wanted = query.get("tab");
+  let inSight = null; // the tab that was last scrolled to
   let tab = null; // known when it is known what the operation is
   let living = null; // what in the open tab lives by itself: curves, logs
   let stands = false; // whether the stream does
@@ -129,6 +130,14 @@ export function operation(main, [id], query) {
     adjust({ tab: name === tabs()[0] ? null : name });
   }
 
+  /** Where the tabs are wider than the page. */
+  function showTab() {
+    const button = document.getElementById(`tab-${tab}`);
+    const list = button?.parentElement;
+    inSight = tab;
+    if (list) list.scrollLeft = button.offsetLeft - list.offsetLeft - (list.clientWidth - button.offsetWidth) / 2;
+  }
+
   function open() {
     living?.stop();
     living = null;
@@ -172,6 +181,7 @@ export function operation(main, [id], query) {
       measurement: () => measurement(shown, parts.results, parts.artifacts),
     }[tab];
     if (made) render(panel, made());
+    if (inSight !== tab) showTab();
   }
 
   function tabList() {
@@ -206,14 +216,16 @@ export function operation(main, [id], query) {
 
   /** What may be done now, in words. */
   function offers() {
-    const { status } = shown;
+    const { status, kind, attempt, forked_from } = shown;
     if (!may("operate")) return {};
+    const hasCheckpoint = attempt > 0 || forked_from; // as far as is known here
     return {
       c:
         (CANCELLABLE.has(status) && ["Cancel", () => actions.cancel(shown, refresh)]) ||
         (status === "cancelling" && ["Stop at once", () => actions.force(shown, refresh)]),
-      r: RESUMABLE.has(status) && ["Resume", () => actions.resume(shown, tried, refresh)],
-      f: shown.kind === "training" && ["Fork", () => actions.fork(shown)],
+      r: RESUMABLE.has(status) &&
+        (kind !== "training" || hasCheckpoint) && ["Resume", () => actions.resume(shown, tried, refresh)],
+      f: kind === "training" && hasCheckpoint && ["Fork", () => actions.fork(shown)],
       delete: TERMINAL.has(status) && ["Delete", () => actions.remove(shown)],
     };
   }

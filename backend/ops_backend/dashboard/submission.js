@@ -66,7 +66,7 @@ export function submission(main, _, query) {
     };
   const top = {
     properties: {
-      name: { type: "string", description: "how it is called in lists" },
+      name: { type: "string", description: "what it is called in lists" },
       labels: { type: "string", description: "key=value, several joined by commas" },
       priority: { type: "integer", description: "higher runs first", default: 0 },
       max_retries: { type: "integer", default: 3 },

@@ -105,12 +105,8 @@ function progressTile({ status, progress }) {
   if (!progress) return tile("Progress", UNKNOWN, status === "pending" ? "waits for a slot" : null);
   const of = progress.steps_total === null ? "" : ` of ${count(progress.steps_total)}`;
   const label = progress.percent === null ? `step ${count(progress.step)}` : percent(progress.percent);
-  return tile(
-    "Progress",
-    label,
-    bar(status, progress),
-    `step ${count(progress.step)}${of}${progress.epoch === null ? "" : `, epoch ${count(progress.epoch)}`}`,
-  );
+  const step = `step ${count(progress.step)}${of}${progress.epoch === null ? "" : `, epoch ${count(progress.epoch)}`}`;
+  return tile("Progress", label, bar(status, progress), step !== label && step);
 }
 
 const bar = (status, { percent }) =>
@@ -120,7 +116,7 @@ const bar = (status, { percent }) =>
 /** How many have ended; its tab has how. */
 function childrenTile({ status, progress }) {
   if (!progress) return tile("Children", UNKNOWN, status === "pending" ? "waits for a slot" : "not planned yet");
-  return tile("Children", ofChildren(progress), bar(status, progress), "have ended");
+  return tile("Children", ofChildren(progress), bar(status, progress), progress.steps_total !== null && "have ended");
 }
 
 function phaseTile({ status, progress }) {
@@ -154,12 +150,13 @@ function timeTile({ status, started_at, ended_at, progress }) {
 }
 
 function attemptsTile({ attempt, failures, max_retries }, attempts) {
+  const used = Math.min(failures, max_retries); // the last failure had no retry left
   const redone = attempts.reduce((sum, each, i) => sum + redoneAfter(each, attempts[i + 1]), 0);
   return tile(
     "Attempts",
     attempt ? count(attempt) : UNKNOWN,
     redone > 0 && `${plural(redone, "step")} redone`,
-    `${count(failures)} of ${plural(max_retries, "retry", "retries")} used`,
+    `${count(used)} of ${plural(max_retries, "retry", "retries")} used`,
   );
 }
 
@@ -195,7 +192,11 @@ function energyTile({ energy }) {
 const resuming = kind =>
   kind === "study"
     ? "Resume runs what is missing or failed, and keeps what is done."
-    : "Resume tries again from its last checkpoint.";
+    : kind === "measurement"
+      ? "Resume measures again, from the beginning."
+      : kind === "command"
+        ? "Resume runs it again, from its last checkpoint if it has one."
+        : "Resume tries again from its last checkpoint.";
 
 function fault({ status, kind, error, cancel_reason, exit_unconfirmed }) {
   return [

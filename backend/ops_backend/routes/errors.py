@@ -14,9 +14,9 @@ from starlette.exceptions import HTTPException
 
 from ops_backend.audit import note_refusal
 from ops_backend.store.submit import invalid
-from ops_contract.errors import HTTP_STATUS, ErrorBody, ErrorCode, OpsError, without_prefix
+from ops_contract.errors import HTTP_STATUS, ErrorBody, ErrorCode, OpsError
 from ops_contract.http_gate import HEADERS
-from ops_contract.problems import problems_of
+from ops_contract.problems import in_words, problems_of
 from ops_contract.wire import API_PREFIX
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def _headers(error: OpsError) -> dict[str, str]:
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return await _answer(request, invalid([(_path(e["loc"]), without_prefix(e["msg"])) for e in error.errors()]))
+    return await _answer(request, invalid([(_path(e["loc"]), in_words(e)) for e in error.errors()]))
 
 
 async def _plain(request: Request, error: Exception) -> JSONResponse:

@@ -56,7 +56,7 @@ async def preview(session: AsyncSession, job: Job, plan: Plan | None, lease_s: f
     pace = (await session.execute(PACE, {"workload": job.workload, "ranks": devices})).one()
     reason = None
     if plan is None:
-        reason = "no worker was there to plan it, or none answered in time; `ops workers` shows them: ask again"
+        reason = "no worker was there to plan it, or none answered in time; look at `ops workers`, and ask again"
     elif plan.flops is None:
         reason = "the FLOPs of a grid are not known before it runs"
     elif pace.flops_per_s is None:

@@ -362,4 +362,5 @@ def not_found(id: UUID) -> OpsError:
 
 
 def _words(statuses: frozenset[Status]) -> str:
-    return " and ".join(sorted(statuses))
+    *others, last = sorted(statuses)
+    return f"{', '.join(others)} and {last}" if others else last
