@@ -74,11 +74,14 @@ def digests(encoded: Encoded) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def visit(value: Any, path: str) -> None:
-        if isinstance(value, dict) and "of" in value and value.get("$") in ("tensor", "ndarray"):
+        tag = value.get("$", "dict") if isinstance(value, dict) else None
+        if tag in ("tensor", "ndarray"):
             found[path] = f"{json.dumps(value)} {contents[value['of']]}"
-        elif isinstance(value, dict) and value.get("$", "dict") in ("dict", "OrderedDict", "Counter"):
+        elif tag in ("dict", "OrderedDict", "Counter"):
             for key, part in value["items"] if "$" in value else value.items():
                 visit(part, _join(path, key))
+        elif tag in ("tuple", "set", "frozenset"):
+            visit(value["items"], path)
         elif isinstance(value, list):
             for i, part in enumerate(value):
                 visit(part, _join(path, i))
@@ -275,8 +278,7 @@ class _Decoder:
             raise CodecError(f"{path or 'state'}: not a {tag}: {error}") from error
 
     def _items(self, value: dict[str, Any], path: str, depth: int) -> list[Any]:
-        items: list[Any] = self.value(_list(value, "items"), path, depth + 1)
-        return items
+        return [self.value(item, _join(path, i), depth + 1) for i, item in enumerate(_list(value, "items"))]
 
     def _pairs(self, value: dict[str, Any], path: str, depth: int) -> list[tuple[Any, Any]]:
         decoded = []
