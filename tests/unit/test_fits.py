@@ -199,11 +199,13 @@ def test_an_optimum_beyond_the_sizes_is_told_with_what_to_run(off: float, words:
     assert sum(words in warning for warning in found.warnings) == len(BUDGETS)
 
 
-def test_a_best_run_at_the_end_is_told_though_a_wide_parabola_turns_before_it() -> None:
-    found = fitted(centred(factor=32, off=100))
+@pytest.mark.parametrize(("off", "end", "then"), [(100, "smallest", "smaller"), (0.01, "largest", "larger")])
+def test_a_best_run_at_the_end_is_told_though_a_wide_parabola_turns_before_it(off: float, end: str, then: str) -> None:
+    found = fitted(centred(factor=32, off=off))
 
     assert not any(optimum.at_edge for optimum in second(found)[0].optima)
-    assert sum("the best run is one of the smallest size" in warning for warning in found.warnings) == len(BUDGETS)
+    told = f"the best run is one of the {end} size; the parabola's minimum is doubtful. Run {then} ones"
+    assert sum(told in warning for warning in found.warnings) == len(BUDGETS)
 
 
 def test_a_parabola_that_opens_downwards_is_left_out_of_the_law() -> None:
