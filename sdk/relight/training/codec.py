@@ -213,7 +213,7 @@ def _cover(views: list[Tensor]) -> tuple[Tensor, int]:
     Keeps shape and dtype where it can, so that the file of a plain model reads like one.
     """
     first = views[0]
-    if first.numel() == 0 or (first.is_contiguous() and all(_same_view(first, other) for other in views)):
+    if first.is_contiguous() and all(_same_view(first, other) for other in views):
         return first, int(first.storage_offset()) * first.itemsize
     starts = [int(view.storage_offset()) * view.itemsize for view in views]
     ends = [
