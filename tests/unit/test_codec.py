@@ -185,6 +185,16 @@ def test_a_view_stores_only_what_it_shows() -> None:
     assert stored.numel() == 1001
 
 
+def test_views_of_several_dtypes_store_what_they_show_from_where_each_of_them_is_aligned() -> None:
+    memory = torch.arange(64, dtype=torch.uint8)
+    tree = {"bytes": memory[33:35], "numbers": memory.view(torch.float64)[5:7]}
+
+    (stored,) = encode(tree).tensors.values()
+
+    assert stored.tolist() == list(range(32, 56))
+    assert same(through_bytes(tree), tree)
+
+
 def test_decoded_tensors_share_no_memory_with_the_live_ones() -> None:
     live = torch.zeros(3)
     encoded = encode([live])
