@@ -187,11 +187,18 @@ def test_a_view_stores_only_what_it_shows() -> None:
 
 def test_views_of_several_dtypes_store_what_they_show_from_where_each_of_them_is_aligned() -> None:
     memory = torch.arange(64, dtype=torch.uint8)
-    tree = {"bytes": memory[33:35], "numbers": memory.view(torch.float64)[5:7]}
 
-    (stored,) = encode(tree).tensors.values()
+    (stored,) = encode([memory[33:35], memory.view(torch.float64)[5:7]]).tensors.values()
 
     assert stored.tolist() == list(range(32, 56))
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(0, 7), st.integers(0, 9)), min_size=1, max_size=4))
+def test_any_views_of_one_memory_come_back(views: list[tuple[torch.dtype, int, int]]) -> None:
+    memory = torch.tensor([0, 1], dtype=torch.uint8).repeat(64)
+    tree = [memory.view(dtype)[start : start + n] for dtype, start, n in views]
+
     assert same(through_bytes(tree), tree)
 
 

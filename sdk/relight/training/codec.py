@@ -220,8 +220,9 @@ def _cover(views: list[Tensor]) -> tuple[Tensor, int]:
         start + (_reach(view.shape, view.stride()) + 1) * view.itemsize
         for start, view in zip(starts, views, strict=True)
     ]
-    unit = torch.uint8 if any(view.dtype is not first.dtype for view in views) else first.dtype
-    start = min(starts) if unit is first.dtype else min(starts) // 16 * 16  # aligned for every view's dtype
+    several = any(view.dtype is not first.dtype for view in views)
+    unit = torch.uint8 if several else first.dtype
+    start = min(starts) // 16 * 16 if several else min(starts)  # aligned for every view's dtype
     length = (max(ends) - start) // unit.itemsize
     span = torch.empty(0, dtype=unit, device=first.device)
     return span.set_(first.untyped_storage(), start // unit.itemsize, (length,), (1,)), start
@@ -292,7 +293,9 @@ class _Decoder:
         shape, stride, offset = _counts(record["shape"]), _counts(record["stride"]), count(record["offset"])
         if len(shape) != len(stride):
             raise ValueError(f"shape {shape} and strides {stride} differ in length")
-        items = self._memory(_text(record, "of")).view(dtype)
+        stored = self._memory(_text(record, "of")).view(torch.uint8)
+        # Of views of several dtypes the last may end within an item of another.
+        items = stored[: len(stored) // dtype.itemsize * dtype.itemsize].view(dtype)
         if math.prod(shape) and offset + _reach(shape, stride) >= items.numel():
             raise ValueError(f"shape {shape}, strides {stride} from {offset} reach past {items.numel()} items")
         return items.as_strided(shape, stride, offset)
