@@ -331,6 +331,31 @@ def test_resamples_are_the_seeds_own() -> None:
     assert (none.alpha.low, none.bootstraps) == (None, 0)
 
 
+def test_resamples_weigh_the_runs_by_one_on_average_and_spread_for_the_five_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights: list[np.ndarray] = []
+
+    def descend(problem: Problem, theta: np.ndarray, weight: np.ndarray, iterations: int) -> tuple[np.ndarray, None]:
+        weights.append(weight)
+        return theta, None
+
+    monkeypatch.setattr(Problem, "descend", descend)
+    found = Problem.of(Runs.of(centred(BUDGETS[:2], 5))).resampled(np.zeros(5), 4000, seed=0)
+
+    drawn = np.concatenate(weights)
+    assert (found.shape, drawn.shape) == ((4000, 5), (4000, 10))
+    assert drawn.mean() == pytest.approx(1, abs=0.03)
+    assert drawn.var() == pytest.approx(10 / (10 - 5), rel=0.1)
+
+
+def test_losses_that_are_all_the_same_have_no_share_that_is_explained() -> None:
+    found = fitted([replace(each, loss=2.0) for each in centred(BUDGETS[:3], 5)])
+
+    assert third(found).r2 is None
+    assert third(found).E.value == pytest.approx(2, rel=1e-3)
+
+
 def test_intervals_grow_beyond_the_budgets() -> None:
     found = fitted(noisy(centred(), 0.01, seed=0), 5e19, 1e26, bootstraps=50)
 
