@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
-# Mutation testing (mutmut) of what must not be wrong: which changes of the code no test notices. It takes a second or two a
-# change, so an hour or more; it may be stopped, and goes on where it was.
-# usage: mutants.sh fits|codec [PATTERN, of names as `ops_studies.approach2.*`]; the result is at the end, and by
-# `(cd build/mutants/fits && ../venv/bin/python -m mutmut browse)`.
+# Mutation testing (mutmut) of what must not be wrong: which changes of the code no test notices. A change takes seconds, so a
+# part takes hours, and a sample of a hundred half an hour; it may be stopped, and goes on where it was.
+# usage: mutants.sh codec|fits|ledger|store [--sample N] [PATTERN, of names as `ops_studies.approach2.*`]; one of them is shown by
+# `(cd build/mutants/PART && ../venv/bin/python -m mutmut show NAME)`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?fits or codec} directory=$PWD/build/mutants/$1
+part=${1:?codec, fits, ledger or store} directory=$PWD/build/mutants/$1
 case $part in
-    fits) code='"ops_studies/fits.py", "ops_studies/approach2.py", "ops_studies/approach3.py", "ops_studies/estimates.py"' tests='"tests/unit/test_fits.py"' ;;
-    codec) code='"relight/training/codec.py"' tests='"tests/unit/test_codec.py"' ;;
-    *) echo "mutants: there is no part $part: fits or codec" >&2; exit 2 ;;
+    codec) code=relight/training/codec.py tests=tests/unit/test_codec.py ;;
+    fits) code=$(echo ops_studies/{fits,approach2,approach3,estimates}.py) tests=tests/unit/test_fits.py ;;
+    ledger)
+        code=$(echo ops_backend/store/{energy,ledger,ledger_views}.py ops_worker/energy/booking.py)
+        tests="tests/unit/test_energy_booking.py tests/unit/test_ledger.py tests/integration/test_store_energy.py" ;;
+    store)
+        code=$(echo ops_backend/store/{transitions,reports,claims,submit,retention,placement,lineage}.py)
+        tests="tests/integration/test_store_transitions.py tests/integration/test_store_claims.py tests/integration/test_retention.py" ;;
+    *) echo "mutants: there is no part $part: codec, fits, ledger or store" >&2; exit 2 ;;
 esac
-python=$PWD/build/mutants/venv/bin/python
+quoted() { printf '"%s", ' $1; }
+python=$PWD/build/mutants/venv/bin/python driver=$PWD/deploy/mutants.py
 if [ ! -x "$python" ]; then
     # mutmut alone: all else, pytest too, is that of .venv.
     .venv/bin/python -m venv build/mutants/venv
@@ -20,27 +27,33 @@ if [ ! -x "$python" ]; then
     rm -rf "$site"/{pytest,_pytest,pluggy,click,rich,yaml,_yaml}{,-*.dist-info}
     .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/ours.pth"
 fi
+if [[ $tests == *integration* ]]; then
+    # It would be most of the time, were it started for every change. It ends with us: its stdin does.
+    coproc PYTHONPATH=tests .venv/bin/python -m helpers.kept_postgres
+    read -r RELIGHT_TEST_DATABASES <&"${COPROC[0]}"
+    export RELIGHT_TEST_DATABASES
+fi
 # A module's name has to be its path: the packages lie beside each other.
 mkdir -p "$directory"
-cp -r contract/ops_contract studies/ops_studies sdk/relight backend/ops_backend worker/ops_worker tests migrations "$directory"
-cat >"$directory/pyproject.toml" <<EOF
+cp -ru contract/ops_contract studies/ops_studies sdk/relight backend/ops_backend worker/ops_worker tests migrations "$directory"
+# What lies before an await of SQLAlchemy is not seen as covered.
+cat >"$directory/pyproject.toml" <<EOT
 [tool.mutmut]
 source_paths = ["relight", "ops_contract", "ops_studies", "ops_backend", "ops_worker"]
-only_mutate = [$code]
+only_mutate = [$(quoted "$code")]
 also_copy = ["migrations"]
-mutate_only_covered_lines = true
+mutate_only_covered_lines = $([[ $tests == *integration* ]] && echo false || echo true)
 timeout_constant = 20.0
 use_git_change_detection = false
 pytest_add_cli_args = ["-m", "not slow", "-p", "no:cacheprovider", "-x", "-q"]
-pytest_add_cli_args_test_selection = [$tests]
+pytest_add_cli_args_test_selection = [$(quoted "$tests")]
 
 [tool.pytest.ini_options]
 pythonpath = ["tests", "."]
 asyncio_mode = "auto"
 addopts = "-p no:schemathesis"
 markers = ["gpu: needs a GPU", "slow: takes long"]
-EOF
+EOT
 cd "$directory"
-OMP_NUM_THREADS=1 "$python" -m mutmut run --max-children 1 "${@:2}" >output.log 2>&1 || { tail -c 2000 output.log; exit 1; }
-tr '\r' '\n' <output.log | tail -n 1
-"$python" -m mutmut results | grep -v 'not checked' || echo "every change was noticed"
+OMP_NUM_THREADS=1 "$python" "$driver" "${@:2}" >output.log 2>&1 || { tail -c 2000 output.log; exit 1; }
+tr '\r' '\n' <output.log | sed -n '/ changes, by seed /p; /^\(ops_\|relight\)[^ ]*: /p; /^tried /p'

@@ -1,5 +1,7 @@
 """Fixtures that everybody may use."""
 
+import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -23,8 +25,14 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def databases(postgres_url: str) -> Databases:
-    return Databases(postgres_url)
+def databases(request: pytest.FixtureRequest) -> Iterator[Databases]:
+    """Of this run's own Postgres, or of one that is kept for many runs (helpers/kept_postgres.py)."""
+    if kept := os.environ.get("RELIGHT_TEST_DATABASES"):
+        databases = Databases(*kept.split())
+        yield databases
+        asyncio.run(databases.drop())
+    else:
+        yield Databases(request.getfixturevalue("postgres_url"))
 
 
 @pytest.fixture

@@ -115,12 +115,16 @@ def debian_postgres(port: int = 5432, password: str | None = None, home: Path | 
 class Databases:
     """Migrates a template once; each database after that is a copy of its files."""
 
-    def __init__(self, server_url: str) -> None:
+    def __init__(self, server_url: str, template: str | None = None) -> None:
         self._url = make_url(server_url)
-        self._template: str | None = None
+        self._template = template
+        self._made: list[str] = []
 
     async def fresh(self) -> str:
         """The URL of a new database with our schema and no rows, which the checker of histories can read."""
+        return self._of(await self._create(f"TEMPLATE {await self.template()}"))
+
+    async def template(self) -> str:
         if self._template is None:
             template = await self._create("")
             await migrate(self._of(template))
@@ -128,19 +132,27 @@ class Databases:
             await connection.execute(KEEP_WRITERS)
             await connection.close()
             self._template = template
-        return self._of(await self._create(f"TEMPLATE {self._template}"))
+        return self._template
 
     async def empty(self) -> str:
         """The URL of a new database without a schema."""
         return self._of(await self._create(""))
 
+    async def drop(self) -> None:
+        """All of them, of a server that outlives us."""
+        connection = await connect(self._url.render_as_string(hide_password=False))
+        for name in self._made:
+            await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        await connection.close()
+
     async def _create(self, how: str) -> str:
-        name = f"test_{next(_numbers)}"
+        name = f"test_{os.getpid()}_{next(_numbers)}"
         connection = await connect(self._url.render_as_string(hide_password=False))
         try:
             await connection.execute(f"CREATE DATABASE {name} {how}")
         finally:
             await connection.close()
+        self._made.append(name)
         return name
 
     def _of(self, name: str) -> str:

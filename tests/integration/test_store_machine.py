@@ -50,6 +50,8 @@ LIKELY = {
 }
 # Once a member of a gang has left, the others are likely to leave too.
 LEAVING = ("complete", "complete", "preempt", "stop", "save", "lose")
+# Once the lease of a member has run out.
+LIKELY_THEN = ("lose",) * 4
 LEASES = ("goes on", "goes on", "runs out", "is renewed")
 FAULT = Fault(code="it", message="it")
 FINISHES: dict[str, dict[str, Any]] = {
@@ -129,6 +131,10 @@ class Model:
         """Members that hold the attempt."""
         running = self.status in (Status.RUNNING, Status.CANCELLING)
         return [member for member, how in enumerate(self.left) if running and how is None]
+
+    def is_over(self) -> bool:
+        """For good: there is nothing to resume from."""
+        return self.status is Status.COMPLETED or (self.status in TERMINAL and not self.steps)
 
     def who(self, call: Call) -> int:
         """Only the leader saves."""
@@ -258,11 +264,13 @@ class StoreMachine(RuleBasedStateMachine):
         devices=st.sampled_from(list(MEMBERS)),
     )
     def call_at_once(self, likely: int, others: list[str], members: tuple[int, ...], lease: str, devices: int) -> None:
-        if self.model.status is Status.COMPLETED:
+        if self.model.is_over() and (self.model.status is Status.COMPLETED or likely >= 250):
             self._runner.run(self._start_over(devices))
         if live := self.model.live():
             self._set_lease(lease, live[members[0] % len(live)])
         choices = LEAVING if live and any(self.model.left) else LIKELY[self.model.status]
+        if any(self.model.expired[member] for member in live):
+            choices = (*choices, *LIKELY_THEN)
         names = [choices[likely % len(choices)], *others]
         calls = [Call(name, member) for name, member in zip(names, members, strict=False)]
         self.oldest = self._runner.run(self._lineage())[:1]

@@ -74,11 +74,14 @@ def digests(encoded: Encoded) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def visit(value: Any, path: str) -> None:
-        if isinstance(value, dict) and "of" in value and value.get("$") in ("tensor", "ndarray"):
+        tag = value.get("$", "dict") if isinstance(value, dict) else None
+        if tag in ("tensor", "ndarray"):
             found[path] = f"{json.dumps(value)} {contents[value['of']]}"
-        elif isinstance(value, dict) and value.get("$", "dict") in ("dict", "OrderedDict", "Counter"):
+        elif tag in ("dict", "OrderedDict", "Counter"):
             for key, part in value["items"] if "$" in value else value.items():
                 visit(part, _join(path, key))
+        elif tag in ("tuple", "set", "frozenset"):
+            visit(value["items"], path)
         elif isinstance(value, list):
             for i, part in enumerate(value):
                 visit(part, _join(path, i))
@@ -210,15 +213,16 @@ def _cover(views: list[Tensor]) -> tuple[Tensor, int]:
     Keeps shape and dtype where it can, so that the file of a plain model reads like one.
     """
     first = views[0]
-    if first.numel() == 0 or (first.is_contiguous() and all(_same_view(first, other) for other in views)):
+    if first.is_contiguous() and all(_same_view(first, other) for other in views):
         return first, int(first.storage_offset()) * first.itemsize
     starts = [int(view.storage_offset()) * view.itemsize for view in views]
     ends = [
         start + (_reach(view.shape, view.stride()) + 1) * view.itemsize
         for start, view in zip(starts, views, strict=True)
     ]
-    unit = torch.uint8 if any(view.dtype is not first.dtype for view in views) else first.dtype
-    start = min(starts) if unit is first.dtype else min(starts) // 16 * 16  # aligned for every view's dtype
+    several = any(view.dtype is not first.dtype for view in views)
+    unit = torch.uint8 if several else first.dtype
+    start = min(starts) // 16 * 16 if several else min(starts)  # aligned for every view's dtype
     length = (max(ends) - start) // unit.itemsize
     span = torch.empty(0, dtype=unit, device=first.device)
     return span.set_(first.untyped_storage(), start // unit.itemsize, (length,), (1,)), start
@@ -275,8 +279,7 @@ class _Decoder:
             raise CodecError(f"{path or 'state'}: not a {tag}: {error}") from error
 
     def _items(self, value: dict[str, Any], path: str, depth: int) -> list[Any]:
-        items: list[Any] = self.value(_list(value, "items"), path, depth + 1)
-        return items
+        return [self.value(item, _join(path, i), depth + 1) for i, item in enumerate(_list(value, "items"))]
 
     def _pairs(self, value: dict[str, Any], path: str, depth: int) -> list[tuple[Any, Any]]:
         decoded = []
@@ -290,7 +293,9 @@ class _Decoder:
         shape, stride, offset = _counts(record["shape"]), _counts(record["stride"]), count(record["offset"])
         if len(shape) != len(stride):
             raise ValueError(f"shape {shape} and strides {stride} differ in length")
-        items = self._memory(_text(record, "of")).view(dtype)
+        stored = self._memory(_text(record, "of")).view(torch.uint8)
+        # Of views of several dtypes the last may end within an item of another.
+        items = stored[: len(stored) // dtype.itemsize * dtype.itemsize].view(dtype)
         if math.prod(shape) and offset + _reach(shape, stride) >= items.numel():
             raise ValueError(f"shape {shape}, strides {stride} from {offset} reach past {items.numel()} items")
         return items.as_strided(shape, stride, offset)

@@ -1,0 +1,48 @@
+"""Runs mutmut in the directory of a part (mutants.sh), without changes of a string's case, and of a sample at wish."""
+
+import argparse
+import random
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from mutmut import __main__ as mutmut
+from mutmut.mutation import mutators
+from mutmut.stats import status_by_exit_code
+
+SEED = 0
+NOTICED = ("killed", "timeout", "segfault", "suspicious")
+
+parser = argparse.ArgumentParser()
+parser.add_argument("names", nargs="*")
+parser.add_argument("--sample", type=int)
+asked = parser.parse_args()
+collect, strings = mutmut.collect_source_file_mutation_data, mutators.operator_string
+drawn: list[Any] = []
+
+
+def other_strings(node: Any) -> Iterator[Any]:
+    """SQL in another case is equal in effect, and what is only a key is tried by XX…XX too."""
+    return (changed for changed in strings(node) if changed.value.lower() != node.value.lower())
+
+
+def sampled(*, mutant_names: Any) -> tuple[Any, Any]:
+    """Each change draws its own number, so that the sample stays what it is when other functions change."""
+    changes, files = collect(mutant_names=mutant_names)
+    drawn[:] = sorted(changes, key=lambda change: random.Random(f"{SEED} {change[1]}").random())[: asked.sample]
+    print(f"{len(drawn)} of {len(changes)} changes, by seed {SEED}")
+    return drawn, files
+
+
+mutators.mutation_operators[:] = [
+    (node, other_strings if operator is strings else operator) for node, operator in mutators.mutation_operators
+]
+mutmut.collect_source_file_mutation_data = sampled
+mutmut._run(asked.names, 1)
+
+tried = {name: status_by_exit_code[file.exit_code_by_key[name]] for file, name, _ in drawn}
+noticed = sum(Counter(tried.values())[status] for status in NOTICED)
+for name, status in tried.items():
+    if status not in NOTICED:
+        print(f"{name}: {status}")
+print(f"tried {len(tried)}, noticed {noticed}, unnoticed {len(tried) - noticed}, score {noticed / len(tried):.0%}")
