@@ -134,6 +134,10 @@ def test_nothing_is_wider_than_a_phone(browser: Browser, lab: Service) -> None:
         for fragment, heading in VIEWS.items():
             page = show(tab, fragment, heading)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, fragment
+        page = show(tab, f"/operations/{STORMY}?tab=energy", "pretrain-small-stormy")
+        opened = page.get_by_role("tab", name="energy").bounding_box()
+        assert opened is not None
+        assert (opened["x"] >= 0, opened["x"] + opened["width"] <= 390) == (True, True)  # of more tabs than fit
 
 
 def test_the_ledger_has_a_dash_and_a_reason_for_what_is_not_known(tab: Tab) -> None:

@@ -19,7 +19,7 @@ from ops_contract.workers import WorkloadView
 __all__ = ["api", "ops"]  # fixtures
 
 
-def test_a_job_file_that_cannot_be_read_says_why_in_words(ops: Ops, tmp_path: Path) -> None:
+def test_a_job_file_that_cannot_be_read_says_why_in_words(api: Api, ops: Ops, tmp_path: Path) -> None:
     binary, torn = tmp_path / "binary.yaml", tmp_path / "torn.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     torn.write_text("workload: digits\nlabels: {a: b")
