@@ -214,7 +214,8 @@ def _too_large(root: Path, sizes: dict[str, int]) -> OpsError:
         ErrorCode.TOO_LARGE,
         f"{root} has {len(sizes):,} files of {sum(sizes.values()) / 2**20:.1f} MiB in all; a snapshot takes "
         f"{SNAPSHOT_MAX_BYTES / 2**20:g} MiB, 512 B a file among them. The largest: {named}. Name what is no code in "
-        f".gitignore or {IGNORE}; data stay where they are. What is installed on the workers needs no snapshot: --no-code",
+        f".gitignore or {IGNORE}; data stay where they are. Code that is installed on the workers needs no "
+        "snapshot: --no-code",
         largest={path: sizes[path] for path in largest},
     )
 
