@@ -226,7 +226,8 @@ def test_what_is_stored_has_the_name_of_its_path_and_says_where_it_shows() -> No
     assert set(encoded.tensors) == {"a.b", "a.b#2", "scale[3]"}
     assert encoded.tensors["a.b"].shape == (2, 3)
     assert encoded.shown_at == {"a.b": ["a.b", "again[0]"], "a.b#2": ["a.b"]}
-    assert set(encode(tied).tensors) == {"value"}
+    assert (set(encode(tied).tensors), set(encode([tied]).tensors)) == ({"value"}, {"[0]"})
+    assert json.loads(encode({"a": {"b": 1.5}}).document) == {"a": {"b": 1.5}}
 
 
 @pytest.mark.parametrize(
@@ -247,10 +248,19 @@ def test_what_can_be_saved_can_be_read_however_deep(around: Callable[[Any], Any]
     tree = last(tree)
 
     assert same(through_bytes(tree), tree)
-    with pytest.raises(CodecError, match="nested deeper than 100"):
+    with pytest.raises(CodecError, match=r"^\[0\].*: nested deeper than 100"):
         encode([tree])
-    with pytest.raises(CodecError, match="nested deeper than 100"):
+    with pytest.raises(CodecError, match=r"^\[0\].*: nested deeper than 100"):
         decode(b"[" + encode(tree).document + b"]", {})
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [{"$": "tuple", "items": []}, {"a": {"$": 1}}, "\ud800", 10**5000],
+    ids=["tag", "dollar", "surrogate", "large"],
+)
+def test_what_json_would_not_keep_comes_back(tree: Any) -> None:
+    assert same(through_bytes(tree), tree)
 
 
 def test_a_counter_keeps_its_type() -> None:
@@ -283,6 +293,11 @@ def test_what_it_does_not_know_is_named_with_its_path(value: Any, said: str) -> 
         encode({"optimizer": {"state": {3: {"foo": value}}}})
     with pytest.raises(CodecError, match=rf"^state: .*{said}"):
         encode(value)
+
+
+def test_a_key_that_it_does_not_know_is_named_too() -> None:
+    with pytest.raises(CodecError, match=r"^a\[1\] key: cannot keep a test_codec.Unknown"):
+        encode({"a": [0, {Unknown(): 0}]})
 
 
 def test_a_tree_within_itself_is_refused() -> None:

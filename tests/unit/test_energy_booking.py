@@ -192,6 +192,24 @@ marks_of_anything = st.lists(
 )
 
 
+@pytest.mark.parametrize(
+    ("then", "in_order", "use", "epoch"),
+    [
+        (Use.TRAIN, False, Use.TRAIN, 3),
+        (Use.EVALUATE, False, Use.EVALUATE, 3),
+        (Use.SAVE, False, Use.SAVE, None),
+        (Use.TRAIN, True, Use.FINISH, None),
+    ],
+)
+def test_what_it_did_last_is_of_its_epoch_where_it_was_of_one(then, in_order, use, epoch):
+    stretches = Stretches(0.0, 0)
+    stretches.add(mark(1.0, Use.RESTORE, 4, then, epoch=3), 1.0)
+
+    *_, last = stretches.end(2.0, in_order)
+
+    assert (last.use, last.epoch, last.since_s, last.until_s) == (use, epoch, 1.0, 2.0)
+
+
 @given(marks=marks_of_anything, nows=st.lists(st.floats(0, 1e4), min_size=40, max_size=40), in_order=st.booleans())
 def test_whatever_the_marks_say_each_moment_is_in_one_stretch(marks, nows, in_order):
     stretches, found, edges = Stretches(0.0, 0), [], [0.0]
