@@ -108,9 +108,8 @@ async def identified(request: Request) -> Identity:
     else:
         found = None
     if found is None:
-        where = "OPS_API_TOKEN or --token, in HTTP `Authorization: Bearer TOKEN`"
-        message = f"no valid token: {where}; `ops up` keeps its own in DIR/token"
-        raise OpsError(ErrorCode.UNAUTHENTICATED, message)
+        where = "`Authorization: Bearer`, OPS_API_TOKEN or --token"
+        raise OpsError(ErrorCode.UNAUTHENTICATED, f"no valid token: {where}")
     return found
 
 

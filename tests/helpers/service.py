@@ -67,9 +67,12 @@ class Service:
         """The address that users and new workers have from now on."""
         self._url = url
         self.client = Client(url, self.token)
-        self.openapi = OpenAPI(lambda: httpx.get(f"{url}/openapi.json", trust_env=False).json())
+        self.openapi = OpenAPI(lambda: httpx.get(f"{url}/openapi.json", trust_env=False, timeout=WAIT_S).json())
         self.http = httpx.Client(
-            base_url=url + API_PREFIX, headers={"Authorization": f"Bearer {self.token}"}, trust_env=False
+            base_url=url + API_PREFIX,
+            headers={"Authorization": f"Bearer {self.token}"},
+            trust_env=False,
+            timeout=WAIT_S,
         )
         for http in (self.client._http, self.http):
             self.openapi.watch(http)

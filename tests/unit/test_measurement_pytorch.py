@@ -310,11 +310,14 @@ def test_a_name_that_is_not_cached_says_what_to_do_offline(offline: None) -> Non
 
 def test_a_name_that_is_cached_needs_no_network(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
+    from huggingface_hub.utils import _detect_agent
 
     def asks(*_: Any, **__: Any) -> None:
         pytest.fail("it asked the network")
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr(_detect_agent, "_registry", None)
     monkeypatch.setattr(socket, "getaddrinfo", asks)
     snapshot = cached(stored, tmp_path)
     assert said(loaded("relight/tiny")) == said(loaded(str(stored)))

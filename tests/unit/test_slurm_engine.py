@@ -185,14 +185,10 @@ async def test_every_word_of_slurm_is_a_stage_and_an_unknown_one_is_no_end(
     assert (await commands.engine().poll(NAMES))["relight-a"].stage is stage
 
 
-async def test_killing_what_has_ended_is_no_error_and_signals_reach_the_workers(commands: Commands) -> None:
+async def test_killing_what_has_ended_is_no_error_and_a_refusal_is_one(commands: Commands) -> None:
     commands.add("scancel", "echo 'scancel: error: Kill job error on job id 7: Invalid job id specified' >&2; exit 1")
     await commands.engine().kill("7")
     assert commands.calls == ["7"]
-
-    commands.add("scancel", "exit 0")
-    await commands.engine().signal("7", "TERM")
-    assert commands.calls == ["--signal=TERM", "7"]
 
     commands.add("scancel", "echo 'scancel: error: Access/permission denied' >&2; exit 1")
     with pytest.raises(EngineRefused, match="denied"):

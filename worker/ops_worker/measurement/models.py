@@ -28,10 +28,12 @@ class Unusable(Exception):
 
 
 def quiet() -> None:
-    """Into a trainer's output go its own lines, and no bars that redraw themselves."""
+    """Into a trainer's output go its own lines, no bars that redraw themselves; and nothing out of what is here."""
     import transformers
+    from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars
 
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # else it asks the hub for a list of agents, whatever is in the cache
     disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
