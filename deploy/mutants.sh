@@ -14,7 +14,7 @@ case $part in
         tests="tests/unit/test_energy_booking.py tests/unit/test_ledger.py tests/integration/test_store_energy.py" ;;
     store)
         code=$(echo ops_backend/store/{transitions,reports,claims,submit,retention,placement,lineage}.py)
-        tests="tests/integration/test_store_transitions.py tests/integration/test_store_claims.py tests/integration/test_retention.py" ;;
+        tests=$(echo tests/integration/test_{store_{transitions,claims,commands,fork,gangs,output,replay,studies},retention,api,dry_run}.py) ;;
     *) echo "mutants: there is no part $part: codec, fits, ledger or store" >&2; exit 2 ;;
 esac
 quoted() { printf '"%s", ' $1; }

@@ -224,46 +224,40 @@ def test_poisson_train_loss_is_the_deviance_whatever_is_minimised(loss: str) -> 
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[Operation, Operation]:
-    """Run twice."""
-    config = preset("smoke.yaml").config
-    return run(tmp_path_factory.mktemp("smoke"), config), run(tmp_path_factory.mktemp("again"), config)
-
-
-Twice = tuple[Operation, Operation]
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Operation:
+    return run(tmp_path_factory.mktemp("smoke"), preset("smoke.yaml").config)
 
 
 @pytest.mark.slow
-def test_smoke_learns(smoke: Twice) -> None:
-    losses = list(smoke[0].curves["poisson_train_loss"].values())
+def test_smoke_learns(smoke: Operation) -> None:
+    losses = list(smoke.curves["poisson_train_loss"].values())
 
     assert len(losses) == 6 * 16
     assert fmean(losses[-16:]) < 0.85 * fmean(losses[:16])
-    assert list(smoke[0].curves["poisson_val_loss"]) == [15, 31, 47, 63, 79, 95]
-    assert smoke[0].curves["learning_rate"][0] == 1e-3
+    assert list(smoke.curves["poisson_val_loss"]) == [15, 31, 47, 63, 79, 95]
+    assert smoke.curves["learning_rate"][0] == 1e-3
 
 
 @pytest.mark.slow
-def test_smoke_has_the_same_bits_again(smoke: Twice) -> None:
-    first, second = smoke
+def test_smoke_has_the_same_bits_again(smoke: Operation, tmp_path: Path) -> None:
+    again = run(tmp_path, preset("smoke.yaml").config)
 
-    assert first.differences(second) == []
-    assert {"final/train_phase_pearson", "final/epie_train_amplitude_frc50"} <= first.curves.keys()
-    [one, other] = [{a.name: a.sha256 for a in o.reports if isinstance(a, ArtifactSaved)} for o in smoke]
+    assert smoke.differences(again) == []
+    assert {"final/train_phase_pearson", "final/epie_train_amplitude_frc50"} <= smoke.curves.keys()
+    [one, other] = [{a.name: a.sha256 for a in o.reports if isinstance(a, ArtifactSaved)} for o in (smoke, again)]
     assert one.keys() == other.keys()
     assert {name for name in one if one[name] != other[name]} <= {"files/seconds.json"}
 
 
-def test_the_two_best_are_measured_where_they_were_saved(smoke: Twice) -> None:
+def test_the_two_best_are_measured_where_they_were_saved(smoke: Operation) -> None:
     """What stays of them is the service's to say: tests/e2e/test_ptycho.py."""
-    saved = {c.step: c.monitored for c in smoke[0].reports if isinstance(c, CheckpointSaved) and c.step}
+    saved = {c.step: c.monitored for c in smoke.reports if isinstance(c, CheckpointSaved) and c.step}
 
-    assert saved == {step + 1: value for step, value in smoke[0].curves["poisson_val_loss"].items()}
+    assert saved == {step + 1: value for step, value in smoke.curves["poisson_val_loss"].items()}
 
 
-def test_finish_leaves_arrays_and_pictures(smoke: Twice) -> None:
-    operation = smoke[0]
-    files = {a.name: operation.root / a.path for a in operation.reports if isinstance(a, ArtifactSaved)}
+def test_finish_leaves_arrays_and_pictures(smoke: Operation) -> None:
+    files = {a.name: smoke.root / a.path for a in smoke.reports if isinstance(a, ArtifactSaved)}
 
     arrays = np.load(files["files/reconstruction.npz"])
     assert arrays["train_object"].dtype == np.complex64
