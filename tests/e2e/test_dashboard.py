@@ -219,10 +219,10 @@ def test_two_tabs_see_the_same_and_log_out_together(service: Service, tab: Tab) 
     for page in (first, second):
         expect(page.get_by_role("heading", name="Log in to Relight")).to_be_visible()
     assert second.url.endswith(f"/#/operations/{id}")
-    second.get_by_label("Or the token").fill("wrong")
+    second.get_by_label("Or a token").fill("wrong")
     second.keyboard.press("Enter")
     expect(second.get_by_role("alert")).to_contain_text("not the token of this server")
-    second.get_by_label("Or the token").fill(service.token)
+    second.get_by_label("Or a token").fill(service.token)
     second.keyboard.press("Enter")
     expect(second.locator(".facts .chip")).to_have_text("cancelled")  # where it was
 

@@ -131,6 +131,7 @@ def test_of_two_replicas_either_serves_and_one_is_enough(databases: Databases, t
                 service.until_step(id, 30)
             service.server.kill()
             ports.remove(port(service.server))
+            service.connect(address)  # a connection to the dead one would say so once
             service.client.cancel(ids[0])
             service.wait(ids[0], "cancelled")
             service.client.resume(ids[0])

@@ -19,6 +19,8 @@ says '"max_epochs": 60'
 until_true 120 saved 1
 next_block # a poll of what runs; once it is still, the tag is that of an unchanged one
 ops list >/dev/null
+next_block # where it ran
+says '"world_size":1'
 next_block # the list
 says "$ID"
 next_block # the stream
