@@ -221,7 +221,7 @@ def test_two_tabs_see_the_same_and_log_out_together(service: Service, tab: Tab) 
     assert second.url.endswith(f"/#/operations/{id}")
     second.get_by_label("Or a token").fill("wrong")
     second.keyboard.press("Enter")
-    expect(second.get_by_role("alert")).to_contain_text("not the token of this server")
+    expect(second.get_by_role("alert")).to_contain_text("no token of a user here")
     second.get_by_label("Or a token").fill(service.token)
     second.keyboard.press("Enter")
     expect(second.locator(".facts .chip")).to_have_text("cancelled")  # where it was
