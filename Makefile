@@ -7,7 +7,7 @@ TEST := $(BIN)/python -m pytest
 help:
 	@echo "make demo      a training is killed, goes on elsewhere, and is compared bit for bit (about 2 minutes)"
 	@echo "make up        the whole service: database, API, worker"
-	@echo "make test      lint and tests, about eleven minutes on two cores"
+	@echo "make test      lint and tests, eleven to twenty minutes on two cores"
 	@echo "make test-all  everything, at most 60 minutes"
 	@echo "make bench     the table of docs/performance.md, measured here (about half an hour); of scale the quick form"
 	@echo "make docs      the documentation as pages, in build/docs"

@@ -5,7 +5,7 @@ from uuid import uuid4
 import pytest
 
 from helpers.store import Held, Store, at_once, held, losses, saved, started
-from ops_backend.store import curves, queries
+from ops_backend.store import curves, queries, transitions
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Outcome, Phase, Status
 from ops_contract.reports import Exactness, Note
@@ -262,6 +262,38 @@ async def test_cancelling_again_is_refused_but_force_is_recorded_once(store: Sto
     assert await store.cancel(run.operation_id, force=True) is None
     answer = await store.heartbeat(worker, run)
     assert [order.force for order in answer.cancelling] == [True]
+
+
+async def test_a_refused_cancel_or_resume_says_why_and_what_to_do(store: Store) -> None:
+    """Scenarios 3 and 4."""
+    await store.worker()
+    run = await store.running()
+    await store.cancel(run.operation_id)
+    refusals = []
+    async with store.sessions.begin() as session:
+        refusals.append(await transitions.explain_cancel(session, run.operation_id))
+        refusals.append(await transitions.explain_resume(session, run.operation_id, None))
+    await store.finish(run, Outcome.CANCELLED)
+    async with store.sessions.begin() as session:
+        refusals.append(await transitions.explain_cancel(session, run.operation_id))
+        refusals.append(await transitions.explain_resume(session, run.operation_id, None))
+        refusals.append(await transitions.explain_resume(session, run.operation_id, uuid4()))
+        refusals.append(await transitions.explain_cancel(session, uuid4()))
+
+    cancellable, resumable = "only pending, running and waiting ones can be", "only cancelled and failed ones can be"
+    assert [(e.code, e.message) for e in refusals[:5]] == [
+        (
+            "not_cancellable",
+            f"operation is cancelling: it is stopping already; force kills it at once; {cancellable} cancelled",
+        ),
+        ("not_resumable", f"operation is cancelling; {resumable} resumed"),
+        ("not_cancellable", f"operation is cancelled: it has ended; {cancellable} cancelled"),
+        ("no_checkpoint", "this operation has no checkpoint; submit it again to start over"),
+        ("no_checkpoint", "this operation has no such checkpoint; submit it again to start over"),
+    ]
+    assert refusals[5].code == ErrorCode.NOT_FOUND
+    [told] = await store.fetch("SELECT detail FROM events WHERE name = 'cancel'")
+    assert told.detail == {"force": False}
 
 
 async def test_the_heartbeat_tells_what_has_ended(store: Store) -> None:
