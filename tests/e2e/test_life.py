@@ -241,7 +241,7 @@ def test_force_kills_at_once_what_a_cancel_waits_for(fatal: Service, tmp_path: P
     do = f"open({str(stuck)!r}, 'w'); time.sleep(10_000)"
     id = fatal.submit("fatal", config={"do": do}, batch_size=1, max_epochs=1)
     eventually(stuck.exists, "it is in its third step", fatal.logs)
-    pid = fatal.attempts(id)[0].trainer_pid
+    pid = eventually(lambda: fatal.attempts(id)[0].trainer_pid, "its worker has said who trains", fatal.logs)
     fatal.client.cancel(id)
     with pytest.raises(OpsError) as again:
         fatal.client.cancel(id)

@@ -51,7 +51,9 @@ def networks(number: int) -> Iterator[list[Network]]:
             _ip("-n", network.name, "link", "set", "lo", "up")
         yield found
     finally:
-        for network in found:
+        for i, network in enumerate(found):
+            # Of a namespace that is deleted it goes some time later, and the next of this name would meet it.
+            subprocess.run(["ip", "link", "del", f"{bridge}v{i}"], capture_output=True)
             if Path("/run/netns", network.name).exists():
                 _ip("netns", "del", network.name)
         subprocess.run(["ip", "link", "del", bridge], capture_output=True)

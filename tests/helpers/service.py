@@ -52,6 +52,7 @@ class Service:
         self.server = Child("server", ("ops_backend", "server"), self._server_environ, directory / "server.log")
         self.workers: list[Child] = []
         self._url = ""
+        self._open: list[Client | httpx.Client] = []
 
     @property
     def url(self) -> str:
@@ -65,6 +66,7 @@ class Service:
 
     def connect(self, url: str) -> None:
         """The address that users and new workers have from now on."""
+        self._hang_up()
         self._url = url
         self.client = Client(url, self.token)
         self.openapi = OpenAPI(lambda: httpx.get(f"{url}/openapi.json", trust_env=False, timeout=WAIT_S).json())
@@ -74,6 +76,7 @@ class Service:
             trust_env=False,
             timeout=WAIT_S,
         )
+        self._open = [self.client, self.http]
         for http in (self.client._http, self.http):
             self.openapi.watch(http)
 
@@ -111,8 +114,11 @@ class Service:
         for child in (*self.workers, self.server):
             child.kill()
             child.close()
-        self.client.close()
-        self.http.close()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        while self._open:
+            self._open.pop().close()
 
     def worker_of(self, attempt: AttemptView) -> Child:
         return next(worker for worker in self.workers if worker.name == attempt.worker)
