@@ -12,6 +12,7 @@ from pathlib import Path
 from ops_backend import postgres
 from ops_backend.postgres_place import PostgresError
 from ops_contract.log_lines import LogFormatError, log_formatter
+from ops_contract.system_words import system_words
 
 
 def main() -> int:
@@ -75,8 +76,7 @@ def copy(arguments: argparse.Namespace) -> int:
         else:
             done = backup.restore(service, arguments.file, arguments.replace, say).model_dump_json()
     except (backup.BackupError, ArchiveError, UnfitDatabase, OSError) as error:
-        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"ops {arguments.verb}: {said}", file=sys.stderr)
+        print(f"ops {arguments.verb}: {system_words(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"ops {arguments.verb}: stopped before it was done", file=sys.stderr)

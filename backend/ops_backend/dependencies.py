@@ -108,8 +108,8 @@ async def identified(request: Request) -> Identity:
     else:
         found = None
     if found is None:
-        where = "`Authorization: Bearer`, OPS_API_TOKEN or --token"
-        raise OpsError(ErrorCode.UNAUTHENTICATED, f"no valid token: {where}")
+        message = "no valid token (OPS_API_TOKEN, --token, Bearer): see DIR/token of `ops up`"
+        raise OpsError(ErrorCode.UNAUTHENTICATED, message)
     return found
 
 

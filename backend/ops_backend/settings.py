@@ -20,7 +20,7 @@ from sqlalchemy.exc import ArgumentError
 
 from ops_backend.addresses import allowed
 from ops_backend.database import Limits
-from ops_contract.errors import without_prefix
+from ops_contract import variables
 
 
 class SettingsError(Exception):
@@ -180,17 +180,7 @@ class Settings(BaseModel):
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Self:
         """Raises SettingsError naming every variable that is missing or wrong."""
-        given = {name: env[f"OPS_{name.upper()}"] for name in cls.model_fields if env.get(f"OPS_{name.upper()}")}
         try:
-            return cls.model_validate(given)
+            return cls.model_validate(variables.given(cls, env))
         except ValidationError as error:
-            raise SettingsError(
-                "; ".join(cls._complaint(e["loc"], without_prefix(e["msg"])) for e in error.errors())
-            ) from None
-
-    @classmethod
-    def _complaint(cls, loc: tuple[int | str, ...], message: str) -> str:
-        if not loc:
-            return message
-        name = str(loc[0])
-        return f"OPS_{name.upper()}: {message} ({cls.model_fields[name].description})"
+            raise SettingsError(variables.problems(error, cls)) from None

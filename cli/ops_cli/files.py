@@ -12,6 +12,7 @@ import typer
 from ops_cli import show
 from ops_cli.connect import Json, OperationId, with_client
 from ops_cli.exits import ExitCode
+from ops_contract.system_words import system_words
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -94,8 +95,7 @@ def writing(again: str) -> Iterator[None]:
     except BrokenPipeError:
         raise  # whoever read stdout has enough
     except OSError as error:
-        said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"ops: cannot be written: {said}; make room or choose another --to", file=sys.stderr)
+        print(f"ops: cannot be written: {system_words(error)}; make room or choose another --to", file=sys.stderr)
         raise typer.Exit(ExitCode.FAILED) from error
     except KeyboardInterrupt:
         print(f"Interrupted; the same command {again}.", file=sys.stderr)

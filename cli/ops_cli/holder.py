@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ops_contract.system_words import system_words
 from relight.private import make_private
 
 # Who only looks takes the lock for a moment, too.
@@ -111,7 +112,7 @@ def describe(holder: Holder, data_dir: Path) -> str:
 
 
 def unusable(data_dir: Path, error: OSError) -> str:
-    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    what = system_words(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{what}; make room there, or give another --data-dir"
     return f"{data_dir} cannot be the data directory: {what}; mend that, or give another --data-dir"

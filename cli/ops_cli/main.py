@@ -81,6 +81,7 @@ def main() -> NoReturn:
             _flush()
     except Exception as error:
         from ops_contract.errors import OpsError
+        from ops_contract.system_words import system_words
         from relight.settings import SettingsError
 
         if isinstance(error, OpsError):
@@ -88,9 +89,7 @@ def main() -> NoReturn:
         if isinstance(error, SettingsError):
             _leave(str(error), exit_code(422))
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            _leave(f"this cannot be written: {error}", 1)
-        if isinstance(error, OSError) and error.filename is not None:
-            _leave(f"{error.filename}: {error.strerror}; look at that path, and at who may read and write it", 1)
+            _leave(f"this cannot be written: {system_words(error)}", 1)
         raise
     raise AssertionError("typer leaves by SystemExit")
 

@@ -12,6 +12,7 @@ import typer
 from ops_cli import show
 from ops_cli.connect import Json, Token, Url, with_client
 from ops_cli.exits import ExitCode
+from ops_contract.system_words import system_words
 
 if TYPE_CHECKING:
     from ops_contract.workers import WorkloadView
@@ -100,10 +101,14 @@ def init(
             file=sys.stderr,
         )
         raise typer.Exit(ExitCode.CONFLICT)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, entry in wanted.items():
-        with (directory / name).open("x") as file:
-            file.write(entry.read_text())
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, entry in wanted.items():
+            with (directory / name).open("x") as file:
+                file.write(entry.read_text())
+    except OSError as error:
+        print(f"ops init: {system_words(error)}; name another directory: ops init DIR", file=sys.stderr)
+        raise typer.Exit(ExitCode.FAILED) from error
     print(f"Wrote {', '.join(sorted(wanted))} in {directory.resolve()}")
     print("Next: README.md there has the commands")
 

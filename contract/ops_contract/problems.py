@@ -42,7 +42,7 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
         path = each["loc"]
         known = list(_fields_at(model, path[:-1])) if each["type"] == "extra_forbidden" else []
         problem = unknown_field(str(path[-1]), known) if known else in_words(each)
-        found.append((prefix + ".".join(map(str, path)), problem))
+        found.append(((prefix + ".".join(map(str, path))).removesuffix("."), problem))
     return found
 
 

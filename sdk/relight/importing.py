@@ -44,7 +44,7 @@ def config_problems(workload_type: AnyWorkload, config: dict[str, Any]) -> list[
         workload_type.Config.model_validate(config)
     except ValidationError as error:
         found = problems_of(error, workload_type.Config, "config.")
-        return [Problem(field=field.removesuffix("."), problem=problem) for field, problem in found]
+        return [Problem(field=field, problem=problem) for field, problem in found]
     return []
 
 

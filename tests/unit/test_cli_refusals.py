@@ -124,3 +124,13 @@ def test_fields_of_many_choices_and_of_objects_leave_room_for_their_names(
     assert "a_field_with_a_name" in lines[2]
     assert [choice for choice in choices if choice not in "\n".join(lines)] == []
     assert "{…}" in lines[-1]
+
+
+def test_a_project_that_cannot_be_written_says_where(ops: Ops, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+
+    ran = ops("init", file / "project")
+
+    assert ran.code == ExitCode.FAILED
+    assert ran.err.strip() == f"ops init: {file / 'project'}: Not a directory; name another directory: ops init DIR"

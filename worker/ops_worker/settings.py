@@ -8,7 +8,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, DirectoryPath, Field, SecretStr, ValidationError, model_validator
 
-from ops_contract.errors import without_prefix
+from ops_contract import variables
 
 
 class SettingsError(Exception):
@@ -107,26 +107,13 @@ class Settings(BaseModel):
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Self:
         """Raises SettingsError naming every variable that is missing or wrong."""
-        given = {name: environ[_variable(name)] for name in cls.model_fields if environ.get(_variable(name))}
+        given = variables.given(cls, environ)
         name = given.get("worker_name", socket.gethostname())
         given.setdefault("worker_state_dir", str(_state_home(environ) / "relight" / "workers" / name))
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            raise SettingsError(
-                "; ".join(cls._complaint(e["loc"], without_prefix(e["msg"])) for e in error.errors())
-            ) from None
-
-    @classmethod
-    def _complaint(cls, loc: tuple[int | str, ...], message: str) -> str:
-        if not loc:
-            return message
-        name = str(loc[0])
-        return f"{_variable(name)}: {message} ({cls.model_fields[name].description})"
-
-
-def _variable(name: str) -> str:
-    return f"OPS_{name.upper()}"
+            raise SettingsError(variables.problems(error, cls)) from None
 
 
 def _state_home(environ: Mapping[str, str]) -> Path:

@@ -189,14 +189,12 @@ function energyTile({ energy }) {
   return tile("Energy", joules(total_j), quality && words(quality), lost_j > 0 && `${joules(lost_j)} lost`);
 }
 
-const resuming = kind =>
-  kind === "study"
-    ? "Resume runs what is missing or failed, and keeps what is done."
-    : kind === "measurement"
-      ? "Resume measures again, from the beginning."
-      : kind === "command"
-        ? "Resume runs it again, from its last checkpoint if it has one."
-        : "Resume tries again from its last checkpoint.";
+const RESUMING = {
+  study: "Resume runs what is missing or failed, and keeps what is done.",
+  measurement: "Resume measures again, from the beginning.",
+  command: "Resume runs it again, from its last checkpoint if it has one.",
+  training: "Resume tries again from its last checkpoint.",
+};
 
 function fault({ status, kind, error, cancel_reason, exit_unconfirmed }) {
   return [
@@ -220,7 +218,7 @@ function fault({ status, kind, error, cancel_reason, exit_unconfirmed }) {
             h("summary", {}, "Last lines of its output"),
             h("pre", { class: "tail", tabindex: "0" }, text(error.details.log_tail)),
           ),
-        status === "failed" && h("p", { class: "small" }, resuming(kind)),
+        status === "failed" && h("p", { class: "small" }, RESUMING[kind]),
       ),
     cancel_reason && h("p", { class: "remark", key: "reason" }, `Cancelled: ${cancel_reason}`),
     exit_unconfirmed &&

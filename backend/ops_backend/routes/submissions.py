@@ -1,6 +1,7 @@
 """New operations: submitted, or made of another one by a fork or a replay."""
 
 from collections.abc import Awaitable, Callable
+from functools import cache
 from typing import Annotated, TypeVar
 from uuid import UUID
 
@@ -113,20 +114,24 @@ async def fork_operation(
     body = await request.body() or b"{}"
     submission = Submission(user.name, idempotency_key, _whole("fork", id, body))
 
+    @cache
+    def wish() -> ForkRequest:
+        """Read when it is looked at: a replay comes before validation."""
+        return read(ForkRequest, body)
+
     async def asked(session: AsyncSession) -> Question | None:
         if not dry_run and await replay(session, submission):
             return None
-        wish = read(ForkRequest, body)
-        if not (wish.overrides.config or wish.overrides.code):
+        if not (wish().overrides.config or wish().overrides.code):
             return None
-        return await question(session, await forked_job(session, id, wish, fleet), fleet.lease_s)
+        return await question(session, await forked_job(session, id, wish(), fleet), fleet.lease_s)
 
     async def forked(session: AsyncSession, told: Validated | None) -> Operation | Response:
         if dry_run:
-            return as_json(await forked_job(session, id, read(ForkRequest, body), fleet, told))
+            return as_json(await forked_job(session, id, wish(), fleet, told))
 
         async def make() -> UUID | None:
-            return await fork_if_there(session, id, read(ForkRequest, body), submission, fleet, told)
+            return await fork_if_there(session, id, wish(), submission, fleet, told)
 
         operation, is_new = await _once(session, submission, make, response)
         if is_new:
