@@ -55,6 +55,14 @@ def test_a_wrong_type_is_said_in_words_that_are_not_pythons(content: dict[str, A
     assert problems_of(caught.value, JobSpec) == [said]
 
 
+def test_what_is_wrong_with_the_whole_has_the_name_of_the_whole() -> None:
+    with pytest.raises(ValidationError) as caught:
+        JobSpec.model_validate({})
+
+    assert [field for field, _ in problems_of(caught.value, JobSpec, "overrides.")] == ["overrides"]
+    assert [field for field, _ in problems_of(caught.value, JobSpec)] == [""]
+
+
 def test_what_never_began_is_not_said_to_be_resumable(api: Api, ops: Ops) -> None:
     begun = api.holds(operation(status=Status.CANCELLED, attempt=1))
     never = api.holds(operation(status=Status.CANCELLED, attempt=0))
