@@ -10,7 +10,8 @@ import pytest
 
 from helpers.counting_meter import POWER_W
 from helpers.databases import Databases
-from helpers.service import Service, alive, eventually, frozen, kill, running_service
+from helpers.processes import alive
+from helpers.service import Service, eventually, frozen, kill, running_service
 from ops_contract.energy import OVERHEAD, Use
 from ops_contract.ledger import BookedWindow, EnergyLedger, Joules
 

@@ -13,7 +13,8 @@ import pytest
 
 from helpers.databases import Databases
 from helpers.networks import Elsewhere, Network, networks, why_not
-from helpers.service import Service, alive, eventually, kill, running_service, start
+from helpers.processes import alive
+from helpers.service import Service, eventually, kill, running_service, start
 from ops_cli.child import Child
 from ops_contract.history import AttemptView
 

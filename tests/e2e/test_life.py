@@ -15,7 +15,8 @@ from uuid import UUID
 import pytest
 
 from helpers.databases import Databases
-from helpers.service import LEASE_S, LONG, Service, alive, eventually, frozen, kill, running_service, start
+from helpers.processes import alive
+from helpers.service import LEASE_S, LONG, Service, eventually, frozen, kill, running_service, start
 from ops_cli.up import free_port
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.history import AttemptView, CheckpointView, EventView

@@ -8,8 +8,9 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
+from helpers.processes import alive
 from helpers.scoring import score
-from helpers.service import LONG, LONG_STEPS, Service, alive, kill
+from helpers.service import LONG, LONG_STEPS, Service, kill
 from ops_contract.lifecycle import Phase
 
 

@@ -140,11 +140,3 @@ async def eventually(check: Callable[[], object], timeout_s: float = 20) -> None
     while not check():
         assert asyncio.get_running_loop().time() < deadline, "it did not happen"
         await asyncio.sleep(0.01)
-
-
-def alive(pid: int) -> bool:
-    """False for a zombie: its memory and devices are free."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

@@ -257,11 +257,3 @@ def frozen(*pids: int | None) -> Iterator[None]:
         for pid in pids:
             assert pid is not None
             os.kill(pid, signal.SIGCONT)
-
-
-def alive(pid: int | None) -> bool:
-    """Not a zombie either: those hold nothing."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -14,8 +14,9 @@ from uuid import uuid4
 
 import pytest
 
-from helpers.agents import AgentProcess, alive, eventually, running_agent
+from helpers.agents import AgentProcess, eventually, running_agent
 from helpers.fake_api import FakeApi, FakeHold
+from helpers.processes import alive
 from ops_contract.agents import CancelOrder, CancelTraining, CheckpointRef
 from ops_contract.jobs import Execution
 from ops_contract.lifecycle import Outcome, Phase

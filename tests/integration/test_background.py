@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers.house import House, make_house, running, wait_until
-from helpers.service import alive
+from helpers.processes import alive
 from ops_cli.holder import find_holder
 from ops_cli.up import free_port
 from ops_contract.backup import RESTORING

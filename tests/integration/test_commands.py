@@ -7,8 +7,9 @@ from uuid import uuid4
 
 import pytest
 
-from helpers.agents import FAKE_TRAINER, AgentProcess, alive, eventually, running_agent
+from helpers.agents import FAKE_TRAINER, AgentProcess, eventually, running_agent
 from helpers.fake_api import FakeApi, FakeHold
+from helpers.processes import alive
 from ops_contract.agents import Validate
 from ops_contract.jobs import Code, Execution, Job
 from ops_contract.lifecycle import Kind, Outcome

@@ -10,9 +10,10 @@ from uuid import uuid4
 
 import pytest
 
-from helpers.agents import FAKE_TRAINER, AgentProcess, alive, eventually, running_agent
+from helpers.agents import FAKE_TRAINER, AgentProcess, eventually, running_agent
 from helpers.counting_meter import POWER_W
 from helpers.fake_api import FakeApi, FakeHold
+from helpers.processes import alive
 from ops_contract.agents import CancelOrder, Gang
 from ops_contract.energy import Use
 from ops_contract.jobs import Execution, Job

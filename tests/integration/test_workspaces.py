@@ -10,8 +10,9 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from helpers.agents import AgentProcess, alive, eventually, running_agent
+from helpers.agents import AgentProcess, eventually, running_agent
 from helpers.fake_api import TOKEN, FakeApi
+from helpers.processes import alive
 from ops_contract.agents import StartTraining
 from ops_contract.jobs import Code, Execution, Job
 from ops_contract.lifecycle import Kind, Outcome

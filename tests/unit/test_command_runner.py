@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import pytest
 
+from helpers.processes import alive
 from ops_contract.agents import StartTraining
 from ops_contract.energy import Use
 from ops_contract.jobs import Execution, Job
@@ -133,12 +134,9 @@ def runner(tmp_path: Path) -> Iterator[Runner]:
 
 def gone(pid: int) -> bool:
     """Wait for the end of a process that is no child of ours, without looking at a clock."""
-    while True:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
+    while alive(pid):
+        pass
+    return True
 
 
 # ---- how it runs
