@@ -264,7 +264,7 @@ def test_help_begins_with_a_line_that_tells_and_fits_80_columns(ops: Ops, monkey
 
 def test_help_and_the_parsing_of_a_command_wait_for_no_heavy_import() -> None:
     """Pydantic is what typer itself parses with."""
-    heavy = "{'httpx', 'torch', 'numpy', 'matplotlib', 'fastapi', 'rich', 'relight.client', 'ops_contract'}"
+    heavy = "{'httpx', 'torch', 'numpy', 'matplotlib', 'fastapi', 'rich', 'relight.client', 'ops_contract.wire'}"
     program = (
         "import sys\nfrom ops_cli.main import main\nsys.argv[0] = 'ops'\ntry: main()\nexcept SystemExit: pass\n"
         f"found = {heavy} & sys.modules.keys() if sys.modules.get('httpx._main') is None else ['httpx._main']\n"
