@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +24,11 @@ from relight.manifest import Manifest
 from relight.training.team import Team
 
 _ONE_DEVICE = {"devices": "1"}  # which a fingerprint does not say
+# What torch has MKL's vector library compute, in float32 and float64.
+_ELEMENTARY = (
+    *("abs", "acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp", "expm1"),
+    *("lgamma", "log", "log10", "log1p", "log2", "sin", "sqrt", "tan", "tanh", "trunc"),
+)
 _NO_KERNEL = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
@@ -30,10 +36,24 @@ def configure(threads: int, deterministic: bool) -> None:
     """Process-wide; before anything is built. An operator without a deterministic kernel warns and still runs."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    _find_kernels()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+
+
+@cache
+def _find_kernels() -> None:
+    """Each elementary function once, on too few values for a second thread.
+
+    MKL looks for a function's kernel when it is first called; of two threads that do so at once, one may be given a
+    kernel of 11 bits for that call (https://github.com/pytorch/pytorch/issues/188792; decision 55).
+    """
+    for dtype in (torch.float32, torch.float64):
+        few = torch.full((8,), 0.5, dtype=dtype, device="cpu")
+        for name in _ELEMENTARY:
+            getattr(torch, name)(few)
 
 
 def warm_up() -> None:
