@@ -3,6 +3,7 @@
 import re
 import shlex
 import textwrap
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,14 @@ def test_the_class_on_the_page_is_the_one_that_init_writes_and_that_is_checked()
     assert shown.text in written
 
 
+@cache
+def _ops() -> Any:
+    return typer.main.get_command(app)
+
+
 def _command(words: list[str]) -> tuple[Any, str, list[str]]:
     """What typer makes of the first words, how it is called, and the other words."""
-    command, path = typer.main.get_command(app), "ops"
+    command, path = _ops(), "ops"
     while hasattr(command, "commands") and words and not words[0].startswith("-") and words[0].islower():
         assert words[0] in command.commands, f"there is no `{path} {words[0]}`"
         command, path, words = command.commands[words[0]], f"{path} {words[0]}", words[1:]
