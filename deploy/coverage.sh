@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Branch coverage of the packages by the quick tests, with the processes that they start; one that is killed writes nothing
-# down, so that agents and trainers show less than is run. The machine of faults is left out: traced, its processes outlive
-# their leases of a few seconds. Takes half as long again as the tests do. Pages with each line: build/coverage/html.
-# Arguments go to pytest.
+# down, so that agents and trainers show less than is run. The machine of faults is left out: traced, it is too slow for its
+# leases of a few seconds. Pages with each line: build/coverage/html. Arguments go to pytest.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 rm -rf build/coverage

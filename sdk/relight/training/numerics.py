@@ -24,7 +24,7 @@ from relight.manifest import Manifest
 from relight.training.team import Team
 
 _ONE_DEVICE = {"devices": "1"}  # which a fingerprint does not say
-# What torch has MKL's vector library compute, in float32 and float64.
+# What some version of torch has MKL's vector library compute, in float32 and float64.
 _ELEMENTARY = (
     *("abs", "acos", "asin", "atan", "cos", "erf", "erfc", "erfinv", "exp", "expm1"),
     *("lgamma", "log", "log10", "log1p", "log2", "sin", "sqrt", "tan", "tanh", "trunc"),
