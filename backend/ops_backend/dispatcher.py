@@ -32,7 +32,11 @@ UNREACHABLE = "unreachable"
 # Long enough for a worker that checks a manifest on a slow disk; a worker that takes longer is left to the lease.
 ANSWER_S = 10.0
 ANSWER_BYTES = 65_536
-_BAD_CHECKPOINT = (ErrorCode.NO_CHECKPOINT, ErrorCode.CHECKPOINT_CORRUPT)
+# As a trainer says it that finds the same later.
+_BAD_CHECKPOINT: dict[str, str] = {
+    ErrorCode.NO_CHECKPOINT: "checkpoint_missing",
+    ErrorCode.CHECKPOINT_CORRUPT: "checkpoint_corrupt",
+}
 
 
 class Dispatcher:
@@ -138,7 +142,8 @@ class Dispatcher:
     async def _take_back(self, claim: Claim, member: Member, refusal: Fault) -> None:
         async with self._sessions.begin() as session:
             if refusal.code in _BAD_CHECKPOINT:
-                finish = Finish(outcome=Outcome.CHECKPOINT_CORRUPT, error=refusal)
+                told = refusal.model_copy(update={"code": _BAD_CHECKPOINT[refusal.code]})
+                finish = Finish(outcome=Outcome.CHECKPOINT_CORRUPT, error=told)
                 backoff_s = self._settings.retry_backoff_s
                 status = await finish_if_held(
                     session, claim.operation_id, claim.attempt, member.incarnation, 1, finish, backoff_s

@@ -138,9 +138,12 @@ async def test_a_delivery_is_measured_from_the_moment_the_operation_was_due(
     assert 100 <= total[outcome] < 400
 
 
-@pytest.mark.parametrize(("http_status", "code"), [(404, "no_checkpoint"), (422, "checkpoint_corrupt")])
+@pytest.mark.parametrize(
+    ("http_status", "code", "told"),
+    [(404, "no_checkpoint", "checkpoint_missing"), (422, "checkpoint_corrupt", "checkpoint_corrupt")],
+)
 async def test_a_checkpoint_that_the_worker_cannot_use_is_marked_and_the_one_before_is_sent(
-    store: Store, database_url: str, http_status: int, code: str
+    store: Store, database_url: str, http_status: int, code: str, told: str
 ) -> None:
     await store.worker()
     run = await store.running()
@@ -161,6 +164,8 @@ async def test_a_checkpoint_that_the_worker_cannot_use_is_marked_and_the_one_bef
     ]
     statuses = await store.fetch("SELECT step, status FROM checkpoints ORDER BY step")
     assert [tuple(row) for row in statuses] == [(0, "committed"), (7, "corrupt")]
+    errors = await store.fetch("SELECT error->>'code' AS code FROM attempts WHERE outcome = 'checkpoint_corrupt'")
+    assert [tuple(row) for row in errors] == [(told,)]
 
 
 async def test_a_redirect_is_a_refusal_and_followed_nowhere(store: Store, database_url: str) -> None:
