@@ -2,8 +2,9 @@
 
 `reports` metrics `pause_s` apart, then `end`: finish, fault, wait, exit, crash, garbage, linger,
 child (leaves one behind), daemon (leaves one in another session) or stand (tells for ever where a measurement stands).
-`deaf`: ignores Stop. With `edges` each step could be a checkpoint's. `ranks` changes the config for some of a gang, by
-rank: there `end` may be peer_lost too, or stopped (as if it had been told). With `meet` they meet at rank 0's socket.
+`deaf`: ignores Stop. After its first step it waits until the file `gate` is there. With `edges` each step could be a
+checkpoint's. `ranks` changes the config for some of a gang, by rank: there `end` may be peer_lost too, or stopped (as
+if it had been told). With `meet` they meet at rank 0's socket.
 """
 
 import argparse
@@ -79,6 +80,8 @@ class FakeTrainer:
             self.say(Mark(at_s=at_s, use=Use.TRAIN, then=Use.TRAIN, step=step + 1, epoch=0, units=4, edge=edge))
             if step == config.get("poison_at"):
                 self.say(Note(message="poison"))
+            while "gate" in config and not os.path.exists(config["gate"]) and not self.stopping.wait(0.005):
+                pass
         self.end(job, config.get("end", "finish"))
 
     def end(self, job: RunJob, how: str) -> None:

@@ -446,9 +446,10 @@ async def test_an_agent_waits_for_the_api_and_trains_through_its_absence(tmp_pat
         await eventually(lambda: "registering" in (tmp_path / "agent.log").read_text())
         await api.up()
         await agent.ready()
-        hold = await agent.start(reports=30, pause_s=0.005)
+        hold = await agent.start(reports=30, gate=str(tmp_path / "gate"))
         await eventually(lambda: hold.steps)
         await api.down()
+        (tmp_path / "gate").touch()
         trainer = hold.started.trainer_pid
         await eventually(lambda: not alive(trainer))
         assert hold.finish is None
@@ -527,9 +528,10 @@ def _fill(ballast: Path) -> None:
 async def test_a_killed_agent_leaves_no_trainer_and_its_successor_sends_what_it_could_not(api, tmp_path):
     async with running_agent(api, tmp_path) as agent:
         await agent.ready()
-        hold = await agent.start(reports=50, pause_s=0.002, end="wait")
+        hold = await agent.start(reports=50, gate=str(tmp_path / "gate"), end="wait")
         await eventually(lambda: hold.steps)
         await api.down()
+        (tmp_path / "gate").touch()
         await eventually(lambda: _trainer_reached(agent, 49))
         await eventually(lambda: hold.output or _stored_output(agent))
         children = agent.children()
@@ -556,9 +558,10 @@ async def killed_with_a_backlog(api: FakeApi, state_dir: Path) -> tuple[AgentPro
     """An agent that has reports which the API, away now, does not have."""
     async with running_agent(api, state_dir) as agent:
         await agent.ready()
-        hold = await agent.start(reports=50, pause_s=0.002, end="wait")
+        hold = await agent.start(reports=50, gate=str(state_dir / "gate"), end="wait")
         await eventually(lambda: hold.steps)
         await api.down()
+        (state_dir / "gate").touch()
         await eventually(lambda: _trainer_reached(agent, 40))
         agent.process.kill()
         await agent.process.wait()
@@ -601,9 +604,10 @@ async def test_what_nobody_takes_from_a_predecessor_stays_and_is_not_asked_about
 async def test_who_is_shut_out_trains_on_and_says_the_rest_when_it_is_let_in_again(api, tmp_path):
     async with running_agent(api, tmp_path) as agent:
         await agent.ready()
-        hold = await agent.start(reports=50, pause_s=0.002)
+        hold = await agent.start(reports=50, gate=str(tmp_path / "gate"))
         await eventually(lambda: hold.steps)
         api.shut_out.add(agent.incarnation)
+        (tmp_path / "gate").touch()
         await eventually(lambda: _trainer_reached(agent, 49))
         said = len(api.registrations)
 

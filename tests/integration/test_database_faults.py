@@ -161,6 +161,30 @@ async def test_nobody_is_refused_because_a_restart_had_ended_the_connections(
             assert [answer.status_code for answer in answers] == [200] * 3
 
 
+async def test_whatever_ends_the_query_of_one_status_is_a_503(store: Store, proxied: tuple[PostgresProxy, str]) -> None:
+    """It is sent through the driver itself, whose errors are no DBAPIError."""
+    proxy, url = proxied
+    await store.worker()
+    run = await store.running()
+    refused = []
+    async with serving(api_on(url, lease_s=2)) as api:
+        for end in ("terminated", "cut", "out of patience"):
+            async with store.sessions.begin() as somebody:
+                await somebody.execute(text("LOCK TABLE operations IN ACCESS EXCLUSIVE MODE"))
+                look = asyncio.create_task(api.get(f"/operations/{run.operation_id}"))
+                await wait_for_lock(store)
+                if end == "terminated":
+                    sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                    await store.execute(f"{sql} AND datname = current_database()")
+                elif end == "cut":
+                    proxy.cut_all()
+                refused.append((end, *said(await look)))
+        answer = await api.get(f"/operations/{run.operation_id}")
+
+    assert refused == [(end, *BUSY) for end in ("terminated", "cut", "out of patience")]
+    assert answer.status_code == 200
+
+
 class Ambiguous:
     """Calls of which the first is carried out and not answered, and what the second one says."""
 

@@ -4,6 +4,7 @@ import logging
 import math
 from typing import Any, TypeVar
 
+from asyncpg import InterfaceError, PostgresError
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -51,7 +52,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(OpsError, _answer)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _plain)
-    app.add_exception_handler(DBAPIError, _database)
+    for kind in (DBAPIError, PostgresError, InterfaceError):  # the last two from what asks the driver itself
+        app.add_exception_handler(kind, _database)
     app.add_exception_handler(PoolTimeoutError, _away)
     app.add_exception_handler(OSError, _away)  # asyncpg's own word for a database that cannot be reached
     app.add_exception_handler(Exception, _unexpected)
@@ -89,12 +91,13 @@ async def _plain(request: Request, error: Exception) -> JSONResponse:
 
 async def _database(request: Request, error: Exception) -> JSONResponse:
     """By the class of its SQLSTATE: a value it refuses is the sender's fault, a statement it refuses is ours."""
-    assert isinstance(error, DBAPIError)
-    state = str(getattr(error.orig, "sqlstate", None) or "")
+    gone = isinstance(error, DBAPIError) and error.connection_invalidated
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    state = str(getattr(cause, "sqlstate", None) or "")
     if state.startswith(_BAD_VALUE):
-        log.warning("refused by the database: %s", error.orig, extra=_about(request))
-        return await _answer(request, OpsError(ErrorCode.INVALID, f"the database refused a value: {error.orig}"))
-    if error.connection_invalidated or not state or state.startswith(_AWAY):  # no state: the connection is gone
+        log.warning("refused by the database: %s", cause, extra=_about(request))
+        return await _answer(request, OpsError(ErrorCode.INVALID, f"the database refused a value: {cause}"))
+    if gone or not state or state.startswith(_AWAY):  # no state: the connection is gone
         return await _away(request, error)
     log.error("a statement of ours failed", exc_info=error, extra=_about(request))
     return await _unexpected(request, error)
