@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -33,6 +34,7 @@ AWAY = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)
 Mutant = list[str] | None
 REVIVE_S = 0.3
 MARK = "RELIGHT_CHAOS"
+_RECORD = re.compile(r"^(?=\d{4}-\d\d-\d\d )", re.MULTILINE)  # of a log: a line, and the traceback below it
 
 
 class Cluster(Service):
@@ -104,6 +106,12 @@ class Cluster(Service):
             return all(child.running and child.ready for child in self.children)
 
         eventually(ready, "all parts are ready", self.logs)
+
+    def unexpected(self) -> list[str]:
+        """What the logs of the APIs say of answers 500."""
+        logs = [(self.directory / f"{api.name}.log").read_text() for api in self.apis]
+        records = [record for log in logs for record in _RECORD.split(log)]
+        return [record for record in records if "Exception in ASGI application" in record or "of ours failed" in record]
 
     def query(self, sql: str) -> list[Any]:
         """Rows from the database itself. Raises what AWAY names."""

@@ -102,7 +102,7 @@ def test_nothing_is_lost_stuck_or_counted_twice(own_postgres: OwnPostgres, tmp_p
     print(f"attempts of gangs: {dict(gangs)}")
 
     complaints = [complaint for user in users for complaint in user.complaints]
-    wrong = [*found, *other, *orphans, *cluster.proxy.failures, *complaints]
+    wrong = [*found, *other, *orphans, *cluster.proxy.failures, *complaints, *cluster.unexpected()]
     assert wrong == [], f"SEED={seed}"
     assert len(models) == len(golden), f"the same job gave other weights: SEED={seed}"
     assert ended.keys() <= without, f"they did not survive: {ended}; SEED={seed}"
