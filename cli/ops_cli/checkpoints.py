@@ -149,7 +149,7 @@ def _print_problems(problems: "Sequence[tuple[CheckpointView, str | None]]") -> 
     table = show.table("ID", "STEP", "SIZE", "FILES", "", right=("STEP", "SIZE"), wide=[""])
     ids = show.shortest(item.id for item, _ in problems)
     for item, problem in problems:
-        files = "[red]corrupt[/]" if problem else "[green]good[/]"
+        files = "[red]bad[/]" if problem else "[green]good[/]"
         known = f"marked {item.status} in the database" if item.status != "committed" and not problem else ""
         cells = (str(item.step), show.size(item.size_bytes), files, show.plain(problem or known))
         table.add_row(ids[item.id], *cells)

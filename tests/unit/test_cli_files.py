@@ -68,8 +68,8 @@ def test_verify_says_which_checkpoints_are_not_what_was_committed(api: Api, ops:
     assert "state differs from what was written" in found[str(flipped.id)]["problem"]
     assert "never published" in found[str(gone.id)]["problem"]
     assert ops("checkpoints", "verify", known, str(good.id)[:8], *at).code == ExitCode.DONE
-    told = ops("checkpoints", "verify", known, str(flipped.id)[:8], *at)
-    assert (told.code, "corrupt" in told.out) == (ExitCode.FAILED, True)
+    told = ops("checkpoints", "verify", known, str(gone.id)[:8], *at)
+    assert (told.code, "bad" in told.out, "corrupt" in told.out) == (ExitCode.FAILED, True, False)
 
 
 def test_verify_looks_where_the_last_up_or_the_environment_says(
