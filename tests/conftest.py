@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from helpers.databases import Databases, embedded_postgres
 from helpers.fake_nvml import FakeClock, compiled, environ, load
@@ -16,6 +17,10 @@ from ops_worker.energy.nvml import Driver
 
 # A shell that runs the tests in the background ignores SIGINT, and processes that we start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How fast the machine is proves nothing.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

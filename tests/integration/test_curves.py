@@ -135,7 +135,7 @@ def test_what_a_reader_folds_is_what_a_whole_read_gives_whatever_the_attempts_do
 ) -> None:
     monkeypatch.setattr(curves, "PAGE_POINTS", 5)
     examples = settings(
-        max_examples=40, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+        max_examples=40, derandomize=True, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
 

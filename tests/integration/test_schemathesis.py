@@ -150,9 +150,7 @@ def bearer(token: str) -> dict[str, str]:
 
 
 # Failures are kept, not raised: to shrink one would take minutes of real requests, and the curl of it does as well.
-_SETTINGS = settings(
-    database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), print_blob=False
-)
+_SETTINGS = settings(database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), print_blob=False)
 
 
 @pytest.fixture

@@ -405,7 +405,7 @@ def test_any_history_adds_up_whatever_the_order(databases: Databases) -> None:
         store = Store(sessions)
         worker = runner.run(store.worker())
 
-        @settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=40, database=None, suppress_health_check=list(HealthCheck))
         @given(histories(), st.randoms(use_true_random=False))
         def check(history: list[Begun], order: Any) -> None:
             ledger = runner.run(write(store, worker, history, order))

@@ -124,13 +124,12 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(trees)
 def test_any_tree_comes_back_bit_for_bit(tree: Any) -> None:
     assert same(through_bytes(tree), tree)
 
 
-@settings(deadline=None)
 @given(trees)
 def test_digests_are_of_the_tree_alone(tree: Any) -> None:
     assert digests(encode(through_bytes(tree))) == digests(encode(tree))
@@ -193,7 +192,6 @@ def test_views_of_several_dtypes_store_what_they_show_from_where_each_of_them_is
     assert stored.tolist() == list(range(32, 56))
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(0, 7), st.integers(0, 9)), min_size=1, max_size=4))
 def test_any_views_of_one_memory_come_back(views: list[tuple[torch.dtype, int, int]]) -> None:
     memory = torch.tensor([0, 1], dtype=torch.uint8).repeat(64)
@@ -351,7 +349,7 @@ def test_a_hostile_tensor_file_is_refused(data: Tensor) -> None:
         tensorfile.parse(data)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_damaged_tensor_file_is_read_or_refused(data: st.DataObject) -> None:
     file = as_file({"a": torch.randn(3), "b": torch.zeros(2, 2, dtype=torch.int8)})
@@ -462,7 +460,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.sampled_from([VIEW, ARRAY]), st.data())
 def test_an_altered_record_is_read_or_refused(record: dict[str, Any], data: st.DataObject) -> None:
     key = data.draw(st.sampled_from(sorted(record)))

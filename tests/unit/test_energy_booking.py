@@ -462,7 +462,7 @@ async def deliver(outbox: Outbox, api: Api) -> None:
 async def _at_once(pause_s: float) -> None: ...
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     script=st.lists(st.sampled_from(["ok", "away", "lost"]), max_size=20),
     poison=st.sets(st.integers(1, 30), max_size=3),

@@ -57,7 +57,7 @@ def read(course: Course, tick_s: float, pauses: list[float]) -> Track:
     return track
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(WATTS, PAUSES, st.sampled_from([0.02, 0.05, 0.1, 0.3]), st.floats(0, 15), st.floats(0, 15))
 def test_the_truth_lies_within_the_error(watts, pauses, tick_s, one_s, other_s):
     course, (since_s, until_s) = Course(watts), sorted([one_s, other_s])
@@ -84,7 +84,7 @@ def test_what_came_after_the_last_tick_is_in_the_error():
     assert measured.error_j > 308
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(WATTS, PAUSES, st.lists(st.floats(0, 15), min_size=2, max_size=20, unique=True))
 def test_windows_side_by_side_count_no_joule_twice(watts, pauses, edges):
     track = read(Course(watts), 0.1, pauses)
@@ -95,7 +95,7 @@ def test_windows_side_by_side_count_no_joule_twice(watts, pauses, edges):
     assert math.isclose(sum(parts), track.between(edges[0], edges[-1], now_s=19).energy_j, abs_tol=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(WATTS, PAUSES, st.floats(1, 15))
 def test_an_answer_is_given_once_a_reading_shows_what_came_after_and_stays(watts, pauses, until_s):
     course, track, answers, at_s, later_s = Course(watts), Track(Ticking()), [], 0.0, itertools.cycle(pauses)

@@ -61,7 +61,7 @@ def test_every_alternative_is_combined_with_every_value_of_the_axes() -> None:
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.integers(0, 3), st.integers(0, 3), st.integers(1, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_there_are_as_many_children_as_the_product_says(
     lengths: list[int], alternatives: int, experiments: int, cycles: int
 ) -> None:
@@ -325,7 +325,7 @@ def _whole(text: str) -> float | int:
 
 
 @given(st.dictionaries(st.text(max_size=5), json_values, max_size=5), st.randoms())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_equal_jobs_have_equal_keys(config: dict[str, Any], draw: random.Random) -> None:
     job = base({"type": "grid", "experiments": [{}]}).job
     key = content_key(job.model_copy(update={"config": config}), DIGESTS)
@@ -335,7 +335,7 @@ def test_equal_jobs_have_equal_keys(config: dict[str, Any], draw: random.Random)
 
 
 @given(json_values, json_values)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_other_configs_have_other_keys(one: Any, two: Any) -> None:
     job = base({"type": "grid", "experiments": [{}]}).job
     keys = [content_key(job.model_copy(update={"config": {"x": value}}), DIGESTS) for value in (one, two)]

@@ -53,7 +53,7 @@ def by_budget(plan: Plan) -> dict[float, list[ChildPlan]]:
     st.integers(1, 64),
     st.integers(1, 50),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_each_training_spends_its_budget_to_half_a_sample_and_is_admissible(
     budget: float, units: float, accumulate: int, repeat: bool, batch: int, min_steps: int
 ) -> None:
@@ -104,7 +104,7 @@ rising = st.lists(st.integers(1, 10**9), min_size=2, max_size=9, unique=True).ma
 
 @given(rising, st.integers(1, 6))
 @example([8, 10, 21, 47, 51, 57], 4)  # by absolute distances it would be another choice
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_other_sizes_are_nearer_to_an_even_spacing(params: list[int], count: int) -> None:
     chosen = spread(params, count)
     count = min(count, len(params))

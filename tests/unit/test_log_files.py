@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops_backend.log_files import files, write_events, write_hparams, write_metrics
@@ -68,7 +68,7 @@ plain_values = st.recursive(
 )
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])  # how fast the machine is proves nothing
+@settings(max_examples=30)
 @given(config=st.dictionaries(st.text(), plain_values, max_size=4))
 def test_hparams_read_back_equal(config: dict[str, Any]) -> None:
     job = Job(kind=Kind.TRAINING, workload="toy", config=config, execution=Execution(learning_rate=1e-5))

@@ -274,7 +274,7 @@ async def test_says_which_report_the_api_has(outbox, ref):
     assert delivery.sent_seq == 5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     script=st.lists(st.sampled_from(["ok", "away", "lost"]), max_size=40),
     poison=st.sets(st.integers(0, 29), max_size=4),

@@ -84,7 +84,7 @@ def test_a_file_that_is_gone_or_empty_has_no_output(log: Path) -> None:
     assert tail.rest() == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     turns=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=12),
     end=st.integers(0, 40),

@@ -25,7 +25,7 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @given(st.lists(st.integers(-(10**6), 10**6).map(lambda n: n / 8), min_size=2, max_size=20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_interval_is_students(values: list[float]) -> None:
     found = statistic(values)
     expected = (
@@ -38,7 +38,7 @@ def test_the_interval_is_students(values: list[float]) -> None:
 
 @given(st.lists(finite, min_size=1, max_size=5))
 @example([1.7e308, -1.7e308])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_no_finite_values_are_too_much(values: list[float]) -> None:
     found = statistic(values)
 
