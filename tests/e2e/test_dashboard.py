@@ -131,8 +131,7 @@ def test_whatever_things_are_called_is_text(service: Service, tab: Tab) -> None:
     id = service.client.submit(job).id
     service.wait(id, "completed")
 
-    expect(page.get_by_role("link", name=HOSTILE)).to_be_visible()
-    page.get_by_role("link", name=HOSTILE).click()
+    page.get_by_role("link", name=HOSTILE).and_(page.locator(f"[href*='{id}']")).click()
     expect(page.get_by_role("heading", name=HOSTILE).first).to_be_visible()
     expect(page.get_by_role("img", name=f"{HOSTILE}. ")).to_be_visible()
     expect(page.get_by_text("NaN at 1 step, first at 1.")).to_be_visible()
