@@ -272,12 +272,14 @@ async def test_a_cancelled_trainer_saves_and_stops(shared, told_by):
     assert hold.told[-2].kind == "checkpoint"
 
 
-async def test_a_cancel_before_the_first_step_still_runs_the_trainer_to_a_checkpoint(shared):
-    hold = shared.api.claim(uuid4(), shared.incarnation)
-    hold.cancelling = CancelOrder(operation_id=hold.ref.operation_id, attempt=1)
-    await shared.post("/training/start", shared.order(hold, end="wait"))
-
-    await eventually(lambda: hold.finish)
+async def test_a_cancel_before_the_first_step_still_runs_the_trainer_to_a_checkpoint(tmp_path):
+    """Which may have to get warm first: within the grace."""
+    async with FakeApi(cancel_grace_s=30) as api, running_agent(api, tmp_path) as agent:
+        await agent.ready()
+        hold = api.claim(uuid4(), agent.incarnation)
+        hold.cancelling = CancelOrder(operation_id=hold.ref.operation_id, attempt=1)
+        await agent.post("/training/start", agent.order(hold, end="wait"))
+        await eventually(lambda: hold.finish)
 
     assert hold.finish == Finish(outcome=Outcome.CANCELLED)
     assert hold.told[-2].kind == "checkpoint"
