@@ -103,7 +103,7 @@ def test_nothing_is_lost_stuck_or_counted_twice(own_postgres: OwnPostgres, tmp_p
 
     complaints = [complaint for user in users for complaint in user.complaints]
     wrong = [*found, *other, *orphans, *cluster.proxy.failures, *complaints, *cluster.unexpected()]
-    assert wrong == [], f"SEED={seed}"
+    assert not wrong, "\n".join([f"SEED={seed}", *map(str, wrong)])
     assert len(models) == len(golden), f"the same job gave other weights: SEED={seed}"
     assert ended.keys() <= without, f"they did not survive: {ended}; SEED={seed}"
     assert all(seen.values()), f"the checker is blind to: {[what for what, said in seen.items() if not said]}"

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -20,6 +21,7 @@ from helpers.store import Held, Store, at_once, losses, no_wake, saved, shown_by
 from ops_backend.app import create_app
 from ops_backend.reaper import Reaper
 from ops_backend.settings import Settings
+from ops_backend.store import polls
 from ops_backend.telemetry import Telemetry
 from ops_contract.agents import ReportBatch
 from ops_contract.errors import ErrorBody
@@ -167,6 +169,11 @@ async def test_whatever_ends_the_query_of_one_status_is_a_503(store: Store, prox
     await store.worker()
     run = await store.running()
     refused = []
+
+    async def rows_after_a_close(driver: Any, ids: list[UUID]) -> Any:
+        await driver.close()
+        return await polls.rows(driver, ids)
+
     async with serving(api_on(url, lease_s=2)) as api:
         for end in ("terminated", "cut", "out of patience"):
             async with store.sessions.begin() as somebody:
@@ -179,9 +186,12 @@ async def test_whatever_ends_the_query_of_one_status_is_a_503(store: Store, prox
                 elif end == "cut":
                     proxy.cut_all()
                 refused.append((end, *said(await look)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ops_backend.status_reads.polls", SimpleNamespace(rows=rows_after_a_close))
+            refused.append(("closed", *said(await api.get(f"/operations/{run.operation_id}"))))
         answer = await api.get(f"/operations/{run.operation_id}")
 
-    assert refused == [(end, *BUSY) for end in ("terminated", "cut", "out of patience")]
+    assert refused == [(end, *BUSY) for end in ("terminated", "cut", "out of patience", "closed")]
     assert answer.status_code == 200
 
 

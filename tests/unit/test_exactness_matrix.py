@@ -20,7 +20,7 @@ from ops_contract.jobs import CheckpointEvery, Execution
 from ops_contract.lifecycle import Outcome, Phase
 
 SEED = int(os.environ.get("EXACTNESS_SEED", secrets.randbelow(2**32)))
-KILLS = int(os.environ.get("EXACTNESS_KILLS", "5"))
+KILLS = int(os.environ.get("EXACTNESS_KILLS") or 5)
 EPOCHS, BATCH, BATCHES, VALIDATION_BATCHES = 3, 5, 7, 2
 CUT = 17  # samples of the last epoch, which makes the last of its batches one of two
 
