@@ -610,7 +610,7 @@ async def test_who_is_shut_out_trains_on_and_says_the_rest_when_it_is_let_in_aga
         await eventually(lambda: hold.steps)
         api.shut_out.add(agent.incarnation)
         (tmp_path / "gate").touch()
-        await eventually(lambda: _trainer_reached(agent, 49) and "revoked" in _log(agent))
+        await eventually(lambda: _trainer_reached(agent, 49) and "heartbeat: 401" in _log(agent))
         said = len(api.registrations)
 
         api.shut_out.clear()
