@@ -73,10 +73,10 @@ MUTANTS: dict[str, tuple[list[str], Callable[[Cluster], object], str]] = {
         cancelled_when_done,
         "is not in the table: cancel",
     ),
-    "claim takes what is not pending": (
-        [CLAIMS, "CLAIM", "o.status = 'pending'", "o.status <> 'completed'"],
+    "a claim leaves it for the next one": (
+        [CLAIMS, "CLAIM", "SET status = 'running', attempt", "SET attempt"],
         claimed_twice,
-        "begins at pending, but it was running",
+        "began before attempt 1 had ended",
     ),
 }
 
