@@ -34,14 +34,16 @@ class Administration(Transport):
         return self._get("/workers", Workers).items
 
     def find_worker(self, name_or_id: str) -> WorkerView:
-        """By its name or the beginning of its id; a live one before those that are gone.
+        """By its name or the beginning of its id; a live one before those that are gone or about to go.
 
         Raises OpsError `not_found`, or `invalid` with `candidates` when there are several.
         """
         workers = self.workers()
         may_be_id = len(name_or_id) >= SHORTEST_PREFIX
         found = [w for w in workers if w.name == name_or_id or (may_be_id and str(w.id).startswith(name_or_id.lower()))]
-        matches = [worker for worker in found if worker.live] or found
+        live = [worker for worker in found if worker.live] or found
+        ending = [worker for worker in live if worker.draining and worker.drain is None]
+        matches = [worker for worker in live if worker not in ending] or live
         if not matches:
             names = sorted({worker.name for worker in workers if worker.live})
             hint = offer(name_or_id, names) if names else "see `ops workers`"

@@ -155,7 +155,8 @@ def test_status_says_what_a_pending_command_waits_for(
 
 def test_drain_finds_the_live_worker_by_name_or_id_and_says_what_becomes_of_its_work(api: Api, ops: Ops) -> None:
     gone, live, idle = worker(name="a", live=False), worker(name="a", runs=uuid4()), worker(name="b")
-    api.workers = [gone, live, idle]
+    ending = worker(name="a", draining=True)  # as after `ops down` and `ops up`
+    api.workers = [gone, ending, live, idle]
 
     said = [
         ops("workers", *words).out
