@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 
-import httpx
 from fastapi import FastAPI
 
 from ops_backend.addresses import Names
@@ -47,6 +46,7 @@ from ops_backend.sweeper import Sweeper
 from ops_backend.telemetry import CountRequests, Telemetry
 from ops_backend.validator import Validator
 from ops_backend.webhooks import WebhookSender
+from ops_backend.worker_calls import connections
 from ops_contract.http_gate import Gate
 from ops_contract.jobs import SNAPSHOT_MAX_BYTES
 from ops_contract.wire import API_PREFIX
@@ -82,7 +82,6 @@ def create_app(settings: Settings) -> FastAPI:
         version="0.1",
         openapi_tags=[{"name": name, "description": text} for name, text in TAGS.items()],
         lifespan=_lifespan,
-        responses=errors.refusals(413, 422, 503),
         docs_url=None,
         redoc_url=None,
         # What Prometheus reads is `Telemetry`'s; to look for exporters of OpenTelemetry takes each request 15 µs.
@@ -97,12 +96,10 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app)
     status.install(app)
     raw_bodies.install(app)
-    app.include_router(health.router)
-    app.include_router(dashboard.router)
     of_operations = (submissions, operations, details, stream, exports, cleanup)
     # In this order a request is looked for, and most are agents'.
-    for module in (agents, *of_operations, snapshots, catalog, webhooks, session, tokens, audit):
-        app.include_router(module.router, prefix=API_PREFIX)
+    for module in (health, dashboard, agents, *of_operations, snapshots, catalog, webhooks, session, tokens, audit):
+        app.router.routes += module.router.routes
     return app
 
 
@@ -119,8 +116,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.status_reads = reads = StatusReads(polls)
     app.state.scrape_sessions = scrapes = Sessions(url, 1, Limits(SCRAPE_S, SCRAPE_S))
     app.state.patient_sessions = patient = Sessions(url, 1 + EXPORTS, Limits(limits.wait_s, EXPORT_S))
-    # Slots bound what is asked at a time; those that hang must not keep the others waiting.
-    async with httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None)) as http:
+    async with connections() as http:
         app.state.dispatcher = dispatcher = Dispatcher(sessions, http, settings, telemetry)
         app.state.validator = Validator(http)
         app.state.streams = streams = Streams(requests, settings.poll_s, settings.max_streams)

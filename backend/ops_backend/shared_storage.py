@@ -17,7 +17,7 @@ from uuid import UUID, uuid4
 import httpx
 
 from ops_backend.storage import new_file, sync_directory
-from ops_backend.worker_calls import post
+from ops_backend.worker_calls import connections, post
 from ops_contract.agents import PROBE_FILE, PROBE_PREFIX, ProbeStorage, StorageProbed
 from ops_contract.doctor import Finding, fail, ok, warn
 
@@ -74,7 +74,7 @@ async def compare(root: Path, workers: Sequence[LiveWorker]) -> list[Finding]:
     What a doctor that is killed leaves is removed by the next one.
     """
     turns = asyncio.Semaphore(AT_A_TIME)
-    async with httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_connections=None)) as http:
+    async with connections() as http:
         looks = [_Look(http, root, worker) for worker in workers]
         found = await asyncio.gather(*(look.findings(turns) for look in looks))
     return [finding for findings in found for finding in findings]

@@ -155,7 +155,6 @@ class CountRequests:
             raise
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
-        # Whether the route has the prefix depends on the version of FastAPI.
         route = getattr(scope.get("route"), "path", NO_ROUTE).removeprefix(API_PREFIX)
         self._telemetry.answered(scope["method"] if scope["method"] in METHODS else "other", route, status, seconds)
 

@@ -12,7 +12,7 @@ from uuid import UUID
 
 import httpx
 
-from ops_backend.addresses import LOOK_UP_S, Names, Refused
+from ops_backend.addresses import LOOK_UP_S, Names, Refused, authorities
 from ops_backend.store.webhooks import Hook
 from ops_contract.webhooks import WebhookAnswer
 
@@ -37,7 +37,6 @@ class WebhookSender:
     """A connection a request: one to the same address may be another receiver's."""
 
     def __init__(self, names: Names) -> None:
-        self._tls = httpx.create_ssl_context()
         self._names = names
 
     async def check(self, url: str) -> None:
@@ -67,7 +66,7 @@ class WebhookSender:
         proxy = _proxy(url)
         targets = [url] if proxy else [url.copy_with(host=address) for address in await self._addresses(url)]
         async with httpx.AsyncClient(
-            verify=self._tls, trust_env=False, proxy=proxy, timeout=httpx.Timeout(SEND_S, connect=CONNECT_S)
+            verify=authorities(), trust_env=False, proxy=proxy, timeout=httpx.Timeout(SEND_S, connect=CONNECT_S)
         ) as http:
             for target in targets[:-1]:
                 with suppress(httpx.ConnectError, httpx.ConnectTimeout):

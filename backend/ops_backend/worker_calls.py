@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import httpx
 
+from ops_backend.addresses import authorities
 from ops_contract.wire import Wire
 
 # Less than any answer may take: that nobody is there is then told from an answer that does not come.
@@ -19,6 +20,11 @@ class Answer:
     @property
     def is_success(self) -> bool:
         return 200 <= self.status < 300
+
+
+def connections() -> httpx.AsyncClient:
+    """To any number of workers at a time, which others bound: one that hangs must not keep the others waiting."""
+    return httpx.AsyncClient(verify=authorities(), trust_env=False, limits=httpx.Limits(max_connections=None))
 
 
 async def post(

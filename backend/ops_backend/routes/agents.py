@@ -3,7 +3,7 @@
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Path, Request
+from fastapi import Path, Request
 
 from ops_backend.addresses import Refused, address_of, allowed, worker_url
 from ops_backend.dependencies import (
@@ -19,6 +19,7 @@ from ops_backend.dependencies import (
     VitalSessionDep,
 )
 from ops_backend.routes.errors import refusals
+from ops_backend.routes.routers import api_router
 from ops_backend.store import energy, workers
 from ops_backend.store.reports import accept
 from ops_backend.store.submit import invalid
@@ -34,7 +35,7 @@ from ops_contract.audit import Action
 from ops_contract.energy import EnergyBatch, EnergyBooked
 from ops_contract.reports import Finish
 
-router = APIRouter(tags=["agents"], responses=refusals(401))
+router = api_router("agents")
 
 
 @router.post("/workers", status_code=201, responses=refusals(409))

@@ -2,15 +2,15 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import Query
 from pydantic import AwareDatetime
 
 from ops_backend.dependencies import AdminDep, PageCursor, SessionDep
-from ops_backend.routes.errors import refusals
+from ops_backend.routes.routers import api_router
 from ops_backend.store import audit
 from ops_contract.audit import Action, AuditPage
 
-router = APIRouter(prefix="/audit", tags=["audit"], responses=refusals(401))
+router = api_router("audit", "/audit")
 
 
 @router.get("")

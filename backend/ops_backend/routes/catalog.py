@@ -3,11 +3,12 @@
 from typing import Any
 from uuid import UUID
 
-from fastapi import APIRouter, BackgroundTasks, Response
+from fastapi import BackgroundTasks, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.dependencies import AdminDep, AuditDep, DispatcherDep, ReaderDep, SessionDep, SettingsDep
 from ops_backend.routes.errors import refusals
+from ops_backend.routes.routers import api_router
 from ops_backend.store import catalog, gauges
 from ops_backend.store.workers import drain
 from ops_backend.tags import UNCHANGED, IfNoneMatch, Tagged
@@ -16,7 +17,7 @@ from ops_contract.jobs import JobSpec
 from ops_contract.operations import LiveCounts
 from ops_contract.workers import DrainRequest, Workers, WorkerView, Workloads
 
-router = APIRouter(tags=["workers"], responses=refusals(401))
+router = api_router("workers")
 
 
 @router.get("/workers")

@@ -1,17 +1,15 @@
 """Deleting by age what nobody needs any more."""
 
-from fastapi import APIRouter
-
 from ops_backend.audit import Audit
 from ops_backend.database import Sessions
 from ops_backend.dependencies import AdminDep, AuditDep, SessionsDep
-from ops_backend.routes.errors import refusals
+from ops_backend.routes.routers import api_router
 from ops_backend.store.deletion import cleanup_plan, delete_if_ended, explain_delete, give_up_checkpoints
 from ops_contract.audit import Action
 from ops_contract.cleanup import Cleanup, CleanupItem, CleanupRequest
 from ops_contract.errors import ErrorCode
 
-router = APIRouter(tags=["operations"], responses=refusals(401))
+router = api_router("operations")
 
 DELETED_A_CALL = 200  # well within the patience of a client
 

@@ -3,13 +3,14 @@
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Query, Response
+from fastapi import Query, Response
 from fastapi.responses import PlainTextResponse
 
 from ops_backend.dependencies import AuditDep, PageCursor, ReaderDep, SessionDep, SessionsDep, SettingsDep, UserDep
 from ops_backend.routes.errors import refusals
 from ops_backend.routes.files import FILE_ANSWERS, ArtifactResponse
 from ops_backend.routes.raw_bodies import as_json
+from ops_backend.routes.routers import api_router
 from ops_backend.store import children, curves, energy, output, queries
 from ops_backend.store.curves import LAST_STEP
 from ops_backend.store.ledger_views import Rates
@@ -23,7 +24,7 @@ from ops_contract.operations import Children
 from ops_contract.studies import MAX_CHILDREN
 from ops_contract.wire import LOG_COMPLETE, LOG_END, LOG_NEXT, LOG_OFFSET
 
-router = APIRouter(prefix="/operations", tags=["operations"], responses=refusals(401))
+router = api_router("operations", "/operations")
 
 AfterSeq = Annotated[int, Query(ge=0, lt=2**31, description="only later events")]
 

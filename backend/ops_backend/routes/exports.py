@@ -7,18 +7,19 @@ from functools import partial
 from typing import Annotated, BinaryIO, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, Query, Response
+from fastapi import Query, Response
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ops_backend.dependencies import ExportTurnsDep, PatientSessionsDep, ReaderDep
 from ops_backend.log_files import points
 from ops_backend.routes.errors import refusals
+from ops_backend.routes.routers import api_router
 from ops_backend.store.log_files import read
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.jobs import Logger
 
-router = APIRouter(prefix="/operations", tags=["operations"], responses=refusals(401))
+router = api_router("operations", "/operations")
 
 WAIT_S = 20.0  # less than a client waits for an answer
 _READ_BYTES = 256 * 1024

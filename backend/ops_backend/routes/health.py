@@ -10,13 +10,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from ops_backend.database import Sessions
 from ops_backend.dependencies import ReaderDep, SessionDep, SettingsDep, TelemetryDep
 from ops_backend.routes.errors import refusals
+from ops_backend.routes.routers import ANYWHERE
 from ops_backend.store import gauges
 from ops_backend.store.leases import ping
 from ops_contract.doctor import Health
 
 log = logging.getLogger(__name__)
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], responses=ANYWHERE)
 
 
 @router.get("/health/live")

@@ -3,10 +3,11 @@
 from typing import Annotated, Literal
 from uuid import UUID
 
-from fastapi import APIRouter, BackgroundTasks, Query, Response
+from fastapi import BackgroundTasks, Query, Response
 
 from ops_backend.dependencies import AuditDep, DispatcherDep, PageCursor, ReaderDep, SessionDep, TelemetryDep, UserDep
 from ops_backend.routes.errors import refusals
+from ops_backend.routes.routers import api_router
 from ops_backend.store import deletion, lists, queries
 from ops_backend.store.transitions import cancel_if_live, explain_cancel, explain_resume, resume_if_ended
 from ops_backend.tags import UNCHANGED, IfNoneMatch, Tagged
@@ -16,7 +17,7 @@ from ops_contract.lifecycle import Kind, Status
 from ops_contract.operations import CancelRequest, Operation, OperationPage, ResumeAccepted, ResumeRequest
 from ops_contract.problems import offer
 
-router = APIRouter(prefix="/operations", tags=["operations"], responses=refusals(401))
+router = api_router("operations", "/operations")
 
 
 @router.get("", response_model=OperationPage, responses=UNCHANGED)

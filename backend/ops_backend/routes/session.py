@@ -2,12 +2,12 @@
 
 import secrets
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from ops_backend.addresses import address_of
 from ops_backend.browsers import cookie_name, cookie_of, digest, from_our_page
 from ops_backend.dependencies import AuditDep, CallerDep, IdentitiesDep, ReaderDep, SessionDep, SettingsDep
-from ops_backend.routes.errors import refusals
+from ops_backend.routes.routers import api_router
 from ops_backend.store import logins
 from ops_backend.store.identities import FIND_LOGIN, of_secret
 from ops_contract.audit import Action
@@ -15,7 +15,7 @@ from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.logins import BrowserSession, Login, LoginLink
 from ops_contract.tokens import Scope
 
-router = APIRouter(prefix="/session", tags=["session"], responses=refusals(401))
+router = api_router("session", "/session")
 
 
 @router.post("/links", status_code=201)

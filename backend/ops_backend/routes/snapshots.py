@@ -3,16 +3,17 @@
 import hashlib
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import Path, Request, Response
 
 from ops_backend.dependencies import AuditDep, CallerDep, SessionDep, SessionsDep, UserDep
 from ops_backend.routes.errors import refusals
 from ops_backend.routes.raw_bodies import reads_bytes
+from ops_backend.routes.routers import api_router
 from ops_backend.store import snapshots
 from ops_contract.audit import Action
 from ops_contract.errors import ErrorCode, OpsError
 
-router = APIRouter(prefix="/snapshots", tags=["snapshots"], responses=refusals(401))
+router = api_router("snapshots", "/snapshots")
 
 Digest = Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="of the archive, in hexadecimal")]
 ARCHIVE = "application/octet-stream"

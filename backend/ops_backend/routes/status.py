@@ -11,6 +11,7 @@ from starlette.types import Scope as Connection
 
 from ops_backend.dependencies import ReaderDep, StatusReadsDep
 from ops_backend.routes.errors import refusals
+from ops_backend.routes.routers import ANYWHERE
 from ops_backend.tags import UNCHANGED, IfNoneMatch
 from ops_contract.operations import Operation
 from ops_contract.tokens import Scope
@@ -23,7 +24,7 @@ _READ = frozenset({b"authorization", b"if-none-match", b"content-length", b"tran
 
 def install(app: FastAPI) -> None:
     """Before all routers."""
-    documented = UNCHANGED | refusals(401, 404)
+    documented = ANYWHERE | UNCHANGED | refusals(401, 404)
     for method in ("GET", "HEAD"):
         app.router.add_api_route(
             API_PREFIX + _ROUTE,

@@ -5,17 +5,18 @@ from typing import Annotated, Any
 from uuid import UUID
 
 import anyio
-from fastapi import APIRouter, Header, Query
+from fastapi import Header, Query
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ops_backend.dependencies import ReaderDep, StreamsDep
 from ops_backend.routes.errors import refusals
+from ops_backend.routes.routers import api_router
 from ops_backend.store.stream import Position
 from ops_backend.streams import Stream
 from ops_contract.errors import ErrorCode, OpsError
 
-router = APIRouter(prefix="/operations", tags=["operations"], responses=refusals(401))
+router = api_router("operations", "/operations")
 
 # Well within what the columns hold.
 _POSITION = re.compile(r"(\d{1,9})\.(\d{1,9})\.(-?\d{1,18})", re.ASCII)

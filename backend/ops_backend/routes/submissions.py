@@ -5,7 +5,7 @@ from functools import cache
 from typing import Annotated, TypeVar
 from uuid import UUID
 
-from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
+from fastapi import BackgroundTasks, Header, Query, Request, Response
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from ops_backend.database import Sessions
@@ -21,6 +21,7 @@ from ops_backend.dependencies import (
 )
 from ops_backend.routes.errors import read, refusals
 from ops_backend.routes.raw_bodies import as_json, reads
+from ops_backend.routes.routers import api_router
 from ops_backend.store import queries
 from ops_backend.store.estimates import preview
 from ops_backend.store.fork import fork_if_there, forked_job, replay_if_there
@@ -31,7 +32,7 @@ from ops_contract.audit import Action
 from ops_contract.jobs import Job, JobSpec
 from ops_contract.operations import ForkRequest, Operation, ReplayRequest, StudyPreview
 
-router = APIRouter(prefix="/operations", tags=["operations"], responses=refusals(401))
+router = api_router("operations", "/operations")
 
 IdempotencyKey = Annotated[
     str | None, Header(min_length=1, max_length=200, description="the same key and body again make nothing new")

@@ -2,15 +2,16 @@
 
 from uuid import UUID
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 
 from ops_backend.dependencies import AdminDep, AuditDep, IdentitiesDep, SessionDep
 from ops_backend.routes.errors import refusals
+from ops_backend.routes.routers import api_router
 from ops_backend.store import tokens
 from ops_contract.audit import Action
 from ops_contract.tokens import TokenCreated, TokenRequest, Tokens
 
-router = APIRouter(prefix="/tokens", tags=["tokens"], responses=refusals(401))
+router = api_router("tokens", "/tokens")
 
 
 @router.post("", status_code=201, responses=refusals(409))

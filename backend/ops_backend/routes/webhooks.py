@@ -3,19 +3,20 @@
 from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 
 from ops_backend.addresses import Refused
 from ops_backend.bodies import sample_body
 from ops_backend.dependencies import AdminDep, AuditDep, SessionDep, SessionsDep, WebhookSenderDep
 from ops_backend.routes.errors import refusals
+from ops_backend.routes.routers import api_router
 from ops_backend.store import webhooks
 from ops_backend.store.submit import invalid
 from ops_backend.webhooks import new_secret
 from ops_contract.audit import Action
 from ops_contract.webhooks import Deliveries, WebhookAnswer, WebhookCreated, WebhookRequest, Webhooks
 
-router = APIRouter(prefix="/webhooks", tags=["webhooks"], responses=refusals(401))
+router = api_router("webhooks", "/webhooks")
 
 
 @router.post("", status_code=201, responses=refusals(409))
