@@ -41,8 +41,10 @@ def databases(request: pytest.FixtureRequest) -> Iterator[Databases]:
 
 
 @pytest.fixture
-async def database_url(databases: Databases) -> str:
-    return await databases.fresh()
+async def database_url(databases: Databases) -> AsyncIterator[str]:
+    url = await databases.fresh()
+    yield url
+    await databases.give_back(url)
 
 
 @pytest.fixture

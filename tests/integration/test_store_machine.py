@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from helpers.databases import Databases
+from helpers.databases import EMPTY, Databases
 from helpers.history import half_gangs
 from helpers.store import Held, Store, at_once, holds_of, saved, started
 from ops_backend.database import Sessions
@@ -238,22 +238,23 @@ class StoreMachine(RuleBasedStateMachine):
     @initialize(devices=st.sampled_from(list(MEMBERS)))
     def a_new_database(self, devices: int) -> None:
         self._runner.run(self._open())
-        self._runner.run(self._submit(devices))
+        self._runner.run(self._begin(devices))
 
     async def _open(self) -> None:
-        self._sessions = Sessions(await self.databases.fresh(), pool_size=6)
+        self._url = await self.databases.fresh()
+        self._sessions = Sessions(self._url, pool_size=6)
         self.store = Store(self._sessions)
+
+    async def _begin(self, devices: int) -> None:
         for number, slots in enumerate(SLOTS):
             await self.store.worker(f"w-{number}", slots=slots, host=f"h-{number}", slot={"port": 40_000})
-
-    async def _submit(self, devices: int) -> None:
         self.model = Model(members=MEMBERS[devices])
         self.runs = []
         self.id = await self.store.submit(max_retries=MAX_RETRIES, execution={"devices": devices})
 
     async def _start_over(self, devices: int) -> None:
-        await self.store.execute("TRUNCATE operations CASCADE")
-        await self._submit(devices)
+        await self.store.execute(EMPTY)
+        await self._begin(devices)
 
     # What is drawn must not depend on who wins, which no seed decides: hence a number, not a call.
     @rule(
@@ -293,6 +294,7 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if self._sessions is not None:
             self._runner.run(self._sessions.dispose())
+            self._runner.run(self.databases.give_back(self._url))
         self._runner.close()
 
     def _set_lease(self, lease: str, member: int) -> None:
