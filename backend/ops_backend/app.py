@@ -131,11 +131,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         provisioner = Provisioner(sessions, SlurmEngine(settings), settings)
         running = (dispatcher, reaper, family, sweeper, orphans, exporter, announcer, auditor, streams, provisioner)
         loops = [asyncio.create_task(loop.run()) for loop in running]
-        yield
-        for loop in loops:
-            loop.cancel()
-            with suppress(asyncio.CancelledError):
-                await loop
-    await reads.close()
-    for pool in (requests, sessions, scrapes, patient, polls):
-        await pool.dispose()
+        try:
+            yield
+        finally:
+            for loop in loops:
+                loop.cancel()
+                with suppress(asyncio.CancelledError):
+                    await loop
+            await reads.close()
+            for pool in (requests, sessions, scrapes, patient, polls):
+                await pool.dispose()

@@ -114,6 +114,7 @@ async def test_requests_that_take_all_connections_keep_no_heartbeat_waiting(stor
     run = await store.running()
     app = api_on(database_url, lease_s=8, db_pool_size=1)
     async with serving(app) as api:
+        app.state.sessions._transaction_s = 60.0  # the requests wait two seconds, on any machine
         async with app.state.sessions.begin() as slow_request:
             await slow_request.execute(text("SELECT 1"))
             refused = await asyncio.gather(api.get("/operations"), report(api, run, started()))
