@@ -94,11 +94,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.refusals = Refusals()
     app.state.export_turns = asyncio.Semaphore(EXPORTS)
     errors.install(app)
-    status.install(app)
     raw_bodies.install(app)
     of_operations = (submissions, operations, details, stream, exports, cleanup)
-    # In this order a request is looked for, and most are agents'.
-    for module in (health, dashboard, agents, *of_operations, snapshots, catalog, webhooks, session, tokens, audit):
+    of_others = (snapshots, catalog, webhooks, session, tokens, audit)
+    # In this order a request is looked for, and most are polls and agents'.
+    for module in (status, agents, health, dashboard, *of_operations, *of_others):
         app.router.routes += module.router.routes
     return app
 

@@ -11,7 +11,7 @@ from starlette.types import Scope as Connection
 
 from ops_backend.dependencies import ReaderDep, StatusReadsDep
 from ops_backend.routes.errors import refusals
-from ops_backend.routes.routers import ANYWHERE
+from ops_backend.routes.routers import api_router
 from ops_backend.tags import UNCHANGED, IfNoneMatch
 from ops_contract.operations import Operation
 from ops_contract.tokens import Scope
@@ -21,22 +21,11 @@ _ROUTE = "/operations/{id}"
 _POLL = re.compile(rf"{API_PREFIX}/operations/([0-9a-f]{{8}}(?:-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}})")
 _READ = frozenset({b"authorization", b"if-none-match", b"content-length", b"transfer-encoding"})
 
-
-def install(app: FastAPI) -> None:
-    """Before all routers."""
-    documented = ANYWHERE | UNCHANGED | refusals(401, 404)
-    for method in ("GET", "HEAD"):
-        app.router.add_api_route(
-            API_PREFIX + _ROUTE,
-            get_operation,
-            methods=[method],
-            response_model=Operation,
-            responses=documented,
-            tags=["operations"],
-            include_in_schema=method == "GET",
-        )
+router = api_router("operations")
 
 
+@router.head(_ROUTE, include_in_schema=False)
+@router.get(_ROUTE, response_model=Operation, responses=UNCHANGED | refusals(404))
 async def get_operation(
     request: Request, id: UUID, reads: StatusReadsDep, _: ReaderDep, if_none_match: IfNoneMatch = None
 ) -> Response:
