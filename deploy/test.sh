@@ -14,9 +14,11 @@ beside() {
     pids+=($!)
 }
 beside unit "$@" tests/unit
-beside integration "$@" tests/integration/test_[a-r]*.py tests/integration/test_s[a-m]*.py
+# The store's machine is long in test-all, and the last group too.
+machine=tests/integration/test_store_machine.py
+beside integration "$@" tests/integration/test_[a-r]*.py tests/integration/test_s[a-m]*.py $machine
 # The machine of faults comes last, when it has the cores to itself.
-.venv/bin/python -m pytest "$@" tests/integration/test_s[n-z]*.py tests/integration/test_[t-z]*.py tests/e2e tests/journeys tests/chaos
+.venv/bin/python -m pytest "$@" --deselect $machine tests/integration/test_s[n-z]*.py tests/integration/test_[t-z]*.py tests/e2e tests/journeys tests/chaos
 failed=$?
 for pid in "${pids[@]}"; do
     wait "$pid" || failed=1
