@@ -158,6 +158,7 @@ def run(service: Service) -> Iterator[Run]:
     run = Run(service)
     print(f"SCHEMATHESIS_SEED={run.seed}")
     yield run
+    assert service.server.running, f"the API {service.server.ending}"
     print(f"{run.requests} requests: {dict(sorted(run.statuses.items()))}")
 
 

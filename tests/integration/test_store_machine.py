@@ -452,9 +452,9 @@ def test_any_calls_at_once_equal_some_order_of_them(databases: Databases) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_any_calls_at_once_equal_some_order_of_them_for_long(databases: Databases) -> None:
-    run_machine(databases, examples=600)
+    run_machine(databases, examples=300)
 
 
 # Module, statement, guard, what stands in its place.
