@@ -11,7 +11,7 @@ case $part in
     fits) code=$(echo ops_studies/{fits,approach2,approach3,estimates}.py) tests=tests/unit/test_fits.py ;;
     ledger)
         code=$(echo ops_backend/store/{energy,ledger,ledger_views}.py ops_worker/energy/booking.py)
-        tests="tests/unit/test_energy_booking.py tests/unit/test_ledger.py tests/integration/test_store_energy.py" ;;
+        tests="tests/unit/test_energy_booking.py tests/unit/test_ledger.py $(echo tests/integration/test_{store_,}energy.py)" ;;
     store)
         code=$(echo ops_backend/store/{transitions,reports,claims,submit,retention,placement,lineage}.py)
         tests=$(echo tests/integration/test_{store_{transitions,claims,commands,fork,gangs,output,replay,studies},retention,api,dry_run}.py) ;;

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ops_backend.store.ledger import LIVE, Sum
+from ops_backend.store.ledger import LIVE, Sum, view
 from ops_backend.store.ledger_views import EPOCHS, Account, Rates, whole
 from ops_contract.energy import Use
 from ops_contract.ledger import EnergyLedger, Joules
 from ops_contract.lifecycle import Outcome, Status
+from ops_contract.operations import EnergyView
 
 ID, WORKER = uuid4(), UUID(int=1)
 COUNTS = ("windows", "unknown", "without_error", "energy_uj", "error_uj", "duration_us", "steps", "units")
@@ -172,7 +173,7 @@ def test_a_device_is_told_with_its_mean_power_while_it_was_known_and_its_own_slo
     measured, bare = found.devices
     assert (measured.power_mean_w, measured.power_max_w, measured.duration_s) == (2.5, 9.0, 5.0)
     assert measured.energy == Joules(energy_j=None, known_j=10.0, error_j=1.0, reason="why")
-    assert measured.throttled_s == {"hw_thermal": 0.5}
+    assert (measured.throttled_s, measured.baseline_w) == ({"hw_thermal": 0.5}, 1.0)
     assert (measured.source, measured.quality, measured.worker, measured.worker_id) == (
         "nvml_counter",
         "measured",
@@ -198,14 +199,18 @@ def test_an_epoch_has_the_longest_time_of_each_attempt_and_what_it_takes_a_step(
         row(**each, attempt=2, duration_us=1_000_000),
         row(epoch=4, quality="upper_bound", windows=1),
         row(epoch=5, quality="none", unknown=1, energy_uj=0, reason="no_meter"),
+        row(epoch=6),
+        row(epoch=6, quality="upper_bound", device="GPU-1"),
     )
+    shared_at_times = row(quality="upper_bound", device="GPU-1", partly_shared=True)
 
-    three, four, five = ledger(row(), epochs=rows).epochs
+    three, four, five, six = ledger(row(), shared_at_times, epochs=rows).epochs
 
     assert (three.epoch, three.total_j, three.duration_s, three.steps, three.units) == (3, 30.0, 4.0, 8, 16)
     assert (three.per_step_j, three.per_unit_j, three.reason) == (3.75, 1.875, None)
     assert (four.epoch, four.total_j, four.known_j, four.reason) == (4, None, None, "shared_device")
     assert (five.epoch, five.total_j, five.known_j, five.reason) == (5, None, None, "no_meter")
+    assert (six.epoch, six.total_j, six.known_j, six.reason) == (6, None, 10.0, "shared_device")
 
 
 def test_what_a_device_used_while_it_was_shared_is_missing_where_it_is_in_the_sums_at_other_times() -> None:
@@ -261,3 +266,40 @@ def test_a_gap_of_one_attempt_leaves_what_the_others_used_known() -> None:
 )
 def test_the_quality_is_the_worst_in_the_sums(qualities: list[str], worst: str | None) -> None:
     assert ledger(*(row(quality=quality, device=quality) for quality in qualities)).quality == worst
+
+
+def test_what_is_unknown_and_lost_is_no_zero_that_was_kept() -> None:
+    lost = {"windows": 1, "lost_windows": 1, "unknown": 1, "lost_unknown": 1, "energy_uj": 0, "reason": "no_meter"}
+
+    found = ledger(row(**lost))
+
+    assert {(part.energy_j, part.known_j) for part in (found.total, found.useful, found.lost)} == {(None, None)}
+
+
+@pytest.mark.parametrize("status", list(Status))
+def test_the_status_has_the_figures_of_the_ledger(status: Status) -> None:
+    outcomes = (Outcome.LOST, Outcome.COMPLETED)
+    entries = (
+        row(error_uj=500_000, lost_windows=1, windows=2, lost_energy_uj=4_000_000),
+        row(attempt=2, use="save", quality="estimated", energy_uj=1_000_000),
+        row(attempt=2, use="unattributed", energy_uj=3_000_000),
+        row(attempt=2, quality="upper_bound", device="cpu-0", energy_uj=7_000_000),
+    )
+
+    whole_ledger = whole(Account(ID, status, outcomes, entries), (), (), (), Rates())
+
+    assert view(entries, outcomes, status) == EnergyView(
+        total_j=11.0,
+        known_j=11.0,
+        error_j=0.5,
+        useful_j=6.0,
+        lost_j=4.0,
+        overhead_j=1.0,
+        unattributed_j=3.0,
+        upper_bound_j=7.0,
+        quality="estimated",
+        provisional=status is not Status.COMPLETED,
+        reason=None,
+    )
+    assert (whole_ledger.total.energy_j, whole_ledger.lost.energy_j) == (11.0, 4.0)
+    assert whole_ledger.provisional == (status is not Status.COMPLETED)
