@@ -7,8 +7,8 @@ TEST := $(BIN)/python -m pytest
 help:
 	@echo "make demo      a training is killed, goes on elsewhere, and is compared bit for bit (about 2 minutes)"
 	@echo "make up        the whole service: database, API, worker"
-	@echo "make test      lint and tests, eleven to twenty minutes on two cores"
-	@echo "make test-all  everything, at most 60 minutes"
+	@echo "make test      lint and tests, twelve to fourteen minutes on two slow cores"
+	@echo "make test-all  everything, an hour and a quarter on two slow cores"
 	@echo "make bench     the table of docs/performance.md, measured here (about half an hour); of scale the quick form"
 	@echo "make docs      the documentation as pages, in build/docs"
 	@echo "make chaos     real faults, then a check of the whole history; SEED=… and FAULTS=… or MINUTES=… choose them;"

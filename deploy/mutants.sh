@@ -35,11 +35,11 @@ if [[ $tests == *integration* ]]; then
 fi
 # A module's name has to be its path: the packages lie beside each other.
 mkdir -p "$directory"
-cp -ru contract/ops_contract studies/ops_studies sdk/relight backend/ops_backend worker/ops_worker tests migrations "$directory"
+cp -ru contract/ops_contract studies/ops_studies sdk/relight backend/ops_backend worker/ops_worker cli/ops_cli tests migrations "$directory"
 # What lies before an await of SQLAlchemy is not seen as covered.
 cat >"$directory/pyproject.toml" <<EOT
 [tool.mutmut]
-source_paths = ["relight", "ops_contract", "ops_studies", "ops_backend", "ops_worker"]
+source_paths = ["relight", "ops_contract", "ops_studies", "ops_backend", "ops_worker", "ops_cli"]
 only_mutate = [$(quoted "$code")]
 also_copy = ["migrations"]
 mutate_only_covered_lines = $([[ $tests == *integration* ]] && echo false || echo true)
