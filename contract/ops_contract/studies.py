@@ -7,6 +7,7 @@ from pydantic import Field, JsonValue, StringConstraints, model_validator
 from ops_contract.wire import Wire
 
 MAX_CHILDREN = 2000
+MAX_SIZES = 2000  # each is measured by building its model
 
 # Of a child that was cancelled because of `stop_after_failures`.
 NOT_RUN: Final = "not run: as many children of its study in a row have failed as stop_after_failures allows"
@@ -71,21 +72,23 @@ class Grid(Wire):
 
 
 class SizeRange(Wire):
-    """Every multiple of `multiple_of` from `low` to `high`."""
+    """Every multiple of `multiple_of` from `low` to `high`, at most 2,000."""
 
     low: int = Field(ge=1, lt=2**31, description="the least that may be one")
     high: int = Field(ge=1, lt=2**31, description="the largest")
     multiple_of: int = Field(1, ge=1, lt=2**31, description="such as the number of heads")
 
     @model_validator(mode="after")
-    def _not_empty(self) -> Self:
-        if not self.values():
+    def _as_many_as_a_list(self) -> Self:
+        if not (count := len(self.values())):
             raise ValueError(f"no multiple of {self.multiple_of} lies between {self.low} and {self.high}")
+        if count > MAX_SIZES:
+            raise ValueError(f"{count:,} sizes; at most {MAX_SIZES:,} are measured: raise multiple_of")
         return self
 
-    def values(self) -> list[int]:
+    def values(self) -> range:
         first = -(-self.low // self.multiple_of) * self.multiple_of
-        return list(range(first, self.high + 1, self.multiple_of))
+        return range(first, self.high + 1, self.multiple_of)
 
 
 class LearningRateRule(Wire):
@@ -108,7 +111,7 @@ class IsoFlop(Wire):
         min_length=1, max_length=100, description="FLOPs of one training"
     )
     size: FieldPath = Field(description="the field that is the model's size, such as config.d_model")
-    sizes: SizeRange | Annotated[list[int], Field(min_length=1, max_length=2000)] = Field(
+    sizes: SizeRange | Annotated[list[int], Field(min_length=1, max_length=MAX_SIZES)] = Field(
         description="the values it may have"
     )
     per_budget: int = Field(7, ge=1, le=100, description="sizes under each budget, evenly spaced in log N")

@@ -1,5 +1,6 @@
 """Which sizes an IsoFLOP sweep trains on how many tokens, and what it says of those that it does not."""
 
+import tracemalloc
 from itertools import combinations, groupby, pairwise
 from math import ceil, dist, log
 from typing import Any
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from helpers.study_jobs import base
 from ops_contract.plans import ChildPlan, IsoFlopAbout, Plan
-from ops_contract.studies import IsoFlop
+from ops_contract.studies import IsoFlop, SizeRange
 from ops_studies import isoflop
 from ops_studies.isoflop import Candidate, Data, spread
 from ops_studies.points import Unplannable
@@ -294,3 +296,27 @@ def test_without_a_size_there_is_no_plan() -> None:
     _, skipped = isoflop.sizes(base(STUDY | {"sizes": [1, 2]}))
     with pytest.raises(Unplannable, match=r"config.d_model=1: config: d_model 1 is no multiple"):
         isoflop.plan(base(STUDY), [], PLENTY, skipped)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [
+        ({"low": 1, "high": 2**31 - 1}, "2,147,483,647 sizes; at most 2,000 are measured: raise multiple_of"),
+        ({"low": 1, "high": 2001}, "2,001 sizes; at most 2,000 are measured: raise multiple_of"),
+        ({"low": 5, "high": 7, "multiple_of": 4}, "no multiple of 4 lies between 5 and 7"),
+    ],
+)
+def test_a_range_of_more_sizes_than_can_be_measured_is_refused_without_making_it(
+    sizes: dict[str, int], problem: str
+) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValidationError) as refused:
+            SizeRange.model_validate(sizes)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert problem in str(refused.value)
+    assert peak_bytes < 10**6
+    assert len(SizeRange(low=1, high=2000).values()) == 2000
