@@ -17,7 +17,7 @@ from pydantic import (
 
 from ops_contract.lifecycle import Kind
 from ops_contract.measurements import MEASUREMENT
-from ops_contract.studies import IsoFlop, Study
+from ops_contract.studies import MAX_SIZES, IsoFlop, Study
 from ops_contract.wire import Name, Sha256, Text, Wire
 
 # What stands in `workload` for a command.
@@ -364,6 +364,9 @@ class JobSpec(Setup):
             raise ValueError("a command has neither workload nor config; it gets arguments and env")
         if isinstance(self.study, IsoFlop) and (self.command is not None or self.workload == MEASUREMENT):
             raise ValueError("an isoflop study trains a workload; a grid can vary a command, or a measurement")
+        # Not a rule of the range itself: a study that was stored before there was one is still read.
+        if isinstance(self.study, IsoFlop) and (count := len(self.study.asked())) > MAX_SIZES:
+            raise ValueError(f"study.sizes: {count:,} sizes; at most {MAX_SIZES:,} are measured: raise multiple_of")
         if both := set(self.env) & set(self.secrets):
             raise ValueError(f"env and secrets both name {', '.join(sorted(both))}")
         if (nodes := self.resources.nodes) and self.execution.devices % nodes:

@@ -1,5 +1,6 @@
 """What a study varies. Its base is the job itself: each child is that job with a point of the study written over it."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, JsonValue, StringConstraints, model_validator
@@ -72,18 +73,16 @@ class Grid(Wire):
 
 
 class SizeRange(Wire):
-    """Every multiple of `multiple_of` from `low` to `high`, at most 2,000."""
+    """Every multiple of `multiple_of` from `low` to `high`; a submit may ask for 2,000."""
 
     low: int = Field(ge=1, lt=2**31, description="the least that may be one")
     high: int = Field(ge=1, lt=2**31, description="the largest")
     multiple_of: int = Field(1, ge=1, lt=2**31, description="such as the number of heads")
 
     @model_validator(mode="after")
-    def _as_many_as_a_list(self) -> Self:
-        if not (count := len(self.values())):
+    def _not_empty(self) -> Self:
+        if not self.values():
             raise ValueError(f"no multiple of {self.multiple_of} lies between {self.low} and {self.high}")
-        if count > MAX_SIZES:
-            raise ValueError(f"{count:,} sizes; at most {MAX_SIZES:,} are measured: raise multiple_of")
         return self
 
     def values(self) -> range:
@@ -131,6 +130,10 @@ class IsoFlop(Wire):
     predict: list[Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]] = Field(
         [], max_length=100, description="further budgets to say the optimum of"
     )
+
+    def asked(self) -> Sequence[int]:
+        """The sizes, rising, each once."""
+        return self.sizes.values() if isinstance(self.sizes, SizeRange) else sorted(set(self.sizes))
 
     @model_validator(mode="after")
     def _budgets_once(self) -> Self:

@@ -11,7 +11,7 @@ import numpy as np
 from ops_contract.jobs import Execution, Job, SchedulerName
 from ops_contract.lifecycle import Status
 from ops_contract.plans import ChildPlan, ChildResult, IsoFlopAbout, Plan, Skipped
-from ops_contract.studies import MAX_CHILDREN, IsoFlop, Point, SizeRange
+from ops_contract.studies import MAX_CHILDREN, IsoFlop, Point
 from ops_contract.study_results import JouleOptimum, SweepFit, SweepResult, SweepRow
 from ops_studies.points import Base, Refused, Unplannable, as_name
 from ops_studies.runs import MIN_SIZES
@@ -47,8 +47,7 @@ class Data:
 def sizes(base: Base) -> tuple[dict[int, Job], list[Skipped]]:
     """The job of each size that the workload accepts, to be measured; rising."""
     study, found, skipped = _study(base), dict[int, Job](), list[Skipped]()
-    asked = study.sizes.values() if isinstance(study.sizes, SizeRange) else sorted(set(study.sizes))
-    for size in asked:
+    for size in study.asked():
         try:
             found[size] = base.at({study.size: size})
         except Refused as error:
