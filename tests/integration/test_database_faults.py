@@ -3,7 +3,7 @@
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +124,20 @@ async def test_requests_that_take_all_connections_keep_no_heartbeat_waiting(stor
     assert [said(answer) for answer in refused] == [BUSY] * 2
     assert (beaten.status_code, beaten.json()["ended"]) == (200, [])
     assert [answer.status_code for answer in answers] == [200] * 2
+
+
+async def test_an_api_that_is_broken_off_leaves_no_task_and_no_connection(store: Store, database_url: str) -> None:
+    others = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend'"
+    before, connected = asyncio.all_tasks(), len(await store.fetch(others))
+    with suppress(ZeroDivisionError):
+        async with serving(api_on(database_url)) as api:
+            assert (await api.get("/operations")).status_code == 200
+            raise ZeroDivisionError
+
+    assert asyncio.all_tasks() <= before
+    async with asyncio.timeout(30):  # Postgres notices it a moment later
+        while len(await store.fetch(others)) > connected:
+            pass
 
 
 async def test_a_frozen_database_is_a_503_and_when_it_goes_on_so_does_all(

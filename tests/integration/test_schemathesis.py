@@ -158,8 +158,8 @@ def run(service: Service) -> Iterator[Run]:
     run = Run(service)
     print(f"SCHEMATHESIS_SEED={run.seed}")
     yield run
-    assert service.server.running, f"the API {service.server.ending}"
     print(f"{run.requests} requests: {dict(sorted(run.statuses.items()))}")
+    assert service.server.running, f"the API {service.server.ending}"
 
 
 def test_a_sample_of_made_up_requests_finds_nothing(run: Run) -> None:
