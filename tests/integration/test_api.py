@@ -280,7 +280,9 @@ async def test_a_fork_is_made_once_per_key_parent_and_wish(store: Store, databas
         assert path.endswith(made.json()["forked_from"]["operation_id"])
         # The key is looked at before the wish is understood.
         for at, body in ((path, wish | {"name": "other"}), (other, wish), (path, {"no_such_field": 1})):
-            assert refusal(await api.post(f"{at}/fork", json=body, headers=key)) == (409, "idempotency_conflict")
+            answer = await api.post(f"{at}/fork", json=body, headers=key)
+            assert refusal(answer) == (409, "idempotency_conflict")
+            assert answer.json()["error"]["details"] == {"operation_id": made.json()["id"]}
         assert refusal(await api.post(f"{path}/fork", json={"from_checkpoint": MISSING})) == (404, "no_checkpoint")
 
 

@@ -71,6 +71,33 @@ async def test_a_submit_and_a_dry_run_refuse_alike_and_say_what_was_meant(
     assert words in error["message"]
 
 
+async def test_all_that_is_wrong_with_a_config_is_said_in_the_order_of_its_fields(
+    api: httpx.AsyncClient, store: Store
+) -> None:
+    numbers = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "integer"}}}
+    await store.worker(workloads=[TOY.model_copy(update={"config_schema": numbers})])
+
+    answer = await api.post("/operations", json={"workload": "toy", "config": {"b": "x", "a": "y"}})
+
+    problems = answer.json()["error"]["details"]["errors"]
+    assert problems == [
+        {"field": "config.a", "problem": "'y' is not of type 'integer'"},
+        {"field": "config.b", "problem": "'x' is not of type 'integer'"},
+    ]
+
+
+async def test_a_workload_without_any_config_refuses_each_field_of_one(api: httpx.AsyncClient, store: Store) -> None:
+    nothing = {"type": "object", "additionalProperties": False}
+    await store.worker(workloads=[TOY.model_copy(update={"config_schema": nothing})])
+
+    empty = await api.post("/operations", json={"workload": "toy"})
+    answer = await api.post("/operations", json={"workload": "toy", "config": {"b": 1, "a": 2}})
+
+    assert empty.status_code == 201
+    fields = [error["field"] for error in answer.json()["error"]["details"]["errors"]]
+    assert (answer.status_code, fields) == (422, ["config.b", "config.a"])
+
+
 async def test_cores_that_a_slot_of_the_device_has_had_are_accepted(api: httpx.AsyncClient, store: Store) -> None:
     await store.worker(cores=4)
     await store.worker("g", device="cuda", cores=2, slot={"device_uuid": "GPU-1"})

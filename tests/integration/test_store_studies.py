@@ -8,7 +8,7 @@ import pytest
 from helpers.measurement_jobs import MEASURED, MEASURES, measured
 from helpers.store import LEASE_S, Held, Store, at_once, held, losses, plan, saved, started, window
 from ops_backend.database import Sessions
-from ops_backend.store import claims, studies
+from ops_backend.store import claims, studies, transitions
 from ops_backend.store.sql import statement
 from ops_contract.errors import OpsError
 from ops_contract.lifecycle import Outcome, Status
@@ -241,7 +241,13 @@ async def test_a_child_of_a_cancelled_study_is_resumed_with_it_alone(store: Stor
     await store.finish(child, Outcome.CANCELLED)
     await store.look()
     assert await store.resume(child.operation_id) is None
-    assert (await store.get(child.operation_id)).status == Status.CANCELLED
+    async with store.sessions.begin() as session:
+        refused = await transitions.explain_resume(session, child.operation_id, None)
+    assert (refused.code, refused.message) == (
+        "not_resumable",
+        f"its study was cancelled: resume that (`ops resume {run.operation_id}`), which goes on with this one too",
+    )
+    assert refused.details == {"status": "cancelled", "parent_id": str(run.operation_id)}
 
 
 async def test_a_child_that_lives_is_cancelled_also_when_its_study_has_ended_first(store: Store, slots: UUID) -> None:

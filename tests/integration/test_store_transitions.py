@@ -5,7 +5,7 @@ from uuid import uuid4
 import pytest
 
 from helpers.store import Held, Store, at_once, held, losses, saved, started
-from ops_backend.store import curves, queries, transitions
+from ops_backend.store import curves, queries, submit, transitions
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Outcome, Phase, Status
 from ops_contract.reports import Exactness, Note
@@ -55,6 +55,11 @@ async def test_one_of_forty_concurrent_cancels_wins(store: Store) -> None:
     assert [s for s in await statuses(store, run) if s[0] == "cancel"] == [("cancel", "running", "cancelling")]
 
 
+async def test_what_nobody_runs_is_cancelled_without_telling_anybody(store: Store) -> None:
+    await store.worker()
+    assert await store.cancel(await store.submit()) == transitions.Cancelled(Status.CANCELLED, [])
+
+
 async def test_one_of_forty_concurrent_resumes_wins(store: Store) -> None:
     """Scenario 2."""
     await store.worker()
@@ -89,6 +94,16 @@ async def test_the_same_idempotency_key_from_twenty_clients_makes_one_operation(
 
     assert len(set(ids)) == 1
     assert len(await store.fetch("SELECT id FROM operations")) == 1
+
+
+async def test_a_key_whose_other_user_came_first_and_is_gone_may_be_tried_again(store: Store) -> None:
+    async def come_second() -> None:
+        return None
+
+    async with store.sessions.begin() as session:
+        with pytest.raises(OpsError, match="has just gone; try again") as refused:
+            await submit.once(session, submit.Submission("me", "key", b"{}"), come_second)
+    assert refused.value.code is ErrorCode.UNAVAILABLE
 
 
 async def test_resume_without_a_checkpoint_changes_nothing(store: Store) -> None:
@@ -291,6 +306,7 @@ async def test_a_refused_cancel_or_resume_says_why_and_what_to_do(store: Store) 
         ("no_checkpoint", "this operation has no checkpoint; submit it again to start over"),
         ("no_checkpoint", "this operation has no such checkpoint; submit it again to start over"),
     ]
+    assert [e.details["status"] for e in refusals[:5]] == ["cancelling"] * 2 + ["cancelled"] * 3
     assert refusals[5].code == ErrorCode.NOT_FOUND
     [told] = await store.fetch("SELECT detail FROM events WHERE name = 'cancel'")
     assert told.detail == {"force": False}
@@ -433,6 +449,9 @@ async def test_an_abandoned_branch_cannot_be_resumed(store: Store) -> None:
 
     assert await store.resume(run.operation_id, abandoned.checkpoint_id) is None
     async with store.sessions.begin() as session:
+        refused = await transitions.explain_resume(session, run.operation_id, abandoned.checkpoint_id)
+        assert (refused.code, refused.details["status"]) == (ErrorCode.NOT_RESUMABLE, Status.FAILED)
+        assert "on a branch that a later resume left behind" in refused.message
         rows = (await queries.checkpoints(session, run.operation_id)).items
     assert [(row.step, row.in_lineage) for row in rows] == [(10, True), (30, False)]
 
@@ -459,6 +478,7 @@ async def test_reports_count_once_and_in_order(store: Store) -> None:
         await store.report(run, losses((3, 4.0)), seq=5)
 
     assert (gap.value.code, gap.value.details["last_seq"]) == (ErrorCode.OUT_OF_ORDER, 3)
+    assert gap.value.message == "report 4 is missing: send again from there"
     rows = await store.fetch("SELECT first_step, values FROM metrics ORDER BY first_step")
     assert [tuple(r) for r in rows] == [(0, [1.0]), (1, [2.0])]
 

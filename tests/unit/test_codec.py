@@ -17,7 +17,7 @@ from safetensors.torch import load as safetensors_load
 from torch import Tensor
 
 from relight.training import tensorfile
-from relight.training.codec import CodecError, Encoded, decode, digests, encode
+from relight.training.codec import CodecError, Encoded, Sharded, decode, digests, encode
 from relight.training.tensorfile import TensorFileError
 
 DTYPES = [
@@ -164,6 +164,15 @@ def test_digests_name_what_differs(place: Callable[[Any], Any], path: str, a: An
     assert [where for where in first if first[where] != second[where]] == [path]
 
 
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_digests_of_a_set_are_of_what_is_in_it(kind: type[Any]) -> None:
+    """The bits of a numpy scalar are no part of the document."""
+    first, second = digests(encode([kind({np.float64(1.0)})])), digests(encode([kind({np.float64(2.0)})]))
+
+    assert set(first) == set(second) == {"[0][0]"}
+    assert first != second
+
+
 def test_tied_tensors_come_back_tied_and_are_stored_once() -> None:
     weight = torch.randn(3, 4)
     tree = {"embedding": weight, "head": weight, "bias": weight[1], "as_bytes": weight.view(torch.uint8)}
@@ -190,6 +199,13 @@ def test_views_of_several_dtypes_store_what_they_show_from_where_each_of_them_is
     (stored,) = encode([memory[33:35], memory.view(torch.float64)[5:7]]).tensors.values()
 
     assert stored.tolist() == list(range(32, 56))
+
+
+def test_a_view_that_ends_within_an_item_of_the_first_is_stored_to_its_end() -> None:
+    memory = torch.arange(16, dtype=torch.uint8)
+    tree = [memory.view(torch.float64)[:1], memory[8:11]]
+
+    assert same(through_bytes(tree), tree)
 
 
 @given(st.lists(st.tuples(st.sampled_from(DTYPES), st.integers(0, 7), st.integers(0, 9)), min_size=1, max_size=4))
@@ -252,10 +268,21 @@ def test_what_can_be_saved_can_be_read_however_deep(around: Callable[[Any], Any]
         decode(b"[" + encode(tree).document + b"]", {})
 
 
+NAN_OF_ITS_OWN = struct.unpack(">d", bytes.fromhex("fff8000000000123"))[0]
+
+
 @pytest.mark.parametrize(
     "tree",
-    [{"$": "tuple", "items": []}, {"a": {"$": 1}}, "\ud800", 10**5000],
-    ids=["tag", "dollar", "surrogate", "large"],
+    [
+        {"$": "tuple", "items": []},
+        {"a": {"$": 1}},
+        "\ud800",
+        10**5000,
+        [Sharded("w", (2, 3), "bfloat16")],
+        -math.inf,
+        NAN_OF_ITS_OWN,
+    ],
+    ids=["tag", "dollar", "surrogate", "large", "sharded", "infinity", "nan"],
 )
 def test_what_json_would_not_keep_comes_back(tree: Any) -> None:
     assert same(through_bytes(tree), tree)
@@ -266,6 +293,10 @@ def test_a_counter_keeps_its_type() -> None:
 
 
 class Unknown:
+    pass
+
+
+class Special(Tensor):
     pass
 
 
@@ -281,6 +312,7 @@ def within_itself() -> list[Any]:
         (Unknown(), "cannot keep a test_codec.Unknown"),
         (torch.zeros(2).to_sparse(), "sparse_coo"),
         (torch.zeros(2, device="meta"), "meta"),
+        (torch.zeros(2).as_subclass(Special), "cannot keep a Special; give a plain tensor"),
         (np.array([Unknown()]), "numpy dtype object"),
         (np.ma.array([1.0], mask=[True]), "MaskedArray of numpy dtype float64"),
         (len, "builtin_function"),
@@ -363,6 +395,7 @@ def test_a_damaged_tensor_file_is_read_or_refused(data: st.DataObject) -> None:
 
 
 VIEW = {"$": "tensor", "of": "a", "dtype": "float32", "shape": [2], "stride": [1], "offset": 0}
+SHARDED = {"$": "sharded", "of": "a", "shape": [2], "dtype": "float32"}
 ARRAY = {"$": "ndarray", "of": "a", "dtype": "<f4", "shape": [2], "order": "C", "scalar": False}
 
 
@@ -398,6 +431,9 @@ ARRAY = {"$": "ndarray", "of": "a", "dtype": "<f4", "shape": [2], "order": "C", 
         ARRAY | {"shape": [3]},
         ARRAY | {"shape": [2**40]},
         ARRAY | {"order": "Z"},
+        SHARDED | {"of": 3},
+        SHARDED | {"shape": [-1]},
+        SHARDED | {"dtype": "load"},
         [ARRAY, ARRAY],  # of a large one, any number of copies
         [ARRAY, VIEW],
     ],
@@ -419,6 +455,9 @@ def test_a_hostile_document_is_refused(document: Any) -> None:
         ({"a": [{"$": "tuple", "items": "abc"}]}, "a[0]: not a tuple: items is not a list"),
         ({"a": {"$": "int", "hex": 3}}, "a: not a int: hex is not text"),
         (VIEW | {"shape": 2}, "state: not a tensor: 2 is not a list of sizes"),
+        (VIEW | {"stride": []}, "state: not a tensor: shape [2] and strides [] differ in length"),
+        (VIEW | {"shape": [3]}, "state: not a tensor: shape [3], strides [1] from 0 reach past 2 items"),
+        (VIEW | {"offset": 1}, "state: not a tensor: shape [2], strides [1] from 1 reach past 2 items"),
         (math.nan, "the document is not JSON: NaN is no JSON"),
     ],
 )

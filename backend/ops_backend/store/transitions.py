@@ -363,4 +363,4 @@ def not_found(id: UUID) -> OpsError:
 
 def _words(statuses: frozenset[Status]) -> str:
     *others, last = sorted(statuses)
-    return f"{', '.join(others)} and {last}" if others else last
+    return f"{', '.join(others)} and {last}"

@@ -56,7 +56,7 @@ def encode(tree: Any) -> Encoded:
     encoder = _Encoder()
     document = encoder.value(tree, "", 0)
     tensors = encoder.place()
-    return Encoded(json.dumps(document, allow_nan=False, ensure_ascii=True).encode(), tensors, encoder.shown_at)
+    return Encoded(json.dumps(document).encode(), tensors, encoder.shown_at)
 
 
 def decode(document: bytes, tensors: Mapping[str, Tensor]) -> Any:
@@ -216,16 +216,13 @@ def _cover(views: list[Tensor]) -> tuple[Tensor, int]:
     if first.is_contiguous() and all(_same_view(first, other) for other in views):
         return first, int(first.storage_offset()) * first.itemsize
     starts = [int(view.storage_offset()) * view.itemsize for view in views]
-    ends = [
-        start + (_reach(view.shape, view.stride()) + 1) * view.itemsize
-        for start, view in zip(starts, views, strict=True)
-    ]
+    ends = [(int(view.storage_offset()) + _reach(view.shape, view.stride()) + 1) * view.itemsize for view in views]
     several = any(view.dtype is not first.dtype for view in views)
     unit = torch.uint8 if several else first.dtype
     start = min(starts) // 16 * 16 if several else min(starts)  # aligned for every view's dtype
     length = (max(ends) - start) // unit.itemsize
     span = torch.empty(0, dtype=unit, device=first.device)
-    return span.set_(first.untyped_storage(), start // unit.itemsize, (length,), (1,)), start
+    return span.set_(first.untyped_storage(), start // unit.itemsize, (length,)), start
 
 
 def _same_view(a: Tensor, b: Tensor) -> bool:
