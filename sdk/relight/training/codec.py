@@ -222,7 +222,7 @@ def _cover(views: list[Tensor]) -> tuple[Tensor, int]:
     start = min(starts) // 16 * 16 if several else min(starts)  # aligned for every view's dtype
     length = (max(ends) - start) // unit.itemsize
     span = torch.empty(0, dtype=unit, device=first.device)
-    return span.set_(first.untyped_storage(), start // unit.itemsize, (length,)), start
+    return span.set_(first.untyped_storage(), start // unit.itemsize, (length,), (1,)), start
 
 
 def _same_view(a: Tensor, b: Tensor) -> bool:
