@@ -18,7 +18,7 @@ from torch import Tensor
 
 from relight.training import tensorfile
 from relight.training.codec import CodecError, Encoded, Sharded, decode, digests, encode
-from relight.training.tensorfile import TensorFileError
+from relight.training.tensorfile import MAX_DIMENSIONS, TensorFileError
 
 DTYPES = [
     torch.float64,
@@ -288,6 +288,19 @@ def test_what_json_would_not_keep_comes_back(tree: Any) -> None:
     assert same(through_bytes(tree), tree)
 
 
+def test_an_integer_that_not_every_reader_of_json_holds_is_tagged() -> None:
+    document = json.loads(encode([2**63 - 1, 2**63]).document)
+
+    assert document == [2**63 - 1, {"$": "int", "hex": hex(2**63)}]
+
+
+def test_empty_tensors_share_nothing() -> None:
+    tree = {"a": torch.zeros(0), "b": torch.zeros(0, 3, dtype=torch.int64), "c": torch.zeros(2, 0)}
+
+    assert list(encode(tree).tensors) == ["a", "b", "c"]
+    assert same(through_bytes(tree), tree)
+
+
 def test_a_counter_keeps_its_type() -> None:
     assert same(through_bytes({"milestones": Counter([30, 80, 80])}), {"milestones": Counter([30, 80, 80])})
 
@@ -309,7 +322,7 @@ def within_itself() -> list[Any]:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (Unknown(), "cannot keep a test_codec.Unknown"),
+        (Unknown(), "cannot keep a test_codec.Unknown; give tensors, numpy arrays, .* or dicts of them$"),
         (torch.zeros(2).to_sparse(), "sparse_coo"),
         (torch.zeros(2, device="meta"), "meta"),
         (torch.zeros(2).as_subclass(Special), "cannot keep a Special; give a plain tensor"),
@@ -411,6 +424,7 @@ ARRAY = {"$": "ndarray", "of": "a", "dtype": "<f4", "shape": [2], "order": "C", 
         {"$": "float", "bits": "00"},
         {"$": "int", "hex": "zz"},
         {"$": "bytes", "base64": "*"},
+        {"$": "bytearray", "base64": "*"},
         {"$": "tuple", "items": "abc"},
         {"$": "dict", "items": [[[], 1]]},
         {"$": "set", "items": [[]]},
@@ -453,11 +467,17 @@ def test_a_hostile_document_is_refused(document: Any) -> None:
         ({"a": {"$": "dict", "items": [[3, VIEW | {"of": "b"}]]}}, "a[3]: not a tensor: 'b'"),
         ({"a": {"$": "dict", "items": [[{"$": "pickle"}, 0]]}}, "a key: unknown type 'pickle'"),
         ({"a": [{"$": "tuple", "items": "abc"}]}, "a[0]: not a tuple: items is not a list"),
+        ({"a": {"$": "set", "items": [{"$": "pickle"}]}}, "a[0]: unknown type 'pickle'"),
+        ({"a": {"$": "frozenset", "items": [{"$": "pickle"}]}}, "a[0]: unknown type 'pickle'"),
+        ({"a": {"$": "OrderedDict", "items": [[3, {"$": "pickle"}]]}}, "a[3]: unknown type 'pickle'"),
+        ({"a": {"$": "Counter", "items": [[3, {"$": "pickle"}]]}}, "a[3]: unknown type 'pickle'"),
         ({"a": {"$": "int", "hex": 3}}, "a: not a int: hex is not text"),
         (VIEW | {"shape": 2}, "state: not a tensor: 2 is not a list of sizes"),
         (VIEW | {"stride": []}, "state: not a tensor: shape [2] and strides [] differ in length"),
         (VIEW | {"shape": [3]}, "state: not a tensor: shape [3], strides [1] from 0 reach past 2 items"),
         (VIEW | {"offset": 1}, "state: not a tensor: shape [2], strides [1] from 1 reach past 2 items"),
+        (ARRAY | {"order": "Z"}, "state: not a ndarray: order 'Z'"),
+        (ARRAY | {"shape": [3]}, "state: not a ndarray: 8 bytes are not shape [3] of float32"),
         (math.nan, "the document is not JSON: NaN is no JSON"),
     ],
 )
@@ -480,6 +500,10 @@ def test_items_without_bytes_do_not_become_gigabytes(dtype: str) -> None:
 def test_sizes_are_counted_before_they_are_multiplied(record: dict[str, Any]) -> None:
     with pytest.raises(CodecError, match=r"\d+ dimensions"):
         decode(json.dumps(record).encode(), {"a": torch.zeros(2)})
+
+
+def test_a_tensor_of_as_many_dimensions_as_there_may_be_comes_back() -> None:
+    assert same(through_bytes(torch.ones([1] * MAX_DIMENSIONS)), torch.ones([1] * MAX_DIMENSIONS))
 
 
 def test_torch_imports_nothing_that_a_document_names(monkeypatch: pytest.MonkeyPatch) -> None:
