@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 part=${1:?codec, fits, ledger or store} directory=$PWD/build/mutants/$1
 case $part in
     codec) code=relight/training/codec.py tests=tests/unit/test_codec.py ;;
-    fits) code=$(echo ops_studies/{fits,approach2,approach3,estimates}.py) tests=tests/unit/test_fits.py ;;
+    fits) code=$(echo ops_studies/{fits,approach2,approach3,estimates}.py) tests="tests/unit/test_fits.py tests/unit/test_study_reduction.py" ;;
     ledger)
         code=$(echo ops_backend/store/{energy,ledger,ledger_views}.py ops_worker/energy/booking.py)
         tests="tests/unit/test_energy_booking.py tests/unit/test_ledger.py $(echo tests/integration/test_{store_,}energy.py)" ;;

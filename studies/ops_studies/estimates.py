@@ -15,7 +15,7 @@ LEVELS = (0.025, 0.975)
 
 def student(freedom: float) -> float:
     """Half the width of the interval, in standard errors; NaN without a degree of freedom."""
-    return float(stdtrit(freedom, LEVELS[1])) if freedom > 0 else float("nan")
+    return float(stdtrit(freedom, LEVELS[1]))
 
 
 def statistic(values: Sequence[float]) -> Statistic:

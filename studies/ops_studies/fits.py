@@ -15,28 +15,14 @@ NOTABLE_COST = 0.05
 AS_GOOD = 1.01  # a loss this near to the lowest may be had for fewer joules
 
 
-def fit_rows(
-    rows: Iterable[SweepRow],
-    predict: Sequence[float] = (),
-    *,
-    bootstraps: int = BOOTSTRAPS,
-    seed: int = 0,
-    drop_worst: int = 0,
-) -> SweepFit:
+def fit_rows(rows: Iterable[SweepRow], predict: Sequence[float] = (), *, bootstraps: int = BOOTSTRAPS) -> SweepFit:
     """`fit` of the rows that have a loss; the warnings name those that have none."""
     runs, left_out = runs_of(rows)
-    found = fit(runs, predict, bootstraps=bootstraps, seed=seed, drop_worst=drop_worst)
+    found = fit(runs, predict, bootstraps=bootstraps, seed=0, drop_worst=0)
     return found.model_copy(update={"warnings": left_out + found.warnings})
 
 
-def fit(
-    runs: Iterable[Run],
-    predict: Sequence[float] = (),
-    *,
-    bootstraps: int = BOOTSTRAPS,
-    seed: int = 0,
-    drop_worst: int = 0,
-) -> SweepFit:
+def fit(runs: Iterable[Run], predict: Sequence[float], *, bootstraps: int, seed: int, drop_worst: int) -> SweepFit:
     """Both approaches, and the optima of the runs' own budgets and of those to `predict`.
 
     Every number of a run is finite and above 0. A point that was run with several seeds is as many runs. `drop_worst`

@@ -5,6 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
+from helpers.measurement_jobs import GPT2, MEASURED, MEASURES
 from helpers.store import TOY, Store, saved
 from ops_contract.jobs import Job, JobSpec
 
@@ -69,6 +70,18 @@ async def test_a_submit_and_a_dry_run_refuse_alike_and_say_what_was_meant(
     error = answer.json()["error"]
     assert (answer.status_code, error["details"]["errors"][0]["field"]) == (422, field)
     assert words in error["message"]
+
+
+async def test_what_is_wrong_with_a_measurement_is_said_with_what_was_meant(
+    api: httpx.AsyncClient, store: Store
+) -> None:
+    await store.worker(workloads=[MEASURES])
+
+    answer = await api.post("/operations", json={**MEASURED, "config": {"model": GPT2, "batch_sizes": 8}})
+
+    [problem] = answer.json()["error"]["details"]["errors"]
+    assert (answer.status_code, problem["field"]) == (422, "config.batch_sizes")
+    assert problem["problem"] == "no such field; did you mean batch_size?"
 
 
 async def test_all_that_is_wrong_with_a_config_is_said_in_the_order_of_its_fields(

@@ -262,11 +262,16 @@ async def test_corrupt_ones_stay_until_the_operation_is_completed_and_its_job_do
 
 
 async def delete(store: Store, run: Held, checkpoint: UUID) -> str:
-    """The code of the refusal; "" when it is deleted."""
+    """The refusal, its code first; "" when it is deleted."""
     async with store.sessions.begin() as session:
         if await retention.delete_if_unused(session, run.operation_id, checkpoint):
             return ""
-        return (await retention.explain_delete(session, run.operation_id, checkpoint)).code
+        refusal = await retention.explain_delete(session, run.operation_id, checkpoint)
+        return f"{refusal.code}: {refusal.message}"
+
+
+ABSENT = "no_checkpoint: this operation has no such checkpoint; see `ops checkpoints list`"
+IN_USE = "checkpoint_in_use: this checkpoint is in use: "
 
 
 async def test_a_checkpoint_is_deleted_once_and_a_corrupt_one_too(store: Store, run: Any, storage: Path) -> None:
@@ -277,34 +282,43 @@ async def test_a_checkpoint_is_deleted_once_and_a_corrupt_one_too(store: Store, 
     attempt = await store.report(attempt, first, second, third)
     await corrupted(store, attempt, 0)
 
-    assert [await delete(store, attempt, c.checkpoint_id) for c in (first, second, second)] == ["", "", "no_checkpoint"]
+    answers = [await delete(store, attempt, c.checkpoint_id) for c in (first, second, second)]
+    assert answers == ["", "", "no_checkpoint: this checkpoint is being deleted already"]
     await Sweeper(store.sessions, storage, 1.0).sweep()
 
     assert await rows(store) == [20]
     assert [(storage / c.path).exists() for c in (first, second, third)] == [False, False, True]
-    assert await delete(store, attempt, second.checkpoint_id) == "no_checkpoint"
+    assert await delete(store, attempt, second.checkpoint_id) == ABSENT
 
 
 async def test_what_is_needed_is_not_deleted(store: Store, run: Any) -> None:
     attempt = await run()
     first, newest = saved(attempt, 0), saved(attempt, 10)
     attempt = await store.report(attempt, first, newest)
-    assert await delete(store, attempt, newest.checkpoint_id) == "checkpoint_in_use", "a live one goes on from it"
+    assert await delete(store, attempt, newest.checkpoint_id) == (
+        f"{IN_USE}the live operation may go on from it; wait until its attempt has saved a newer one, or cancel it"
+    )
 
     second = await again(store, attempt)
     second = await store.report(second, after := saved(second, 20))
-    assert await delete(store, second, newest.checkpoint_id) == "checkpoint_in_use", "its attempt lives"
+    assert await delete(store, second, newest.checkpoint_id) == (
+        f"{IN_USE}an attempt started from it; try again when that attempt has ended"
+    )
 
     await store.cancel(second.operation_id)
     await store.finish(second, Outcome.CANCELLED)
     await release(store)
     forked = await store.fork(second.operation_id, from_checkpoint=after.checkpoint_id)
-    assert await delete(store, second, after.checkpoint_id) == "checkpoint_in_use", "a fork begins at it"
+    assert await delete(store, second, after.checkpoint_id) == (
+        f"{IN_USE}forks begin at it, which need it as long as they exist: {forked}"
+    )
     assert await store.resume(second.operation_id, first.checkpoint_id) is not None
-    assert await delete(store, second, first.checkpoint_id) == "checkpoint_in_use", "a resume chose it"
+    assert await delete(store, second, first.checkpoint_id) == (
+        f"{IN_USE}a resume chose it; it is needed until the operation has saved another one"
+    )
 
     stranger = Held(forked or second.operation_id, 1, second.incarnation)
-    assert await delete(store, stranger, newest.checkpoint_id) == "no_checkpoint"
+    assert await delete(store, stranger, newest.checkpoint_id) == ABSENT
     assert await delete(store, second, newest.checkpoint_id) == ""
 
 
@@ -384,7 +398,7 @@ async def test_an_older_one_stays_until_the_attempt_has_restored_the_newest(stor
     attempt = await run()
     older, newest = saved(attempt, 10), saved(attempt, 20)
     attempt = await again(store, await store.report(attempt, older, newest))
-    assert await delete(store, attempt, older.checkpoint_id) == "checkpoint_in_use"
+    assert (await delete(store, attempt, older.checkpoint_id)).startswith(IN_USE)
 
     attempt = await commit(store, attempt, (30, None))
 

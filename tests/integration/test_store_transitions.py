@@ -8,7 +8,7 @@ from helpers.store import Held, Store, at_once, held, losses, saved, started
 from ops_backend.store import curves, queries, submit, transitions
 from ops_contract.errors import ErrorCode, OpsError
 from ops_contract.lifecycle import Outcome, Phase, Status
-from ops_contract.reports import Exactness, Note
+from ops_contract.reports import Exactness, Finish, Note
 
 
 async def statuses(store: Store, held: Held) -> list[tuple[str, str | None, str]]:
@@ -94,6 +94,19 @@ async def test_the_same_idempotency_key_from_twenty_clients_makes_one_operation(
 
     assert len(set(ids)) == 1
     assert len(await store.fetch("SELECT id FROM operations")) == 1
+
+
+async def test_who_comes_second_with_a_key_is_given_what_the_first_one_made(store: Store) -> None:
+    await store.worker()
+    made = []
+
+    async def come_second() -> None:
+        made.append(await store.submit(key="key"))
+
+    async with store.sessions.begin() as session:
+        found = await submit.once(session, submit.Submission("me", "key", b'{"workload": "toy"}'), come_second)
+
+    assert found == (made[0], False)
 
 
 async def test_a_key_whose_other_user_came_first_and_is_gone_may_be_tried_again(store: Store) -> None:
@@ -492,7 +505,7 @@ async def test_a_fenced_report_writes_nothing_but_a_repeated_finish_is_fine(stor
     with pytest.raises(OpsError) as fenced:
         await store.report(done, losses((0, 1.0)))
 
-    assert fenced.value.code is ErrorCode.FENCED
+    assert (fenced.value.code, fenced.value.details) == (ErrorCode.FENCED, {"last_seq": 1})
     assert await store.fetch("SELECT 1 FROM metrics") == []
     assert len(await statuses(store, run)) == 3
 
@@ -519,6 +532,18 @@ async def test_a_finish_and_an_expiry_at_once_end_the_attempt_once(store: Store)
         assert live == []
 
 
+async def test_a_finish_is_the_last_of_its_batch(store: Store) -> None:
+    await store.worker()
+    run = await store.running()
+    with pytest.raises(OpsError) as refused:
+        await store.report(run, Finish(outcome=Outcome.COMPLETED), losses((0, 1.0)))
+    assert (refused.value.code, refused.value.message) == (
+        ErrorCode.INVALID,
+        "reports: a finish must be the last of its batch",
+    )
+    assert (await store.get(run.operation_id)).status == Status.RUNNING
+
+
 async def test_a_checkpoint_outside_its_place_is_refused(store: Store) -> None:
     await store.worker()
     run = await store.running()
@@ -536,6 +561,8 @@ async def test_what_makes_an_attempt_inexact_ends_its_promise_once_for_each_reas
     for reason in ("put_ has no kernel", "sort has no kernel", "put_ has no kernel"):
         run = await store.report(run, Note(message=reason, inexact=reason))
 
+    told = await store.fetch("SELECT detail FROM events WHERE name = 'note' ORDER BY seq")
+    assert [row.detail["message"] for row in told] == ["put_ has no kernel", "sort has no kernel", "put_ has no kernel"]
     exactness = (await store.get(run.operation_id)).exactness
     assert exactness == Exactness(promise="best_effort", reasons=["put_ has no kernel", "sort has no kernel"])
     assert [name for name, _, _ in await statuses(store, run)].count("note") == 3

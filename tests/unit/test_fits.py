@@ -1,21 +1,23 @@
 """What both approaches find in sweeps whose law is known, and what they say when they cannot know."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.optimize import approx_fprime, minimize, minimize_scalar
-from scipy.special import stdtrit
+from scipy.special import huber, stdtrit
 
 from helpers import scaling
 from helpers.scaling import ALPHA, BETA, BUDGETS, EXPONENT, A, B, E, centred, noisy, optimal_params, run, same_sizes
 from ops_contract.lifecycle import Status
 from ops_contract.study_results import Approach2, Approach3, Estimate, PowerLaw, Prediction, SweepFit, SweepRow
 from ops_studies import tables
-from ops_studies.approach3 import Problem
+from ops_studies.approach2 import Parabola
+from ops_studies.approach3 import DELTA, Problem
+from ops_studies.estimates import exp, percentiles
 from ops_studies.fits import fit, fit_rows, joule_optima
-from ops_studies.runs import Run, Runs
+from ops_studies.runs import Run, Runs, Slice, runs_of
 
 
 def fitted(runs: Sequence[Run], *predict: float, bootstraps: int = 0, seed: int = 0, drop_worst: int = 0) -> SweepFit:
@@ -128,6 +130,17 @@ def test_where_flops_are_counted_their_growth_with_n_moves_the_optimum() -> None
     assert abs(plain.params.value / best.params.value - 1) > 0.1
 
 
+def test_the_sum_is_of_hubers_losses_by_their_weights() -> None:
+    problem = Problem.of(Runs.of(noisy(centred(BUDGETS[:3], 5), 0.001, seed=1)))
+    theta, _, _ = problem.fit()
+    weight = np.random.default_rng(0).gamma(1, size=(1, 15))
+
+    residual = problem.residual(theta)
+
+    assert 0 < sum(abs(residual) <= DELTA) < 15
+    assert problem.objective(theta[None], weight)[0] == pytest.approx(weight[0] @ huber(DELTA, residual))
+
+
 @pytest.mark.parametrize("share", [0, 0.001, 0.1])
 def test_the_derivatives_are_those_of_the_sum(share: float) -> None:
     problem = Problem.of(Runs.of(noisy(centred(BUDGETS[:3], 5), share, seed=1)))
@@ -231,6 +244,9 @@ def test_what_lies_beyond_the_budgets_is_told_to() -> None:
     assert [(each.budget, each.approach) for each in found.predictions if each.extrapolates] == [(1e25, 2), (1e25, 3)]
     assert [warning for warning in found.warnings if "extrapolated" in warning and "1e+25 FLOPs" in warning]
     assert not [warning for warning in found.warnings if "1e+19" in warning]
+    many = fitted(centred(), 1e24, 1e25, 1e26, 1e27).warnings
+    said = "1e+24, 1e+25, 1e+26, … FLOPs: extrapolated, the runs had 1e+18 to 3e+21; intervals trust the law beyond"
+    assert said in many
     assert predicted(found, 2, 1e25).loss is None  # a parabola knows no E
     assert predicted(found, 2, 1e19).loss is not None
 
@@ -281,6 +297,9 @@ def test_optima_that_scatter_more_than_the_noise_widen_the_interval() -> None:
 
     steady, scattered = fitted(truth), fitted(shifted)
 
+    approach, law = second(scattered)
+    sizes = [optimum.params for optimum in approach.optima]
+    assert law.r2 == pytest.approx(np.corrcoef(np.log(BUDGETS), np.log(sizes))[0, 1] ** 2, abs=0.1)  # nearly as heavy
     assert width(second(scattered)[1].exponent) > 30 * width(second(steady)[1].exponent)
     assert "farther from a power law" in " ".join(scattered.warnings)
     assert "farther from a power law" not in " ".join(steady.warnings)
@@ -296,6 +315,14 @@ def test_the_interval_of_an_optimum_is_fiellers() -> None:
         low, high = optimum.params_interval
         assert low < optimum.params < high < 1.5 * low
     assert None in [optimum.params_interval for optimum in much if optimum.usable]
+
+
+def test_a_curvature_that_is_just_as_uncertain_as_large_gives_no_interval() -> None:
+    nothing = Slice(1.0, 1.0, np.arange(3))
+    parabola = Parabola(nothing, 3, 0.0, -1.0, 1.0, 0.0, np.array([1.0, 0.0, 1.0]), np.eye(3), 0.0, None)
+
+    assert parabola.vertex_interval(noise=1.0, t=1.0) is None
+    assert parabola.vertex_interval(noise=0.99, t=1.0) is not None
 
 
 def test_seeds_are_further_runs_of_a_point() -> None:
@@ -329,6 +356,7 @@ def test_resamples_are_the_seeds_own() -> None:
     assert one.alpha.low != other.alpha.low
     assert width(one.alpha) > 0
     assert (none.alpha.low, none.bootstraps) == (None, 0)
+    assert none.r2 == pytest.approx(1, abs=0.01)
 
 
 def test_resamples_weigh_the_runs_by_one_on_average_and_spread_for_the_five_parameters(
@@ -416,7 +444,9 @@ def test_a_loss_of_approach_2_is_that_of_the_optima_and_on_the_line_between_them
         assert told.value == pytest.approx(optimum.loss)
         x, y = np.array([(np.log(each.params), each.loss) for each in runs if each.flops == budget]).T
         basis, at = np.vander(x - x.mean(), 3), np.vander([np.log(optimum.params) - x.mean()], 3)[0]
-        squares.append(np.square(y - basis @ np.polyfit(x - x.mean(), y, 2)).sum() / y.mean() ** 2)
+        unexplained = np.square(y - basis @ np.polyfit(x - x.mean(), y, 2)).sum()
+        assert optimum.r2 == pytest.approx(1 - unexplained / np.square(y - y.mean()).sum())
+        squares.append(unexplained / y.mean() ** 2)
         variances.append(at @ np.linalg.inv(basis.T @ basis) @ at * y.mean() ** 2 / optimum.loss**2)
     freedom = 4 * (9 - 3)
     noise = sum(squares) / freedom
@@ -433,14 +463,37 @@ def test_a_loss_of_approach_2_is_that_of_the_optima_and_on_the_line_between_them
     assert tenths.value == pytest.approx(middle.value / 10)
 
 
-def test_what_the_runs_do_not_determine_is_told() -> None:
-    """Losses without a floor: E is any small number."""
-    runs = [replace(each, loss=each.loss - E) for each in centred()]
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda each: each.loss - E, "E"),
+        (lambda each: E + A / each.params**ALPHA, "B, beta"),
+        (lambda each: E + B / each.tokens**BETA, "A, alpha"),
+    ],
+    ids=["no floor", "nothing of D", "nothing of N"],
+)
+def test_what_the_runs_do_not_determine_is_told(loss: Callable[[Run], float], words: str) -> None:
+    found = fitted([replace(each, loss=loss(each)) for each in centred(BUDGETS[:3], 5)])
 
-    found = fitted(runs)
+    assert f"these runs do not determine {words} of Approach 3: run more budgets, and sizes farther apart" in (
+        found.warnings
+    )
 
-    assert third(found).E.value < 1e-6
-    assert "do not determine E of Approach 3" in " ".join(found.warnings)
+
+def test_a_term_that_is_none_ends_at_e_to_the_minus_25_of_the_least_loss() -> None:
+    runs = [replace(each, loss=each.loss - E) for each in centred(BUDGETS[:3], 5)]
+
+    assert third(fitted(runs)).E.value == pytest.approx(np.exp(-25) * min(each.loss for each in runs))
+
+
+def test_one_resample_is_an_interval_and_none_is_not() -> None:
+    assert percentiles(np.array([1.0, 2.0])) == Estimate(value=1.0, low=2.0, high=2.0)
+    assert percentiles(np.array([1.0])) == Estimate(value=1.0)
+
+
+def test_what_is_too_large_for_a_float_is_infinite_without_a_word() -> None:
+    with np.errstate(over="raise"):
+        assert exp(1000.0) == np.inf
 
 
 def row(name: str, **changes: object) -> SweepRow:
@@ -465,8 +518,9 @@ def test_rows_without_a_loss_are_named_and_the_others_fitted() -> None:
     failed = row("f", status=Status.FAILED, final_loss=None, error_message="out of memory")
     diverged, pending = row("d", final_loss=float("nan")), row("p", status=Status.PENDING, final_loss=None)
 
-    found = fit_rows([*rows, failed, diverged, pending], bootstraps=0)
+    found = fit_rows([*rows, failed, diverged, pending], [1e25], bootstraps=20)
 
+    assert found.model_copy(update={"warnings": found.warnings[3:]}) == fitted(runs_of(rows)[0], 1e25, bootstraps=20)
     assert found.points == 15
     assert third(found).alpha.value == pytest.approx(ALPHA, rel=1e-3)
     assert found.warnings[:3] == [

@@ -45,7 +45,7 @@ ADVANCE = statement(f"""
            checkpoint_step = greatest(h.checkpoint_step, :checkpoint_step)
       FROM before
      WHERE h.operation_id = :id AND h.attempt = :attempt AND h.incarnation = :incarnation
-    RETURNING before.last_seq, (SELECT max(h.last_step) FROM {BEFORE}) AS reported_until
+    RETURNING before.last_seq, coalesce((SELECT max(h.last_step) FROM {BEFORE}), -1) AS reported_until
 """)
 
 # Before the own hold alone is: two members of a gang that report and finish at once would wait for each other.
@@ -178,7 +178,7 @@ async def _advance(
     row = (await session.execute(ADVANCE, key | values)).one_or_none()
     if row is None:
         return await _explain(session, key, last_seq), -1
-    return row.last_seq, -1 if row.reported_until is None else row.reported_until
+    return row.last_seq, row.reported_until
 
 
 async def _explain(session: AsyncSession, key: dict[str, Any], last_seq: int) -> int:
