@@ -280,16 +280,18 @@ def test_too_few_runs_are_a_reason_and_no_crash(
 
 
 def test_two_budgets_have_intervals_of_the_noise_within_them() -> None:
-    _, law = second(fitted(noisy(centred(BUDGETS[::7]), 0.01, seed=0)))
+    found = fitted(noisy(centred(BUDGETS[::7]), 0.01, seed=0))
+    _, law = second(found)
 
     assert width(law.exponent) < 0.2
     assert law.r2 is None
+    assert "two budgets lie on a line whatever the law is: run a third" in found.warnings
 
 
 def test_optima_that_scatter_more_than_the_noise_widen_the_interval() -> None:
     """Each budget tuned better or worse than the law: its own noise knows nothing of it."""
     moved = [1.0, 3.0, 0.5, 2.0, 0.4, 1.5, 0.6, 1.0]
-    truth = noisy(centred(), 0.003, seed=0)
+    truth = noisy(centred(factor=8), 0.001, seed=0)
     shifted = [
         replace(each, params=each.params * by, tokens=each.tokens / by)
         for each, by in zip(truth, np.repeat(moved, 16), strict=True)
@@ -301,8 +303,38 @@ def test_optima_that_scatter_more_than_the_noise_widen_the_interval() -> None:
     sizes = [optimum.params for optimum in approach.optima]
     assert law.r2 == pytest.approx(np.corrcoef(np.log(BUDGETS), np.log(sizes))[0, 1] ** 2, abs=0.1)  # nearly as heavy
     assert width(second(scattered)[1].exponent) > 30 * width(second(steady)[1].exponent)
-    assert "farther from a power law" in " ".join(scattered.warnings)
-    assert "farther from a power law" not in " ".join(steady.warnings)
+    farther = (
+        "the optima of the budgets lie farther from a power law than the noise within budgets explains; "
+        "Approach 2 takes its intervals from that alone"
+    )
+    assert farther in scattered.warnings
+    assert farther not in steady.warnings
+
+
+@pytest.mark.parametrize("moved", [(1, 1, 1, 1, 1), (1, 3, 0.5, 2, 0.4)], ids=["noise", "scatter"])
+def test_the_intervals_of_the_law_are_those_of_weighted_least_squares(moved: tuple[float, ...]) -> None:
+    """Of the noise within budgets and about the line together, unless the line's is larger than that explains."""
+    made = noisy(centred(BUDGETS[:5], 9, factor=8), 0.002, seed=0)
+    runs = [
+        replace(each, params=each.params * by, tokens=each.tokens / by)
+        for each, by in zip(made, np.repeat(moved, 9), strict=True)
+    ]
+    found = fitted(runs, 1e24)
+    columns = Runs.of(runs)
+    parabolas = [Parabola.through(columns, each) for each in columns.slices]
+    x, y, variance, squares = np.array(
+        [(np.log(each.slice.flops), each.vertex, each.vertex_variance, each.squares) for each in parabolas if each]
+    ).T
+
+    basis = np.column_stack([np.ones(5), x])
+    covariance = np.linalg.inv(basis.T @ (basis / variance[:, None]))
+    off = y - basis @ covariance @ basis.T @ (y / variance)
+    scatter, of_scatter = off**2 @ (1 / variance), 5 - 2
+    within, freedom = (squares.sum(), 5 * (9 - 3)) if set(moved) == {1} else (0, 0)
+    noise, t = (within + scatter) / (freedom + of_scatter), stdtrit(freedom + of_scatter, 0.975)
+    assert width(second(found)[1].exponent) / 2 == pytest.approx(t * np.sqrt(noise * covariance[1, 1]))
+    at = np.array([1, np.log(1e24)])
+    assert logs(predicted(found, 2, 1e24).params)[1] == pytest.approx(t * np.sqrt(noise * at @ covariance @ at))
 
 
 def test_the_interval_of_an_optimum_is_fiellers() -> None:
@@ -539,6 +571,7 @@ def test_the_joule_optimal_run_is_the_most_frugal_of_those_about_as_good() -> No
         row("worse", final_loss=2.021, energy_j=1.0),
         row("unknown", final_loss=2.001),
         row("diverged", final_loss=float("nan"), energy_j=0.1),
+        row("failed", final_loss=1.9, energy_j=0.1, status=Status.FAILED),
         row("alone", compute_budget=1e17, energy_j=5.0),
         row("unmeasured", compute_budget=1e19),
     ]
