@@ -198,27 +198,47 @@ def fit(runs: Runs, cost: Cost) -> tuple[Approach2 | None, Law | None, list[str]
     return found, law, warnings + of_law
 
 
-def exponent(runs: Runs, cost: Cost) -> float:
+def exponent(runs: Runs) -> float:
     """Of N_opt, and nothing else; NaN where there is no law."""
     usable = [each for each in _parabolas(runs) if each.usable]
-    return _law(usable, cost, 0.0, 0)[0].slope if len(usable) > 1 else float("nan")
+    return _Line.through(usable).slope if len(usable) > 1 else float("nan")
 
 
 def _parabolas(runs: Runs) -> list[Parabola]:
     return [found for each in runs.slices if (found := Parabola.through(runs, each))]
 
 
+@dataclass(frozen=True)
+class _Line:
+    """level + slope · (log C − centre) through the vertices by weighted least squares. `lever`, `scatter` (of the
+    vertices about it) and `total` (about their mean) are weighted sums of squares."""
+
+    level: float
+    slope: float
+    centre: float
+    weight: float
+    lever: float
+    scatter: float
+    total: float
+
+    @classmethod
+    def through(cls, parabolas: list[Parabola]) -> "_Line":
+        x, y = np.log([each.slice.flops for each in parabolas]), np.array([each.vertex for each in parabolas])
+        weight = 1 / np.array([each.vertex_variance for each in parabolas])
+        centre, level = float(np.average(x, weights=weight)), float(np.average(y, weights=weight))
+        lever = float(weight @ np.square(x - centre))
+        slope = float(weight @ ((x - centre) * (y - level))) / lever
+        scatter = float(weight @ np.square(y - level - slope * (x - centre)))
+        total = float(weight @ np.square(y - level))
+        return cls(level, slope, centre, float(weight.sum()), lever, scatter, total)
+
+
 def _law(usable: list[Parabola], cost: Cost, squares: float, freedom: int) -> tuple[Law, list[str]]:
-    """Weighted least squares. `squares`, with `freedom`, are of the runs about their parabolas: they tell the noise
-    together with the vertices' scatter about the line; where that is more than such noise explains, it tells it alone.
+    """`squares`, with `freedom`, are of the runs about their parabolas: they tell the noise together with the
+    vertices' scatter about the line; where that is more than such noise explains, it tells it alone.
     """
-    x, y = np.log([each.slice.flops for each in usable]), np.array([each.vertex for each in usable])
-    weight = 1 / np.array([each.vertex_variance for each in usable])
-    centre, level = float(np.average(x, weights=weight)), float(np.average(y, weights=weight))
-    lever = float(weight @ np.square(x - centre))
-    slope = float(weight @ ((x - centre) * (y - level))) / lever
-    scatter, of_scatter = float(weight @ np.square(y - level - slope * (x - centre))), len(x) - 2
-    total = float(weight @ np.square(y - level))
+    line = _Line.through(usable)
+    scatter, of_scatter = line.scatter, len(usable) - 2
     noise = squares / freedom if freedom else float("nan")
     warnings = []
     pooled, of_pooled = squares + scatter, freedom + of_scatter
@@ -232,13 +252,13 @@ def _law(usable: list[Parabola], cost: Cost, squares: float, freedom: int) -> tu
         )
     variance = pooled / of_pooled if of_pooled else float("nan")
     law = Law(
-        level=level,
-        slope=slope,
-        centre=centre,
-        level_variance=variance / float(weight.sum()),
-        slope_variance=variance / lever,
+        level=line.level,
+        slope=line.slope,
+        centre=line.centre,
+        level_variance=variance / line.weight,
+        slope_variance=variance / line.lever,
         t=student(of_pooled),
-        r2=1 - scatter / total if of_scatter and total > 0 else None,
+        r2=1 - scatter / line.total if of_scatter and line.total > 0 else None,
         noise=noise,
         noise_t=student(freedom),
         parabolas=usable,

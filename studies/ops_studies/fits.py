@@ -83,7 +83,7 @@ def _without_worst(runs: Runs, count: int) -> tuple[Runs, list[str], list[str]]:
 
 def _with_bias(second: Approach2, runs: Runs, curve: approach3.Curve) -> tuple[Approach2, list[str]]:
     """Approach 2 of the losses that the curve has for these very runs, against the exponent of the curve itself."""
-    bias = approach2.exponent(runs.with_loss(curve.losses_of(runs)), curve.cost) - curve.exponent
+    bias = approach2.exponent(runs.with_loss(curve.losses_of(runs))) - curve.exponent
     if not math.isfinite(bias):
         return second, []
     told = f"the exponent of Approach 2 is off by about {bias:+.3f}: its sizes lie unlike about the budgets' optima"

@@ -1,6 +1,7 @@
 """Commands and the user's own code in the store: who is given them, how they resume and fork."""
 
 from contextlib import nullcontext
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -54,7 +55,24 @@ async def test_the_resolved_job_of_a_command_has_no_stall_timeout_unless_it_is_g
     timed = await store.get(await store.submit(command=COMMAND, execution={"stall_timeout_s": 60}))
     assert (silent.workload, silent.kind, silent.job.execution.stall_timeout_s) == ("command", "command", None)
     assert timed.job.execution.stall_timeout_s == 60
-    assert silent.name.startswith("train-")
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ({"command": COMMAND}, "train"),
+        ({"command": ["make", "all"]}, "make"),
+        ({"workload": "lab.vision.train:Mine"}, "train"),
+        ({"workload": "toy"}, "toy"),
+    ],
+    ids=["script", "program", "own", "built in"],
+)
+async def test_an_operation_without_a_name_is_called_by_what_it_runs(
+    store: Store, spec: dict[str, Any], name: str
+) -> None:
+    await store.worker(user_code=True)
+    id = await store.submit(**spec)
+    assert (await store.get(id)).name == f"{name}-{str(id)[:8]}"
 
 
 async def test_a_command_without_a_checkpoint_resumes_by_running_again_once(store: Store) -> None:

@@ -14,8 +14,8 @@ from ops_contract.lifecycle import Status
 from ops_contract.study_results import Approach2, Approach3, Estimate, PowerLaw, Prediction, SweepFit, SweepRow
 from ops_studies import tables
 from ops_studies.approach2 import Parabola
-from ops_studies.approach3 import DELTA, Problem
-from ops_studies.estimates import exp, percentiles
+from ops_studies.approach3 import DELTA, Problem, residuals
+from ops_studies.estimates import exp, percentiles, plus_minus
 from ops_studies.fits import fit, fit_rows, joule_optima
 from ops_studies.runs import Run, Runs, Slice, runs_of
 
@@ -64,6 +64,7 @@ def test_without_noise_the_exponent_of_approach_2_is_exact_where_grids_lie_alike
 
     assert law.exponent.value == pytest.approx(EXPONENT, rel=1e-6)
     assert approach.bias == pytest.approx(0, abs=1e-6)
+    assert "off by about" not in " ".join(fitted(centred(factor=factor, off=off)).warnings)
     factors = [optimum.params / scaling.optimal_params(optimum.budget) for optimum in approach.optima]
     assert np.ptp(factors) < 1e-6
     assert abs(factors[0] - 1) > 0.001  # a parabola's vertex is not the optimum
@@ -192,9 +193,22 @@ def test_an_outlier_is_named_and_stays_and_only_the_user_drops_it() -> None:
     assert (kept.points, kept.dropped) == (128, [])
     assert (dropped.points, dropped.dropped) == (127, [runs[37].experiment_id])
     assert outlier.experiment_id not in [each.experiment_id for each in third(dropped).outliers]
+    residual = residuals(Runs.of(runs))
+    scale = 1.4826 * np.median(abs(residual)) * np.sqrt(128 / (128 - 5))
+    assert outlier.robust_z == pytest.approx(residual[37] / scale)
     # Huber's loss hardly minds it; a parabola's squares do.
     assert third(kept).alpha.value == pytest.approx(third(dropped).alpha.value, rel=0.01)
     assert width(second(kept)[1].exponent) > 3 * width(second(dropped)[1].exponent)
+
+
+def test_the_farthest_outlier_comes_first() -> None:
+    runs = noisy(centred(), 0.01, seed=0)
+    for i, factor in ((20, 1.2), (70, 0.5), (110, 1.5)):
+        runs[i] = replace(runs[i], loss=runs[i].loss * factor)
+
+    outliers = third(fitted(runs)).outliers
+
+    assert [each.experiment_id for each in outliers[:3]] == [runs[i].experiment_id for i in (70, 110, 20)]
 
 
 def test_rounding_makes_no_outliers() -> None:
@@ -204,12 +218,16 @@ def test_rounding_makes_no_outliers() -> None:
     assert third(fitted(runs)).outliers == []
 
 
-@pytest.mark.parametrize(("off", "words"), [(10, "below all sizes that were run. Run smaller"), (0.1, "above all")])
+@pytest.mark.parametrize(
+    ("off", "words"),
+    [(10, "below all sizes that were run. Run smaller"), (0.1, "above all sizes that were run. Run larger")],
+)
 def test_an_optimum_beyond_the_sizes_is_told_with_what_to_run(off: float, words: str) -> None:
     found = fitted(centred(factor=4, off=off))
 
     assert all(optimum.at_edge and optimum.usable for optimum in second(found)[0].optima)
-    assert sum(words in warning for warning in found.warnings) == len(BUDGETS)
+    told = [f"{budget:.3g} FLOPs: the optimum lies {words} ones" for budget in BUDGETS]
+    assert [warning for warning in found.warnings if "the optimum lies" in warning] == told
 
 
 @pytest.mark.parametrize(("off", "end", "then"), [(100, "smallest", "smaller"), (0.01, "largest", "larger")])
@@ -226,16 +244,24 @@ def test_a_parabola_that_opens_downwards_is_left_out_of_the_law() -> None:
     runs = centred()
     upside_down = [replace(each, loss=6 - each.loss) if each.budget == BUDGETS[2] else each for each in runs]
     far = [run(scaling.optimal_params(BUDGETS[5]) * each, BUDGETS[5]) for each in (1e4, 1.1e4, 1.2e4, 1.3e4)]
-    others = [each for each in upside_down if each.budget != BUDGETS[5]]
+    others = [each for each in upside_down if each.budget not in BUDGETS[5:7]]
+    below = [run(scaling.optimal_params(BUDGETS[6]) / each, BUDGETS[6]) for each in (1e4, 1.1e4, 1.2e4, 1.3e4)]
 
-    found = fitted([*others, *far])
+    found = fitted([*others, *far, *below])
 
     approach, law = second(found)
-    assert [optimum.usable for optimum in approach.optima] == [True, True, False, True, True, False, True, True]
+    assert [optimum.usable for optimum in approach.optima] == [True, True, False, True, True, False, False, True]
     assert law.exponent.value == pytest.approx(EXPONENT, rel=1e-6)
-    told = [warning for warning in found.warnings if "left out of the power law" in warning]
-    assert len(told) == 2
-    assert "opens downwards" in told[0]
+    out = "it is left out of the power law"
+    assert [warning for warning in found.warnings if out in warning] == [
+        f"{BUDGETS[2]:.3g} FLOPs: the parabola opens downwards; {out}. Run sizes farther apart, or more of them",
+        f"{BUDGETS[5]:.3g} FLOPs: the optimum lies below all sizes that were run; {out}. Run smaller ones",
+        f"{BUDGETS[6]:.3g} FLOPs: the optimum lies above all sizes that were run; {out}. Run larger ones",
+    ]
+    # The better end of the sizes that were run stands for it.
+    assert approach.optima[5].params == pytest.approx(far[0].params)
+    assert approach.optima[6].params == pytest.approx(below[0].params)
+    assert {optimum.params_interval for optimum in approach.optima if not optimum.usable} == {None}
 
 
 def test_what_lies_beyond_the_budgets_is_told_to() -> None:
@@ -342,10 +368,21 @@ def test_the_interval_of_an_optimum_is_fiellers() -> None:
     little = second(fitted(noisy(centred(), 0.001, seed=0)))[0].optima
     much = second(fitted(noisy(centred(factor=3), 0.1, seed=0)))[0].optima
 
-    for optimum in little:
+    of_runs = noisy(centred(), 0.001, seed=0)
+    squares, ends = 0.0, []
+    for budget, optimum in zip(BUDGETS, little, strict=True):
         assert optimum.params_interval is not None
         low, high = optimum.params_interval
         assert low < optimum.params < high < 1.5 * low
+        x, y = np.array([(np.log(each.params), each.loss) for each in of_runs if each.flops == budget]).T
+        basis, coefficients = np.vander(x - x.mean(), 3), np.polyfit(x - x.mean(), y, 2)
+        squares += np.square(y - basis @ coefficients).sum() / y.mean() ** 2
+        for end in (low, high):
+            slope = np.array([2 * (np.log(end) - x.mean()), 1, 0])  # of the parabola, by its coefficients
+            ends.append(slope @ coefficients / y.mean() / np.sqrt(slope @ np.linalg.inv(basis.T @ basis) @ slope))
+    freedom = 8 * (16 - 3)
+    t = stdtrit(freedom, 0.975) * np.sqrt(squares / freedom)
+    assert ends == pytest.approx([-t, t] * 8)
     assert None in [optimum.params_interval for optimum in much if optimum.usable]
 
 
@@ -501,8 +538,9 @@ def test_a_loss_of_approach_2_is_that_of_the_optima_and_on_the_line_between_them
         (lambda each: each.loss - E, "E"),
         (lambda each: E + A / each.params**ALPHA, "B, beta"),
         (lambda each: E + B / each.tokens**BETA, "A, alpha"),
+        (lambda each: E + A / each.params**ALPHA + 1e45 / each.tokens**5, "beta"),
     ],
-    ids=["no floor", "nothing of D", "nothing of N"],
+    ids=["no floor", "nothing of D", "nothing of N", "too much of D"],
 )
 def test_what_the_runs_do_not_determine_is_told(loss: Callable[[Run], float], words: str) -> None:
     found = fitted([replace(each, loss=loss(each)) for each in centred(BUDGETS[:3], 5)])
@@ -521,6 +559,11 @@ def test_a_term_that_is_none_ends_at_e_to_the_minus_25_of_the_least_loss() -> No
 def test_one_resample_is_an_interval_and_none_is_not() -> None:
     assert percentiles(np.array([1.0, 2.0])) == Estimate(value=1.0, low=2.0, high=2.0)
     assert percentiles(np.array([1.0])) == Estimate(value=1.0)
+
+
+def test_half_an_interval_that_nobody_knows_is_none() -> None:
+    assert plus_minus(1.0, float("nan")) == Estimate(value=1.0)
+    assert plus_minus(1.0, 0.5) == Estimate(value=1.0, low=0.5, high=1.5)
 
 
 def test_what_is_too_large_for_a_float_is_infinite_without_a_word() -> None:
