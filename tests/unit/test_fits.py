@@ -14,7 +14,7 @@ from ops_contract.lifecycle import Status
 from ops_contract.study_results import Approach2, Approach3, Estimate, PowerLaw, Prediction, SweepFit, SweepRow
 from ops_studies import tables
 from ops_studies.approach2 import Parabola
-from ops_studies.approach3 import DELTA, Problem, residuals
+from ops_studies.approach3 import DELTA, Problem, residuals, too_few
 from ops_studies.estimates import exp, percentiles, plus_minus
 from ops_studies.fits import fit, fit_rows, joule_optima
 from ops_studies.runs import Run, Runs, Slice, runs_of
@@ -132,12 +132,17 @@ def test_where_flops_are_counted_their_growth_with_n_moves_the_optimum() -> None
 
 
 def test_the_sum_is_of_hubers_losses_by_their_weights() -> None:
-    problem = Problem.of(Runs.of(noisy(centred(BUDGETS[:3], 5), 0.001, seed=1)))
-    theta, _, _ = problem.fit()
+    runs = noisy(centred(BUDGETS[:3], 5), 0.001, seed=1)
+    problem = Problem.of(Runs.of(runs))
+    theta, least, _ = problem.fit()
     weight = np.random.default_rng(0).gamma(1, size=(1, 15))
 
     residual = problem.residual(theta)
 
+    found, logs = third(fitted(runs)), np.log([each.loss for each in runs])
+    assert found.objective == least == pytest.approx(huber(DELTA, residual).sum())
+    assert found.r2 == pytest.approx(1 - residual @ residual / np.square(logs - logs.mean()).sum())
+    assert found.rmse_log == pytest.approx(np.sqrt(np.mean(residual**2)))
     assert 0 < sum(abs(residual) <= DELTA) < 15
     assert problem.objective(theta[None], weight)[0] == pytest.approx(weight[0] @ huber(DELTA, residual))
 
@@ -270,9 +275,9 @@ def test_what_lies_beyond_the_budgets_is_told_to() -> None:
     assert [(each.budget, each.approach) for each in found.predictions if each.extrapolates] == [(1e25, 2), (1e25, 3)]
     assert [warning for warning in found.warnings if "extrapolated" in warning and "1e+25 FLOPs" in warning]
     assert not [warning for warning in found.warnings if "1e+19" in warning]
-    many = fitted(centred(), 1e24, 1e25, 1e26, 1e27).warnings
-    said = "1e+24, 1e+25, 1e+26, … FLOPs: extrapolated, the runs had 1e+18 to 3e+21; intervals trust the law beyond"
-    assert said in many
+    said = "FLOPs: extrapolated, the runs had 1e+18 to 3e+21; intervals trust the law beyond"
+    assert f"1e+24, 1e+25, 1e+26 {said}" in fitted(centred(), 1e24, 1e25, 1e26).warnings
+    assert f"1e+24, 1e+25, 1e+26, … {said}" in fitted(centred(), 1e24, 1e25, 1e26, 1e27).warnings
     assert predicted(found, 2, 1e25).loss is None  # a parabola knows no E
     assert predicted(found, 2, 1e19).loss is not None
 
@@ -303,6 +308,41 @@ def test_too_few_runs_are_a_reason_and_no_crash(
     assert words in " ".join(found.warnings)
     assert SweepFit.model_validate_json(found.model_dump_json()).points == len(runs)
     assert tables.chinchilla(found).startswith("| budget (FLOPs) |")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lengths", "reason"),
+    [
+        (3, 3, None),
+        (2, 3, "wants 3 or more sizes of model: there are 2"),
+        (3, 2, "wants 3 or more numbers of tokens: there are 2"),
+    ],
+)
+def test_approach_3_wants_three_sizes_and_three_lengths(sizes: int, lengths: int, reason: str | None) -> None:
+    grid = [(n, d) for n in np.geomspace(1e7, 1e9, sizes) for d in np.geomspace(1e9, 1e11, lengths)]
+    runs = [Run(f"{i}", n, d, 6 * n * d, scaling.loss(n, d)) for i, (n, d) in enumerate(grid)]
+
+    assert too_few(Runs.of(runs)) == reason
+
+
+def test_a_budget_with_too_few_sizes_is_passed_over_and_told() -> None:
+    """Through three sizes goes a parabola, that explains all there is: of that there is no share."""
+    told = "1 of 3 budgets have fewer than 3 sizes, and so no parabola"
+    few, enough = fitted([*centred(BUDGETS[:2], 3), *centred([BUDGETS[2]], 2)]), fitted(centred(BUDGETS[:3], 3))
+
+    assert told in few.warnings
+    assert "no parabola" not in " ".join(enough.warnings)
+    assert [optimum.r2 for optimum in second(few)[0].optima] == [None, None]
+
+
+def test_one_budget_gives_its_optimum_and_no_law() -> None:
+    found = fitted(centred([ONE], 16))
+
+    assert found.approach2 is not None
+    assert (len(found.approach2.optima), found.approach2.params) == (1, None)
+    near = "Approach 2 wants two or more budgets with a minimum near the sizes that were run: there is no power law"
+    assert near in found.warnings
+    assert "Approach 3 wants two or more budgets: within one it cannot tell E from the rest" in found.warnings
 
 
 def test_two_budgets_have_intervals_of_the_noise_within_them() -> None:
