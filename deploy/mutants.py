@@ -30,7 +30,11 @@ def other_strings(node: Any) -> Iterator[Any]:
 
 
 def sampled(*, mutant_names: Any) -> tuple[Any, Any]:
-    """Each change draws its own number, so that the sample stays what it is when other functions change."""
+    """Each change draws its own number, so that the sample stays what it is when other functions change.
+
+    What no test noticed before is tried again: there may be new ones.
+    """
+    mutmut._reset_mutant_results(lambda name, exit_code: status_by_exit_code[exit_code] not in NOTICED)
     changes, files = collect(mutant_names=mutant_names)
     changes = [change for change in changes if not change[1].split("__mutmut")[0].endswith(AT_IMPORT)]
     drawn[:] = sorted(changes, key=lambda change: random.Random(f"{SEED} {change[1]}").random())[: asked.sample]

@@ -54,5 +54,6 @@ addopts = "-p no:schemathesis"
 markers = ["gpu: needs a GPU", "slow: takes long"]
 EOT
 cd "$directory"
+rm -f mutants/mutmut-stats.json  # which tests reach a function: there may be new ones
 OMP_NUM_THREADS=1 "$python" "$driver" "${@:2}" >output.log 2>&1 || { tail -c 2000 output.log; exit 1; }
 tr '\r' '\n' <output.log | sed -n '/ changes, by seed /p; /^\(ops_\|relight\)[^ ]*: /p; /^tried /p'

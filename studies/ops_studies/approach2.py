@@ -227,7 +227,7 @@ class _Line:
         weight = 1 / np.array([each.vertex_variance for each in parabolas])
         centre, level = float(np.average(x, weights=weight)), float(np.average(y, weights=weight))
         lever = float(weight @ np.square(x - centre))
-        slope = float(weight @ ((x - centre) * (y - level))) / lever
+        slope = float(weight @ ((x - centre) * y)) / lever
         scatter = float(weight @ np.square(y - level - slope * (x - centre)))
         total = float(weight @ np.square(y - level))
         return cls(level, slope, centre, float(weight.sum()), lever, scatter, total)
