@@ -164,6 +164,18 @@ def test_the_derivatives_are_those_of_the_sum(share: float) -> None:
     assert np.linalg.eigvalsh(above[0]).min() > -1e-12
 
 
+def test_each_fit_goes_down_by_itself_whatever_weighs_beside_it() -> None:
+    problem = Problem.of(Runs.of(noisy(centred(BUDGETS[:3], 5), 0.01, seed=1)))
+    theta = problem.starts()[::13]
+    weight = np.random.default_rng(0).gamma(1, size=(len(theta), 15))
+    weight[1] *= 1e12
+
+    together, _ = problem.descend(theta, weight, iterations=5)
+
+    alone = [problem.descend(theta[[i]], weight[[i]], iterations=5)[0][0] for i in range(len(theta))]
+    assert together == pytest.approx(np.array(alone), rel=1e-9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.003, 0.1])
 def test_no_other_optimizer_finds_a_smaller_sum(share: float) -> None:

@@ -221,7 +221,7 @@ def _cover(views: list[Tensor]) -> tuple[Tensor, int]:
     unit = torch.uint8 if several else first.dtype
     start = min(starts) // 16 * 16 if several else min(starts)  # aligned for every view's dtype
     length = (max(ends) - start) // unit.itemsize
-    span = torch.empty(0, dtype=unit, device=first.device)
+    span = first.new_empty(0, dtype=unit)
     return span.set_(first.untyped_storage(), start // unit.itemsize, (length,), (1,)), start
 
 
