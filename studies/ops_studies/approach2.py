@@ -16,7 +16,7 @@ from scipy.special import fdtrc
 
 from ops_contract.study_results import Approach2, BudgetOptimum, Estimate, PowerLaw
 from ops_studies.estimates import exp, exp_plus_minus, plus_minus, student
-from ops_studies.runs import MIN_SIZES, Cost, Floats, Runs, Slice
+from ops_studies.runs import MIN_SIZES, SAME_BUDGET, Cost, Floats, Runs, Slice
 
 SCATTER_P = 0.01  # of the vertices about their line, if the noise within budgets explained it
 
@@ -190,8 +190,11 @@ def fit(runs: Runs, cost: Cost) -> tuple[Approach2 | None, Law | None, list[str]
     noise, t = (squares / freedom if freedom else float("nan")), student(freedom)
     optima = [_optimum(each, cost, noise, t) for each in parabolas]
     usable = [each for each in parabolas if each.usable]
-    if len(usable) < 2:
-        told = "Approach 2 wants two or more budgets with a minimum near the sizes that were run: there is no power law"
+    if not _apart(usable):
+        told = (
+            "Approach 2 wants two or more budgets, of FLOPs that differ, with a minimum near the sizes that were run: "
+            "there is no power law"
+        )
         return Approach2(optima=optima, params=None, tokens=None), None, [*warnings, told]
     law, of_law = _law(usable, cost, squares, freedom)
     found = Approach2(optima=optima, params=law.power_of_params(), tokens=law.power_of_tokens())
@@ -201,7 +204,13 @@ def fit(runs: Runs, cost: Cost) -> tuple[Approach2 | None, Law | None, list[str]
 def exponent(runs: Runs) -> float:
     """Of N_opt, and nothing else; NaN where there is no law."""
     usable = [each for each in _parabolas(runs) if each.usable]
-    return _Line.through(usable).slope if len(usable) > 1 else float("nan")
+    return _Line.through(usable).slope if _apart(usable) else float("nan")
+
+
+def _apart(parabolas: list[Parabola]) -> bool:
+    """Whether there is a line through them. What budgets are called says nothing of what their runs spent."""
+    flops = [each.slice.flops for each in parabolas]
+    return bool(flops) and max(flops) > SAME_BUDGET * min(flops)
 
 
 def _parabolas(runs: Runs) -> list[Parabola]:

@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 FloatOrFloats = TypeVar("FloatOrFloats", float, Floats)
 
 MIN_SIZES = 3  # under a budget: a parabola has three parameters
-SAME_BUDGET = 1.1  # runs that say no budget share one where their C differ by less than this factor
+SAME_BUDGET = 1.1  # what differs by less than this factor is one: of runs that say none, and for a law in C
 
 
 @dataclass(frozen=True)

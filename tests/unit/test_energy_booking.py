@@ -157,9 +157,10 @@ async def booked(
     marks: Sequence[Mark],
     end_s: float,
     in_order: bool = True,
+    begin_s: float = 0.0,
 ) -> list[EnergyWindow]:
-    """The windows of an attempt from 0 to `end_s`."""
-    clock = Clock()
+    """The windows of an attempt from `begin_s` to `end_s`."""
+    clock = Clock(begin_s)
     hold = Booking(ref, meters, readings, outbox, asyncio.Event(), clock=clock)
     hold.begin()
     for each in marks:
@@ -298,6 +299,7 @@ async def test_windows_add_up_to_what_each_device_used(outbox, ref):
         assert math.fsum(w.energy_j for w in mine) == pytest.approx(30**1.3 * 100)
         assert math.fsum(w.duration_s for w in mine) == pytest.approx(30)
         assert [w.use for w in mine] == ["startup", "save", *["train"] * 4, "evaluate", "finish"]
+        assert [w.epoch for w in mine] == [None, None, 0, 0, 0, 0, 0, None]
         assert sum(w.units for w in mine) == 200
     assert await outbox.unended() == []
 
@@ -308,6 +310,43 @@ async def test_what_is_read_late_is_waited_for_a_moment_and_then_said_to_be_unkn
     found = await booked(outbox, ref, [GPU], readings, [mark(2, Use.TRAIN, 5, edge=True)], end_s=3)
 
     assert [(w.energy_j, w.reason) for w in found] == [(200.0, None), (None, "read_too_late")]
+
+
+async def test_what_is_read_while_it_is_waited_for_is_known(outbox, ref):
+    class Late(Scripted):
+        asked = 0
+
+        def between(self, device: str, since_s: float, until_s: float) -> Measured | None:
+            self.asked += 1
+            return super().between(device, since_s, until_s) if self.asked > 3 else None
+
+    found = await booked(outbox, ref, [GPU], Late(), [], end_s=3)
+
+    assert [(w.energy_j, w.reason) for w in found] == [(300.0, None)]
+
+
+async def test_the_end_is_not_waited_for_until_it_is_looked_at_again(outbox, ref, monkeypatch):
+    monkeypatch.setattr(booking, "POLL_S", 3600.0)
+
+    async with asyncio.timeout(20):
+        found = await booked(outbox, ref, [GPU], Scripted(), [], end_s=3)
+
+    assert [w.energy_j for w in found] == [300.0]
+
+
+async def test_that_an_outbox_takes_nothing_is_in_the_log_and_no_trouble_of_the_holds(outbox, ref, caplog, monkeypatch):
+    async def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(outbox, "book", full)
+    hold = Booking(ref, [GPU], Scripted(), outbox, asyncio.Event())
+    hold.begin()
+    hold.over(0.0, in_order=True)
+    await hold.done()
+
+    (record,) = caplog.records
+    assert (record.getMessage(), record.levelname) == ("not all energy is booked", "ERROR")
+    assert record.operation_id == ref.operation_id
 
 
 async def test_a_lost_device_makes_what_follows_unknown_and_keeps_what_was_measured(outbox, ref):
@@ -334,9 +373,9 @@ async def test_an_estimate_of_one_slot_counts_for_each_of_the_holds(outbox, ref)
 
 
 async def test_without_a_meter_there_is_one_window_that_says_so(outbox, ref):
-    marks = [mark(n, Use.TRAIN, n, epoch=n // 10, units=2) for n in range(1, 31)]
+    marks = [mark(4 + n, Use.TRAIN, n, epoch=n // 10, units=2) for n in range(1, 31)]
 
-    found = await booked(outbox, ref, [], Scripted(), marks, end_s=31, in_order=False)
+    found = await booked(outbox, ref, [], Scripted(), marks, end_s=35, in_order=False, begin_s=4)
 
     (only,) = found
     assert (only.device, only.source, only.quality, only.energy_j, only.reason) == ("cpu", None, None, None, "no_meter")
@@ -375,6 +414,31 @@ async def test_a_successor_knows_until_where_a_killed_agent_had_booked_and_books
     assert rest.energy_j >= 100 * now_s - 600
     assert rest.duration_s >= now_s - 6
     await orphan.aclose()
+
+
+async def test_a_gap_of_what_is_not_measured_here_is_not_asked_for_and_the_log_says_what_there_was(outbox, ref, caplog):
+    mine, other = replace(BOOKED, boot_id=booking.boot_id()), replace(BOOKED, boot_id=booking.boot_id(), device="GPU-2")
+    await outbox.book(ref, [], [mine, other])
+
+    with caplog.at_level(logging.INFO, booking.log.name):
+        await book_gaps(outbox, Scripted(lambda at_s: 250.0), {"GPU-1"})
+
+    assert [(w.device, w.energy_j, w.reason) for w in await kept(outbox)] == [
+        ("GPU-1", 150.0, None),
+        ("GPU-2", None, "no_counter"),
+    ]
+    (record,) = caplog.records
+    assert record.getMessage() == "what a killed agent had not booked: GPU-1 150 J, GPU-2 no_counter"
+    assert record.operation_id == ref.operation_id
+
+
+async def test_one_without_a_meter_that_is_killed_is_known_to_have_had_none(outbox, ref):
+    hold = Booking(ref, [], Scripted(), outbox, asyncio.Event(), step=4, clock=Clock(3.0))
+    hold.begin()
+    await eventually(outbox.unended)
+    hold.stop()
+
+    assert await outbox.unended() == [(ref, [Booked("cpu", None, None, booking.boot_id(), 3.0, step=4)])]
 
 
 async def test_one_killed_before_its_first_window_is_known_from_its_beginning(tmp_path, ref):

@@ -218,6 +218,14 @@ def test_an_outlier_is_named_and_stays_and_only_the_user_drops_it() -> None:
     assert width(second(kept)[1].exponent) > 3 * width(second(dropped)[1].exponent)
 
 
+def test_the_two_worst_are_dropped() -> None:
+    runs = noisy(centred(), 0.01, seed=0)
+    for i, factor in ((20, 1.2), (70, 0.5), (110, 1.5)):
+        runs[i] = replace(runs[i], loss=runs[i].loss * factor)
+
+    assert fitted(runs, drop_worst=2).dropped == [runs[70].experiment_id, runs[110].experiment_id]
+
+
 def test_the_farthest_outlier_comes_first() -> None:
     runs = noisy(centred(), 0.01, seed=0)
     for i, factor in ((20, 1.2), (70, 0.5), (110, 1.5)):
@@ -347,14 +355,65 @@ def test_a_budget_with_too_few_sizes_is_passed_over_and_told() -> None:
     assert [optimum.r2 for optimum in second(few)[0].optima] == [None, None]
 
 
+NO_LAW = (
+    "Approach 2 wants two or more budgets, of FLOPs that differ, with a minimum near the sizes that were run: "
+    "there is no power law"
+)
+
+
+@pytest.mark.parametrize(("factor", "is_law"), [(1.0, False), (1.04, False), (1.06, True)])
+def test_budgets_that_spent_about_the_same_have_no_law_whatever_they_are_called(factor: float, is_law: bool) -> None:
+    """As in a table whose column of FLOPs is a wrong one."""
+    spent = dict(zip(BUDGETS[:3], (1e18, 1e18 * factor, 1e18 * factor**2), strict=True))
+    found = fitted([replace(each, flops=spent[each.flops]) for each in centred(BUDGETS[:3], 5)])
+
+    assert found.approach2 is not None
+    assert len(found.approach2.optima) == 3
+    assert ((found.approach2.params is not None), (NO_LAW not in found.warnings)) == (is_law, is_law)
+
+
 def test_one_budget_gives_its_optimum_and_no_law() -> None:
     found = fitted(centred([ONE], 16))
 
     assert found.approach2 is not None
     assert (len(found.approach2.optima), found.approach2.params) == (1, None)
-    near = "Approach 2 wants two or more budgets with a minimum near the sizes that were run: there is no power law"
-    assert near in found.warnings
+    assert NO_LAW in found.warnings
     assert "Approach 3 wants two or more budgets: within one it cannot tell E from the rest" in found.warnings
+
+
+def test_without_a_law_there_is_no_bias_of_one_though_the_curve_has_it() -> None:
+    runs = centred(BUDGETS[:2], 7, factor=4)
+    downwards = [replace(each, loss=6 - each.loss) if each.flops == BUDGETS[1] else each for each in runs]
+
+    found = fitted(downwards)
+
+    assert found.approach2 is not None
+    assert found.approach3 is not None
+    assert (found.approach2.params, found.approach2.bias) == (None, None)
+
+
+def test_flops_that_do_not_grow_with_the_size_are_doubted_and_what_was_dropped_is_named() -> None:
+    runs = [replace(each, flops=1e18) for each in centred(BUDGETS, 1)]
+    runs[3] = replace(runs[3], loss=runs[3].loss * 2)
+
+    found = fitted(runs, drop_worst=1)
+
+    assert found == SweepFit(
+        points=7,
+        dropped=[runs[3].experiment_id],
+        warnings=[
+            "FLOPs per token do not grow with the size of the model: are params, tokens and flops what they say?"
+        ],
+    )
+    assert fitted([]) == SweepFit(points=0, warnings=["there is no run to fit"])
+
+
+def test_flops_that_follow_no_law_are_told() -> None:
+    runs = centred(BUDGETS[:3], 5)
+    runs[3] = replace(runs[3], flops=runs[3].flops * 1.5)
+
+    assert "FLOPs are up to 45% off any k·N^m·D: tokens of optima are that uncertain" in fitted(runs).warnings
+    assert "off any" not in " ".join(fitted(centred(BUDGETS[:3], 5)).warnings)
 
 
 def test_two_budgets_have_intervals_of_the_noise_within_them() -> None:

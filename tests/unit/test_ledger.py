@@ -116,6 +116,12 @@ def test_work_counts_once_for_all_devices_of_an_attempt_and_less_what_was_done_a
     assert [(each.number, each.duration_s) for each in found.attempts] == [(1, 9.0), (2, 0.0)]
 
 
+def test_a_device_whose_quality_changed_on_the_way_did_the_work_of_both_parts() -> None:
+    found = ledger(row(steps=10, units=100), row(steps=4, units=40, quality="upper_bound"))
+
+    assert (found.per_work.steps, found.per_work.units) == (14, 140)
+
+
 def test_an_attempt_without_windows_took_no_time_that_is_known() -> None:
     found = ledger(row(attempt=2), outcomes=(Outcome.LOST, LIVE))
 
@@ -166,11 +172,16 @@ def test_a_device_is_told_with_its_mean_power_while_it_was_known_and_its_own_slo
 
     found = ledger(
         row(),
-        devices=(device(power_max_w=9.0, windows=3, unknown=1, reason="why", error_uj=1_000_000), device(**unmeasured)),
+        devices=(
+            device(power_max_w=9.0, windows=3, unknown=1, reason="why", error_uj=1_000_000),
+            device(**unmeasured),
+            device(without_error=1),
+        ),
         throttled=tuple(SimpleNamespace(**each) for each in (slow, *others)),
     )
 
-    measured, bare = found.devices
+    measured, bare, unsure = found.devices
+    assert unsure.energy == Joules(energy_j=10.0, known_j=10.0, error_j=None, reason=None)
     assert (measured.power_mean_w, measured.power_max_w, measured.duration_s) == (2.5, 9.0, 5.0)
     assert measured.energy == Joules(energy_j=None, known_j=10.0, error_j=1.0, reason="why")
     assert (measured.throttled_s, measured.baseline_w) == ({"hw_thermal": 0.5}, 1.0)
@@ -274,6 +285,21 @@ def test_what_is_unknown_and_lost_is_no_zero_that_was_kept() -> None:
     found = ledger(row(**lost))
 
     assert {(part.energy_j, part.known_j) for part in (found.total, found.useful, found.lost)} == {(None, None)}
+
+
+def test_what_is_lost_and_unknown_has_its_own_reason() -> None:
+    kept = row(windows=2, lost_windows=1, unknown=1, reason="a device was lost")
+    lost = row(device="GPU-1", windows=1, lost_windows=1, unknown=1, lost_unknown=1, energy_uj=0, reason="no_counter")
+
+    found = ledger(kept, lost)
+
+    assert (found.useful.reason, found.lost.reason) == ("a device was lost", "no_counter")
+
+
+def test_an_epoch_tells_what_of_it_was_lost() -> None:
+    (epoch,) = ledger(row(), epochs=(row(epoch=0, windows=2, lost_windows=1, lost_energy_uj=4_000_000),)).epochs
+
+    assert (epoch.total_j, epoch.useful_j, epoch.lost_j, epoch.overhead_j) == (10.0, 6.0, 4.0, 0.0)
 
 
 @pytest.mark.parametrize("status", list(Status))
