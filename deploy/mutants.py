@@ -19,6 +19,7 @@ NOTICED = ("killed", "timeout", "segfault", "suspicious")
 parser = argparse.ArgumentParser()
 parser.add_argument("names", nargs="*")
 parser.add_argument("--sample", type=int)
+parser.add_argument("--jobs", type=int, default=1)
 asked = parser.parse_args()
 collect, strings = mutmut.collect_source_file_mutation_data, mutators.operator_string
 drawn: list[Any] = []
@@ -47,7 +48,7 @@ mutators.mutation_operators[:] = [
     (node, other_strings if operator is strings else operator) for node, operator in mutators.mutation_operators
 ]
 mutmut.collect_source_file_mutation_data = sampled
-mutmut._run(asked.names, 1)
+mutmut._run(asked.names, asked.jobs)
 
 tried = {name: status_by_exit_code[file.exit_code_by_key[name]] for file, name, _ in drawn}
 noticed = sum(Counter(tried.values())[status] for status in NOTICED)

@@ -327,11 +327,16 @@ async def test_what_is_read_while_it_is_waited_for_is_known(outbox, ref):
 
 async def test_the_end_is_not_waited_for_until_it_is_looked_at_again(outbox, ref, monkeypatch):
     monkeypatch.setattr(booking, "POLL_S", 3600.0)
+    clock = Clock()
+    hold = Booking(ref, [GPU], Scripted(), outbox, asyncio.Event(), clock=clock)
+    hold.begin()
+    await eventually(outbox.unended)
 
+    hold.over(3.0, in_order=True)
     async with asyncio.timeout(20):
-        found = await booked(outbox, ref, [GPU], Scripted(), [], end_s=3)
+        await hold.done()
 
-    assert [w.energy_j for w in found] == [300.0]
+    assert [w.energy_j for w in await kept(outbox)] == [300.0]
 
 
 async def test_that_an_outbox_takes_nothing_is_in_the_log_and_no_trouble_of_the_holds(outbox, ref, caplog, monkeypatch):

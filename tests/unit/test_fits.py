@@ -476,10 +476,11 @@ def test_the_intervals_of_the_law_are_those_of_weighted_least_squares(moved: tup
 
 def test_the_interval_of_an_optimum_is_fiellers() -> None:
     """Without an end where the curvature may be none, of which the delta method knows nothing."""
-    little = second(fitted(noisy(centred(), 0.001, seed=0)))[0].optima
+    # Sizes that do not lie evenly, so that slope and curvature are off together.
+    of_runs = [each for i, each in enumerate(noisy(centred(), 0.001, seed=0)) if i % 16 not in (1, 2, 3)]
+    little = second(fitted(of_runs))[0].optima
     much = second(fitted(noisy(centred(factor=3), 0.1, seed=0)))[0].optima
 
-    of_runs = noisy(centred(), 0.001, seed=0)
     squares, ends = 0.0, []
     for budget, optimum in zip(BUDGETS, little, strict=True):
         assert optimum.params_interval is not None
@@ -491,7 +492,7 @@ def test_the_interval_of_an_optimum_is_fiellers() -> None:
         for end in (low, high):
             slope = np.array([2 * (np.log(end) - x.mean()), 1, 0])  # of the parabola, by its coefficients
             ends.append(slope @ coefficients / y.mean() / np.sqrt(slope @ np.linalg.inv(basis.T @ basis) @ slope))
-    freedom = 8 * (16 - 3)
+    freedom = 8 * (13 - 3)
     t = stdtrit(freedom, 0.975) * np.sqrt(squares / freedom)
     assert ends == pytest.approx([-t, t] * 8)
     assert None in [optimum.params_interval for optimum in much if optimum.usable]
