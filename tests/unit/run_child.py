@@ -17,7 +17,7 @@ from training_child import Operation, processes
 
 from ops_contract.agents import CheckpointRef
 from ops_contract.pipe import Hello, RunJob, Stop, from_trainer, line
-from ops_contract.reports import CheckpointSaved, Report
+from ops_contract.reports import Report
 from relight.run import Run
 from relight.training.checkpoint import restore
 from relight.training.codec import digests, encode
@@ -130,10 +130,10 @@ def left(directory: Path) -> dict[str, Any]:
 class Runner:
     """The other end of RELIGHT_FD: what `ops run` has around a command, without an agent."""
 
-    def __init__(self, operation: Operation, script: Path, *arguments: str) -> None:
+    def __init__(self, operation: Operation, script: Path, *arguments: str, harm: Harm | None) -> None:
         self.cwd = operation.root / "cwd"
         self._pipe, theirs = socket.socketpair()
-        self._child = _start(script, self.cwd, arguments, None, {}, theirs)
+        self._child = _start(script, self.cwd, arguments, harm, {}, theirs)
         theirs.close()
         self._lines = self._pipe.makefile("rb")
         self.operation = operation
@@ -156,9 +156,6 @@ class Runner:
     def hang_up(self) -> None:
         self._pipe.shutdown(socket.SHUT_RDWR)
 
-    def kill(self) -> None:
-        self._child.kill()
-
     def signal(self, number: int) -> None:
         os.kill(self._child.pid or 0, number)
 
@@ -180,13 +177,9 @@ class Runner:
 
 
 @contextmanager
-def running(operation: Operation, script: Path, *arguments: str) -> Iterator[Runner]:
-    runner = Runner(operation, script, *arguments)
+def running(operation: Operation, script: Path, *arguments: str, harm: Harm | None = None) -> Iterator[Runner]:
+    runner = Runner(operation, script, *arguments, harm=harm)
     try:
         yield runner
     finally:
         runner.close()
-
-
-def is_periodic(report: Report) -> bool:
-    return isinstance(report, CheckpointSaved) and report.step > 0

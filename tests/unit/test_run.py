@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_child import PLAIN_LOOP, Harm, index, is_periodic, left, metrics, run, running
+from run_child import PLAIN_LOOP, Harm, index, left, metrics, run, running
 from test_training_exactness import BASE_SEED
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
@@ -17,7 +17,7 @@ from training_child import Operation
 
 import relight
 from ops_contract.lifecycle import CheckpointType, Phase
-from ops_contract.reports import ArtifactSaved, Finish, Metrics, Started
+from ops_contract.reports import ArtifactSaved, CheckpointSaved, Finish, Metrics, Started
 from relight.training.faults import TrainingFault
 
 KILLS = [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 24))]
@@ -447,15 +447,13 @@ def test_in_the_service_it_speaks_as_a_trainer_and_ends_bit_for_bit_as_undisturb
 ) -> None:
     reference = Operation(tmp_path, "command")
     completed(reference, scripts["plain"], "2")
-    with running(operation, scripts["plain"], "2") as runner:
-        for report in runner.reports():
-            if is_periodic(report):
-                runner.kill()
+    with running(operation, scripts["plain"], "2", harm=Harm(30, waits=True)) as runner:
+        killed = list(runner.reports())
     messages = completed(operation, scripts["plain"], "2")
 
     started = next(message for message in messages if isinstance(message, Started))
     models = [report for made in (reference, operation) for report in made.reports if isinstance(report, ArtifactSaved)]
-    assert started.start_step in {saved.step for saved in operation.checkpoints} - {0}
+    assert started.start_step == max(report.step for report in killed if isinstance(report, CheckpointSaved)) == 28
     assert (started.exactness.promise, started.environment["threads"]) == ("promised", "1")
     assert {"hello", "alive", "progress", "metrics"} <= {message.kind for message in messages}
     assert operation.differences(reference) == []
