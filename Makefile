@@ -7,7 +7,7 @@ TEST := $(BIN)/python -m pytest
 help:
 	@echo "make demo      a training is killed, goes on elsewhere, and is compared bit for bit (about 2 minutes)"
 	@echo "make up        the whole service: database, API, worker"
-	@echo "make test      lint and tests, twelve to fourteen minutes on two slow cores"
+	@echo "make test      lint and tests, nine to fourteen minutes on two cores"
 	@echo "make test-all  everything, an hour and a quarter on two slow cores"
 	@echo "make bench     the table of docs/performance.md, measured here (about half an hour); of scale the quick form"
 	@echo "make docs      the documentation as pages, in build/docs"
