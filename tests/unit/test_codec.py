@@ -205,6 +205,9 @@ def test_a_view_that_ends_within_an_item_of_the_first_is_stored_to_its_end() -> 
     memory = torch.arange(16, dtype=torch.uint8)
     tree = [memory.view(torch.float64)[:1], memory[8:11]]
 
+    (stored,) = encode(tree).tensors.values()
+
+    assert (stored.dtype, stored.tolist()) == (torch.uint8, list(range(11)))
     assert same(through_bytes(tree), tree)
 
 
