@@ -274,6 +274,17 @@ def test_what_can_be_saved_can_be_read_however_deep(around: Callable[[Any], Any]
 NAN_OF_ITS_OWN = struct.unpack(">d", bytes.fromhex("fff8000000000123"))[0]
 
 
+def test_what_lies_deep_under_names_that_are_empty_is_called_the_state() -> None:
+    tree: Any = None
+    for _ in range(101):
+        tree = {"": tree}
+
+    with pytest.raises(CodecError, match=r"^state: nested deeper than 100, or within itself$"):
+        encode(tree)
+    with pytest.raises(CodecError, match=r"^state: nested deeper than 100$"):
+        decode(json.dumps(tree).encode(), {})
+
+
 @pytest.mark.parametrize(
     "tree",
     [

@@ -100,7 +100,7 @@ class _Encoder:
 
     def value(self, value: Any, path: str, depth: int) -> Any:
         if depth > _MAX_DEPTH:
-            raise CodecError(f"{path}: nested deeper than {_MAX_DEPTH}, or within itself")
+            raise CodecError(f"{path or 'state'}: nested deeper than {_MAX_DEPTH}, or within itself")
         kind = type(value)
         if value is None or kind is bool or kind is str:
             return value
@@ -257,7 +257,7 @@ class _Decoder:
 
     def value(self, value: Any, path: str, depth: int) -> Any:
         if depth > _MAX_DEPTH:
-            raise CodecError(f"{path}: nested deeper than {_MAX_DEPTH}")
+            raise CodecError(f"{path or 'state'}: nested deeper than {_MAX_DEPTH}")
         if isinstance(value, list):
             return [self.value(item, _join(path, i), depth + 1) for i, item in enumerate(value)]
         if not isinstance(value, dict):
